@@ -1,0 +1,1 @@
+"""Offline part of ChunkKV-TRT: checkpoint, plan, graphs, engine directory."""

@@ -1,0 +1,35 @@
+"""Exceptions of ChunkKV-TRT: every message names what was given, what is allowed and what to change."""
+
+from __future__ import annotations
+
+
+class ChunkKVError(Exception):
+    """Base class of every error this package raises on purpose."""
+
+
+class ConfigError(ChunkKVError, ValueError):
+    """A setting, flag or model configuration is outside what is supported."""
+
+
+class CheckpointError(ChunkKVError):
+    """A checkpoint directory cannot be read: missing, damaged or misshaped files or tensors."""
+
+
+class EngineError(ChunkKVError):
+    """An engine directory is incomplete, damaged or was changed after it was built."""
+
+
+class EngineMismatchError(EngineError):
+    """An engine was built by another version, for another backend or with other settings than asked for."""
+
+
+class BackendUnavailableError(ChunkKVError):
+    """The backend asked for cannot be used on this machine."""
+
+
+class RequestError(ChunkKVError, ValueError):
+    """A generation request is invalid; it is refused before any work is done."""
+
+
+class SessionBusyError(ChunkKVError, RuntimeError):
+    """A session that serves one call at a time was entered by a second thread."""
