@@ -1,0 +1,1 @@
+"""One module per engine: plan and checkpoint in, engine files out."""

@@ -1,0 +1,1 @@
+"""Plan to ONNX: the transformer's step graph, and ChunkKV as model-local functions."""

@@ -1,0 +1,77 @@
+"""The engine's one weights file: written once, tensor by tensor, and referenced by every graph.
+
+The file is plain safetensors, so any tool can read it; graphs point into it by offset (ONNX external data).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+SAFETENSORS_DTYPES = {"float32": "F32", "uint8": "U8", "int32": "I32"}
+
+
+@dataclass(frozen=True)
+class WeightLocation:
+    """Where one tensor lies: file name, byte offset from the start of the file, shape and NumPy dtype name."""
+
+    name: str
+    file: str
+    offset: int
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the tensor in bytes."""
+        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """One tensor to be stored: its final shape and dtype, and a function that produces it when its turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    load: Callable[[], np.ndarray]
+
+
+def write_weights(
+    path: Path, sources: Iterable[WeightSource], advance: Callable[[int], None] = lambda n: None
+) -> dict[str, WeightLocation]:
+    """Write `sources` to the safetensors file `path`, one at a time, and return where each tensor lies.
+
+    Only one tensor is in memory at a time. `advance` is called with 1 after each tensor. Wider types come first,
+    so that every tensor is aligned to its own item size.
+    """
+    ordered = sorted(sources, key=lambda s: (-np.dtype(s.dtype).itemsize, s.name))
+    entries: dict[str, dict[str, object]] = {}
+    position = 0
+    for source in ordered:
+        size = int(np.prod(source.shape, dtype=np.int64)) * np.dtype(source.dtype).itemsize
+        entries[source.name] = {
+            "dtype": SAFETENSORS_DTYPES[source.dtype],
+            "shape": list(source.shape),
+            "data_offsets": [position, position + size],
+        }
+        position += size
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-(8 + len(header)) % 64)
+    start = 8 + len(header)
+    locations: dict[str, WeightLocation] = {}
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for source in ordered:
+            array = source.load()
+            if array.shape != source.shape or array.dtype != np.dtype(source.dtype):
+                raise AssertionError(f"{source.name}: planned {source.shape} {source.dtype}, got {array.shape} {array.dtype}")
+            offset = start + entries[source.name]["data_offsets"][0]  # type: ignore[index]
+            locations[source.name] = WeightLocation(source.name, path.name, offset, source.shape, source.dtype)
+            np.ascontiguousarray(array).tofile(file)
+            advance(1)
+    return locations
