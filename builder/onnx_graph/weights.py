@@ -12,7 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-SAFETENSORS_DTYPES = {"float32": "F32", "uint8": "U8", "int32": "I32"}
+from chunkkv.errors import ConfigError
+
+SAFETENSORS_DTYPES = {"float32": "F32", "uint8": "U8"}
 
 
 @dataclass(frozen=True)
@@ -46,14 +48,17 @@ def write_weights(
 ) -> dict[str, WeightLocation]:
     """Write `sources` to the safetensors file `path`, one at a time, and return where each tensor lies.
 
-    Only one tensor is in memory at a time. `advance` is called with 1 after each tensor. Wider types come first,
-    so that every tensor is aligned to its own item size.
+    Only one tensor is in memory at a time. `advance` is called with 1 after each tensor.
     """
-    ordered = sorted(sources, key=lambda s: (-np.dtype(s.dtype).itemsize, s.name))
+    ordered = list(sources)
     entries: dict[str, dict[str, object]] = {}
     position = 0
     for source in ordered:
         size = int(np.prod(source.shape, dtype=np.int64)) * np.dtype(source.dtype).itemsize
+        if size % 4:
+            raise ConfigError(
+                f"{source.name} takes {size} bytes; tensors must take a multiple of 4 to stay aligned"
+            )
         entries[source.name] = {
             "dtype": SAFETENSORS_DTYPES[source.dtype],
             "shape": list(source.shape),
@@ -69,9 +74,13 @@ def write_weights(
         for source in ordered:
             array = source.load()
             if array.shape != source.shape or array.dtype != np.dtype(source.dtype):
-                raise AssertionError(f"{source.name}: planned {source.shape} {source.dtype}, got {array.shape} {array.dtype}")
+                raise AssertionError(
+                    f"{source.name}: planned {source.shape} {source.dtype}, got {array.shape} {array.dtype}"
+                )
             offset = start + entries[source.name]["data_offsets"][0]  # type: ignore[index]
-            locations[source.name] = WeightLocation(source.name, path.name, offset, source.shape, source.dtype)
+            locations[source.name] = WeightLocation(
+                source.name, path.name, offset, source.shape, source.dtype
+            )
             np.ascontiguousarray(array).tofile(file)
             advance(1)
     return locations

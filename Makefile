@@ -1,0 +1,46 @@
+# make demo · make test: each sets itself up in a virtual environment inside the checkout; run again, it reuses it.
+PYTHON ?= python3
+VENV   := .venv
+PEERS  := .venv-peers
+BIN    := $(VENV)/bin
+MODEL  := examples/needle/model
+
+.PHONY: demo test test-peers bench lint clean
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -n 2
+
+test-peers: $(PEERS)/.installed
+	$(PEERS)/bin/python -m pytest -o addopts="-ra --strict-markers" tests/peers
+
+bench: $(PEERS)/.installed
+	$(PEERS)/bin/python benchmarks/against_transformers.py --output docs/benchmarks/cpu-against-transformers.json
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) $(PEERS) build engines/needle-*
+
+# Editable installs: the stamp depends on pyproject.toml alone, because code changes need no reinstall.
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-demo: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[plots]'
+	touch $@
+
+$(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+$(PEERS)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --editable '.[peers]'
+	touch $@

@@ -1,0 +1,250 @@
+"""ChunkKV as ONNX model-local functions made of standard operators only.
+
+`chunkkv::ChunkKVSelect` is sections 1 to 4 of the op contract (docs/method.md), `chunkkv::ChunkKVCompact` is section 5.
+An engine that registers an operator or plugin of the same name takes that one; every other engine inlines these bodies.
+The settings are constants of the body and are repeated as attributes on the nodes, where plugins read them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from chunkkv.settings import KEEP_SCALE, ChunkKVSettings
+from chunkkv_builder.onnx_graph.emitter import NodeEmitter
+
+DOMAIN = "chunkkv"
+DOMAIN_VERSION = 1
+SELECT = "ChunkKVSelect"
+COMPACT = "ChunkKVCompact"
+PLUGIN_VERSION = "1"
+PLUGIN_NAMESPACE = "chunkkv"
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+def plugin_attributes() -> dict[str, Any]:
+    """Return the attributes by which TensorRT's parser finds the plugin of a ChunkKV node."""
+    return {"plugin_version": PLUGIN_VERSION, "plugin_namespace": PLUGIN_NAMESPACE}
+
+
+def select_attributes(settings: ChunkKVSettings) -> dict[str, Any]:
+    """Return the attributes of a ChunkKVSelect node: the settings a plugin needs, and the plugin's own name."""
+    return {
+        "window": settings.window,
+        "chunk_size": settings.chunk_size,
+        "sinks": settings.sinks,
+        "boundaries": settings.boundaries,
+        "pooling": settings.pooling,
+        "score": settings.score,
+        "min_tokens": settings.min_tokens,
+        **plugin_attributes(),
+    }
+
+
+def select_inputs(settings: ChunkKVSettings) -> list[str]:
+    """Return the inputs of ChunkKVSelect; the delimiter flags exist only where boundaries need them.
+
+    query [B,Hq,w,D], key [B,Hkv,S,D], lengths [B], keep_per_10k [B], budget_tokens [B] int32 (0 = ratio mode),
+    is_delimiter [B,S] bool.
+    """
+    names = ["query", "key", "lengths", "keep_per_10k", "budget_tokens"]
+    return names + (["is_delimiter"] if settings.boundaries == "delimiter" else [])
+
+
+def select_function(settings: ChunkKVSettings, opset: int) -> onnx.FunctionProto:
+    """Return ChunkKVSelect for `settings`: kept_indices [B,max N] int32 (-1 pads), kept_lengths [B] int32,
+    token_scores [B,S] float32."""
+    e = NodeEmitter()
+    length = e.op("Unsqueeze", [e.op("Cast", ["lengths"], to=onnx.TensorProto.INT64), e.ints(1)])
+    position = _positions(e, e.op("Squeeze", [e.dim("key", 2)]))
+    ranked_end = e.op("Sub", [length, e.const(settings.window, "int64")])
+    before_window = e.op("Less", [position, ranked_end])
+    scores = _token_scores(e, settings, length, position, before_window)
+    e.op("Identity", [scores], ["token_scores"])
+    kept = _kept_tokens(e, settings, length)
+    e.op("Cast", [e.op("Squeeze", [kept, e.ints(1)])], ["kept_lengths"], to=onnx.TensorProto.INT32)
+    rank_value = _rank_values(e, settings, scores, length, position, before_window, kept)
+    _ascending_top(e, rank_value, kept)
+    return helper.make_function(
+        DOMAIN,
+        SELECT,
+        select_inputs(settings),
+        ["kept_indices", "kept_lengths", "token_scores"],
+        e.nodes,
+        [helper.make_opsetid("", opset)],
+    )
+
+
+def _positions(e: NodeEmitter, count: str) -> str:
+    """Return 0 … count-1 as [1, count] int64."""
+    steps = e.op("Range", [e.const(0, "int64"), count, e.const(1, "int64")])
+    return e.op("Unsqueeze", [steps, e.ints(0)])
+
+
+def _kept_tokens(e: NodeEmitter, settings: ChunkKVSettings, length: str) -> str:
+    """N(L) of section 1 as [B,1] int64."""
+    column = e.ints(1)
+    ratio = e.op("Unsqueeze", [e.op("Cast", ["keep_per_10k"], to=onnx.TensorProto.INT64), column])
+    budget = e.op("Unsqueeze", [e.op("Cast", ["budget_tokens"], to=onnx.TensorProto.INT64), column])
+    by_ratio = e.op("Div", [e.op("Mul", [length, ratio]), e.const(KEEP_SCALE, "int64")])
+    wanted = e.op("Where", [e.op("Greater", [budget, e.const(0, "int64")]), budget, by_ratio])
+    return e.op("Min", [length, e.op("Max", [wanted, e.const(settings.min_tokens, "int64")])])
+
+
+def _token_scores(
+    e: NodeEmitter, settings: ChunkKVSettings, length: str, position: str, before_window: str
+) -> str:
+    """a[t] of section 2 as [B,S]; zero from the window on."""
+    keys = _finite_padding(e, length, position)
+    heads = e.dim("key", 1)
+    head_dim = e.dim("key", 3)
+    batch = e.dim("key", 0)
+    grouped = e.op("Concat", [batch, heads, e.ints(-1), head_dim], axis=0)
+    transposed = e.op("Transpose", [keys], perm=[0, 1, 3, 2])
+    if settings.score == "logits":
+        query = e.op("ReduceSum", [e.op("Reshape", ["query", grouped]), e.ints(2)], keepdims=1)
+        mean = e.op("ReduceSum", [e.op("MatMul", [query, transposed]), e.ints(1, 2)], keepdims=0)
+    else:
+        root = e.op("Sqrt", [e.op("Cast", [e.op("Squeeze", [head_dim])], to=onnx.TensorProto.FLOAT)])
+        query = e.op("Reshape", [e.op("Div", ["query", root]), grouped])
+        logits = e.op("MatMul", [query, transposed])
+        per_query = e.op("Concat", [batch, e.dim("query", 1), e.ints(settings.window, -1)], axis=0)
+        masked = e.op(
+            "Add", [e.op("Reshape", [logits, per_query]), _causal_bias(e, settings, length, position)]
+        )
+        weights = e.op("Softmax", [masked], axis=-1)
+        flat = e.op("Reshape", [weights, e.op("Concat", [batch, e.ints(-1), e.dim("key", 2)], axis=0)])
+        mean = _mean_of_rows(e, flat)
+    scores = e.op("Where", [before_window, mean, e.scalar(0.0)])
+    if settings.pooling > 1:
+        half = settings.pooling // 2
+        rows = e.op("Unsqueeze", [scores, e.ints(1)])
+        pooled = e.op(
+            "AveragePool", [rows], kernel_shape=[settings.pooling], pads=[half, half], count_include_pad=1
+        )
+        scores = e.op("Where", [before_window, e.op("Squeeze", [pooled, e.ints(1)]), e.scalar(0.0)])
+    return scores
+
+
+def _mean_of_rows(e: NodeEmitter, rows: str) -> str:
+    """Return the mean over axis 1 of [B,R,S] as [B,S]: a product with ones, several times faster than ReduceMean."""
+    count = e.dim(rows, 1)
+    shape = e.op("Concat", [e.ints(1), count], axis=0)
+    one = helper.make_tensor("one", onnx.TensorProto.FLOAT, [1], [1.0])
+    total = e.op("MatMul", [e.op("ConstantOfShape", [shape], value=one), rows])
+    divisor = e.op("Cast", [count], to=onnx.TensorProto.FLOAT)
+    return e.op("Div", [e.op("Squeeze", [total, e.ints(1)]), divisor])
+
+
+def _finite_padding(e: NodeEmitter, length: str, position: str) -> str:
+    """Replace padded keys by the row's last key, so that no content of the padding can reach a score."""
+    last = e.op("Max", [e.op("Sub", [length, e.const(1, "int64")]), e.const(0, "int64")])
+    return _take_rows(e, "key", e.op("Min", [position, last]))
+
+
+def _take_rows(e: NodeEmitter, source: str, index: str) -> str:
+    """Return source[b,h,index[b,k]] for source [B,H,S,D] and index [B,K]: one copy of whole rows."""
+    batch, heads, size, width = (e.dim(source, axis) for axis in range(4))
+    row_count = e.op("Squeeze", [e.op("Mul", [batch, heads])])
+    first = e.op("Mul", [_positions(e, row_count), size])
+    first = e.op("Reshape", [first, e.op("Concat", [batch, heads, e.ints(1)], axis=0)])
+    rows = e.op("Add", [first, e.op("Unsqueeze", [index, e.ints(1)])])
+    flat = e.op("Reshape", [source, e.op("Concat", [e.ints(-1), width], axis=0)])
+    return e.op("Gather", [flat, rows], axis=0)
+
+
+def _causal_bias(e: NodeEmitter, settings: ChunkKVSettings, length: str, position: str) -> str:
+    """Return 0 where window query i may see token t, else the lowest float, as [B,1,w,S]."""
+    window = e.const(np.arange(1 - settings.window, 1, dtype=np.int64).reshape(1, 1, -1, 1), "int64")
+    last_seen = e.op("Add", [e.op("Reshape", [length, e.ints(-1, 1, 1, 1)]), window])
+    visible = e.op("Less", [e.op("Unsqueeze", [position, e.ints(1, 2)]), last_seen])
+    return e.op("Where", [visible, e.scalar(0.0), e.scalar(-np.inf)])
+
+
+def _rank_values(
+    e: NodeEmitter,
+    settings: ChunkKVSettings,
+    scores: str,
+    length: str,
+    position: str,
+    before_window: str,
+    kept: str,
+) -> str:
+    """Return per token [B,S] its chunk's mean score, +inf for tokens that always stay, -inf for padding and NaN."""
+    zero = e.scalar(0.0)
+    start = _chunk_starts(e, settings, position)
+    after_sinks = e.op("GreaterOrEqual", [position, e.const(settings.sinks, "int64")])
+    ranked = e.op("And", [after_sinks, before_window])
+    start = e.op("Where", [ranked, start, e.const(0, "int64")])  # outside the ranking nothing is read back
+    blank = e.op("ConstantOfShape", [e.op("Shape", [scores])])
+    total = e.op(
+        "ScatterElements", [blank, start, e.op("Where", [ranked, scores, zero])], axis=1, reduction="add"
+    )
+    ones = e.op("Cast", [ranked], to=onnx.TensorProto.FLOAT)
+    count = e.op("ScatterElements", [blank, start, ones], axis=1, reduction="add")
+    mean = e.op("Div", [total, e.op("Max", [count, e.scalar(1.0)])])
+    mean = e.op("GatherElements", [mean, start], axis=1)
+    mean = e.op("Where", [e.op("IsNaN", [mean]), e.scalar(-np.inf), e.op("Min", [mean, e.scalar(_LARGEST)])])
+    untouched = e.op("Equal", [kept, length])
+    always = e.op("Or", [e.op("Not", [ranked]), untouched])
+    value = e.op("Where", [always, e.scalar(np.inf), mean])
+    return e.op("Where", [e.op("Less", [position, length]), value, e.scalar(-np.inf)])
+
+
+def _chunk_starts(e: NodeEmitter, settings: ChunkKVSettings, position: str) -> str:
+    """Return for every token the position where its chunk starts, [1,S] or [B,S] int64 (section 3)."""
+    size = e.const(settings.chunk_size, "int64")
+    sinks = e.const(settings.sinks, "int64")
+    if settings.boundaries == "fixed":
+        segment = sinks
+    else:
+        segment = _segment_starts(e, position, sinks)
+    offset = e.op("Sub", [position, segment])
+    inside = e.op("Sub", [offset, e.op("Mod", [offset, size])])
+    return e.op("Add", [segment, inside])
+
+
+def _segment_starts(e: NodeEmitter, position: str, sinks: str) -> str:
+    """Return for every token where the run since the last delimiter (or since the sinks) starts, [B,S] int64."""
+    first = e.op("LessOrEqual", [position, sinks])
+    flags = e.op("Cast", ["is_delimiter"], to=onnx.TensorProto.INT64)
+    shifted = e.op("Pad", [flags, e.ints(0, 1, 0, -1)])
+    after_delimiter = e.op("Cast", [shifted], to=onnx.TensorProto.BOOL)
+    starts = e.op("Or", [after_delimiter, first])
+    number = e.op("CumSum", [e.op("Cast", [starts], to=onnx.TensorProto.INT64), e.const(1, "int64")])
+    number = e.op("Sub", [number, e.const(1, "int64")])  # the first token starts segment 0
+    here = e.op("Mul", [position, e.op("Cast", [starts], to=onnx.TensorProto.INT64)])
+    zeros = helper.make_tensor("zero", onnx.TensorProto.INT64, [1], [0])
+    blank = e.op("ConstantOfShape", [e.op("Shape", [flags])], value=zeros)
+    table = e.op("ScatterElements", [blank, number, here], axis=1, reduction="add")
+    return e.op("GatherElements", [table, number], axis=1)
+
+
+def _ascending_top(e: NodeEmitter, rank_value: str, kept: str) -> None:
+    """Write kept_indices: the N best tokens of each row in ascending order, -1 behind them (section 4)."""
+    most = e.op("Reshape", [e.op("ReduceMax", [kept], keepdims=0), e.ints(1)])
+    e.op("TopK", [rank_value, most], ["top_values", "top_indices"], axis=1, largest=1, sorted=1)
+    rank = _positions(e, e.op("Squeeze", [most]))
+    missing = e.const(np.iinfo(np.int32).max, "int32")
+    index = e.op("Cast", ["top_indices"], to=onnx.TensorProto.INT32)
+    index = e.op("Where", [e.op("Less", [rank, kept]), index, missing])
+    e.op("TopK", [index, most], ["sorted_indices", "sorted_places"], axis=1, largest=0, sorted=1)
+    is_padding = e.op("Equal", ["sorted_indices", missing])
+    e.op("Where", [is_padding, e.const(-1, "int32"), "sorted_indices"], ["kept_indices"])
+
+
+def compact_function(opset: int) -> onnx.FunctionProto:
+    """Return ChunkKVCompact: x [B,Hkv,S,D], kept_indices [B,K] int32 -> [B,Hkv,K,D], rows copied bit for bit.
+
+    Where an index is -1 the row's first token is copied: those slots lie behind kept_lengths and are never read.
+    """
+    e = NodeEmitter()
+    index = e.op("Cast", ["kept_indices"], to=onnx.TensorProto.INT64)
+    rows = _take_rows(e, "x", e.op("Max", [index, e.const(0, "int64")]))
+    e.op("Identity", [rows], ["y"])
+    return helper.make_function(
+        DOMAIN, COMPACT, ["x", "kept_indices"], ["y"], e.nodes, [helper.make_opsetid("", opset)]
+    )

@@ -1,0 +1,314 @@
+"""Plan to ONNX: the step graph (a block of tokens against the cache) and the compress graph (all ChunkKV nodes).
+
+One step graph serves prefill blocks and decode steps alike, so its weights exist once in memory. Cache slots and
+logical positions are separate inputs: `cache_lengths` says where a token is stored, `position_ids` how it is rotated.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+
+from chunkkv.errors import ConfigError
+from chunkkv_builder.model_config import rope_frequencies
+from chunkkv_builder.onnx_graph import functions
+from chunkkv_builder.onnx_graph.emitter import GraphEmitter
+from chunkkv_builder.onnx_graph.quantize import BLOCK
+from chunkkv_builder.onnx_graph.weights import WeightLocation
+from chunkkv_builder.plan import LayerPlan, Plan
+
+CONTRIB = "com.microsoft"
+ATTENTION_OPSET = {"fused": 23, "standard": 24}
+COMPRESS_OPSET = 23
+PACKED_SUFFIX = ".packed"
+SCALES_SUFFIX = ".scales"
+_INT32, _INT64, _FLOAT = onnx.TensorProto.INT32, onnx.TensorProto.INT64, onnx.TensorProto.FLOAT
+
+
+class StepGraph:
+    """Emits the step graph of `plan`; weights are looked up in `weights` by their checkpoint names.
+
+    attention "fused" uses ONNX Runtime's GroupQueryAttention, whose memory does not grow with block x cache, and
+    which accepts several tokens per row only for B = 1. "standard" uses TensorScatter and Attention of ONNX opset 24
+    with a slot mask: any engine, any B and S.
+    """
+
+    def __init__(self, plan: Plan, weights: Mapping[str, WeightLocation], attention: str = "fused") -> None:
+        if attention not in ATTENTION_OPSET:
+            raise ConfigError(f"attention is {attention!r}; allowed is {' or '.join(ATTENTION_OPSET)}")
+        self.plan = plan
+        self.model = plan.model
+        self.weights = weights
+        self.attention = attention
+        self.e = GraphEmitter()
+
+    def build(self) -> onnx.ModelProto:
+        """Return the model.
+
+        Inputs: input_ids [B,S], position_ids [B,S] int64, cache_lengths [B] int32 (slots filled before this block),
+        logit_indices [B,P] int64 (places in the block), past_key.l and past_value.l [B,Hkv,C,D]. Outputs: logits
+        [B,P,V], present_key.l and present_value.l (the same buffers), and for each leader l query.l [B,Hq,w,D], the
+        block's last w rotated queries (fewer where the block is shorter).
+        """
+        e = self.e
+        ids = e.input("input_ids", "int64", ["batch", "block"])
+        positions = e.input("position_ids", "int64", ["batch", "block"])
+        lengths = e.input("cache_lengths", "int32", ["batch"])
+        places = e.input("logit_indices", "int64", ["batch", "logit_count"])
+        self.rows = e.op("Concat", [e.dim("input_ids", 0), e.dim("input_ids", 1), e.ints(-1)], axis=0)
+        self._cache_inputs(lengths)
+        self._rotation(positions)
+        table = e.weight(self.weights["model.embed_tokens.weight"])
+        hidden = e.op("Gather", [table, e.op("Reshape", [ids, e.ints(-1)])], name="/embed_tokens")
+        for layer in self.plan.layers:
+            hidden = self._layer(layer, hidden)
+        self._logits(hidden, places)
+        contrib = self.attention == "fused" or any(name.endswith(PACKED_SUFFIX) for name in self.weights)
+        return e.model(
+            "chunkkv_step",
+            opset=ATTENTION_OPSET[self.attention],
+            domains=[(CONTRIB, 1)] if contrib else [],
+            metadata={"chunkkv.graph": "step"},
+        )
+
+    def _cache_inputs(self, lengths: str) -> None:
+        """Derive from cache_lengths what the attention operator needs, once for all layers."""
+        e = self.e
+        block = e.op("Cast", [e.op("Squeeze", [e.dim("input_ids", 1)])], to=_INT32)
+        if self.attention == "fused":
+            last = e.op("Add", [lengths, e.op("Sub", [block, e.const(1, "int32")])])
+            total = e.op("Add", [e.op("ReduceMax", [lengths], keepdims=0), block])
+            self.lengths = (last, total)
+            return
+        first = e.op("Cast", [lengths], to=_INT64)
+        steps = e.op(
+            "Range", [e.const(0, "int64"), e.op("Squeeze", [e.dim("input_ids", 1)]), e.const(1, "int64")]
+        )
+        capacity = e.op("Squeeze", [e.dim("past_key.0", 2)])
+        slots = e.op("Range", [e.const(0, "int64"), capacity, e.const(1, "int64")])
+        newest = e.op(
+            "Add",
+            [e.op("Reshape", [first, e.ints(-1, 1, 1, 1)]), e.op("Reshape", [steps, e.ints(1, 1, -1, 1)])],
+        )
+        self.lengths = (first, e.op("LessOrEqual", [slots, newest]))
+
+    def _rotation(self, positions: str) -> None:
+        """Cosines and sines [B,S,D/2] of this block's logical positions, in float32 as transformers computes them."""
+        e = self.e
+        frequencies, factor = rope_frequencies(self.model)
+        wave = np.asarray(frequencies, dtype=np.float32).reshape(1, 1, -1)
+        at = e.op("Unsqueeze", [e.op("Cast", [positions], to=_FLOAT), e.ints(2)])
+        angles = e.op("Mul", [at, e.inline("rope.frequencies", wave)])
+        cosines, sines = e.op("Cos", [angles]), e.op("Sin", [angles])
+        if factor != 1.0:
+            scale = e.scalar(factor)
+            cosines, sines = e.op("Mul", [cosines, scale]), e.op("Mul", [sines, scale])
+        self.rotation = (cosines, sines)
+
+    def _layer(self, layer: LayerPlan, hidden: str) -> str:
+        prefix = f"model.layers.{layer.index}"
+        normed = self._norm(f"{prefix}.input_layernorm.weight", hidden)
+        hidden = self.e.op("Add", [hidden, self._attention(layer, normed)])
+        normed = self._norm(f"{prefix}.post_attention_layernorm.weight", hidden)
+        gate = self._linear(f"{prefix}.mlp.gate_proj", normed)
+        gate = self.e.op("Mul", [gate, self.e.op("Sigmoid", [gate])])
+        inner = self.e.op("Mul", [gate, self._linear(f"{prefix}.mlp.up_proj", normed)])
+        return self.e.op("Add", [hidden, self._linear(f"{prefix}.mlp.down_proj", inner)])
+
+    def _attention(self, layer: LayerPlan, normed: str) -> str:
+        e, model, index = self.e, self.model, layer.index
+        prefix = f"model.layers.{index}.self_attn"
+        cache_shape = ["batch", model.num_kv_heads, "capacity", model.head_dim]
+        past = [e.input(f"past_{kind}.{index}", "float32", cache_shape) for kind in ("key", "value")]
+        query = self._rotate(self._heads(f"{prefix}.q", normed), model.num_heads)
+        key = self._rotate(self._heads(f"{prefix}.k", normed), model.num_kv_heads)
+        value = e.op("Reshape", [self._linear(f"{prefix}.v_proj", normed), self.rows])
+        if layer.is_leader:
+            self._window_queries(index, query)
+        present = [f"present_key.{index}", f"present_value.{index}"]
+        emit = self._fused_attention if self.attention == "fused" else self._standard_attention
+        mixed = emit(index, (query, key, value), past, present)
+        for name in present:
+            e.output(name, "float32", cache_shape)
+        return self._linear(f"{prefix}.o_proj", mixed)
+
+    def _heads(self, prefix: str, normed: str) -> str:
+        """Project to heads, with Qwen3's per-head norm where the model has it: [B,S,H*D]."""
+        heads = self._linear(f"{prefix}_proj", normed)
+        if self.model.qk_norm:
+            heads = self.e.op("Reshape", [heads, self.e.ints(-1, self.model.head_dim)])
+            heads = self._norm(f"{prefix}_norm.weight", heads)
+        return self.e.op("Reshape", [heads, self.rows])
+
+    def _rotate(self, heads: str, count: int) -> str:
+        return self.e.op("RotaryEmbedding", [heads, *self.rotation], num_heads=count)
+
+    def _window_queries(self, index: int, query: str) -> None:
+        e, model, settings = self.e, self.model, self.plan.settings
+        assert settings is not None
+        last = e.op("Slice", [query, e.ints(-settings.window), e.ints(np.iinfo(np.int64).max), e.ints(1)])
+        shape = e.op("Concat", [e.dim("input_ids", 0), e.ints(-1, model.num_heads, model.head_dim)], axis=0)
+        name = f"query.{index}"
+        e.op("Transpose", [e.op("Reshape", [last, shape])], [name], perm=[0, 2, 1, 3])
+        e.output(name, "float32", ["batch", model.num_heads, "window", model.head_dim])
+
+    def _fused_attention(
+        self, index: int, qkv: tuple[str, str, str], past: list[str], present: list[str]
+    ) -> str:
+        e, model = self.e, self.model
+        mixed = f"/layers.{index}/attention_output"
+        e.op(
+            "GroupQueryAttention",
+            [*qkv, *past, *self.lengths],
+            [mixed, *present],
+            name=f"/layers.{index}/attention",
+            domain=CONTRIB,
+            num_heads=model.num_heads,
+            kv_num_heads=model.num_kv_heads,
+        )
+        return e.op("Reshape", [mixed, e.ints(-1, model.num_heads * model.head_dim)])
+
+    def _standard_attention(
+        self, index: int, qkv: tuple[str, str, str], past: list[str], present: list[str]
+    ) -> str:
+        e, model = self.e, self.model
+        first, visible = self.lengths
+        split = []
+        for value, count in zip(qkv, (model.num_heads, model.num_kv_heads, model.num_kv_heads), strict=True):
+            heads = e.op("Reshape", [value, e.ints(0, 0, count, model.head_dim)])
+            split.append(e.op("Transpose", [heads], perm=[0, 2, 1, 3]))
+        for old, new, name in zip(past, split[1:], present, strict=True):
+            e.op("TensorScatter", [old, new, first], [name], name=f"/layers.{index}/store/{name}", axis=2)
+        mixed = e.op("Attention", [split[0], *present, visible], name=f"/layers.{index}/attention")
+        mixed = e.op("Transpose", [mixed], perm=[0, 2, 1, 3])
+        return e.op("Reshape", [mixed, e.ints(-1, model.num_heads * model.head_dim)])
+
+    def _logits(self, hidden: str, places: str) -> None:
+        """Norm and vocabulary projection of the asked places only."""
+        e, block = self.e, self.e.dim("input_ids", 1)
+        batch = e.op("Squeeze", [e.dim("input_ids", 0)])
+        first = e.op("Mul", [e.op("Range", [e.const(0, "int64"), batch, e.const(1, "int64")]), block])
+        flat = e.op("Reshape", [e.op("Add", [places, e.op("Unsqueeze", [first, e.ints(1)])]), e.ints(-1)])
+        normed = self._norm("model.norm.weight", e.op("Gather", [hidden, flat]))
+        head = "model.embed_tokens" if self.model.tie_word_embeddings else "lm_head"
+        scores = self._linear(head, normed, node="/lm_head")
+        shape = e.op("Concat", [e.op("Shape", [places]), e.ints(self.model.vocab_size)], axis=0)
+        e.op("Reshape", [scores, shape], ["logits"])
+        e.output("logits", "float32", ["batch", "logit_count", self.model.vocab_size])
+
+    def _norm(self, name: str, value: str) -> str:
+        weight = self.e.weight(self.weights[name])
+        return self.e.op(
+            "RMSNormalization", [value, weight], name="/" + name, axis=-1, epsilon=self.model.rms_norm_eps
+        )
+
+    def _linear(self, name: str, value: str, node: str | None = None) -> str:
+        """value [rows,in] times the weight [out,in] stored as in the checkpoint, plus its bias where there is one."""
+        e = self.e
+        bias = [e.weight(self.weights[f"{name}.bias"])] if f"{name}.bias" in self.weights else []
+        packed = self.weights.get(f"{name}.weight{PACKED_SUFFIX}")
+        node = node or "/" + name
+        if packed is None:
+            weight = e.weight(self.weights[f"{name}.weight"])
+            return e.op("Gemm", [value, weight, *bias], name=node, transB=1)
+        bits = packed.shape[2] * 8 // BLOCK
+        scales = self.weights[f"{name}.weight{SCALES_SUFFIX}"]
+        result = e.op(
+            "MatMulNBits",
+            [value, e.weight(packed), e.weight(scales)],
+            name=node,
+            domain=CONTRIB,
+            N=packed.shape[0],
+            K=self._in_features(name),
+            bits=bits,
+            block_size=BLOCK,
+            accuracy_level=4,
+        )
+        return e.op("Add", [result, *bias]) if bias else result
+
+    def _in_features(self, name: str) -> int:
+        if name.endswith("down_proj"):
+            return self.model.intermediate_size
+        if name.endswith("o_proj"):
+            return self.model.num_heads * self.model.head_dim
+        return self.model.hidden_size
+
+
+def compress_graph(plan: Plan) -> onnx.ModelProto:
+    """Return the graph that compacts the caches of all layers after the last prefill block; it has no weights.
+
+    Inputs: lengths, keep_per_10k, budget_tokens [B] int32, capacity [1] int64 (slots of the output caches, at least the
+    largest N), input_ids [B,S] int64 (delimiter boundaries only), query.l [B,Hq,w,D] per leader, key.l and value.l
+    [B,Hkv,S,D]. Outputs: kept_lengths [B], kept_indices.l [B,N] int32 and token_scores.l [B,S] per leader, kept_key.l and
+    kept_value.l [B,Hkv,capacity,D]. Raises ConfigError for a plan without ChunkKV.
+    """
+    settings, model = plan.settings, plan.model
+    if settings is None:
+        raise ConfigError("this plan has no ChunkKV settings, so there is nothing to compress")
+    e = GraphEmitter()
+    shared = [e.input(name, "int32", ["batch"]) for name in ("lengths", "keep_per_10k", "budget_tokens")]
+    e.input("capacity", "int64", [1])
+    if settings.boundaries == "delimiter":
+        assert plan.delimiter_tokens is not None
+        table = e.inline("delimiter_tokens", plan.delimiter_tokens)
+        shared.append(e.op("Gather", [table, e.input("input_ids", "int64", ["batch", "tokens"])]))
+    cache_shape = ["batch", model.num_kv_heads, "tokens", model.head_dim]
+    for layer in plan.layers:
+        for kind in ("key", "value"):
+            e.input(f"{kind}.{layer.index}", "float32", cache_shape)
+    for leader in plan.leaders:
+        _select_node(e, plan, leader, shared)
+        for layer in plan.layers:
+            if layer.leader == leader:
+                _compact_nodes(e, plan, layer)
+    e.op("Identity", [f"kept_lengths.{plan.leaders[0]}"], ["kept_lengths"])
+    e.output("kept_lengths", "int32", ["batch"])
+    return e.model(
+        "chunkkv_compress",
+        opset=COMPRESS_OPSET,
+        functions=[
+            functions.select_function(settings, COMPRESS_OPSET),
+            functions.compact_function(COMPRESS_OPSET),
+        ],
+        domains=[(functions.DOMAIN, functions.DOMAIN_VERSION)],
+        metadata={"chunkkv.graph": "compress", "chunkkv.settings": json.dumps(settings.to_dict())},
+    )
+
+
+def _select_node(e: GraphEmitter, plan: Plan, leader: int, shared: list[str]) -> None:
+    """Emit the choice of one group, and its indices padded with -1 to the capacity of the output caches."""
+    settings, model = plan.settings, plan.model
+    assert settings is not None
+    query = e.input(f"query.{leader}", "float32", ["batch", model.num_heads, settings.window, model.head_dim])
+    indices, scores = f"kept_indices.{leader}", f"token_scores.{leader}"
+    e.op(
+        functions.SELECT,
+        [query, f"key.{leader}", *shared],
+        [indices, f"kept_lengths.{leader}", scores],
+        name=f"/layers.{leader}/chunkkv/select",
+        domain=functions.DOMAIN,
+        **functions.select_attributes(settings),
+    )
+    e.output(indices, "int32", ["batch", "kept"])
+    e.output(scores, "float32", ["batch", "tokens"])
+    spare = e.op("Sub", ["capacity", e.dim(indices, 1)])
+    pads = e.op("Concat", [e.ints(0, 0, 0), spare], axis=0)
+    e.op("Pad", [indices, pads, e.const(-1, "int32")], [f"slots.{leader}"])
+
+
+def _compact_nodes(e: GraphEmitter, plan: Plan, layer: LayerPlan) -> None:
+    model = plan.model
+    for kind in ("key", "value"):
+        output = f"kept_{kind}.{layer.index}"
+        e.op(
+            functions.COMPACT,
+            [f"{kind}.{layer.index}", f"slots.{layer.leader}"],
+            [output],
+            name=f"/layers.{layer.index}/chunkkv/compact_{kind}",
+            domain=functions.DOMAIN,
+            **functions.plugin_attributes(),
+        )
+        e.output(output, "float32", ["batch", model.num_kv_heads, "capacity_slots", model.head_dim])

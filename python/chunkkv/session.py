@@ -1,0 +1,308 @@
+"""Drives an engine: prefill in blocks, compress once, decode; a logical position is never a cache slot."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from chunkkv import reference
+from chunkkv.engine_files import EngineFiles
+from chunkkv.errors import EngineMismatchError, RequestError
+from chunkkv.executors.onnxruntime import Choice, KVCache, OnnxRuntimeExecutor
+from chunkkv.requests import Limits, Prompt, Request, is_single, make_requests
+from chunkkv.results import GenerationResult, GroupChoice, Inspection, RequestStatistics, StreamEvent
+from chunkkv.sampling import Sampler, SamplingParams, StopText
+from chunkkv.settings import ChunkKVSettings
+from chunkkv.tokenizer import StreamDecoder, Tokenizer
+
+
+class ChunkKVSession:
+    """An engine directory, loaded and ready to generate.
+
+    Calls may come from several threads at once: each has its own caches, the graphs are shared.
+    """
+
+    def __init__(
+        self,
+        executor: OnnxRuntimeExecutor,
+        settings: ChunkKVSettings | None,
+        limits: Limits,
+        block: int,
+        tokenizer: Tokenizer | None = None,
+        eos_token_ids: Sequence[int] = (),
+    ) -> None:
+        self._executor = executor
+        self.settings = settings
+        self.limits = limits
+        self._block = block
+        self.tokenizer = tokenizer
+        self._eos = frozenset(eos_token_ids)
+
+    @classmethod
+    def from_dir(cls, engine_dir: str | PathLike[str], threads: int | None = None) -> ChunkKVSession:
+        """Load an engine directory after checking every file in it; `threads` None leaves the choice to the engine.
+
+        Raises EngineError for a missing, changed or foreign file, EngineMismatchError for another backend's engine.
+        """
+        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+            raise RequestError(f"threads is {threads!r}; give a whole number of at least 1, or none")
+        files = EngineFiles.load(Path(engine_dir))
+        if files.backend != "onnxruntime":
+            raise EngineMismatchError(
+                f"{engine_dir} was built for backend {files.backend!r}; this session runs 'onnxruntime'"
+            )
+        model, build = files.model, files.build
+        limits = Limits(
+            build["max_batch_size"], build["max_input_len"], build["max_seq_len"], model["vocab_size"]
+        )
+        executor = OnnxRuntimeExecutor(files.path, files.settings.window if files.settings else 0, threads)
+        tokenizer = Tokenizer.from_dir(files.path) if (files.path / "tokenizer.json").is_file() else None
+        return cls(
+            executor, files.settings, limits, build["max_num_tokens"], tokenizer, model["eos_token_ids"]
+        )
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling: SamplingParams | None = None,
+        *,
+        keep_ratio: float | Sequence[float | None] | None = None,
+        budget_tokens: int | Sequence[int | None] | None = None,
+        stream: bool = False,
+        cancel: threading.Event | None = None,
+    ) -> Any:
+        """Answer one prompt (text or token ids) or a list of them.
+
+        Returns one GenerationResult for one prompt, a list for a list, or with stream=True an iterator of StreamEvent.
+        `keep_ratio` or `budget_tokens`, one value or one per prompt, override the engine's own within its limit. Setting
+        `cancel` ends every answer within one token. Raises RequestError before any work for a request that the engine
+        cannot serve.
+        """
+        sampling = sampling or SamplingParams()
+        single = is_single(prompts)
+        listed = [prompts] if single else list(prompts)
+        if sampling.stop and self.tokenizer is None:
+            raise RequestError("stop strings need a tokenizer; this engine was built without one")
+        requests = make_requests(
+            listed,
+            self.tokenizer,
+            self.limits,
+            self.settings,
+            keep_ratio,
+            budget_tokens,
+            sampling.max_new_tokens,
+        )
+        events = self._events(requests, sampling, cancel or threading.Event())
+        if stream:
+            return events
+        results = {event.row: event.finished for event in events if event.finished is not None}
+        return results[0] if single else [results[row] for row in range(len(requests))]
+
+    def inspect(
+        self, prompt: Prompt, keep_ratio: float | None = None, budget_tokens: int | None = None
+    ) -> Inspection:
+        """Prefill one prompt and return what every layer-reuse group would keep, and why.
+
+        Raises EngineMismatchError for an engine without ChunkKV.
+        """
+        if self.settings is None:
+            raise EngineMismatchError(
+                "this engine was built without ChunkKV, so there is no choice to show: build with --chunkkv"
+            )
+        request = make_requests(
+            [prompt], self.tokenizer, self.limits, self.settings, keep_ratio, budget_tokens, 0
+        )[0]
+        cache = self._executor.new_cache(1, request.kept_tokens)
+        _, choice = _Prefill(self._executor, self.settings, self._block).run(
+            request, cache, threading.Event()
+        )
+        texts = [self.tokenizer.token_text(int(i)) if self.tokenizer else str(i) for i in request.ids]
+        return Inspection(
+            tokens=tuple(texts),
+            token_ids=tuple(int(i) for i in request.ids),
+            kept_tokens=request.kept_tokens,
+            settings=self.settings,
+            groups=tuple(self._group_choice(group, request, choice) for group in self.settings.layer_groups),
+        )
+
+    def _group_choice(self, group: tuple[int, ...], request: Request, choice: Choice | None) -> GroupChoice:
+        assert self.settings is not None
+        leader, length = self.settings.leader_of(group), len(request.ids)
+        if choice is None:  # the whole prompt is kept, so nothing was scored
+            return GroupChoice(
+                group, leader, np.arange(length), np.zeros(length, np.float32), np.zeros(0, np.int64)
+            )
+        flags = None
+        if self.settings.boundaries == "delimiter" and self.tokenizer is not None:
+            flags = self.tokenizer.delimiter_token_table(vocab_size=self.limits.vocab_size)[request.ids]
+        starts = reference.chunk_starts(length, self.settings, flags)
+        return GroupChoice(group, leader, choice.kept_indices[leader], choice.token_scores[leader], starts)
+
+    def _events(
+        self, requests: list[Request], sampling: SamplingParams, cancel: threading.Event
+    ) -> Iterator[StreamEvent]:
+        began = time.perf_counter()
+        capacity = max(request.kept_tokens for request in requests) + sampling.max_new_tokens
+        cache = self._executor.new_cache(len(requests), capacity)
+        prefill = _Prefill(self._executor, self.settings, self._block)
+        rows: list[_Row] = []
+        for number, request in enumerate(requests):
+            row = _Row(number, request, sampling, self)
+            rows.append(row)
+            logits, _ = prefill.run(request, cache.row(number), cancel)
+            row.prefill_s, row.compress_s = prefill.prefill_s, prefill.compress_s
+            yield row.cancelled() if logits is None else row.accept(logits, began)
+        del prefill  # gives the full prompt cache back before decode
+        yield from self._decode(rows, cache, cancel)
+
+    def _decode(self, rows: list[_Row], cache: KVCache, cancel: threading.Event) -> Iterator[StreamEvent]:
+        """Append a token to every open row until all are finished; finished rows ride along without effect."""
+        decoder = None
+        while open_rows := [row for row in rows if not row.finished]:
+            if cancel.is_set():
+                yield from (row.cancelled() for row in open_rows)
+                return
+            decoder = decoder or self._executor.decoder(cache)
+            started = time.perf_counter()
+            for row in open_rows:
+                decoder.input_ids[row.number] = row.tokens[-1]
+                decoder.position_ids[row.number] = len(row.request.ids) + len(row.tokens) - 1
+                decoder.cache_lengths[row.number] = row.request.kept_tokens + len(row.tokens) - 1
+            logits = decoder.run()
+            seconds = time.perf_counter() - started
+            for row in open_rows:
+                row.decode_s += seconds
+                yield row.accept(logits[row.number])
+
+
+class _Prefill:
+    """Runs one prompt through the engine and leaves its kept tokens in the first slots of a one-row cache."""
+
+    def __init__(self, executor: OnnxRuntimeExecutor, settings: ChunkKVSettings | None, block: int) -> None:
+        self._executor, self._settings, self._block = executor, settings, block
+        self._window = settings.window if settings else 1
+        self._full: KVCache | None = None  # reused from prompt to prompt of one call
+        self.prefill_s = self.compress_s = 0.0
+
+    def run(
+        self, request: Request, out: KVCache, cancel: threading.Event
+    ) -> tuple[np.ndarray | None, Choice | None]:
+        """Return the logits [vocab] after the prompt, None where cancelled, and the choice where one was made.
+
+        A prompt of which every token stays is written straight to `out`.
+        """
+        started = time.perf_counter()
+        self.compress_s = 0.0
+        length = len(request.ids)
+        compresses = request.kept_tokens < length
+        if compresses and (self._full is None or self._full.capacity != length):
+            self._full = None  # free the old one first
+            self._full = self._executor.new_cache(1, length)
+        cache = self._full if compresses else out
+        assert cache is not None
+        logits, queries, filled = None, {}, 0
+        for size in block_sizes(length, self._block, self._window):
+            if cancel.is_set():
+                return None, None
+            logits, queries = self._executor.prefill_block(cache, request.ids[filled : filled + size], filled)
+            filled += size
+        self.prefill_s = time.perf_counter() - started
+        if not compresses:
+            return logits, None
+        started = time.perf_counter()
+        choice = self._executor.compress(
+            cache, queries, request.ids, request.keep_per_10k, request.budget_tokens, out
+        )
+        self.compress_s = time.perf_counter() - started
+        return logits, choice
+
+
+def block_sizes(length: int, block: int, window: int) -> list[int]:
+    """Split a prompt into prefill blocks of at most `block` tokens, the last with at least min(window, length).
+
+    Requires window <= block.
+    """
+    sizes = [block] * (length // block)
+    rest = length % block
+    if rest:
+        sizes.append(rest)
+        if len(sizes) > 1 and rest < window:
+            sizes[-2:] = [block + rest - window, window]
+    return sizes
+
+
+class _Row:
+    """One prompt's answer as it grows."""
+
+    def __init__(
+        self, number: int, request: Request, sampling: SamplingParams, session: ChunkKVSession
+    ) -> None:
+        self.number, self.request, self._sampling, self._session = number, request, sampling, session
+        self._sampler = Sampler(sampling, request.ids, session.limits.vocab_size)
+        self._decoder = StreamDecoder(session.tokenizer) if session.tokenizer else None
+        self._stop = StopText(sampling.stop)
+        self.tokens: list[int] = []
+        self._logprobs: list[float] = []
+        self._text = ""
+        self.finished = False
+        self.prefill_s = self.compress_s = self.decode_s = self._ttft_s = 0.0
+
+    def accept(self, logits: np.ndarray, began: float | None = None) -> StreamEvent:
+        """Choose the next token from logits [vocab]; `began` marks the first one, whose waiting time is kept."""
+        token, logprob = self._sampler.choose(logits)
+        if began is not None:
+            self._ttft_s = time.perf_counter() - began
+        self.tokens.append(token)
+        if logprob is not None:
+            self._logprobs.append(logprob)
+        ended = token in self._session._eos and not self._sampling.ignore_eos
+        text = "" if ended or self._decoder is None else self._stop.push(self._decoder.push(token))
+        if ended or self._stop.found:
+            return self._finish(text, "stop", token)
+        if len(self.tokens) >= self._sampling.max_new_tokens:
+            return self._finish(text, "length", token)
+        self._text += text
+        return StreamEvent(self.number, text, (token,))
+
+    def cancelled(self) -> StreamEvent:
+        """End the answer with what there is."""
+        return self._finish("", "cancelled", None)
+
+    def _finish(self, text: str, reason: str, token: int | None) -> StreamEvent:
+        self.finished = True
+        if not self._stop.found and self._decoder is not None:
+            text += self._stop.push(self._decoder.finish())
+            text += self._stop.flush()
+            if self._stop.found:
+                reason = "stop"
+        self._text += text
+        result = GenerationResult(
+            text=self._text,
+            token_ids=tuple(self.tokens),
+            finish_reason=reason,
+            logprobs=tuple(self._logprobs) if self._sampling.logprobs else None,
+            statistics=self._statistics(),
+        )
+        return StreamEvent(self.number, text, () if token is None else (token,), result)
+
+    def _statistics(self) -> RequestStatistics:
+        per_token = self._session._executor.kv_bytes_per_token
+        kept, new = self.request.kept_tokens, len(self.tokens)
+        return RequestStatistics(
+            prompt_tokens=len(self.request.ids),
+            kept_tokens=kept,
+            new_tokens=new,
+            ttft_s=self._ttft_s,
+            tpot_s=self.decode_s / (new - 1) if new > 1 else None,
+            prefill_s=self.prefill_s,
+            compress_s=self.compress_s,
+            cache_bytes=kept * per_token,
+            full_cache_bytes=len(self.request.ids) * per_token,
+            allocated_cache_bytes=(kept + self._sampling.max_new_tokens) * per_token,
+        )
