@@ -47,9 +47,7 @@ class Plan:
         return 2 * self.model.num_layers * self.model.num_kv_heads * self.model.head_dim * CACHE_ITEM_BYTES
 
 
-def make_plan(
-    model: ModelConfig, settings: ChunkKVSettings | None, delimiter_tokens: np.ndarray | None = None
-) -> Plan:
+def make_plan(model: ModelConfig, settings: ChunkKVSettings | None, delimiter_tokens: np.ndarray | None = None) -> Plan:
     """Return the plan of `model` with `settings`.
 
     Raises ConfigError where the layer groups are not exactly the model's layers in order, or where delimiter
@@ -67,7 +65,7 @@ def make_plan(
     if settings.boundaries == "delimiter":
         if delimiter_tokens is None or delimiter_tokens.shape != (model.vocab_size,):
             raise ConfigError(
-                "boundaries is 'delimiter', which needs a tokenizer beside the checkpoint to find the delimiter tokens: "
+                "boundaries is 'delimiter', which needs a tokenizer beside the checkpoint: "
                 "add tokenizer.json or use boundaries 'fixed'"
             )
         delimiter_tokens = np.ascontiguousarray(delimiter_tokens, dtype=bool)

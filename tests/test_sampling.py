@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -36,9 +37,7 @@ def test_top_k_keeps_the_k_best():
 
 def test_top_p_keeps_the_smallest_set_that_reaches_p():
     probabilities = np.exp(LOGITS) / np.exp(LOGITS).sum()
-    top_p = float(
-        probabilities[1] + probabilities[4] + 0.01
-    )  # the two best fall just short, so a third belongs to it
+    top_p = float(probabilities[1] + probabilities[4] + 0.01)  # the two best fall just short, so a third belongs to it
     assert set(draws(500, temperature=1.0, top_p=top_p, seed=2)) == {1, 2, 4}
     assert set(draws(50, temperature=1.0, top_p=1e-6, seed=2)) == {1}
 
@@ -60,9 +59,7 @@ def test_repetition_penalty_lowers_negative_logits_too():
 
 
 def test_logprob_is_of_the_model_not_of_the_filtered_distribution():
-    sampler = Sampler(
-        SamplingParams(temperature=1.0, top_k=1, seed=0, logprobs=True), np.array([]).astype(int), 5
-    )
+    sampler = Sampler(SamplingParams(temperature=1.0, top_k=1, seed=0, logprobs=True), np.array([]).astype(int), 5)
     token, logprob = sampler.choose(LOGITS)
     expected = float(LOGITS[token]) - math.log(np.exp(LOGITS.astype(np.float64)).sum())
     assert logprob == pytest.approx(expected, abs=1e-6)
@@ -106,7 +103,7 @@ def test_stop_text_equals_searching_the_whole_text(text, stops, cuts):
     stop = StopText(tuple(stops))
     shown = ""
     seen = ""
-    for left, right in zip(edges, edges[1:], strict=False):
+    for left, right in itertools.pairwise(edges):
         seen = text[:right]
         shown += stop.push(text[left:right])
         if stop.found:

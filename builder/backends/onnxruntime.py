@@ -24,9 +24,7 @@ STEP_FILE = "step.onnx"
 COMPRESS_FILE = "compress.onnx"
 
 
-def build(
-    checkpoint: Checkpoint, plan: Plan, build: BuildConfig, out_dir: Path, progress: Progress
-) -> dict[str, str]:
+def build(checkpoint: Checkpoint, plan: Plan, build: BuildConfig, out_dir: Path, progress: Progress) -> dict[str, str]:
     """Write the engine's graphs and weights to `out_dir`; return the versions that made them.
 
     Raises ConfigError for a type other than float32, or blocks shorter than the observation window.
@@ -116,9 +114,7 @@ def _projection(checkpoint: Checkpoint, linear: _Linear, precision: str | None) 
         return [_float32(checkpoint, weight), *bias]
     bits = quantize.BITS[precision]
     packed_shape, scale_shape = quantize.packed_shapes(*linear.shape, bits)
-    pair = _OncePerPart(
-        lambda: quantize.quantize(np.asarray(checkpoint.tensor(weight), dtype=np.float32), bits)
-    )
+    pair = _OncePerPart(lambda: quantize.quantize(np.asarray(checkpoint.tensor(weight), dtype=np.float32), bits))
     return [
         WeightSource(weight + PACKED_SUFFIX, packed_shape, "uint8", lambda: pair.take(0)),
         WeightSource(weight + SCALES_SUFFIX, scale_shape, "float32", lambda: pair.take(1)),

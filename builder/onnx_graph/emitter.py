@@ -45,9 +45,7 @@ class NodeEmitter:
             outputs = [f"{self._prefix}{op_type.lower()}_{self._count}"]
         node_name = name or f"{self._prefix}{op_type}_{self._count}"
         self.nodes.append(
-            helper.make_node(
-                op_type, list(inputs), list(outputs), name=node_name, domain=domain, **attributes
-            )
+            helper.make_node(op_type, list(inputs), list(outputs), name=node_name, domain=domain, **attributes)
         )
         return outputs[0]
 

@@ -94,9 +94,7 @@ def _kept_tokens(e: NodeEmitter, settings: ChunkKVSettings, length: str) -> str:
     return e.op("Min", [length, e.op("Max", [wanted, e.const(settings.min_tokens, "int64")])])
 
 
-def _token_scores(
-    e: NodeEmitter, settings: ChunkKVSettings, length: str, position: str, before_window: str
-) -> str:
+def _token_scores(e: NodeEmitter, settings: ChunkKVSettings, length: str, position: str, before_window: str) -> str:
     """a[t] of section 2 as [B,S]; zero from the window on."""
     keys = _finite_padding(e, length, position)
     heads = e.dim("key", 1)
@@ -112,9 +110,7 @@ def _token_scores(
         query = e.op("Reshape", [e.op("Div", ["query", root]), grouped])
         logits = e.op("MatMul", [query, transposed])
         per_query = e.op("Concat", [batch, e.dim("query", 1), e.ints(settings.window, -1)], axis=0)
-        masked = e.op(
-            "Add", [e.op("Reshape", [logits, per_query]), _causal_bias(e, settings, length, position)]
-        )
+        masked = e.op("Add", [e.op("Reshape", [logits, per_query]), _causal_bias(e, settings, length, position)])
         weights = e.op("Softmax", [masked], axis=-1)
         flat = e.op("Reshape", [weights, e.op("Concat", [batch, e.ints(-1), e.dim("key", 2)], axis=0)])
         mean = _mean_of_rows(e, flat)
@@ -122,9 +118,7 @@ def _token_scores(
     if settings.pooling > 1:
         half = settings.pooling // 2
         rows = e.op("Unsqueeze", [scores, e.ints(1)])
-        pooled = e.op(
-            "AveragePool", [rows], kernel_shape=[settings.pooling], pads=[half, half], count_include_pad=1
-        )
+        pooled = e.op("AveragePool", [rows], kernel_shape=[settings.pooling], pads=[half, half], count_include_pad=1)
         scores = e.op("Where", [before_window, e.op("Squeeze", [pooled, e.ints(1)]), e.scalar(0.0)])
     return scores
 
@@ -180,9 +174,7 @@ def _rank_values(
     ranked = e.op("And", [after_sinks, before_window])
     start = e.op("Where", [ranked, start, e.const(0, "int64")])  # outside the ranking nothing is read back
     blank = e.op("ConstantOfShape", [e.op("Shape", [scores])])
-    total = e.op(
-        "ScatterElements", [blank, start, e.op("Where", [ranked, scores, zero])], axis=1, reduction="add"
-    )
+    total = e.op("ScatterElements", [blank, start, e.op("Where", [ranked, scores, zero])], axis=1, reduction="add")
     ones = e.op("Cast", [ranked], to=onnx.TensorProto.FLOAT)
     count = e.op("ScatterElements", [blank, start, ones], axis=1, reduction="add")
     mean = e.op("Div", [total, e.op("Max", [count, e.scalar(1.0)])])

@@ -8,9 +8,7 @@ BLOCK = 32
 BITS = {"int8": 8, "int4": 4}
 
 
-def packed_shapes(
-    out_features: int, in_features: int, bits: int
-) -> tuple[tuple[int, int, int], tuple[int, int]]:
+def packed_shapes(out_features: int, in_features: int, bits: int) -> tuple[tuple[int, int, int], tuple[int, int]]:
     """Return the shapes of the packed weight (uint8) and of its scales (float32)."""
     blocks = -(-in_features // BLOCK)
     return (out_features, blocks, BLOCK * bits // 8), (out_features, blocks)

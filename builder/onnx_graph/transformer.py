@@ -84,9 +84,7 @@ class StepGraph:
             self.lengths = (last, total)
             return
         first = e.op("Cast", [lengths], to=_INT64)
-        steps = e.op(
-            "Range", [e.const(0, "int64"), e.op("Squeeze", [e.dim("input_ids", 1)]), e.const(1, "int64")]
-        )
+        steps = e.op("Range", [e.const(0, "int64"), e.op("Squeeze", [e.dim("input_ids", 1)]), e.const(1, "int64")])
         capacity = e.op("Squeeze", [e.dim("past_key.0", 2)])
         slots = e.op("Range", [e.const(0, "int64"), capacity, e.const(1, "int64")])
         newest = e.op(
@@ -155,9 +153,7 @@ class StepGraph:
         e.op("Transpose", [e.op("Reshape", [last, shape])], [name], perm=[0, 2, 1, 3])
         e.output(name, "float32", ["batch", model.num_heads, "window", model.head_dim])
 
-    def _fused_attention(
-        self, index: int, qkv: tuple[str, str, str], past: list[str], present: list[str]
-    ) -> str:
+    def _fused_attention(self, index: int, qkv: tuple[str, str, str], past: list[str], present: list[str]) -> str:
         e, model = self.e, self.model
         mixed = f"/layers.{index}/attention_output"
         e.op(
@@ -171,9 +167,7 @@ class StepGraph:
         )
         return e.op("Reshape", [mixed, e.ints(-1, model.num_heads * model.head_dim)])
 
-    def _standard_attention(
-        self, index: int, qkv: tuple[str, str, str], past: list[str], present: list[str]
-    ) -> str:
+    def _standard_attention(self, index: int, qkv: tuple[str, str, str], past: list[str], present: list[str]) -> str:
         e, model = self.e, self.model
         first, visible = self.lengths
         split = []
@@ -201,9 +195,7 @@ class StepGraph:
 
     def _norm(self, name: str, value: str) -> str:
         weight = self.e.weight(self.weights[name])
-        return self.e.op(
-            "RMSNormalization", [value, weight], name="/" + name, axis=-1, epsilon=self.model.rms_norm_eps
-        )
+        return self.e.op("RMSNormalization", [value, weight], name="/" + name, axis=-1, epsilon=self.model.rms_norm_eps)
 
     def _linear(self, name: str, value: str, node: str | None = None) -> str:
         """value [rows,in] times the weight [out,in] stored as in the checkpoint, plus its bias where there is one."""
@@ -242,8 +234,8 @@ def compress_graph(plan: Plan) -> onnx.ModelProto:
 
     Inputs: lengths, keep_per_10k, budget_tokens [B] int32, capacity [1] int64 (slots of the output caches, at least the
     largest N), input_ids [B,S] int64 (delimiter boundaries only), query.l [B,Hq,w,D] per leader, key.l and value.l
-    [B,Hkv,S,D]. Outputs: kept_lengths [B], kept_indices.l [B,N] int32 and token_scores.l [B,S] per leader, kept_key.l and
-    kept_value.l [B,Hkv,capacity,D]. Raises ConfigError for a plan without ChunkKV.
+    [B,Hkv,S,D]. Outputs: kept_lengths [B], kept_indices.l [B,N] int32 and token_scores.l [B,S] per leader,
+    kept_key.l and kept_value.l [B,Hkv,capacity,D]. Raises ConfigError for a plan without ChunkKV.
     """
     settings, model = plan.settings, plan.model
     if settings is None:

@@ -56,9 +56,7 @@ def write_weights(
     for source in ordered:
         size = int(np.prod(source.shape, dtype=np.int64)) * np.dtype(source.dtype).itemsize
         if size % 4:
-            raise ConfigError(
-                f"{source.name} takes {size} bytes; tensors must take a multiple of 4 to stay aligned"
-            )
+            raise ConfigError(f"{source.name} takes {size} bytes; tensors must take a multiple of 4 to stay aligned")
         entries[source.name] = {
             "dtype": SAFETENSORS_DTYPES[source.dtype],
             "shape": list(source.shape),
@@ -78,9 +76,7 @@ def write_weights(
                     f"{source.name}: planned {source.shape} {source.dtype}, got {array.shape} {array.dtype}"
                 )
             offset = start + entries[source.name]["data_offsets"][0]  # type: ignore[index]
-            locations[source.name] = WeightLocation(
-                source.name, path.name, offset, source.shape, source.dtype
-            )
+            locations[source.name] = WeightLocation(source.name, path.name, offset, source.shape, source.dtype)
             np.ascontiguousarray(array).tofile(file)
             advance(1)
     return locations

@@ -16,7 +16,7 @@ _EXPORTS = {
     "SamplingParams": "chunkkv.sampling",
     "ChunkKVError": "chunkkv.errors",
 }
-__all__ = [*_EXPORTS, "__version__"]
+__all__ = ["ChunkKVError", "ChunkKVSession", "ChunkKVSettings", "SamplingParams", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

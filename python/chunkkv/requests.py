@@ -39,9 +39,7 @@ def is_single(prompts: Prompt | Sequence[Prompt]) -> bool:
     """Return whether `prompts` is one prompt: a string, or a sequence of token ids."""
     if isinstance(prompts, str):
         return True
-    return isinstance(prompts, np.ndarray) or (
-        len(prompts) > 0 and isinstance(prompts[0], (Integral, np.integer))
-    )
+    return isinstance(prompts, np.ndarray) or (len(prompts) > 0 and isinstance(prompts[0], (Integral, np.integer)))
 
 
 def make_requests(
@@ -149,8 +147,9 @@ def _budget(
     kept = settings.kept_tokens(length, per_10k, budget)
     most = settings.kept_tokens(length, settings.max_keep_per_10k)
     if kept > most:
+        given = f"keep_ratio {ratio}" if budget is None else f"budget_tokens {budget}"
         raise RequestError(
-            f"{f'keep_ratio {ratio}' if budget is None else f'budget_tokens {budget}'} keeps {kept} of {length} tokens; "
+            f"{given} keeps {kept} of {length} tokens; "
             f"this engine was built for at most {most} (max_keep_ratio {settings.max_keep_per_10k / KEEP_SCALE}): "
             "ask for less, or build with a larger --chunkkv_max_keep_ratio"
         )

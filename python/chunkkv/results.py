@@ -38,8 +38,8 @@ class GenerationResult:
     """The answer to one prompt.
 
     `token_ids` holds every generated token, the end token included; `text` leaves special tokens and stop strings out.
-    `finish_reason` is "stop" (end token or stop string), "length" or "cancelled". `logprobs` has one value per token where
-    asked for.
+    `finish_reason` is "stop" (end token or stop string), "length" or "cancelled". `logprobs` has one value per token
+    where asked for.
     """
 
     text: str

@@ -19,8 +19,8 @@ class SamplingParams:
 
     `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off. `seed` starts each prompt's own generator, so a prompt
     gives the same tokens alone and in a batch; None draws a fresh one. `repetition_penalty` covers prompt and answer
-    (1 = off; Keskar et al., arXiv 1909.05858). `stop` ends the answer before any of its strings. `logprobs` asks for the
-    natural logarithm of each chosen token's probability under the model, before temperature and filters.
+    (1 = off; Keskar et al., arXiv 1909.05858). `stop` ends the answer before any of its strings. `logprobs` asks for
+    the natural logarithm of each chosen token's probability under the model, before temperature and filters.
     """
 
     max_new_tokens: int = 128

@@ -58,14 +58,10 @@ class ChunkKVSession:
                 f"{engine_dir} was built for backend {files.backend!r}; this session runs 'onnxruntime'"
             )
         model, build = files.model, files.build
-        limits = Limits(
-            build["max_batch_size"], build["max_input_len"], build["max_seq_len"], model["vocab_size"]
-        )
+        limits = Limits(build["max_batch_size"], build["max_input_len"], build["max_seq_len"], model["vocab_size"])
         executor = OnnxRuntimeExecutor(files.path, files.settings.window if files.settings else 0, threads)
         tokenizer = Tokenizer.from_dir(files.path) if (files.path / "tokenizer.json").is_file() else None
-        return cls(
-            executor, files.settings, limits, build["max_num_tokens"], tokenizer, model["eos_token_ids"]
-        )
+        return cls(executor, files.settings, limits, build["max_num_tokens"], tokenizer, model["eos_token_ids"])
 
     def generate(
         self,
@@ -80,8 +76,8 @@ class ChunkKVSession:
         """Answer one prompt (text or token ids) or a list of them.
 
         Returns one GenerationResult for one prompt, a list for a list, or with stream=True an iterator of StreamEvent.
-        `keep_ratio` or `budget_tokens`, one value or one per prompt, override the engine's own within its limit. Setting
-        `cancel` ends every answer within one token. Raises RequestError before any work for a request that the engine
+        `keep_ratio` or `budget_tokens`, one value or one per prompt, override the engine's own within its limit.
+        Setting `cancel` ends every answer within one token. Raises RequestError before any work for a request that the engine
         cannot serve.
         """
         sampling = sampling or SamplingParams()
@@ -104,9 +100,7 @@ class ChunkKVSession:
         results = {event.row: event.finished for event in events if event.finished is not None}
         return results[0] if single else [results[row] for row in range(len(requests))]
 
-    def inspect(
-        self, prompt: Prompt, keep_ratio: float | None = None, budget_tokens: int | None = None
-    ) -> Inspection:
+    def inspect(self, prompt: Prompt, keep_ratio: float | None = None, budget_tokens: int | None = None) -> Inspection:
         """Prefill one prompt and return what every layer-reuse group would keep, and why.
 
         Raises EngineMismatchError for an engine without ChunkKV.
@@ -115,13 +109,9 @@ class ChunkKVSession:
             raise EngineMismatchError(
                 "this engine was built without ChunkKV, so there is no choice to show: build with --chunkkv"
             )
-        request = make_requests(
-            [prompt], self.tokenizer, self.limits, self.settings, keep_ratio, budget_tokens, 0
-        )[0]
+        request = make_requests([prompt], self.tokenizer, self.limits, self.settings, keep_ratio, budget_tokens, 0)[0]
         cache = self._executor.new_cache(1, request.kept_tokens)
-        _, choice = _Prefill(self._executor, self.settings, self._block).run(
-            request, cache, threading.Event()
-        )
+        _, choice = _Prefill(self._executor, self.settings, self._block).run(request, cache, threading.Event())
         texts = [self.tokenizer.token_text(int(i)) if self.tokenizer else str(i) for i in request.ids]
         return Inspection(
             tokens=tuple(texts),
@@ -135,9 +125,7 @@ class ChunkKVSession:
         assert self.settings is not None
         leader, length = self.settings.leader_of(group), len(request.ids)
         if choice is None:  # the whole prompt is kept, so nothing was scored
-            return GroupChoice(
-                group, leader, np.arange(length), np.zeros(length, np.float32), np.zeros(0, np.int64)
-            )
+            return GroupChoice(group, leader, np.arange(length), np.zeros(length, np.float32), np.zeros(0, np.int64))
         flags = None
         if self.settings.boundaries == "delimiter" and self.tokenizer is not None:
             flags = self.tokenizer.delimiter_token_table(vocab_size=self.limits.vocab_size)[request.ids]
@@ -190,9 +178,7 @@ class _Prefill:
         self._full: KVCache | None = None  # reused from prompt to prompt of one call
         self.prefill_s = self.compress_s = 0.0
 
-    def run(
-        self, request: Request, out: KVCache, cancel: threading.Event
-    ) -> tuple[np.ndarray | None, Choice | None]:
+    def run(self, request: Request, out: KVCache, cancel: threading.Event) -> tuple[np.ndarray | None, Choice | None]:
         """Return the logits [vocab] after the prompt, None where cancelled, and the choice where one was made.
 
         A prompt of which every token stays is written straight to `out`.
@@ -216,9 +202,7 @@ class _Prefill:
         if not compresses:
             return logits, None
         started = time.perf_counter()
-        choice = self._executor.compress(
-            cache, queries, request.ids, request.keep_per_10k, request.budget_tokens, out
-        )
+        choice = self._executor.compress(cache, queries, request.ids, request.keep_per_10k, request.budget_tokens, out)
         self.compress_s = time.perf_counter() - started
         return logits, choice
 
@@ -240,9 +224,7 @@ def block_sizes(length: int, block: int, window: int) -> list[int]:
 class _Row:
     """One prompt's answer as it grows."""
 
-    def __init__(
-        self, number: int, request: Request, sampling: SamplingParams, session: ChunkKVSession
-    ) -> None:
+    def __init__(self, number: int, request: Request, sampling: SamplingParams, session: ChunkKVSession) -> None:
         self.number, self.request, self._sampling, self._session = number, request, sampling, session
         self._sampler = Sampler(sampling, request.ids, session.limits.vocab_size)
         self._decoder = StreamDecoder(session.tokenizer) if session.tokenizer else None

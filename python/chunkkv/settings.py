@@ -95,16 +95,12 @@ class ChunkKVSettings:
         """The default share of a prompt that is kept."""
         return self.keep_per_10k / KEEP_SCALE
 
-    def kept_tokens(
-        self, length: int, keep_per_10k: int | None = None, budget_tokens: int | None = None
-    ) -> int:
+    def kept_tokens(self, length: int, keep_per_10k: int | None = None, budget_tokens: int | None = None) -> int:
         """Return N(L), the tokens kept of a prompt of `length` tokens; a request's own ratio or budget overrides.
 
         Integer arithmetic only (contract section 1). A budget of 0 means ratio mode.
         """
-        budget = (
-            self.budget_tokens if budget_tokens is None and keep_per_10k is None else (budget_tokens or 0)
-        )
+        budget = self.budget_tokens if budget_tokens is None and keep_per_10k is None else (budget_tokens or 0)
         if budget > 0:
             return min(length, max(self.min_tokens, budget))
         per_10k = self.keep_per_10k if keep_per_10k is None else keep_per_10k
@@ -130,8 +126,7 @@ class ChunkKVSettings:
             raise ConfigError(f"chunkkv setting {missing[0]!r} is missing")
         groups = values["layer_groups"]
         if not isinstance(groups, list) or not all(
-            isinstance(group, list) and group and all(isinstance(layer, int) for layer in group)
-            for group in groups
+            isinstance(group, list) and group and all(isinstance(layer, int) for layer in group) for group in groups
         ):
             raise ConfigError(f"layer_groups is {groups!r}; give a list of non-empty lists of layer numbers")
         return cls(**{**values, "layer_groups": tuple(tuple(group) for group in groups)})

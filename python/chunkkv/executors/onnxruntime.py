@@ -66,9 +66,7 @@ class OnnxRuntimeExecutor:
         self.num_kv_heads, self.head_dim = int(shapes["past_key.0"][1]), int(shapes["past_key.0"][3])
         self.vocab_size = int(shapes["logits"][2])
         self._query_heads = {
-            int(name.split(".")[1]): int(shape[1])
-            for name, shape in shapes.items()
-            if name.startswith("query.")
+            int(name.split(".")[1]): int(shape[1]) for name, shape in shapes.items() if name.startswith("query.")
         }
         self._compress: ort.InferenceSession | None = None
         self._compress_lock = threading.Lock()
@@ -91,9 +89,7 @@ class OnnxRuntimeExecutor:
         arrays = [tuple(np.zeros(shape, np.float32) for _ in range(self.num_layers)) for _ in range(2)]
         return KVCache(arrays[0], arrays[1])
 
-    def prefill_block(
-        self, cache: KVCache, ids: np.ndarray, filled: int
-    ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+    def prefill_block(self, cache: KVCache, ids: np.ndarray, filled: int) -> tuple[np.ndarray, dict[int, np.ndarray]]:
         """Append the tokens `ids` [S] int64 of one row at slots and positions filled … filled+S-1.
 
         Returns the logits [vocab] after the last token and, per leader layer, the block's last w rotated queries
@@ -150,9 +146,7 @@ class OnnxRuntimeExecutor:
             inputs[f"key.{layer}"], inputs[f"value.{layer}"] = full.keys[layer], full.values[layer]
             outputs[f"kept_key.{layer}"], outputs[f"kept_value.{layer}"] = out.keys[layer], out.values[layer]
         _bind(binding, {name: array for name, array in inputs.items() if name in wanted}, outputs)
-        names = [
-            f"{kind}.{leader}" for leader in self._query_heads for kind in ("kept_indices", "token_scores")
-        ]
+        names = [f"{kind}.{leader}" for leader in self._query_heads for kind in ("kept_indices", "token_scores")]
         for name in (*names, "kept_lengths"):
             binding.bind_output(name, "cpu")
         session.run_with_iobinding(binding)
@@ -164,9 +158,7 @@ class OnnxRuntimeExecutor:
 
     def decoder(self, cache: KVCache) -> Decoder:
         """Return a loop body that appends one token per row to `cache`."""
-        return Decoder(
-            self._step, self._bind_step(cache), cache, self.vocab_size, self._query_heads, self.head_dim
-        )
+        return Decoder(self._step, self._bind_step(cache), cache, self.vocab_size, self._query_heads, self.head_dim)
 
     def _compress_session(self) -> ort.InferenceSession:
         with self._compress_lock:
@@ -207,8 +199,7 @@ class Decoder:
         self._places = np.zeros((rows, 1), np.int64)
         self._logits = np.empty((rows, 1, vocab_size), np.float32)
         self._queries = {
-            f"query.{leader}": np.empty((rows, heads, 1, head_dim), np.float32)
-            for leader, heads in query_heads.items()
+            f"query.{leader}": np.empty((rows, heads, 1, head_dim), np.float32) for leader, heads in query_heads.items()
         }
         inputs = {
             "input_ids": self.input_ids,
@@ -224,9 +215,7 @@ class Decoder:
         return self._logits[:, 0]
 
 
-def _bind(
-    binding: ort.IOBinding, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]
-) -> None:
+def _bind(binding: ort.IOBinding, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> None:
     """Bind arrays by address; the caller keeps them alive until the run is over."""
     for bind, arrays in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
         for name, array in arrays.items():
