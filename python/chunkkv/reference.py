@@ -1,0 +1,288 @@
+"""The ChunkKV op in readable NumPy: what every other implementation is compared with.
+
+Sections named here are those of the op contract (docs/method.md). Sums run in float64, so a result is at least
+as exact as the float32 accumulation the contract asks of the other implementations; token scores are returned
+as float32, and chunk scores are means of those float32 values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chunkkv.errors import ConfigError, RequestError
+from chunkkv.settings import ChunkKVSettings
+
+FloatArray = NDArray[np.floating[Any]]
+IntArray = NDArray[np.integer[Any]]
+BoolArray = NDArray[np.bool_]
+
+NEAR_CUT = 1e-5
+PAD_INDEX = -1
+
+
+class Selection(NamedTuple):
+    """What the op chose for a batch.
+
+    kept_indices int32 [B, max N] (-1 behind a row's own N), kept_lengths int32 [B], token_scores float32 [B,S]
+    (zero from the window on and in the padding).
+    """
+
+    kept_indices: NDArray[np.int32]
+    kept_lengths: NDArray[np.int32]
+    token_scores: NDArray[np.float32]
+
+
+def token_scores(
+    query: FloatArray, key: FloatArray, window: int, pooling: int = 1, score: str = "softmax"
+) -> NDArray[np.float32]:
+    """Return the scores a[t] of one row as float32 [L]: query [Hq,w,D] (the last w, rotated), key [Hkv,L,D].
+
+    Section 2. Entries from L-w on are zero. Raises ConfigError where the shapes do not fit together.
+    """
+    heads, rows, head_dim = query.shape
+    kv_heads, length, _ = key.shape
+    _check_shapes(query, key, window)
+    grouped = query.astype(np.float64).reshape(kv_heads, heads // kv_heads * rows, head_dim)
+    with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinity are legal contents
+        logits = (grouped @ key.astype(np.float64).swapaxes(1, 2)).reshape(heads, rows, length)
+        ranked = length - window
+        if score == "logits":
+            mean = logits.sum(axis=(0, 1))[:ranked]
+        else:
+            mean = _causal_softmax(logits / np.sqrt(head_dim)).mean(axis=(0, 1))[:ranked]
+        if pooling > 1 and ranked > 0:
+            mean = np.convolve(np.pad(mean, pooling // 2), np.ones(pooling), mode="valid") / pooling
+        scores = np.zeros(length, dtype=np.float32)
+        scores[:ranked] = mean
+    return scores
+
+
+def _check_shapes(query: FloatArray, key: FloatArray, window: int) -> None:
+    heads, rows, head_dim = query.shape
+    kv_heads, length, key_dim = key.shape
+    if heads % kv_heads:
+        raise ConfigError(f"query has {heads} heads, key has {kv_heads}: Hq must be a multiple of Hkv")
+    if head_dim != key_dim:
+        raise ConfigError(f"query has head size {head_dim}, key has {key_dim}: both must be the same")
+    if rows != window:
+        raise ConfigError(f"query holds {rows} rows, window is {window}: give the last {window} queries")
+    if length < window:
+        raise ConfigError(f"key holds {length} tokens, window is {window}: such a row is kept whole, unscored")
+
+
+def _causal_softmax(logits: FloatArray) -> FloatArray:
+    """Softmax over the tokens of [Hq,w,L]; query i of the window sees the keys up to its own position."""
+    _, rows, length = logits.shape
+    own_position = length - rows + np.arange(rows)
+    masked = np.where(np.arange(length) <= own_position[:, None], logits, -np.inf)
+    weights = np.exp(masked - masked.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def chunk_starts(length: int, settings: ChunkKVSettings, is_delimiter: BoolArray | None = None) -> NDArray[np.int64]:
+    """Return the first position of every chunk of [s, L-w), ascending (section 3).
+
+    is_delimiter [L] is read where boundaries are "delimiter"; raises ConfigError where it is missing then.
+    """
+    end = length - settings.window
+    if settings.boundaries == "fixed":
+        return np.arange(settings.sinks, max(end, settings.sinks), settings.chunk_size, dtype=np.int64)
+    if is_delimiter is None:
+        raise ConfigError("boundaries is 'delimiter', is_delimiter is None: pass one flag per prompt token")
+    starts: list[int] = []
+    for position in range(settings.sinks, end):
+        after_delimiter = position > settings.sinks and bool(is_delimiter[position - 1])
+        if not starts or after_delimiter or position - starts[-1] == settings.chunk_size:
+            starts.append(position)
+    return np.asarray(starts, dtype=np.int64)
+
+
+def chunk_scores(scores: FloatArray, starts: IntArray, end: int) -> NDArray[np.float64]:
+    """Return the mean score of every chunk; chunk i spans starts[i] to starts[i+1], the last ends at `end`."""
+    if len(starts) == 0:
+        return np.zeros(0)
+    with np.errstate(invalid="ignore"):
+        totals = np.add.reduceat(scores[:end].astype(np.float64), starts)
+    return totals / chunk_sizes(starts, end)
+
+
+def chunk_sizes(starts: IntArray, end: int) -> NDArray[np.int64]:
+    """Return the number of tokens of every chunk."""
+    return np.diff(np.append(starts, end)).astype(np.int64)
+
+
+def chunk_order(means: FloatArray) -> NDArray[np.int64]:
+    """Return chunk numbers best first: descending score, ties by lower position, NaN below everything."""
+    missing = np.isnan(means)
+    return np.lexsort((np.where(missing, 0.0, -means), missing))  # stable: ties stay in position order
+
+
+def select_tokens(
+    scores: FloatArray,
+    length: int,
+    kept: int,
+    settings: ChunkKVSettings,
+    is_delimiter: BoolArray | None = None,
+) -> NDArray[np.int32]:
+    """Return the `kept` token positions that stay, ascending int32 [N], from scores [L] (section 4)."""
+    if kept >= length:
+        return np.arange(length, dtype=np.int32)
+    end = length - settings.window
+    starts = chunk_starts(length, settings, is_delimiter)
+    sizes = chunk_sizes(starts, end)
+    stays = np.zeros(length, dtype=bool)
+    stays[: settings.sinks] = True
+    stays[end:] = True
+    left = kept - settings.window - settings.sinks
+    for chunk in chunk_order(chunk_scores(scores, starts, end)):
+        taken = min(left, int(sizes[chunk]))
+        stays[starts[chunk] : starts[chunk] + taken] = True
+        left -= taken
+        if left == 0:
+            break
+    return np.flatnonzero(stays).astype(np.int32)
+
+
+def compact(x: NDArray[Any], kept_indices: IntArray) -> NDArray[Any]:
+    """Return the kept rows of x [Hkv,L,D] as [Hkv,N,D], bytes unchanged (section 5)."""
+    return np.ascontiguousarray(x[:, kept_indices, :])
+
+
+def select_batch(
+    query: FloatArray,
+    key: FloatArray,
+    lengths: IntArray,
+    settings: ChunkKVSettings,
+    *,
+    keep_per_10k: IntArray | None = None,
+    budget_tokens: IntArray | None = None,
+    is_delimiter: BoolArray | None = None,
+) -> Selection:
+    """Choose the kept tokens of every row of a batch.
+
+    query [B,Hq,w,D] (each row's last w), key [B,Hkv,S,D], lengths [B]; is_delimiter [B,S]. keep_per_10k [B] and
+    budget_tokens [B] (0 = ratio mode) override the settings per row. Contents behind a row's length are never
+    read; a row of fewer than w tokens scores zero and is kept whole. Raises RequestError for a length outside
+    0 to S, ConfigError where shapes and settings do not fit.
+    """
+    batch, _, padded, _ = key.shape
+    rows: list[NDArray[np.int32]] = []
+    scores = np.zeros((batch, padded), dtype=np.float32)
+    for row in range(batch):
+        length = int(lengths[row])
+        if not 0 <= length <= padded:
+            raise RequestError(f"length of row {row} is {length}; allowed is 0 to {padded}, the size of key")
+        ratio = None if keep_per_10k is None else int(keep_per_10k[row])
+        budget = None if budget_tokens is None else int(budget_tokens[row])
+        if length >= settings.window:
+            scores[row, :length] = token_scores(
+                query[row], key[row, :, :length], settings.window, settings.pooling, settings.score
+            )
+        flags = None if is_delimiter is None else is_delimiter[row, :length]
+        kept = settings.kept_tokens(length, ratio, budget)
+        rows.append(select_tokens(scores[row, :length], length, kept, settings, flags))
+    kept_lengths = np.array([len(indices) for indices in rows], dtype=np.int32)
+    kept_indices = np.full((batch, int(kept_lengths.max(initial=0))), PAD_INDEX, dtype=np.int32)
+    for row, indices in enumerate(rows):
+        kept_indices[row, : len(indices)] = indices
+    return Selection(kept_indices, kept_lengths, scores)
+
+
+def select_layers(
+    queries: Mapping[int, FloatArray],
+    keys: Sequence[FloatArray],
+    lengths: IntArray,
+    settings: ChunkKVSettings,
+    *,
+    keep_per_10k: IntArray | None = None,
+    budget_tokens: IntArray | None = None,
+    is_delimiter: BoolArray | None = None,
+) -> list[Selection]:
+    """Return one Selection per layer; the layers of a group share their leader's (section 6).
+
+    queries maps each leader to its [B,Hq,w,D], keys holds [B,Hkv,S,D] per layer. Raises ConfigError unless
+    settings.layer_groups lists every layer once, in order, and every leader has its queries.
+    """
+    listed = [layer for group in settings.layer_groups for layer in group]
+    if listed != list(range(len(keys))):
+        raise ConfigError(
+            f"layer_groups is {settings.layer_groups} for {len(keys)} layers; list every layer once, in order"
+        )
+    chosen: list[Selection] = []
+    for group in settings.layer_groups:
+        leader = settings.leader_of(group)
+        if leader not in queries:
+            raise ConfigError(f"queries of layer {leader} are missing; it leads the group {group}")
+        selection = select_batch(
+            queries[leader],
+            keys[leader],
+            lengths,
+            settings,
+            keep_per_10k=keep_per_10k,
+            budget_tokens=budget_tokens,
+            is_delimiter=is_delimiter,
+        )
+        chosen.extend([selection] * len(group))
+    return chosen
+
+
+def chunks_near_cut(
+    means: FloatArray,
+    sizes: IntArray,
+    budget: int,
+    *,
+    tolerance: float = NEAR_CUT,
+    magnitude: float | None = None,
+) -> NDArray[np.int64]:
+    """Return the chunks that rounding may put on either side of the cut, ascending; none where the cut is clear.
+
+    means and sizes describe the ranked chunks, budget is N - w - s. The cut is the best chunk that is not taken
+    whole; a chunk is near it within tolerance * magnitude, by default the cut's own absolute score.
+    """
+    order = chunk_order(means)
+    whole = int(np.searchsorted(np.cumsum(sizes[order]), budget, side="right"))
+    if whole >= len(order):
+        return np.zeros(0, dtype=np.int64)
+    cut = float(means[order[whole]])
+    reach = tolerance * (abs(cut) if magnitude is None else magnitude)
+    with np.errstate(invalid="ignore"):
+        near = np.abs(means - cut) <= reach
+    above, below = order[:whole], order[whole + 1 :]
+    is_split = budget > int(sizes[above].sum())
+    is_open = near[above].any() or (is_split and near[below].any())
+    return np.flatnonzero(near) if is_open else np.zeros(0, dtype=np.int64)
+
+
+def near_cut(
+    scores: FloatArray,
+    length: int,
+    kept: int,
+    settings: ChunkKVSettings,
+    is_delimiter: BoolArray | None = None,
+    *,
+    tolerance: float = NEAR_CUT,
+) -> BoolArray:
+    """Return which tokens of a row, bool [L], lie in a chunk that rounding may put on either side of the cut.
+
+    With score "logits" the tolerance is relative to the largest token score: terms of both signs cancel, so the
+    rounding error of a sum is not bounded by the sum itself.
+    """
+    near = np.zeros(length, dtype=bool)
+    if kept >= length:
+        return near
+    end = length - settings.window
+    starts = chunk_starts(length, settings, is_delimiter)
+    sizes = chunk_sizes(starts, end)
+    magnitude = None
+    if settings.score == "logits":
+        finite = np.abs(scores[:end][np.isfinite(scores[:end])])
+        magnitude = float(finite.max(initial=0.0))
+    means = chunk_scores(scores, starts, end)
+    budget = kept - settings.window - settings.sinks
+    for chunk in chunks_near_cut(means, sizes, budget, tolerance=tolerance, magnitude=magnitude):
+        near[starts[chunk] : starts[chunk] + sizes[chunk]] = True
+    return near
