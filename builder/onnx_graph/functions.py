@@ -22,7 +22,7 @@ SELECT = "ChunkKVSelect"
 COMPACT = "ChunkKVCompact"
 PLUGIN_VERSION = "1"
 PLUGIN_NAMESPACE = "chunkkv"
-_LARGEST = float(np.finfo(np.float32).max)
+_DOUBLE = onnx.TensorProto.DOUBLE
 
 
 def plugin_attributes() -> dict[str, Any]:
@@ -168,22 +168,25 @@ def _rank_values(
     kept: str,
 ) -> str:
     """Return per token [B,S] its chunk's mean score, +inf for tokens that always stay, -inf for padding and NaN."""
-    zero = e.scalar(0.0)
     start = _chunk_starts(e, settings, position)
     after_sinks = e.op("GreaterOrEqual", [position, e.const(settings.sinks, "int64")])
     ranked = e.op("And", [after_sinks, before_window])
     start = e.op("Where", [ranked, start, e.const(0, "int64")])  # outside the ranking nothing is read back
-    blank = e.op("ConstantOfShape", [e.op("Shape", [scores])])
-    total = e.op("ScatterElements", [blank, start, e.op("Where", [ranked, scores, zero])], axis=1, reduction="add")
-    ones = e.op("Cast", [ranked], to=onnx.TensorProto.FLOAT)
+    # Sums of float32 scores are exact in float64, so equal scores give equal means whatever the chunk's size.
+    zero = e.scalar(0.0, "float64")
+    exact = e.op("Cast", [scores], to=_DOUBLE)
+    blank = e.op("ConstantOfShape", [e.op("Shape", [scores])], value=helper.make_tensor("zero", _DOUBLE, [1], [0.0]))
+    total = e.op("ScatterElements", [blank, start, e.op("Where", [ranked, exact, zero])], axis=1, reduction="add")
+    ones = e.op("Cast", [ranked], to=_DOUBLE)
     count = e.op("ScatterElements", [blank, start, ones], axis=1, reduction="add")
-    mean = e.op("Div", [total, e.op("Max", [count, e.scalar(1.0)])])
+    mean = e.op("Div", [total, e.op("Max", [count, e.scalar(1.0, "float64")])])
     mean = e.op("GatherElements", [mean, start], axis=1)
-    mean = e.op("Where", [e.op("IsNaN", [mean]), e.scalar(-np.inf), e.op("Min", [mean, e.scalar(_LARGEST)])])
+    lowest, largest = e.scalar(-np.inf, "float64"), e.scalar(np.finfo(np.float64).max, "float64")
+    mean = e.op("Where", [e.op("IsNaN", [mean]), lowest, e.op("Min", [mean, largest])])
     untouched = e.op("Equal", [kept, length])
     always = e.op("Or", [e.op("Not", [ranked]), untouched])
-    value = e.op("Where", [always, e.scalar(np.inf), mean])
-    return e.op("Where", [e.op("Less", [position, length]), value, e.scalar(-np.inf)])
+    value = e.op("Where", [always, e.scalar(np.inf, "float64"), mean])
+    return e.op("Where", [e.op("Less", [position, length]), value, lowest])
 
 
 def _chunk_starts(e: NodeEmitter, settings: ChunkKVSettings, position: str) -> str:
