@@ -111,7 +111,7 @@ class ChunkKVSession:
             )
         request = make_requests([prompt], self.tokenizer, self.limits, self.settings, keep_ratio, budget_tokens, 0)[0]
         cache = self._executor.new_cache(1, request.kept_tokens)
-        _, choice = _Prefill(self._executor, self.settings, self._block).run(request, cache, threading.Event())
+        _, choice = Prefill(self._executor, self.settings, self._block).run(request, cache, threading.Event())
         texts = [self.tokenizer.token_text(int(i)) if self.tokenizer else str(i) for i in request.ids]
         return Inspection(
             tokens=tuple(texts),
@@ -138,7 +138,7 @@ class ChunkKVSession:
         began = time.perf_counter()
         capacity = max(request.kept_tokens for request in requests) + sampling.max_new_tokens
         cache = self._executor.new_cache(len(requests), capacity)
-        prefill = _Prefill(self._executor, self.settings, self._block)
+        prefill = Prefill(self._executor, self.settings, self._block)
         rows: list[_Row] = []
         for number, request in enumerate(requests):
             row = _Row(number, request, sampling, self)
@@ -169,7 +169,7 @@ class ChunkKVSession:
                 yield row.accept(logits[row.number])
 
 
-class _Prefill:
+class Prefill:
     """Runs one prompt through the engine and leaves its kept tokens in the first slots of a one-row cache."""
 
     def __init__(self, executor: OnnxRuntimeExecutor, settings: ChunkKVSettings | None, block: int) -> None:

@@ -1,0 +1,1 @@
+"""Measurements against other implementations; every run checks before it times."""

@@ -1,0 +1,148 @@
+"""Measures one side of a comparison in a process of its own: prefill, compression, decode, peak memory.
+
+Run by benchmarks/against_transformers.py; prints one JSON line. Both sides take the same request file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def peak_mb() -> float:
+    """Return the largest resident size of this process so far, in MB (10**6 bytes)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+def resident_mb() -> float:
+    """Return the current resident size in MB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 1e6
+
+
+def run_ours(case: dict[str, Any], ids: np.ndarray) -> dict[str, Any]:
+    """Prefill, compress and decode with an engine directory; decode is teacher-forced, as on the other side."""
+    from threading import Event
+
+    from chunkkv.requests import make_requests
+    from chunkkv.session import ChunkKVSession, Prefill
+
+    session = ChunkKVSession.from_dir(case["engine_dir"], threads=case["threads"])
+    executor, loaded = session._executor, resident_mb()
+
+    ratio = case["keep_ratio"]
+    request = make_requests([ids], None, session.limits, session.settings, ratio, None, case["steps"])[0]
+    prefills, compressions, decodes = [], [], []
+    for _ in range(case["repeats"]):
+        cache = executor.new_cache(1, request.kept_tokens + case["steps"])
+        prefill = Prefill(executor, session.settings, case["block"])
+        logits, choice = prefill.run(request, cache, Event())
+        prefills.append(prefill.prefill_s)
+        compressions.append(prefill.compress_s)
+        del prefill
+        decoder = executor.decoder(cache)
+        times = []
+        for step in range(case["steps"]):
+            started = time.perf_counter()
+            decoder.input_ids[0], decoder.position_ids[0] = ids[step], len(ids) + step
+            decoder.cache_lengths[0] = request.kept_tokens + step
+            last = decoder.run()
+            times.append(time.perf_counter() - started)
+        decodes.append(statistics.median(times))
+    return {
+        "prefill_s": prefills,
+        "compress_s": compressions,
+        "decode_s": decodes,
+        "kept_tokens": request.kept_tokens,
+        "resident_after_load_mb": loaded,
+        "peak_mb": peak_mb(),
+        "prefill_top": int(logits.argmax()),
+        "last_logits": [float(value) for value in last[0, :8]],
+        "kept": {} if choice is None else {str(k): v.tolist() for k, v in choice.kept_indices.items()},
+    }
+
+
+def run_transformers(case: dict[str, Any], ids: np.ndarray) -> dict[str, Any]:
+    """The same with transformers' sdpa attention and kvpress's ChunkKVPress over SnapKVPress."""
+    import torch
+    from kvpress import ChunkKVPress, SnapKVPress
+    from kvpress.presses import snapkv_press
+    from transformers import AutoModelForCausalLM, DynamicCache
+
+    torch.set_num_threads(case["threads"])
+    model = AutoModelForCausalLM.from_pretrained(
+        case["checkpoint_dir"], dtype=torch.float32, attn_implementation="sdpa"
+    ).eval()
+    loaded = resident_mb()
+    tokens = torch.from_numpy(ids)[None]
+    spent = {"press": 0.0, "queries": 0.0}
+    project = snapkv_press.get_prerope_query_states
+
+    def timed_projection(*args, **kwargs):
+        started = time.perf_counter()
+        result = project(*args, **kwargs)
+        spent["queries"] += time.perf_counter() - started
+        return result
+
+    class TimedPress(ChunkKVPress):
+        def compress(self, *args, **kwargs):
+            started = time.perf_counter()
+            result = super().compress(*args, **kwargs)
+            spent["press"] += time.perf_counter() - started
+            return result
+
+    snapkv_press.get_prerope_query_states = timed_projection
+    press = TimedPress(SnapKVPress(1 - case["keep_ratio"], window_size=case["window"]), chunk_length=case["chunk_size"])
+    prefills, compressions, decodes = [], [], []
+    with torch.no_grad():
+        for _ in range(case["repeats"]):
+            cache, spent["press"], spent["queries"] = DynamicCache(), 0.0, 0.0
+            started = time.perf_counter()
+            if case["keep_ratio"] < 1:
+                with press(model):
+                    output = model(tokens, past_key_values=cache, logits_to_keep=1)
+            else:
+                output = model(tokens, past_key_values=cache, logits_to_keep=1)
+            # The press runs inside prefill; the projection of the window queries is charged to neither side.
+            prefills.append(time.perf_counter() - started - spent["press"])
+            compressions.append(spent["press"] - spent["queries"])
+            kept, times = cache.get_seq_length(), []
+            for step in range(case["steps"]):
+                started = time.perf_counter()
+                place = torch.tensor([[len(ids) + step]])
+                last = model(tokens[:, step : step + 1], past_key_values=cache, position_ids=place).logits
+                times.append(time.perf_counter() - started)
+            decodes.append(statistics.median(times))
+    return {
+        "prefill_s": prefills,
+        "compress_s": compressions,
+        "decode_s": decodes,
+        "kept_tokens": kept,
+        "resident_after_load_mb": loaded,
+        "peak_mb": peak_mb(),
+        "prefill_top": int(output.logits[0, -1].argmax()),
+        "last_logits": [float(value) for value in last[0, -1, :8]],
+    }
+
+
+def main() -> None:
+    """Read the case file named on the command line, measure, print the result as one JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("side", choices=["ours", "transformers"])
+    parser.add_argument("case", type=Path, help="JSON file written by against_transformers.py")
+    arguments = parser.parse_args()
+    case = json.loads(arguments.case.read_text())
+    ids = np.asarray(case["ids"], dtype=np.int64)
+    run = run_ours if arguments.side == "ours" else run_transformers
+    print(json.dumps(run(case, ids)))
+
+
+if __name__ == "__main__":
+    main()
