@@ -14,7 +14,8 @@ from chunkkv_builder.checkpoint import Checkpoint
 from chunkkv_builder.config import BuildConfig
 from chunkkv_builder.model_config import ModelConfig
 from chunkkv_builder.onnx_graph import quantize
-from chunkkv_builder.onnx_graph.transformer import PACKED_SUFFIX, SCALES_SUFFIX, StepGraph, compress_graph
+from chunkkv_builder.onnx_graph.compress import compress_graph
+from chunkkv_builder.onnx_graph.transformer import PACKED_SUFFIX, SCALES_SUFFIX, StepGraph
 from chunkkv_builder.onnx_graph.weights import WeightSource, write_weights
 from chunkkv_builder.plan import Plan
 from chunkkv_builder.progress import Progress

@@ -136,10 +136,10 @@ def _mean_of_rows(e: NodeEmitter, rows: str) -> str:
 def _finite_padding(e: NodeEmitter, length: str, position: str) -> str:
     """Replace padded keys by the row's last key, so that no content of the padding can reach a score."""
     last = e.op("Max", [e.op("Sub", [length, e.const(1, "int64")]), e.const(0, "int64")])
-    return _take_rows(e, "key", e.op("Min", [position, last]))
+    return take_rows(e, "key", e.op("Min", [position, last]))
 
 
-def _take_rows(e: NodeEmitter, source: str, index: str) -> str:
+def take_rows(e: NodeEmitter, source: str, index: str) -> str:
     """Return source[b,h,index[b,k]] for source [B,H,S,D] and index [B,K]: one copy of whole rows."""
     batch, heads, size, width = (e.dim(source, axis) for axis in range(4))
     row_count = e.op("Squeeze", [e.op("Mul", [batch, heads])])
@@ -238,7 +238,7 @@ def compact_function(opset: int) -> onnx.FunctionProto:
     """
     e = NodeEmitter()
     index = e.op("Cast", ["kept_indices"], to=onnx.TensorProto.INT64)
-    rows = _take_rows(e, "x", e.op("Max", [index, e.const(0, "int64")]))
+    rows = take_rows(e, "x", e.op("Max", [index, e.const(0, "int64")]))
     e.op("Identity", [rows], ["y"])
     return helper.make_function(
         DOMAIN, COMPACT, ["x", "kept_indices"], ["y"], e.nodes, [helper.make_opsetid("", opset)]

@@ -1,4 +1,4 @@
-"""Plan to ONNX: the step graph (a block of tokens against the cache) and the compress graph (all ChunkKV nodes).
+"""Plan to ONNX: the step graph, which runs a block of tokens against the cache.
 
 One step graph serves prefill blocks and decode steps alike, so its weights exist once in memory. Cache slots and
 logical positions are separate inputs: `cache_lengths` says where a token is stored, `position_ids` how it is rotated.
@@ -6,7 +6,6 @@ logical positions are separate inputs: `cache_lengths` says where a token is sto
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 
 import numpy as np
@@ -14,7 +13,6 @@ import onnx
 
 from chunkkv.errors import ConfigError
 from chunkkv_builder.model_config import rope_frequencies
-from chunkkv_builder.onnx_graph import functions
 from chunkkv_builder.onnx_graph.emitter import GraphEmitter
 from chunkkv_builder.onnx_graph.quantize import BLOCK
 from chunkkv_builder.onnx_graph.weights import WeightLocation
@@ -22,7 +20,6 @@ from chunkkv_builder.plan import LayerPlan, Plan
 
 CONTRIB = "com.microsoft"
 ATTENTION_OPSET = {"fused": 23, "standard": 24}
-COMPRESS_OPSET = 23
 PACKED_SUFFIX = ".packed"
 SCALES_SUFFIX = ".scales"
 _INT32, _INT64, _FLOAT = onnx.TensorProto.INT32, onnx.TensorProto.INT64, onnx.TensorProto.FLOAT
@@ -117,21 +114,25 @@ class StepGraph:
         return self.e.op("Add", [hidden, self._linear(f"{prefix}.mlp.down_proj", inner)])
 
     def _attention(self, layer: LayerPlan, normed: str) -> str:
-        e, model, index = self.e, self.model, layer.index
-        prefix = f"model.layers.{index}.self_attn"
-        cache_shape = ["batch", model.num_kv_heads, "capacity", model.head_dim]
+        prefix = f"model.layers.{layer.index}.self_attn"
+        query = self._rotate(self._heads(f"{prefix}.q", normed), self.model.num_heads)
+        key = self._rotate(self._heads(f"{prefix}.k", normed), self.model.num_kv_heads)
+        value = self.e.op("Reshape", [self._linear(f"{prefix}.v_proj", normed), self.rows])
+        return self._linear(f"{prefix}.o_proj", self._attend(layer, (query, key, value)))
+
+    def _attend(self, layer: LayerPlan, qkv: tuple[str, str, str]) -> str:
+        """Attention of this block over the cache, [B*S,Hq*D]; the block's keys and values are stored on the way."""
+        e, index = self.e, layer.index
+        cache_shape = ["batch", self.model.num_kv_heads, "capacity", self.model.head_dim]
         past = [e.input(f"past_{kind}.{index}", "float32", cache_shape) for kind in ("key", "value")]
-        query = self._rotate(self._heads(f"{prefix}.q", normed), model.num_heads)
-        key = self._rotate(self._heads(f"{prefix}.k", normed), model.num_kv_heads)
-        value = e.op("Reshape", [self._linear(f"{prefix}.v_proj", normed), self.rows])
-        if layer.is_leader:
-            self._window_queries(index, query)
         present = [f"present_key.{index}", f"present_value.{index}"]
+        if layer.is_leader:
+            self._window_queries(index, qkv[0])
         emit = self._fused_attention if self.attention == "fused" else self._standard_attention
-        mixed = emit(index, (query, key, value), past, present)
+        mixed = emit(index, qkv, past, present)
         for name in present:
             e.output(name, "float32", cache_shape)
-        return self._linear(f"{prefix}.o_proj", mixed)
+        return mixed
 
     def _heads(self, prefix: str, normed: str) -> str:
         """Project to heads, with Qwen3's per-head norm where the model has it: [B,S,H*D]."""
@@ -168,17 +169,24 @@ class StepGraph:
         return e.op("Reshape", [mixed, e.ints(-1, model.num_heads * model.head_dim)])
 
     def _standard_attention(self, index: int, qkv: tuple[str, str, str], past: list[str], present: list[str]) -> str:
-        e, model = self.e, self.model
+        e = self.e
         first, visible = self.lengths
-        split = []
-        for value, count in zip(qkv, (model.num_heads, model.num_kv_heads, model.num_kv_heads), strict=True):
-            heads = e.op("Reshape", [value, e.ints(0, 0, count, model.head_dim)])
-            split.append(e.op("Transpose", [heads], perm=[0, 2, 1, 3]))
+        split = self._split_heads(qkv)
         for old, new, name in zip(past, split[1:], present, strict=True):
             e.op("TensorScatter", [old, new, first], [name], name=f"/layers.{index}/store/{name}", axis=2)
-        mixed = e.op("Attention", [split[0], *present, visible], name=f"/layers.{index}/attention")
-        mixed = e.op("Transpose", [mixed], perm=[0, 2, 1, 3])
-        return e.op("Reshape", [mixed, e.ints(-1, model.num_heads * model.head_dim)])
+        return self._merge_heads(e.op("Attention", [split[0], *present, visible], name=f"/layers.{index}/attention"))
+
+    def _split_heads(self, qkv: tuple[str, str, str]) -> list[str]:
+        """[B,S,H*D] to [B,H,S,D], for query, key and value."""
+        e, model = self.e, self.model
+        counts = (model.num_heads, model.num_kv_heads, model.num_kv_heads)
+        shaped = [e.op("Reshape", [x, e.ints(0, 0, n, model.head_dim)]) for x, n in zip(qkv, counts, strict=True)]
+        return [e.op("Transpose", [heads], perm=[0, 2, 1, 3]) for heads in shaped]
+
+    def _merge_heads(self, heads: str) -> str:
+        """[B,Hq,S,D] to [B*S,Hq*D]."""
+        rows = self.e.op("Transpose", [heads], perm=[0, 2, 1, 3])
+        return self.e.op("Reshape", [rows, self.e.ints(-1, self.model.num_heads * self.model.head_dim)])
 
     def _logits(self, hidden: str, places: str) -> None:
         """Norm and vocabulary projection of the asked places only."""
@@ -227,80 +235,3 @@ class StepGraph:
         if name.endswith("o_proj"):
             return self.model.num_heads * self.model.head_dim
         return self.model.hidden_size
-
-
-def compress_graph(plan: Plan) -> onnx.ModelProto:
-    """Return the graph that compacts the caches of all layers after the last prefill block; it has no weights.
-
-    Inputs: lengths, keep_per_10k, budget_tokens [B] int32, capacity [1] int64 (slots of the output caches, at least the
-    largest N), input_ids [B,S] int64 (delimiter boundaries only), query.l [B,Hq,w,D] per leader, key.l and value.l
-    [B,Hkv,S,D]. Outputs: kept_lengths [B], kept_indices.l [B,N] int32 and token_scores.l [B,S] per leader,
-    kept_key.l and kept_value.l [B,Hkv,capacity,D]. Raises ConfigError for a plan without ChunkKV.
-    """
-    settings, model = plan.settings, plan.model
-    if settings is None:
-        raise ConfigError("this plan has no ChunkKV settings, so there is nothing to compress")
-    e = GraphEmitter()
-    shared = [e.input(name, "int32", ["batch"]) for name in ("lengths", "keep_per_10k", "budget_tokens")]
-    e.input("capacity", "int64", [1])
-    if settings.boundaries == "delimiter":
-        assert plan.delimiter_tokens is not None
-        table = e.inline("delimiter_tokens", plan.delimiter_tokens)
-        shared.append(e.op("Gather", [table, e.input("input_ids", "int64", ["batch", "tokens"])]))
-    cache_shape = ["batch", model.num_kv_heads, "tokens", model.head_dim]
-    for layer in plan.layers:
-        for kind in ("key", "value"):
-            e.input(f"{kind}.{layer.index}", "float32", cache_shape)
-    for leader in plan.leaders:
-        _select_node(e, plan, leader, shared)
-        for layer in plan.layers:
-            if layer.leader == leader:
-                _compact_nodes(e, plan, layer)
-    e.op("Identity", [f"kept_lengths.{plan.leaders[0]}"], ["kept_lengths"])
-    e.output("kept_lengths", "int32", ["batch"])
-    return e.model(
-        "chunkkv_compress",
-        opset=COMPRESS_OPSET,
-        functions=[
-            functions.select_function(settings, COMPRESS_OPSET),
-            functions.compact_function(COMPRESS_OPSET),
-        ],
-        domains=[(functions.DOMAIN, functions.DOMAIN_VERSION)],
-        metadata={"chunkkv.graph": "compress", "chunkkv.settings": json.dumps(settings.to_dict())},
-    )
-
-
-def _select_node(e: GraphEmitter, plan: Plan, leader: int, shared: list[str]) -> None:
-    """Emit the choice of one group, and its indices padded with -1 to the capacity of the output caches."""
-    settings, model = plan.settings, plan.model
-    assert settings is not None
-    query = e.input(f"query.{leader}", "float32", ["batch", model.num_heads, settings.window, model.head_dim])
-    indices, scores = f"kept_indices.{leader}", f"token_scores.{leader}"
-    e.op(
-        functions.SELECT,
-        [query, f"key.{leader}", *shared],
-        [indices, f"kept_lengths.{leader}", scores],
-        name=f"/layers.{leader}/chunkkv/select",
-        domain=functions.DOMAIN,
-        **functions.select_attributes(settings),
-    )
-    e.output(indices, "int32", ["batch", "kept"])
-    e.output(scores, "float32", ["batch", "tokens"])
-    spare = e.op("Sub", ["capacity", e.dim(indices, 1)])
-    pads = e.op("Concat", [e.ints(0, 0, 0), spare], axis=0)
-    e.op("Pad", [indices, pads, e.const(-1, "int32")], [f"slots.{leader}"])
-
-
-def _compact_nodes(e: GraphEmitter, plan: Plan, layer: LayerPlan) -> None:
-    model = plan.model
-    for kind in ("key", "value"):
-        output = f"kept_{kind}.{layer.index}"
-        e.op(
-            functions.COMPACT,
-            [f"{kind}.{layer.index}", f"slots.{layer.leader}"],
-            [output],
-            name=f"/layers.{layer.index}/chunkkv/compact_{kind}",
-            domain=functions.DOMAIN,
-            **functions.plugin_attributes(),
-        )
-        e.output(output, "float32", ["batch", model.num_kv_heads, "capacity_slots", model.head_dim])

@@ -1,0 +1,109 @@
+"""Plan to ONNX: the ChunkKV nodes of all layers, as a graph of their own and as pieces for other graphs."""
+
+from __future__ import annotations
+
+import json
+
+import onnx
+
+from chunkkv.errors import ConfigError
+from chunkkv_builder.onnx_graph import functions
+from chunkkv_builder.onnx_graph.emitter import GraphEmitter
+from chunkkv_builder.plan import LayerPlan, Plan
+
+COMPRESS_OPSET = 23
+
+
+class ChunkKVNodes:
+    """Emits select and compact nodes into a graph; raises ConfigError for a plan without ChunkKV.
+
+    Declares the graph inputs lengths, keep_per_10k, budget_tokens [B] int32 and capacity [1] int64: the slots of the
+    output caches, at least the largest N. `ids` names the token ids [B,S], read for delimiter boundaries only.
+    """
+
+    def __init__(self, e: GraphEmitter, plan: Plan, ids: str = "input_ids") -> None:
+        if plan.settings is None:
+            raise ConfigError("this plan has no ChunkKV settings, so there is nothing to compress")
+        self._e, self._plan, self.settings = e, plan, plan.settings
+        self._shared = [e.input(name, "int32", ["batch"]) for name in ("lengths", "keep_per_10k", "budget_tokens")]
+        e.input("capacity", "int64", [1])
+        if self.settings.boundaries == "delimiter":
+            assert plan.delimiter_tokens is not None
+            self._shared.append(e.op("Gather", [e.inline("delimiter_tokens", plan.delimiter_tokens), ids]))
+
+    def select(self, leader: int, query: str, key: str) -> None:
+        """Emit the choice of a group from its leader's query [B,Hq,w,D] and key [B,Hkv,S,D].
+
+        Outputs kept_indices.l [B,N] int32, token_scores.l [B,S]; slots.l are the indices padded to the capacity.
+        """
+        e = self._e
+        indices, scores = f"kept_indices.{leader}", f"token_scores.{leader}"
+        e.op(
+            functions.SELECT,
+            [query, key, *self._shared],
+            [indices, f"kept_lengths.{leader}", scores],
+            name=f"/layers.{leader}/chunkkv/select",
+            domain=functions.DOMAIN,
+            **functions.select_attributes(self.settings),
+        )
+        e.output(indices, "int32", ["batch", "kept"])
+        e.output(scores, "float32", ["batch", "tokens"])
+        spare = e.op("Sub", ["capacity", e.dim(indices, 1)])
+        pads = e.op("Concat", [e.ints(0, 0, 0), spare], axis=0)
+        e.op("Pad", [indices, pads, e.const(-1, "int32")], [f"slots.{leader}"])
+
+    def compact(self, layer: LayerPlan, key: str, value: str) -> None:
+        """Emit the compaction of one layer's key and value [B,Hkv,S,D] to kept_key.l, kept_value.l [B,Hkv,capacity,D]."""
+        model = self._plan.model
+        for kind, full in (("key", key), ("value", value)):
+            output = f"kept_{kind}.{layer.index}"
+            self._e.op(
+                functions.COMPACT,
+                [full, f"slots.{layer.leader}"],
+                [output],
+                name=f"/layers.{layer.index}/chunkkv/compact_{kind}",
+                domain=functions.DOMAIN,
+                **functions.plugin_attributes(),
+            )
+            self._e.output(output, "float32", ["batch", model.num_kv_heads, "capacity_slots", model.head_dim])
+
+    def finish(self) -> None:
+        """Declare the graph output kept_lengths [B] int32: N is the same for every layer."""
+        self._e.op("Identity", [f"kept_lengths.{self._plan.leaders[0]}"], ["kept_lengths"])
+        self._e.output("kept_lengths", "int32", ["batch"])
+
+    def functions(self, opset: int) -> list[onnx.FunctionProto]:
+        """Return the bodies that engines without a ChunkKV operator run."""
+        return [functions.select_function(self.settings, opset), functions.compact_function(opset)]
+
+    def metadata(self, graph: str) -> dict[str, str]:
+        """Return what the model file says of itself."""
+        return {"chunkkv.graph": graph, "chunkkv.settings": json.dumps(self.settings.to_dict())}
+
+
+def compress_graph(plan: Plan) -> onnx.ModelProto:
+    """Return the graph that compacts the caches of all layers after the last prefill block; it has no weights.
+
+    Inputs: those of ChunkKVNodes, query.l [B,Hq,w,D] per leader, key.l and value.l [B,Hkv,S,D], and input_ids [B,S] int64
+    for delimiter boundaries. Outputs: kept_lengths, kept_indices.l, token_scores.l, kept_key.l, kept_value.l.
+    """
+    e, model = GraphEmitter(), plan.model
+    if plan.settings is not None and plan.settings.boundaries == "delimiter":
+        e.input("input_ids", "int64", ["batch", "tokens"])
+    nodes = ChunkKVNodes(e, plan)
+    shape = ["batch", model.num_kv_heads, "tokens", model.head_dim]
+    caches = [[e.input(f"{kind}.{i}", "float32", shape) for kind in ("key", "value")] for i in range(model.num_layers)]
+    for leader in plan.leaders:
+        window = ["batch", model.num_heads, nodes.settings.window, model.head_dim]
+        nodes.select(leader, e.input(f"query.{leader}", "float32", window), f"key.{leader}")
+        for layer in plan.layers:
+            if layer.leader == leader:
+                nodes.compact(layer, *caches[layer.index])
+    nodes.finish()
+    return e.model(
+        "chunkkv_compress",
+        opset=COMPRESS_OPSET,
+        functions=nodes.functions(COMPRESS_OPSET),
+        domains=[(functions.DOMAIN, functions.DOMAIN_VERSION)],
+        metadata=nodes.metadata("compress"),
+    )

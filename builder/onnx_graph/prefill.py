@@ -1,0 +1,78 @@
+"""Plan to ONNX: one-shot prefill of a right-padded batch with the ChunkKV nodes inside, standard operators only.
+
+Only one group's full keys and values are alive at a time, but attention sees the whole prompt at once: an engine
+whose attention materialises the score matrix should run the step graph in blocks instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import onnx
+
+from chunkkv_builder.onnx_graph import functions
+from chunkkv_builder.onnx_graph.compress import ChunkKVNodes
+from chunkkv_builder.onnx_graph.transformer import ATTENTION_OPSET, CONTRIB, PACKED_SUFFIX, StepGraph
+from chunkkv_builder.onnx_graph.weights import WeightLocation
+from chunkkv_builder.plan import LayerPlan, Plan
+
+_INT64 = onnx.TensorProto.INT64
+
+
+class PrefillGraph(StepGraph):
+    """Emits the prefill graph of `plan`: the step graph's layers without a past, each group compacted as it ends."""
+
+    def __init__(self, plan: Plan, weights: Mapping[str, WeightLocation]) -> None:
+        super().__init__(plan, weights, attention="standard")
+
+    def build(self) -> onnx.ModelProto:
+        """Return the model.
+
+        Inputs: input_ids [B,S] int64, right-padded with any valid id, and those of ChunkKVNodes. Outputs: logits [B,1,V]
+        after each row's last token, kept_lengths [B], kept_indices.l, token_scores.l, kept_key.l and kept_value.l.
+        """
+        e = self.e
+        ids = e.input("input_ids", "int64", ["batch", "tokens"])
+        self.nodes = ChunkKVNodes(e, self.plan)
+        self.caches: dict[int, tuple[str, str]] = {}
+        self.rows = e.op("Concat", [e.dim(ids, 0), e.dim(ids, 1), e.ints(-1)], axis=0)
+        self.last = e.op("Sub", [e.op("Cast", ["lengths"], to=_INT64), e.const(1, "int64")])
+        count = e.op("Squeeze", [e.dim(ids, 1)])
+        steps = e.op("Range", [e.const(0, "int64"), count, e.const(1, "int64")])
+        self._rotation(e.op("Expand", [e.op("Unsqueeze", [steps, e.ints(0)]), e.op("Shape", [ids])]))
+        table = e.weight(self.weights["model.embed_tokens.weight"])
+        hidden = e.op("Gather", [table, e.op("Reshape", [ids, e.ints(-1)])], name="/embed_tokens")
+        for layer in self.plan.layers:
+            hidden = self._layer(layer, hidden)
+        self._logits(hidden, e.op("Unsqueeze", [self.last, e.ints(1)]))
+        self.nodes.finish()
+        opset = ATTENTION_OPSET["standard"]
+        packed = any(name.endswith(PACKED_SUFFIX) for name in self.weights)
+        return e.model(
+            "chunkkv_prefill",
+            opset=opset,
+            functions=self.nodes.functions(opset),
+            domains=[(functions.DOMAIN, functions.DOMAIN_VERSION)] + ([(CONTRIB, 1)] if packed else []),
+            metadata=self.nodes.metadata("prefill"),
+        )
+
+    def _attend(self, layer: LayerPlan, qkv: tuple[str, str, str]) -> str:
+        """Causal attention over the block alone; a group is compacted once its leader and its members have run."""
+        query, key, value = self._split_heads(qkv)
+        self.caches[layer.index] = (key, value)
+        if layer.is_leader:
+            self.nodes.select(layer.index, self._last_queries(query), key)
+        for member in self.plan.layers[: layer.index + 1]:
+            if member.leader <= layer.index and member.index in self.caches:
+                self.nodes.compact(member, *self.caches.pop(member.index))
+        attended = self.e.op("Attention", [query, key, value], name=f"/layers.{layer.index}/attention", is_causal=1)
+        return self._merge_heads(attended)
+
+    def _last_queries(self, query: str) -> str:
+        """Each row's own last w queries, [B,Hq,w,D]; a row shorter than w repeats its first."""
+        e, window = self.e, self.nodes.settings.window
+        places = e.op(
+            "Add", [e.op("Unsqueeze", [self.last, e.ints(1)]), e.const([list(range(1 - window, 1))], "int64")]
+        )
+        places = e.op("Max", [places, e.const(0, "int64")])
+        return functions.take_rows(e, query, places)
