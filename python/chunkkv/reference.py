@@ -152,6 +152,12 @@ def compact(x: NDArray[Any], kept_indices: IntArray) -> NDArray[Any]:
     return np.ascontiguousarray(x[:, kept_indices, :])
 
 
+def compact_batch(x: NDArray[Any], kept_indices: IntArray) -> NDArray[Any]:
+    """Return the kept rows of x [B,Hkv,S,D] as [B,Hkv,max N,D]; slots behind a row's own N repeat its first token."""
+    rows = np.maximum(kept_indices, 0)[:, None, :, None]
+    return np.take_along_axis(x, rows, axis=2)
+
+
 def select_batch(
     query: FloatArray,
     key: FloatArray,
