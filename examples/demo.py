@@ -21,7 +21,7 @@ from chunkkv.inspect import write_page
 from chunkkv.results import GenerationResult, Inspection
 
 mpl.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "examples" / "needle" / "model"
