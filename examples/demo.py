@@ -1,7 +1,7 @@
 """The whole path in one command: build engines for the shipped model, ask it a question, see what ChunkKV saves.
 
-Prints a table (answer, prompt and kept tokens, KV bytes, time to first token, time per token) for the full cache and for
-keep 50, 20 and 10 %, and writes a picture and an HTML page of what was kept.
+Prints a table (answer, prompt and kept tokens, KV bytes, time to first token, time per token) for the full cache and
+for keep 50, 20 and 10 %, and writes a picture and an HTML page of what was kept.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class ChunkKVNodes:
         e.op("Pad", [indices, pads, e.const(-1, "int32")], [f"slots.{leader}"])
 
     def compact(self, layer: LayerPlan, key: str, value: str) -> None:
-        """Emit the compaction of one layer's key and value [B,Hkv,S,D] to kept_key.l, kept_value.l [B,Hkv,capacity,D]."""
+        """Emit the compaction of a layer's caches [B,Hkv,S,D] to kept_key.l and kept_value.l [B,Hkv,capacity,D]."""
         model = self._plan.model
         for kind, full in (("key", key), ("value", value)):
             output = f"kept_{kind}.{layer.index}"
@@ -84,8 +84,8 @@ class ChunkKVNodes:
 def compress_graph(plan: Plan) -> onnx.ModelProto:
     """Return the graph that compacts the caches of all layers after the last prefill block; it has no weights.
 
-    Inputs: those of ChunkKVNodes, query.l [B,Hq,w,D] per leader, key.l and value.l [B,Hkv,S,D], and input_ids [B,S] int64
-    for delimiter boundaries. Outputs: kept_lengths, kept_indices.l, token_scores.l, kept_key.l, kept_value.l.
+    Inputs: those of ChunkKVNodes, query.l [B,Hq,w,D] per leader, key.l and value.l [B,Hkv,S,D], and input_ids [B,S]
+    int64 for delimiter boundaries. Outputs: kept_lengths, kept_indices.l, token_scores.l, kept_key.l, kept_value.l.
     """
     e, model = GraphEmitter(), plan.model
     if plan.settings is not None and plan.settings.boundaries == "delimiter":

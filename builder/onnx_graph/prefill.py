@@ -28,8 +28,9 @@ class PrefillGraph(StepGraph):
     def build(self) -> onnx.ModelProto:
         """Return the model.
 
-        Inputs: input_ids [B,S] int64, right-padded with any valid id, and those of ChunkKVNodes. Outputs: logits [B,1,V]
-        after each row's last token, kept_lengths [B], kept_indices.l, token_scores.l, kept_key.l and kept_value.l.
+        Inputs: input_ids [B,S] int64, right-padded with any valid id, and those of ChunkKVNodes. Outputs: logits
+        [B,1,V] after each row's last token, kept_lengths [B], kept_indices.l, token_scores.l, kept_key.l and
+        kept_value.l.
         """
         e = self.e
         ids = e.input("input_ids", "int64", ["batch", "tokens"])

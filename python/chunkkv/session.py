@@ -76,9 +76,9 @@ class ChunkKVSession:
         """Answer one prompt (text or token ids) or a list of them.
 
         Returns one GenerationResult for one prompt, a list for a list, or with stream=True an iterator of StreamEvent.
-        `keep_ratio` or `budget_tokens`, one value or one per prompt, override the engine's own within its limit.
-        Setting `cancel` ends every answer within one token. Raises RequestError before any work for a request that the engine
-        cannot serve.
+        `keep_ratio` or `budget_tokens`, one for all or one per prompt, override the engine's own within its
+        limit. Setting `cancel` ends every answer within one token. Raises RequestError before any work for a
+        request that the engine cannot serve.
         """
         sampling = sampling or SamplingParams()
         single = is_single(prompts)
