@@ -201,7 +201,7 @@ def _check_tensors(config: ModelConfig, sources: list[SafetensorsFile], path: Pa
             )
         if entry.shape != shape:
             raise CheckpointError(
-                f"{source.path}: tensor {name!r} has shape {list(entry.shape)}; expected {list(shape)} from {CONFIG_FILE}"
+                f"{source.path}: tensor {name!r} has shape {list(entry.shape)}; {CONFIG_FILE} expects {list(shape)}"
             )
 
 
