@@ -206,7 +206,7 @@ def _segment_starts(e: NodeEmitter, position: str, sinks: str) -> str:
     """Return for every token where the run since the last delimiter (or since the sinks) starts, [B,S] int64."""
     first = e.op("LessOrEqual", [position, sinks])
     flags = e.op("Cast", ["is_delimiter"], to=onnx.TensorProto.INT64)
-    shifted = e.op("Pad", [flags, e.ints(0, 1, 0, -1)])
+    shifted = e.op("Slice", [e.op("Pad", [flags, e.ints(0, 1, 0, 0)]), e.ints(0), e.ints(-1), e.ints(1)])
     after_delimiter = e.op("Cast", [shifted], to=onnx.TensorProto.BOOL)
     starts = e.op("Or", [after_delimiter, first])
     number = e.op("CumSum", [e.op("Cast", [starts], to=onnx.TensorProto.INT64), e.const(1, "int64")])

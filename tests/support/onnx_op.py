@@ -43,9 +43,8 @@ def compact_model(opset: int = OPSET) -> onnx.ModelProto:
     attributes = functions.plugin_attributes()
     e.op(functions.COMPACT, inputs, ["y"], name="/compact", domain=functions.DOMAIN, **attributes)
     e.output("y", "float32", ["B", "Hkv", "K", "D"])
-    return e.model(
-        "compact", opset=opset, functions=[functions.compact_function(opset)], domains=[(functions.DOMAIN, 1)]
-    )
+    body = functions.compact_function(opset)
+    return e.model("compact", opset=opset, functions=[body], domains=[(functions.DOMAIN, 1)])
 
 
 def session_of(model: onnx.ModelProto) -> ort.InferenceSession:
@@ -80,13 +79,13 @@ def feeds(
     rows = len(lengths)
     if keep_per_10k is None and budget_tokens is None:
         budget_tokens = np.full(rows, settings.budget_tokens)
+    if keep_per_10k is None:
+        keep_per_10k = np.full(rows, settings.keep_per_10k)
     named = {
         "query": query.astype(np.float32),
         "key": key.astype(np.float32),
         "lengths": np.asarray(lengths, np.int32),
-        "keep_per_10k": np.asarray(
-            np.full(rows, settings.keep_per_10k) if keep_per_10k is None else keep_per_10k, np.int32
-        ),
+        "keep_per_10k": np.asarray(keep_per_10k, np.int32),
         "budget_tokens": np.asarray(np.zeros(rows) if budget_tokens is None else budget_tokens, np.int32),
     }
     return named if settings.boundaries == "fixed" else {**named, "is_delimiter": is_delimiter}
