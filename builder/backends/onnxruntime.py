@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,6 @@ import onnx
 from chunkkv.errors import ConfigError
 from chunkkv_builder.checkpoint import Checkpoint
 from chunkkv_builder.config import BuildConfig
-from chunkkv_builder.model_config import ModelConfig
 from chunkkv_builder.onnx_graph import quantize
 from chunkkv_builder.onnx_graph.compress import compress_graph
 from chunkkv_builder.onnx_graph.transformer import PACKED_SUFFIX, SCALES_SUFFIX, StepGraph
@@ -54,72 +53,31 @@ def build(checkpoint: Checkpoint, plan: Plan, build: BuildConfig, out_dir: Path,
     return {"onnx": onnx.__version__}
 
 
-@dataclass(frozen=True)
-class _Linear:
-    """A projection of the checkpoint: name, shape [out,in], whether it has a bias."""
-
-    name: str
-    shape: tuple[int, int]
-    bias: bool = False
-
-
 def weight_sources(checkpoint: Checkpoint, weight_only_precision: str | None = None) -> list[WeightSource]:
     """Return every tensor of the engine in layer order; projections are packed where a precision is given.
 
     The embedding table, norms and biases always stay float32.
     """
-    model = checkpoint.config
-    sources = [_float32(checkpoint, "model.embed_tokens.weight")]
-    for index in range(model.num_layers):
-        prefix = f"model.layers.{index}"
-        norms = ["input_layernorm", "post_attention_layernorm"]
-        norms += ["self_attn.q_norm", "self_attn.k_norm"] if model.qk_norm else []
-        sources += [_float32(checkpoint, f"{prefix}.{norm}.weight") for norm in norms]
-        for linear in _layer_projections(model, prefix):
-            sources += _projection(checkpoint, linear, weight_only_precision)
-    sources.append(_float32(checkpoint, "model.norm.weight"))
-    head = _Linear("lm_head", (model.vocab_size, model.hidden_size))
-    if not model.tie_word_embeddings:
-        sources += _projection(checkpoint, head, weight_only_precision)
+    sources = []
+    for name in checkpoint.names():
+        if weight_only_precision and name.endswith(("_proj.weight", "lm_head.weight")):
+            sources += _packed(checkpoint, name, quantize.BITS[weight_only_precision])
+        else:
+            sources.append(WeightSource(name, checkpoint.shape(name), "float32", partial(_float32, checkpoint, name)))
     return sources
 
 
-def _layer_projections(model: ModelConfig, prefix: str) -> list[_Linear]:
-    hidden, inner = model.hidden_size, model.intermediate_size
-    queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+def _float32(checkpoint: Checkpoint, name: str) -> np.ndarray:
+    return np.asarray(checkpoint.tensor(name), dtype=np.float32)
+
+
+def _packed(checkpoint: Checkpoint, name: str, bits: int) -> list[WeightSource]:
+    out_features, in_features = checkpoint.shape(name)
+    packed_shape, scale_shape = quantize.packed_shapes(out_features, in_features, bits)
+    pair = _OncePerPart(lambda: quantize.quantize(_float32(checkpoint, name), bits))
     return [
-        _Linear(f"{attention}.q_proj", (queries, hidden), model.attention_bias),
-        _Linear(f"{attention}.k_proj", (keys, hidden), model.attention_bias),
-        _Linear(f"{attention}.v_proj", (keys, hidden), model.attention_bias),
-        _Linear(f"{attention}.o_proj", (hidden, queries), model.attention_out_bias),
-        _Linear(f"{mlp}.gate_proj", (inner, hidden), model.mlp_bias),
-        _Linear(f"{mlp}.up_proj", (inner, hidden), model.mlp_bias),
-        _Linear(f"{mlp}.down_proj", (hidden, inner), model.mlp_bias),
-    ]
-
-
-def _float32(checkpoint: Checkpoint, name: str) -> WeightSource:
-    return WeightSource(
-        name,
-        tuple(checkpoint.shape(name)),
-        "float32",
-        lambda: np.asarray(checkpoint.tensor(name), dtype=np.float32),
-    )
-
-
-def _projection(checkpoint: Checkpoint, linear: _Linear, precision: str | None) -> list[WeightSource]:
-    weight = f"{linear.name}.weight"
-    bias = [_float32(checkpoint, f"{linear.name}.bias")] if linear.bias else []
-    if precision is None:
-        return [_float32(checkpoint, weight), *bias]
-    bits = quantize.BITS[precision]
-    packed_shape, scale_shape = quantize.packed_shapes(*linear.shape, bits)
-    pair = _OncePerPart(lambda: quantize.quantize(np.asarray(checkpoint.tensor(weight), dtype=np.float32), bits))
-    return [
-        WeightSource(weight + PACKED_SUFFIX, packed_shape, "uint8", lambda: pair.take(0)),
-        WeightSource(weight + SCALES_SUFFIX, scale_shape, "float32", lambda: pair.take(1)),
-        *bias,
+        WeightSource(name + PACKED_SUFFIX, packed_shape, "uint8", partial(pair.take, 0)),
+        WeightSource(name + SCALES_SUFFIX, scale_shape, "float32", partial(pair.take, 1)),
     ]
 
 
