@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from chunkkv.errors import CheckpointError
+from chunkkv.json_files import read_object
 from chunkkv_builder.model_config import ModelConfig
 from chunkkv_builder.safetensors_file import READABLE, SafetensorsFile
 
@@ -59,8 +58,12 @@ class Checkpoint:
             raise CheckpointError(f"{path} {problem}; give the directory of a Hugging Face checkpoint")
         if not (path / CONFIG_FILE).is_file():
             raise CheckpointError(f"{path} has no {CONFIG_FILE}; give the directory of a Hugging Face checkpoint")
-        generation = read_json(path / GENERATION_FILE) if (path / GENERATION_FILE).is_file() else None
-        config = ModelConfig.from_hf(read_json(path / CONFIG_FILE), generation, source=str(path / CONFIG_FILE))
+        generation = (
+            read_object(path / GENERATION_FILE, CheckpointError) if (path / GENERATION_FILE).is_file() else None
+        )
+        config = ModelConfig.from_hf(
+            read_object(path / CONFIG_FILE, CheckpointError), generation, source=str(path / CONFIG_FILE)
+        )
         sources = _open_weights(path)
         _check_tensors(config, sources, path)
         stored = next(s for s in sources if "model.embed_tokens.weight" in s.entries)
@@ -121,21 +124,6 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in `path`; raises CheckpointError where it cannot be read or is something else."""
-    try:
-        value = json.loads(path.read_bytes().decode("utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}; it must be an object")
-    return value
-
-
 def _open_weights(path: Path) -> list[SafetensorsFile]:
     if (path / WEIGHTS_FILE).is_file():
         return [SafetensorsFile(path / WEIGHTS_FILE)]
@@ -153,7 +141,7 @@ def _open_weights(path: Path) -> list[SafetensorsFile]:
 def _open_shards(path: Path) -> list[SafetensorsFile]:
     """Open every shard of the index once; raises CheckpointError where the index and the shards disagree."""
     index = path / INDEX_FILE
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_object(index, CheckpointError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: 'weight_map' must be an object that maps tensor names to file names")
     for name, file in weight_map.items():
