@@ -1,0 +1,137 @@
+"""Record what transformers computes for every checkpoint variant of tests/support/checkpoints.py (float32, eager).
+
+    python tests/golden/make_transformers_golden.py           write transformers.npz beside this file
+    python tests/golden/make_transformers_golden.py --check   compute again and compare with it
+
+Needs torch and transformers (the `peers` extra). Keys of transformers.npz, for each VARIANT, written by
+write_checkpoint(directory, VARIANT), and for each prompt P in 0, 1:
+
+    VARIANT/weights_sha256            digest of the weights (support.checkpoints.weights_sha256): compare it first
+    VARIANT/promptP                   token ids [L] int64, L = 41 and 23
+    VARIANT/prefill_logitsP           [3,V] float32, after the last three prompt tokens
+    VARIANT/continuationP             the 12 greedy tokens [12] int64, end tokens ignored; every best token leads the
+                                      second best by at least MARGIN
+    VARIANT/continuation_logitsP      [11,V] float32, after each of the first eleven of them
+    VARIANT/inverse_frequencies       [D/2] float32
+    VARIANT/attention_factor          0-D float64, the factor on cosines and sines
+    VARIANT/cos, VARIANT/sin          [positions,D/2] float32, the factor included
+    positions                         the positions of cos and sin
+    transformers_version              0-D text
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from support.checkpoints import VARIANTS, random_tensors, variant_config, weights_sha256, write_checkpoint
+
+GOLDEN_FILE = Path(__file__).with_name("transformers.npz")
+PROMPT_LENGTHS = (41, 23)
+NEW_TOKENS = 12
+PREFILL_LOGITS = 3
+MARGIN = 0.02
+POSITIONS = (0, 1, 2, 17, 63, 200, 511, 4095)
+_TEXT_IDS = (3, 300)  # ids that the tokenizers have, special tokens aside
+
+
+def make_golden() -> dict[str, np.ndarray]:
+    """Return all arrays under the keys described at the top."""
+    golden = {
+        "positions": np.array(POSITIONS, dtype=np.int64),
+        "transformers_version": np.array(transformers.__version__),
+    }
+    for variant in VARIANTS:
+        with tempfile.TemporaryDirectory() as directory:
+            write_checkpoint(directory, variant)
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                directory, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+            )
+        wrong = {kind: names for kind, names in info.items() if names}
+        if wrong:
+            raise AssertionError(f"{variant}: transformers reads the checkpoint differently: {wrong}")
+        values = {"weights_sha256": np.array(weights_sha256(random_tensors(variant_config(variant))))}
+        values.update(_rope(model))
+        for number, length in enumerate(PROMPT_LENGTHS):
+            values.update({f"{key}{number}": value for key, value in _answer(model, variant, number, length).items()})
+        golden.update({f"{variant}/{key}": value for key, value in values.items()})
+    return golden
+
+
+@torch.no_grad()
+def _rope(model: transformers.PreTrainedModel) -> dict[str, np.ndarray]:
+    rotary = model.model.rotary_emb
+    cos, sin = rotary(torch.zeros(1), torch.tensor([POSITIONS]))
+    half = rotary.inv_freq.shape[0]
+    return {
+        "inverse_frequencies": rotary.inv_freq.numpy(),
+        "attention_factor": np.array(rotary.attention_scaling, dtype=np.float64),
+        "cos": cos[0, :, :half].numpy(),
+        "sin": sin[0, :, :half].numpy(),
+    }
+
+
+@torch.no_grad()
+def _answer(model: transformers.PreTrainedModel, variant: str, number: int, length: int) -> dict[str, np.ndarray]:
+    """Return the first random prompt whose greedy answer has a clear best token at every step, and that answer."""
+    for attempt in range(200):
+        random = np.random.RandomState([zlib.crc32(variant.encode()), number, attempt])
+        prompt = random.randint(*_TEXT_IDS, size=length).astype(np.int64)
+        ids = torch.from_numpy(prompt)[None]
+        logits = model(ids).logits[0]
+        steps = [logits[-1]]
+        chosen = [int(steps[-1].argmax())]
+        while len(chosen) < NEW_TOKENS:
+            ids = torch.cat([ids, torch.tensor([[chosen[-1]]])], dim=1)
+            steps.append(model(ids).logits[0, -1])
+            chosen.append(int(steps[-1].argmax()))
+        best = torch.stack(steps).topk(2, dim=1).values
+        if float((best[:, 0] - best[:, 1]).min()) >= MARGIN:
+            return {
+                "prompt": prompt,
+                "prefill_logits": logits[-PREFILL_LOGITS:].numpy(),
+                "continuation": np.array(chosen, dtype=np.int64),
+                "continuation_logits": torch.stack(steps[1:]).numpy(),
+            }
+    raise AssertionError(f"{variant}: no prompt has a clear greedy answer")
+
+
+def check_golden(golden: dict[str, np.ndarray]) -> None:
+    """Raise AssertionError where `golden` differs from the stored file by more than rounding."""
+    with np.load(GOLDEN_FILE, allow_pickle=False) as stored:
+        if set(stored.files) != set(golden):
+            raise AssertionError(f"keys differ: {sorted(set(stored.files) ^ set(golden))}")
+        for key in stored.files:
+            if key == "transformers_version":
+                continue
+            if stored[key].dtype.kind == "f":
+                np.testing.assert_allclose(golden[key], stored[key], rtol=1e-4, atol=1e-4, err_msg=key)
+            else:
+                np.testing.assert_array_equal(golden[key], stored[key], err_msg=key)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write or check transformers.npz.")
+    parser.add_argument("--check", action="store_true", help="compare instead of write")
+    arguments = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    golden = make_golden()
+    if arguments.check:
+        check_golden(golden)
+    else:
+        np.savez_compressed(GOLDEN_FILE, **golden)
+    print(f"{GOLDEN_FILE.name}: {len(golden)} arrays, {GOLDEN_FILE.stat().st_size} bytes")
+
+
+if __name__ == "__main__":
+    main()
