@@ -95,8 +95,7 @@ def chunk_starts(length: int, settings: ChunkKVSettings, is_delimiter: BoolArray
         raise ConfigError("boundaries is 'delimiter', is_delimiter is None: pass one flag per prompt token")
     starts: list[int] = []
     for position in range(settings.sinks, end):
-        after_delimiter = position > settings.sinks and bool(is_delimiter[position - 1])
-        if not starts or after_delimiter or position - starts[-1] == settings.chunk_size:
+        if not starts or is_delimiter[position - 1] or position - starts[-1] == settings.chunk_size:
             starts.append(position)
     return np.asarray(starts, dtype=np.int64)
 
@@ -117,8 +116,7 @@ def chunk_sizes(starts: IntArray, end: int) -> NDArray[np.int64]:
 
 def chunk_order(means: FloatArray) -> NDArray[np.int64]:
     """Return chunk numbers best first: descending score, ties by lower position, NaN below everything."""
-    missing = np.isnan(means)
-    return np.lexsort((np.where(missing, 0.0, -means), missing))  # stable: ties stay in position order
+    return np.argsort(-means, kind="stable")  # NaN sorts last, equal scores stay in position order
 
 
 def select_tokens(
