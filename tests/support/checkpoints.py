@@ -41,7 +41,7 @@ _LLAMA3_ROPE = {
 }
 _YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "beta_fast": 16.0, "beta_slow": 1.0}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "llama2": {**_LLAMA, "num_key_value_heads": 4, "torch_dtype": "float32"},
+    "llama2": {**_LLAMA, "num_key_value_heads": 4},
     "llama3": {**_LLAMA, "rope_theta": 50000.0, "rope_scaling": _LLAMA3_ROPE, "attention_bias": False},
     "llama_linear": {**_LLAMA, "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
     "llama_yarn": {**_LLAMA, "rope_theta": 10000.0, "rope_scaling": _YARN},
@@ -82,10 +82,10 @@ SENTENCEPIECE_VARIANTS = ("llama2", "llama_linear", "mistral")
 
 def variant_config(variant: str, dtype: str = "float32", **overrides: Any) -> dict[str, Any]:
     """Return the config.json of `variant` with `overrides` of its keys."""
-    config = {**copy.deepcopy(VARIANTS[variant]), **overrides}
-    config["torch_dtype" if "rope_parameters" not in config else "dtype"] = dtype
+    config = copy.deepcopy(VARIANTS[variant])
     bos, eos = (1, 2) if variant in SENTENCEPIECE_VARIANTS else (0, 1)
-    return {"bos_token_id": bos, "eos_token_id": eos, **config}
+    dtype_key = "dtype" if "rope_parameters" in config else "torch_dtype"
+    return {**config, dtype_key: dtype, "bos_token_id": bos, "eos_token_id": eos, **overrides}
 
 
 def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:

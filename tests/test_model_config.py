@@ -1,0 +1,206 @@
+"""Model configs: both transformers styles, every refusal, and rotary frequencies against transformers' own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.checkpoints import VARIANTS, variant_config
+
+from chunkkv.errors import ConfigError
+from chunkkv_builder.model_config import ModelConfig, rope_frequencies
+
+GOLDEN = Path(__file__).parent / "golden" / "transformers.npz"
+LLAMA31_ROPE = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+
+
+def llama(**changes: Any) -> dict[str, Any]:
+    """Return a Llama config; a change to ... removes the key."""
+    return {key: value for key, value in variant_config("llama2", **changes).items() if value is not ...}
+
+
+def config_of(variant: str, **changes: Any) -> dict[str, Any]:
+    return {key: value for key, value in variant_config(variant, **changes).items() if value is not ...}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_survives_the_engine_file(variant):
+    model = ModelConfig.from_hf(variant_config(variant))
+    stored = json.loads(json.dumps(model.to_dict()))
+    assert ModelConfig.from_dict(stored) == model
+    assert stored["num_key_value_heads"] == model.num_kv_heads
+    assert stored["head_size"] == model.head_dim
+
+
+def test_sizes_and_features_of_each_family():
+    llama2 = ModelConfig.from_hf(variant_config("llama2"))
+    assert (llama2.family, llama2.vocab_size, llama2.hidden_size, llama2.intermediate_size) == ("llama", 384, 64, 96)
+    assert (llama2.num_layers, llama2.num_heads, llama2.num_kv_heads, llama2.head_dim) == (3, 4, 4, 16)
+    assert not (llama2.attention_bias or llama2.attention_out_bias or llama2.mlp_bias or llama2.qk_norm)
+    assert llama2.rope_theta == 10_000.0  # transformers' default where the config has none
+    bias = ModelConfig.from_hf(variant_config("llama_bias"))
+    assert bias.attention_bias and bias.attention_out_bias and bias.mlp_bias
+    qwen2 = ModelConfig.from_hf(variant_config("qwen2"))
+    assert qwen2.attention_bias and not qwen2.attention_out_bias and qwen2.rope_theta == 1e6
+    qwen3 = ModelConfig.from_hf(variant_config("qwen3"))
+    assert qwen3.qk_norm and qwen3.head_dim == 32 and qwen3.tie_word_embeddings
+    assert ModelConfig.from_hf(variant_config("mistral")).num_kv_heads == 2
+
+
+def test_old_and_new_style_mean_the_same():
+    old = llama(rope_theta=500000.0, rope_scaling=LLAMA31_ROPE, max_position_embeddings=131072)
+    new = llama(rope_parameters={**LLAMA31_ROPE, "rope_theta": 500000.0}, max_position_embeddings=131072)
+    new["dtype"] = new.pop("torch_dtype")
+    assert ModelConfig.from_hf(old) == ModelConfig.from_hf(new)
+    older = llama(rope_theta=500000.0, rope_scaling={**LLAMA31_ROPE, "type": "llama3", "rope_type": None})
+    assert ModelConfig.from_hf(older).rope_scaling == ModelConfig.from_hf(old).rope_scaling
+
+
+def test_defaults_that_depend_on_the_family():
+    assert ModelConfig.from_hf(llama(num_key_value_heads=...)).num_kv_heads == 4
+    assert ModelConfig.from_hf(config_of("qwen3", head_dim=...)).head_dim == 128
+    no_ids = {"bos_token_id": ..., "eos_token_id": ...}
+    model = ModelConfig.from_hf(llama(**no_ids))
+    assert (model.bos_token_id, model.eos_token_ids) == (1, (2,))
+    model = ModelConfig.from_hf(config_of("qwen2", **no_ids))
+    assert (model.bos_token_id, model.eos_token_ids) == (None, ())
+    model = ModelConfig.from_hf(llama(bos_token_id=None, eos_token_id=None))
+    assert (model.bos_token_id, model.eos_token_ids) == (None, ())
+
+
+def test_end_tokens_of_the_generation_config_come_first():
+    model = ModelConfig.from_hf(llama(eos_token_id=2), {"eos_token_id": [7, 9], "bos_token_id": 5})
+    assert (model.bos_token_id, model.eos_token_ids) == (5, (7, 9))
+    assert ModelConfig.from_hf(llama(eos_token_id=2), {"eos_token_id": None}).eos_token_ids == (2,)
+
+
+REFUSED = [
+    (llama(architectures=["GPTNeoXForCausalLM"]), ["GPTNeoXForCausalLM", "LlamaForCausalLM", "Qwen3ForCausalLM"]),
+    (llama(architectures=["LlamaForSequenceClassification"]), ["LlamaForSequenceClassification", "supported"]),
+    (llama(architectures=...), ["architectures", "missing", "MistralForCausalLM"]),
+    (llama(architectures=[]), ["architectures", "LlamaForCausalLM"]),
+    (llama(architectures=[["x"]]), ["not supported"]),
+    (llama(model_type="gemma"), ["model_type", "'gemma'", "'llama'"]),
+    (config_of("mistral", sliding_window=4096), ["sliding_window", "4096", "null"]),
+    (config_of("mistral", sliding_window=...), ["sliding_window", "missing", "null"]),
+    (config_of("qwen2", use_sliding_window=True), ["use_sliding_window", "false"]),
+    (config_of("qwen3", use_sliding_window=True), ["use_sliding_window", "false"]),
+    (config_of("qwen3", layer_types=["full_attention", "sliding_attention"]), ["layer_types", "full_attention"]),
+    (llama(rope_scaling={"type": "dynamic", "factor": 2.0}), ["'dynamic'", "'linear'", "'yarn'"]),
+    (llama(rope_scaling={"rope_type": "longrope", "factor": 2.0}), ["'longrope'", "'llama3'"]),
+    (llama(rope_scaling={"factor": 2.0}), ["type", "missing"]),
+    (llama(rope_scaling={"type": "linear"}), ["rope_scaling", "factor", "missing"]),
+    (llama(rope_scaling={"type": "linear", "factor": -2.0}), ["factor", "-2.0"]),
+    (llama(rope_scaling="linear"), ["rope_scaling", "object"]),
+    (llama(rope_scaling={**LLAMA31_ROPE, "high_freq_factor": 0.5}), ["high_freq_factor", "above low_freq_factor"]),
+    (llama(rope_parameters={"full_attention": {"rope_type": "default"}}), ["full_attention", "one set"]),
+    (llama(rope_theta=0.5), ["rope_theta", "0.5"]),
+    (llama(partial_rotary_factor=0.5), ["partial_rotary_factor", "1.0"]),
+    (llama(rope_parameters={"partial_rotary_factor": 0.25}), ["partial_rotary_factor", "0.25"]),
+    (llama(hidden_act="gelu"), ["hidden_act", "'gelu'", "'silu'"]),
+    (llama(num_key_value_heads=3), ["4", "3", "multiple"]),
+    (config_of("mistral", num_key_value_heads=...), ["num_key_value_heads", "missing"]),
+    (llama(head_dim=15), ["head_dim", "15", "even"]),
+    (llama(num_attention_heads=6, num_key_value_heads=6), ["head_dim", "64", "6"]),
+    (llama(quantization_config={"quant_method": "gptq"}), ["quantization_config", "gptq", "original"]),
+    (llama(pretraining_tp=2), ["pretraining_tp", "2"]),
+    (llama(torch_dtype="float64"), ["torch_dtype", "float64", "bfloat16"]),
+    (llama(tie_word_embeddings="yes"), ["tie_word_embeddings", "true or false"]),
+    (llama(hidden_size=...), ["hidden_size", "missing"]),
+    (llama(hidden_size="64"), ["hidden_size", "'64'", "whole number"]),
+    (llama(hidden_size=64.0), ["hidden_size", "64.0"]),
+    (llama(vocab_size=0), ["vocab_size", "0"]),
+    (llama(num_hidden_layers=True), ["num_hidden_layers", "True"]),
+    (llama(num_hidden_layers=10**9), ["num_hidden_layers", "4096"]),
+    (llama(rms_norm_eps=float("nan")), ["rms_norm_eps", "nan", "finite"]),
+    (llama(rms_norm_eps=10**400), ["rms_norm_eps", "finite"]),
+    (llama(eos_token_id="</s>"), ["eos_token_id", "</s>"]),
+    (llama(eos_token_id=[2, -1]), ["eos_token_id", "-1"]),
+    ([], ["object"]),
+]
+
+
+@pytest.mark.parametrize(("config", "words"), REFUSED, ids=[" ".join(words) for _, words in REFUSED])
+def test_refusals_name_what_and_what_is_allowed(config, words):
+    with pytest.raises(ConfigError) as caught:
+        ModelConfig.from_hf(config)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ModelConfig.from_hf(variant_config("llama_yarn")).to_dict())
+def test_a_missing_or_wrong_engine_entry_is_named(key):
+    stored = ModelConfig.from_hf(variant_config("llama_yarn")).to_dict()
+    optional = {"bos_token_id", "rotary_scaling", "position_embedding_type"}
+    if key not in optional:
+        with pytest.raises(ConfigError, match=key):
+            ModelConfig.from_dict({name: value for name, value in stored.items() if name != key})
+    if key != "position_embedding_type":
+        with pytest.raises(ConfigError):
+            ModelConfig.from_dict({**stored, key: [{}]})
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_frequencies_are_those_of_transformers(variant):
+    with np.load(GOLDEN, allow_pickle=False) as golden:
+        inverse, factor = rope_frequencies(ModelConfig.from_hf(variant_config(variant)))
+        np.testing.assert_array_max_ulp(inverse.astype(np.float32), golden[f"{variant}/inverse_frequencies"], maxulp=2)
+        assert factor == pytest.approx(float(golden[f"{variant}/attention_factor"]), rel=1e-12)
+        angles = golden["positions"].astype(np.float32)[:, None] * inverse.astype(np.float32)
+        rounding = 1e-6 + 2 * angles * np.finfo(np.float32).eps  # torch's own powers differ that much between CPUs
+        for wave, name in ((np.cos, "cos"), (np.sin, "sin")):
+            assert np.all(np.abs(wave(angles) * np.float32(factor) - golden[f"{variant}/{name}"]) <= rounding)
+    assert inverse.dtype == np.float64 and np.array_equal(inverse, inverse.astype(np.float32))
+
+
+def test_yarn_options_change_what_they_should():
+    def yarn(**options: Any) -> tuple[np.ndarray, float]:
+        scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, **options}
+        return rope_frequencies(ModelConfig.from_hf(llama(rope_scaling=scaling)))
+
+    plain, factor = yarn()
+    assert factor == pytest.approx(0.1 * np.log(4.0) + 1)
+    assert yarn(attention_factor=1.5)[1] == 1.5
+    assert yarn(mscale=0.7, mscale_all_dim=1.1)[1] == pytest.approx((0.07 * np.log(4) + 1) / (0.11 * np.log(4) + 1))
+    assert not np.array_equal(yarn(truncate=False)[0], plain)
+    assert not np.array_equal(yarn(truncate=False, beta_fast=8.0)[0], yarn(truncate=False)[0])
+    assert not np.array_equal(yarn(truncate=False, beta_slow=0.5)[0], yarn(truncate=False)[0])
+    assert np.array_equal(yarn(factor=None)[0], plain)  # 512 positions over 128
+
+
+def test_yarn_and_llama3_take_the_context_length_where_none_is_given():
+    for kind in ({"rope_type": "yarn", "factor": 2.0}, {**LLAMA31_ROPE, "original_max_position_embeddings": None}):
+        scaling = ModelConfig.from_hf(llama(rope_scaling=kind)).rope_scaling
+        assert scaling is not None and scaling.original_max_position_embeddings == 512
+    scaling = ModelConfig.from_hf(llama(rope_scaling=LLAMA31_ROPE, original_max_position_embeddings=99)).rope_scaling
+    assert scaling is not None and scaling.original_max_position_embeddings == 99
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(sorted(VARIANTS)), st.data())
+def test_any_value_of_any_key_is_accepted_or_refused_as_config_error(variant, data):
+    config = variant_config(variant)
+    key = data.draw(st.sampled_from([*config, "rope_scaling", "rope_parameters", "quantization_config", "layer_types"]))
+    try:
+        model = ModelConfig.from_hf({**config, key: data.draw(JSON)})
+        json.dumps(model.to_dict(), allow_nan=False)
+    except ConfigError:
+        pass
