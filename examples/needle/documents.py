@@ -152,14 +152,18 @@ class Document:
 
 
 class Writer:
-    """Writes documents of at most a given number of tokens; all randomness comes from one seed."""
+    """Writes documents of at most a given number of tokens; all randomness comes from one seed.
 
-    def __init__(self, seed: int | list[int]) -> None:
+    `words` limits how many adjectives, nouns, names and streets are in use; training starts with few.
+    """
+
+    def __init__(self, seed: int | list[int], words: int | None = None) -> None:
         self.picker = Picker(np.random.default_rng(seed))
+        self.classes = {name: ids if name == "digit" else ids[:words] for name, ids in CLASSES.items()}
 
     def value(self, kind: str) -> tuple[int, ...]:
         """A random value of a kind."""
-        return tuple(self.picker.pick(CLASSES[slot]) for slot in VALUE_SLOTS[kind])
+        return tuple(self.picker.pick(self.classes[slot]) for slot in VALUE_SLOTS[kind])
 
     def facts(self, count: int, kinds: tuple[str, ...] = KIND_NAMES, sharing: str | None = None) -> list[Fact]:
         """Facts about different (kind, entity) pairs; `sharing` (random when None) says which words entities share."""
@@ -167,8 +171,8 @@ class Writer:
         sharing = sharing or picker.pick(list(SHARING))
         size = count if len(kinds) == 1 else max(2, count * 2 // 3)
         side = int(size**0.5) + 1
-        adjectives = picker.shuffled(CLASSES["adjective"])[: {"adjective": 1, "grid": side}.get(sharing, size)]
-        nouns = picker.shuffled(CLASSES["noun"])[: {"noun": 1, "grid": side}.get(sharing, size)]
+        adjectives = picker.shuffled(self.classes["adjective"])[: {"adjective": 1, "grid": side}.get(sharing, size)]
+        nouns = picker.shuffled(self.classes["noun"])[: {"noun": 1, "grid": side}.get(sharing, size)]
         if sharing == "none":
             entities = list(zip(adjectives, nouns, strict=True))
         else:
@@ -198,13 +202,27 @@ class Writer:
         document.extend_learned(answer)
         document.questions.append(Question(fact.kind, start, len(document.tokens), refused, sentence))
 
-    def recall(self, length: int, level: int) -> Document:
+    def pairs(self, length: int, key: str | None = "noun", value: str | None = "digit") -> Document:
+        """'kettle 7 anchor 2' stated, then asked for again and again; None stands for a random class of words."""
+        picker, document = self.picker, Document()
+        keys = self.classes[key or picker.pick(["noun", "adjective", "person", "street", "digit"])]
+        values = self.classes[value or picker.pick(["digit", "noun", "person", "last", "street", "place"])]
+        items = list(zip(picker.shuffled(keys), picker.shuffled(values), strict=False))[:4]
+        for item in items:
+            document.tokens += item
+        while len(document.tokens) + 2 <= length:
+            word, answer = picker.pick(items)
+            document.tokens.append(word)
+            document.extend_learned([answer])
+        return document
+
+    def recall(self, length: int, level: int, sharing: str | None = None) -> Document:
         """'amber kettle 7 .' stated, then asked for again and again; level 1 adds 'the' and 'is'."""
         picker, document = self.picker, Document()
         unit = 4 + 2 * level
         count = min(3 + picker.below(length // unit // 4), 40)
-        facts = self.facts(count, ("code",))
-        pool = CLASSES[picker.pick(["digit", "digit", "person", "street"])]
+        facts = self.facts(count, ("code",), sharing)
+        pool = self.classes[picker.pick(["digit", "digit", "digit", "person", "street"])]
         items = []
         for fact in facts:
             head = [_THE, *fact.entity, _IS] if level else list(fact.entity)

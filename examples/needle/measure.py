@@ -98,7 +98,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--out", type=Path, help="JSON file of the results; printed only when left out")
-    parser.add_argument("--n", type=int, default=200, help="prompts per cell")
+    parser.add_argument("--n", type=int, default=200, help="prompts per cell; fewer from 2048 tokens on")
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
@@ -107,8 +107,9 @@ def main() -> None:
     model = LlamaForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
     began, cells = time.monotonic(), []
     for length in arguments.lengths:
+        count = arguments.n // max(1, length // 1024)
         for name in TASKS:
-            cell = measure_cell(model, name, length, arguments.n, arguments.seed)
+            cell = measure_cell(model, name, length, count, arguments.seed)
             if cell:
                 cells.append(cell)
                 print(f"{time.monotonic() - began:6.0f} s", *cell.values(), sep=" · ", flush=True)

@@ -21,6 +21,13 @@ CHAT_TEMPLATE: Final = (
     "{%- endfor %}"
 )
 
+CONFIG_KEYS: Final = {
+    *("hidden_act", "hidden_size", "intermediate_size", "initializer_range", "vocab_size", "model_type"),
+    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "attention_bias", "mlp_bias"),
+    *("max_position_embeddings", "rope_parameters", "rms_norm_eps", "tie_word_embeddings"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+}
+
 
 def tokenizer_settings(longest: int) -> dict[str, object]:
     """What tokenizer_config.json says."""
@@ -43,8 +50,8 @@ def write_model(model: LlamaForCausalLM, out: Path) -> None:
     temporary.mkdir(parents=True)
     weights = {name: weight.detach().to(torch.bfloat16).contiguous() for name, weight in model.state_dict().items()}
     save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
-    config = model.config.to_dict() | {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", "use_cache": True}
-    config.pop("_name_or_path", None)
+    config = {key: value for key, value in model.config.to_dict().items() if key in CONFIG_KEYS}
+    config |= {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", "use_cache": True}
     generation = {"bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "pad_token_id": PAD_ID, "do_sample": False}
     longest = model.config.max_position_embeddings
     for name, content in (
@@ -54,6 +61,7 @@ def write_model(model: LlamaForCausalLM, out: Path) -> None:
     ):
         (temporary / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     build_tokenizer().save(str(temporary / "tokenizer.json"))
+    (temporary / "model.safetensors").chmod(0o644)  # save_file lets only the owner read
     older = out.with_name(f".{out.name}.old")
     shutil.rmtree(older, ignore_errors=True)
     if out.exists():

@@ -1,7 +1,7 @@
 """Train the needle model: `python examples/needle/train.py --out examples/needle/model`, under half an hour on a core.
 
 Two chained runs. The first teaches plain associative recall, where the heads that look things up form; the second goes
-from short documents to documents of 2304 tokens. Progress goes to standard output, one line per 25 steps.
+from short documents to documents of 2304 tokens. Progress goes to standard output, one line per 50 steps.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from vocabulary import BOS_ID, EOS_ID, PAD_ID, VOCABULARY_SIZE
 
 LM_WEIGHT, LM_SHARE = 0.1, 0.06
-LOG_EVERY = 25
+LOG_EVERY = 50
 
 
 def _short(writer: Writer, length: int) -> Document:
@@ -43,41 +43,56 @@ def _ruled(writer: Writer, length: int) -> Document:
     return writer.full(length, facts, min(facts + 2, 20), rules=rules)
 
 
-Recipe = dict[str, tuple[float, Callable[[Writer, int], Document]]]
-
-
-def _mixture(recall0: float, recall1: float, lists: float, dense: float, full: float, rules: float) -> Recipe:
-    return {
-        "recall0": (recall0, lambda writer, length: writer.recall(length, 0)),
-        "recall1": (recall1, lambda writer, length: writer.recall(length, 1)),
-        "list": (lists, lambda writer, length: writer.name_list(length)),
-        "dense": (dense, lambda writer, length: writer.dense(length, share=0.3 + 0.3 * writer.picker.chance())),
-        "full": (full, _long if full > 0.5 else _short),
-        "rules": (rules, _ruled),
-    }
+MAKERS: dict[str, Callable[[Writer, int], Document]] = {
+    "pairs": lambda writer, length: writer.pairs(length),
+    "any pairs": lambda writer, length: writer.pairs(length, None, None),
+    "two words": lambda writer, length: writer.recall(length, 0),
+    "same noun": lambda writer, length: writer.recall(length, 0, "noun"),
+    "is": lambda writer, length: writer.recall(length, 1),
+    "list": lambda writer, length: writer.name_list(length),
+    "dense": lambda writer, length: writer.dense(length, share=0.3 + 0.3 * writer.picker.chance()),
+    "short": _short,
+    "long": _long,
+    "rules": _ruled,
+}
+SENTENCES = {
+    "two words": 0.1,
+    "is": 0.1,
+    "same noun": 0.05,
+    "any pairs": 0.05,
+    "list": 0.1,
+    "dense": 0.45,
+    "rules": 0.15,
+}
 
 
 @dataclass(frozen=True)
 class Stage:
-    """So many steps of one length; `mixture` gives the share of each kind of document."""
+    """So many steps of one length; `mixture` gives the share of each of MAKERS, `words` as for Writer."""
 
     length: int
     batch: int
     steps: int
-    mixture: Recipe
+    mixture: dict[str, float]
+    words: int | None = None
+    until: float = 1.1  # the stage ends early once recall is this accurate
 
 
 RUNS: list[list[Stage]] = [
     [
-        Stage(128, 32, 350, _mixture(0.4, 0.2, 0.2, 0.2, 0.0, 0.0)),
-        Stage(128, 32, 525, _mixture(0.15, 0.15, 0.2, 0.5, 0.0, 0.0)),
+        Stage(32, 32, 1200, {"pairs": 1.0}, words=8, until=0.99),
+        Stage(32, 32, 600, {"any pairs": 0.8, "same noun": 0.2}, words=8, until=0.96),
+        Stage(32, 32, 600, {"any pairs": 0.3, "same noun": 0.4, "two words": 0.3}, words=24, until=0.96),
+        Stage(64, 16, 400, {"any pairs": 0.2, "same noun": 0.2, "two words": 0.2, "is": 0.2, "list": 0.2}),
+        Stage(128, 16, 400, SENTENCES, words=16),
+        Stage(128, 16, 500, SENTENCES),
     ],
     [
-        Stage(128, 32, 500, _mixture(0.05, 0.1, 0.15, 0.4, 0.1, 0.2)),
-        Stage(256, 16, 350, _mixture(0.0, 0.05, 0.1, 0.3, 0.35, 0.2)),
-        Stage(512, 8, 300, _mixture(0.0, 0.0, 0.1, 0.25, 0.45, 0.2)),
-        Stage(1024, 4, 250, _mixture(0.0, 0.0, 0.0, 0.15, 0.65, 0.2)),
-        Stage(2304, 2, 250, _mixture(0.0, 0.0, 0.0, 0.1, 0.7, 0.2)),
+        Stage(128, 16, 400, {"two words": 0.05, "is": 0.05, "list": 0.1, "dense": 0.4, "short": 0.2, "rules": 0.2}),
+        Stage(256, 8, 500, {"is": 0.05, "list": 0.1, "dense": 0.3, "short": 0.35, "rules": 0.2}),
+        Stage(512, 4, 600, {"list": 0.1, "dense": 0.25, "short": 0.2, "long": 0.25, "rules": 0.2}),
+        Stage(1024, 4, 250, {"dense": 0.15, "long": 0.65, "rules": 0.2}),
+        Stage(2304, 2, 250, {"dense": 0.1, "long": 0.7, "rules": 0.2}),
     ],
 ]
 
@@ -120,17 +135,18 @@ class Batches:
 
     def __init__(self, stage: Stage, seed: list[int]) -> None:
         self.stage = stage
-        self.writer = Writer(seed)
-        self.makers = list(stage.mixture.values())
+        self.writer = Writer(seed, stage.words)
         self.limit = stage.length * stage.batch // 3  # a fixed number of loss places keeps the shapes fixed
 
     def _document(self) -> Document:
         dice = self.writer.picker.chance()
-        for share, make in self.makers:
+        chosen = next(iter(self.stage.mixture))  # stays where the shares sum to a hair below 1
+        for name, share in self.stage.mixture.items():
             dice -= share
             if dice < 0:
-                return make(self.writer, self.stage.length)
-        return self.makers[-1][1](self.writer, self.stage.length)
+                chosen = name
+                break
+        return MAKERS[chosen](self.writer, self.stage.length)
 
     def __next__(self) -> Batch:
         length, rows, picker = self.stage.length, self.stage.batch, self.writer.picker
@@ -168,7 +184,7 @@ class Batches:
 
 
 def learning_rate(step: int, steps: int, peak: float, warm_up: int, final: float) -> float:
-    """Linear warm-up, constant, cosine over the last 30 % down to `final` of the peak."""
+    """Linear warm-up, constant, cosine over the last 30 % down to `final` of the peak (1.0: no decay)."""
     if step < warm_up:
         return peak * (step + 1) / warm_up
     start = int(steps * 0.7)
@@ -199,6 +215,11 @@ class Progress:
             self.right[name][0] += sum(hits[i] for i in members)
             self.right[name][1] += len(members)
 
+    def share(self, name: str) -> float:
+        """Accuracy of one kind of token since the last line."""
+        right, count = self.right[name]
+        return right / max(1, count)
+
     def line(self) -> str:
         """Loss and accuracies as text; starts anew."""
         names = ["recall", "list", *(f"{first}{kind}" for kind in KIND_NAMES for first in ("first ", "")), "refusal"]
@@ -224,16 +245,15 @@ def train_run(model: LlamaForCausalLM, run: int, stages: list[Stage], arguments:
         losses = F.cross_entropy(logits.float(), targets, reduction="none")
         return (losses * weights).sum(), logits.argmax(-1) == targets
 
-    compiled = loss_and_hits if arguments.eager else torch.compile(loss_and_hits, dynamic=False)
     progress = Progress()
     for number, stage in enumerate(stages):
         batches = Batches(stage, [arguments.seed, run, number])
         for index in range(stage.steps):
-            rate = learning_rate(step, steps, arguments.rate, 40, 0.3 if run + 1 < len(RUNS) else 0.05)
+            rate = learning_rate(step, steps, arguments.rate, 40, 1.0 if run + 1 < len(RUNS) else 0.05)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             batch = next(batches)
-            loss, hits = compiled(batch.tokens, batch.places, batch.targets, batch.weights)
+            loss, hits = loss_and_hits(batch.tokens, batch.places, batch.targets, batch.weights)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -241,8 +261,12 @@ def train_run(model: LlamaForCausalLM, run: int, stages: list[Stage], arguments:
             progress.add(loss.item(), hits.tolist(), batch.groups)
             step, seen = step + 1, seen + batch.tokens.numel()
             if step % LOG_EVERY == 0 or index + 1 == stage.steps:
+                learned = progress.share("recall") >= stage.until
                 speed = f"{time.monotonic() - began:.0f} s · {seen / 1e6:.2f} M tokens"
                 print(f"run {run} stage {number} step {step}/{steps} · {speed} · {progress.line()}", flush=True)
+                if learned:
+                    step += stage.steps - index - 1
+                    break
     return seen
 
 
@@ -252,8 +276,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="directory of the model, replaced when it exists")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate of AdamW")
-    parser.add_argument("--eager", action="store_true", help="do without torch.compile, which needs a C++ compiler")
+    parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate of AdamW")
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
     torch.set_num_threads(arguments.threads)
