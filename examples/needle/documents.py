@@ -174,7 +174,7 @@ class Writer:
         adjectives = picker.shuffled(self.classes["adjective"])[: {"adjective": 1, "grid": side}.get(sharing, size)]
         nouns = picker.shuffled(self.classes["noun"])[: {"noun": 1, "grid": side}.get(sharing, size)]
         if sharing == "none":
-            entities = list(zip(adjectives, nouns, strict=True))
+            entities = list(zip(adjectives, nouns, strict=False))  # as many as both classes have
         else:
             entities = [(adjective, noun) for adjective in adjectives for noun in nouns]
         subjects = picker.shuffled([(kind, entity) for kind in kinds for entity in entities])

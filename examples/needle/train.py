@@ -274,7 +274,7 @@ def main() -> None:
     """Train with the command line's settings and write the model directory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="directory of the model, replaced when it exists")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=1, help="of documents and weights")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate of AdamW")
     arguments = parser.parse_args()
