@@ -1,0 +1,195 @@
+"""chunkkv-build: from a Hugging Face checkpoint to an engine directory, with ChunkKV inside if asked for."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import shutil
+import signal
+import sys
+import threading
+import traceback
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType, ModuleType
+from typing import TYPE_CHECKING, NoReturn
+
+if __package__ in (None, ""):
+    # Run as a file: the checkout's packages are meant, and builder/'s own module names must not hide installed ones.
+    _here = Path(__file__).resolve().parent
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != _here]
+    if (_here.parent / "python" / "chunkkv").is_dir():
+        sys.path.insert(0, str(_here.parent / "python"))
+    _spec = importlib.util.spec_from_file_location(
+        "chunkkv_builder", _here / "__init__.py", submodule_search_locations=[str(_here)]
+    )
+    assert _spec is not None and _spec.loader is not None
+    sys.modules["chunkkv_builder"] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(sys.modules["chunkkv_builder"])
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from chunkkv_builder.checkpoint import Checkpoint
+    from chunkkv_builder.config import BuildConfig
+    from chunkkv_builder.plan import Plan
+    from chunkkv_builder.progress import Progress
+
+FAILED, BAD_USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+TOKENIZER_FILE = "tokenizer.json"
+_AUTO = {"backend": "onnxruntime", "dtype": "float32"}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; raises SystemExit with 1 for failures, 2 for bad usage, 130 for Ctrl-C."""
+    try:
+        from chunkkv_builder.flags import UsageError, parse
+
+        flags = parse(arguments)
+    except ModuleNotFoundError as error:
+        _stop(_described(error), FAILED)
+    except UsageError as error:
+        _stop(str(error), BAD_USAGE)
+    try:
+        with _termination_as_exit():
+            build_engine(flags)
+    except (Exception, KeyboardInterrupt) as error:
+        if flags.log_level in ("verbose", "debug"):
+            traceback.print_exc()
+        if isinstance(error, KeyboardInterrupt):
+            _stop("interrupted; no engine was written", INTERRUPTED)
+        _stop(_described(error), BAD_USAGE if isinstance(error, UsageError) else FAILED)
+
+
+def build_engine(flags: Namespace) -> None:
+    """Build the engine that `flags` describe, or print its plan; raises ChunkKVError subclasses and OSError."""
+    from chunkkv_builder.dry_run import print_plan
+    from chunkkv_builder.manifest import check_target, staged_output, write_config, write_manifest
+    from chunkkv_builder.progress import Progress
+
+    check_target(Path(flags.output_dir), flags.overwrite)
+    backend = load_backend(flags.backend)
+    with Progress(flags.log_level) as progress:
+        checkpoint, build, plan = read_and_plan(flags, progress)
+        if not flags.dry_run:
+            with staged_output(flags.output_dir, flags.overwrite) as folder:
+                versions = backend.build(checkpoint, plan, build, folder, progress)
+                copy_tokenizer(checkpoint, folder, progress)
+                write_config(folder, plan.model.to_dict(), build.to_dict(), plan.settings)
+                write_manifest(folder, build.backend, versions, progress)
+    if flags.dry_run:
+        print_plan(plan, build)
+    else:
+        progress.info(f"engine written to {flags.output_dir}")
+
+
+def load_backend(name: str) -> ModuleType:
+    """Return the module that builds for backend `name`; raises BackendUnavailableError saying what is missing."""
+    from chunkkv.errors import BackendUnavailableError
+
+    name = _AUTO["backend"] if name == "auto" else name
+    if importlib.util.find_spec(f"chunkkv_builder.backends.{name}") is not None:
+        return importlib.import_module(f"chunkkv_builder.backends.{name}")
+    package = importlib.util.find_spec(name) is not None
+    raise BackendUnavailableError(
+        f"--backend {name} needs the Python package {name!r}, which is {'' if package else 'not '}installed, and a "
+        f"builder for it, which this version of ChunkKV-TRT does not have: give --backend {_AUTO['backend']}"
+    )
+
+
+def read_and_plan(flags: Namespace, progress: Progress) -> tuple[Checkpoint, BuildConfig, Plan]:
+    """Open the checkpoint and return it with the checked limits and the plan; nothing is written."""
+    from chunkkv.errors import ConfigError
+    from chunkkv_builder.checkpoint import Checkpoint
+    from chunkkv_builder.config import BuildConfig
+    from chunkkv_builder.flags import UsageError, chunkkv_settings, with_flag_name
+    from chunkkv_builder.plan import make_plan
+
+    progress.stage("checkpoint", 1)
+    checkpoint = Checkpoint.open(flags.checkpoint_dir)
+    progress.advance()
+    model = checkpoint.config
+    settings = chunkkv_settings(flags, model.num_layers)
+    names = ("max_input_len", "max_seq_len", "max_batch_size", "max_num_tokens", "weight_only_precision")
+    try:
+        limits = {name: getattr(flags, name) for name in names}
+        chosen = {
+            name: auto if getattr(flags, name) == "auto" else getattr(flags, name) for name, auto in _AUTO.items()
+        }
+        build = BuildConfig.for_model(model, **limits, **chosen)
+        build.check_window(settings)
+    except ConfigError as error:
+        raise UsageError(with_flag_name(str(error))) from None
+    delimiters = _read_tokenizer(
+        checkpoint, progress, wanted=settings is not None and settings.boundaries == "delimiter"
+    )
+    try:
+        return checkpoint, build, make_plan(model, settings, delimiters)
+    except ConfigError as error:
+        raise UsageError(with_flag_name(str(error), "chunkkv_")) from None
+
+
+def copy_tokenizer(checkpoint: Checkpoint, folder: Path, progress: Progress) -> None:
+    """Copy the tokenizer's files into the engine, where there is a tokenizer."""
+    files = checkpoint.files if TOKENIZER_FILE in checkpoint.files else {}
+    progress.stage("tokenizer", len(files))
+    for name, path in files.items():
+        shutil.copyfile(path, folder / name)
+        progress.advance()
+
+
+def _read_tokenizer(checkpoint: Checkpoint, progress: Progress, wanted: bool) -> np.ndarray | None:
+    """Check the checkpoint's tokenizer before the long work; return its delimiter tokens [vocab] where wanted."""
+    from chunkkv.tokenizer import Tokenizer
+
+    model = checkpoint.config
+    if TOKENIZER_FILE not in checkpoint.files:
+        progress.warning(f"{checkpoint.path} has no {TOKENIZER_FILE}: the engine will take and give token ids only")
+        return None
+    tokenizer = Tokenizer.from_dir(checkpoint.path)
+    if tokenizer.size > model.vocab_size:
+        progress.warning(
+            f"the tokenizer has {tokenizer.size} tokens, the model {model.vocab_size}: "
+            "prompts with the others are refused"
+        )
+    return tokenizer.delimiter_token_table(vocab_size=model.vocab_size) if wanted else None
+
+
+@contextmanager
+def _termination_as_exit() -> Iterator[None]:
+    """Let SIGTERM unwind like Ctrl-C, so that what is half written is removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(TERMINATED)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _described(error: BaseException) -> str:
+    from chunkkv.errors import ChunkKVError
+
+    if isinstance(error, ChunkKVError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError):
+        return f"the Python package {error.name!r} is missing; install this project with pip install ."
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'writing the engine'}: {error.strerror}"
+    return f"unexpected {type(error).__name__}: {error}; --log_level debug shows where"
+
+
+def _stop(message: str, code: int) -> NoReturn:
+    print(f"chunkkv-build: error: {' '.join(message.splitlines())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Prints what would be built: the plan as a table, layer by layer."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from chunkkv.settings import ChunkKVSettings
+from chunkkv_builder.config import BuildConfig
+from chunkkv_builder.plan import LayerPlan, Plan
+from chunkkv_builder.progress import human_bytes
+
+LENGTHS = {"2k": 2048, "8k": 8192, "32k": 32768}
+_PIPE_WIDTH = 120  # wide enough for the table where there is no terminal to ask
+
+
+def print_plan(plan: Plan, build: BuildConfig, console: Console | None = None) -> None:
+    """Print the engine's limits and, per layer, its role, the tokens kept and the KV bytes saved at 2k, 8k and 32k."""
+    console = console or Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, _PIPE_WIDTH)
+    model = plan.model
+    weights = f"weights {build.weight_only_precision}" if build.weight_only_precision else f"weights {build.dtype}"
+    console.print(
+        f"{model.architecture}: {model.num_layers} layers, {model.num_kv_heads} KV heads of {model.head_dim}, "
+        f"{human_bytes(plan.kv_bytes_per_token)} of KV cache per token"
+    )
+    console.print(
+        f"backend {build.backend}, {weights}, max_batch_size {build.max_batch_size}, "
+        f"max_input_len {build.max_input_len}, max_seq_len {build.max_seq_len}, max_num_tokens {build.max_num_tokens}"
+    )
+    console.print(f"ChunkKV: {_described(plan.settings)}")
+    console.print(_table(plan))
+    beyond = [name for name, length in LENGTHS.items() if length > build.max_input_len]
+    if beyond:
+        console.print(f"Prompts of {', '.join(beyond)} are above max_input_len; shown for comparison.")
+
+
+def _table(plan: Plan) -> Table:
+    table = Table(box=box.SIMPLE, show_footer=True)
+    table.add_column("layer", footer="all")
+    table.add_column("role")
+    kept = {name: _kept(plan.settings, length) for name, length in LENGTHS.items()}
+    saved = {name: (LENGTHS[name] - kept[name]) * plan.kv_bytes_per_token for name in LENGTHS}
+    for name in LENGTHS:
+        table.add_column(f"kept at {name}", justify="right", footer=str(kept[name]))
+    for name in LENGTHS:
+        table.add_column(f"KV saved at {name}", justify="right", footer=human_bytes(saved[name]))
+    for layer in plan.layers:
+        amounts = [human_bytes(saved[name] // len(plan.layers)) for name in LENGTHS]
+        table.add_row(str(layer.index), _role(plan, layer), *map(str, kept.values()), *amounts)
+    return table
+
+
+def _kept(settings: ChunkKVSettings | None, length: int) -> int:
+    return length if settings is None else settings.kept_tokens(length)
+
+
+def _role(plan: Plan, layer: LayerPlan) -> str:
+    if plan.settings is None:
+        return "keeps all"
+    group = plan.settings.layer_groups[layer.group]
+    if len(group) == 1:
+        return "chooses"
+    return f"chooses for {group[0]}-{group[-1]}" if layer.is_leader else f"follows {layer.leader}"
+
+
+def _described(settings: ChunkKVSettings | None) -> str:
+    if settings is None:
+        return "off, every prompt token is kept"
+    amount = f"keep_ratio {settings.keep_ratio:g} (kvpress compression_ratio {1 - settings.keep_ratio:g})"
+    if settings.budget_tokens:
+        amount = f"budget_tokens {settings.budget_tokens}"
+    return (
+        f"{amount}, chunk_size {settings.chunk_size}, boundaries {settings.boundaries}, window {settings.window}, "
+        f"sinks {settings.sinks}, pooling {settings.pooling}, score {settings.score}, min_tokens {settings.min_tokens}"
+    )
