@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if flags.log_level in ("verbose", "debug"):
             traceback.print_exc()
         if isinstance(error, KeyboardInterrupt):
-            _stop("interrupted; no engine was written", INTERRUPTED)
+            _stop("interrupted", INTERRUPTED)
         _stop(_described(error), BAD_USAGE if isinstance(error, UsageError) else FAILED)
 
 
@@ -69,7 +69,8 @@ def build_engine(flags: Namespace) -> None:
     from chunkkv_builder.manifest import check_target, staged_output, write_config, write_manifest
     from chunkkv_builder.progress import Progress
 
-    check_target(Path(flags.output_dir), flags.overwrite)
+    with _bad_usage():
+        check_target(Path(flags.output_dir), flags.overwrite)
     backend = load_backend(flags.backend)
     with Progress(flags.log_level) as progress:
         checkpoint, build, plan = read_and_plan(flags, progress)
@@ -101,10 +102,9 @@ def load_backend(name: str) -> ModuleType:
 
 def read_and_plan(flags: Namespace, progress: Progress) -> tuple[Checkpoint, BuildConfig, Plan]:
     """Open the checkpoint and return it with the checked limits and the plan; nothing is written."""
-    from chunkkv.errors import ConfigError
     from chunkkv_builder.checkpoint import Checkpoint
     from chunkkv_builder.config import BuildConfig
-    from chunkkv_builder.flags import UsageError, chunkkv_settings, with_flag_name
+    from chunkkv_builder.flags import chunkkv_settings
     from chunkkv_builder.plan import make_plan
 
     progress.stage("checkpoint", 1)
@@ -113,22 +113,17 @@ def read_and_plan(flags: Namespace, progress: Progress) -> tuple[Checkpoint, Bui
     model = checkpoint.config
     settings = chunkkv_settings(flags, model.num_layers)
     names = ("max_input_len", "max_seq_len", "max_batch_size", "max_num_tokens", "weight_only_precision")
-    try:
-        limits = {name: getattr(flags, name) for name in names}
-        chosen = {
-            name: auto if getattr(flags, name) == "auto" else getattr(flags, name) for name, auto in _AUTO.items()
-        }
+    limits = {name: getattr(flags, name) for name in names}
+    chosen = {name: auto if getattr(flags, name) == "auto" else getattr(flags, name) for name, auto in _AUTO.items()}
+    with _bad_usage():
         build = BuildConfig.for_model(model, **limits, **chosen)
         build.check_window(settings)
-    except ConfigError as error:
-        raise UsageError(with_flag_name(str(error))) from None
     delimiters = _read_tokenizer(
         checkpoint, progress, wanted=settings is not None and settings.boundaries == "delimiter"
     )
-    try:
-        return checkpoint, build, make_plan(model, settings, delimiters)
-    except ConfigError as error:
-        raise UsageError(with_flag_name(str(error), "chunkkv_")) from None
+    with _bad_usage("chunkkv_"):
+        plan = make_plan(model, settings, delimiters)
+    return checkpoint, build, plan
 
 
 def copy_tokenizer(checkpoint: Checkpoint, folder: Path, progress: Progress) -> None:
@@ -155,6 +150,18 @@ def _read_tokenizer(checkpoint: Checkpoint, progress: Progress, wanted: bool) ->
             "prompts with the others are refused"
         )
     return tokenizer.delimiter_token_table(vocab_size=model.vocab_size) if wanted else None
+
+
+@contextmanager
+def _bad_usage(prefix: str = "") -> Iterator[None]:
+    """Turn a ConfigError about a flag's value into a UsageError that names the flag."""
+    from chunkkv.errors import ConfigError
+    from chunkkv_builder.flags import UsageError, with_flag_name
+
+    try:
+        yield
+    except ConfigError as error:
+        raise UsageError(with_flag_name(str(error), prefix)) from None
 
 
 @contextmanager

@@ -6,7 +6,8 @@ import re
 
 from chunkkv.errors import ConfigError
 
-SYNTAX = "a group size such as 2, or groups such as 0-1,2,3-5"
+_GROUPS = "groups such as 0-1,2,3-5"
+SYNTAX = f"a group size such as 2, or {_GROUPS}"
 _GROUP = re.compile(r"(\d+)(?:-(\d+))?")
 _NUMBER_DIGITS = 9  # beyond any layer count, so that int() stays cheap
 
@@ -24,7 +25,8 @@ def layer_groups(num_layers: int, reuse: int | str = 1) -> tuple[tuple[int, ...]
         return _listed(num_layers, reuse)
     if isinstance(reuse, bool) or not isinstance(reuse, int) or not 1 <= reuse <= num_layers:
         raise ConfigError(
-            f"layer_reuse is {reuse!r}; this model has {num_layers} layers: give 1 to {num_layers}, or {SYNTAX}"
+            f"layer_reuse is {reuse!r}; this model has {num_layers} layers: give a group size from 1 to {num_layers}, "
+            f"or {_GROUPS}"
         )
     layers = range(num_layers)
     return tuple(tuple(layers[first : first + reuse]) for first in range(0, num_layers, reuse))

@@ -95,11 +95,14 @@ class EngineFiles:
         EngineMismatchError for a directory in another format.
         """
         path = Path(engine_dir)
-        _check_directory(path)
-        manifest = Manifest.read(path / MANIFEST_FILE)
-        _check_names(path, manifest)
-        for name, record in manifest.files.items():
-            _check_file(path / name, record)
+        try:
+            _check_directory(path)
+            manifest = Manifest.read(path / MANIFEST_FILE)
+            _check_names(path, manifest)
+            for name, record in manifest.files.items():
+                _check_file(path / name, record)
+        except OSError as error:
+            raise EngineError(f"{error.filename or path} cannot be read: {error.strerror or error}") from None
         config = read_object(path / CONFIG_FILE, EngineError)
         model, build = (_section(path, config, name) for name in ("pretrained_config", "build_config"))
         for name in ("max_batch_size", "max_input_len", "max_seq_len", "max_num_tokens"):
@@ -177,15 +180,10 @@ def _check_names(path: Path, manifest: Manifest) -> None:
 
 
 def _check_file(path: Path, expected: FileRecord) -> None:
-    try:
-        size = path.stat().st_size
-        if size != expected.size:
-            raise EngineError(
-                f"{path} was changed: {MANIFEST_FILE} says {expected.size} bytes, found {size}; {_REBUILD}"
-            )
-        found = hash_file(path)
-    except OSError as error:
-        raise EngineError(f"{path} cannot be read: {error.strerror or error}") from None
+    size = path.stat().st_size
+    if size != expected.size:
+        raise EngineError(f"{path} was changed: {MANIFEST_FILE} says {expected.size} bytes, found {size}; {_REBUILD}")
+    found = hash_file(path)
     if found != expected:
         raise EngineError(
             f"{path} was changed: {MANIFEST_FILE} says sha256 {expected.sha256}, found {found.sha256}; {_REBUILD}"
