@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Final
 
 from documents import Task, Writer, test_prompt
-from vocabulary import text_of, write_atomically
+from vocabulary import TOKEN_ID, text_of, write_atomically
 
+STOP_ID: Final = TOKEN_ID["."]
 FOLDER: Final = Path(__file__).resolve().parent / "prompts"
 # name: (seed, tokens, depth of the needle, task)
 PROMPTS: Final = {
@@ -28,6 +29,14 @@ def prompt_ids(name: str) -> tuple[list[int], list[int]]:
     return test_prompt(Writer(seed), length, task, depth)
 
 
+def answer_span(ids: list[int], answer: list[int]) -> tuple[int, int]:
+    """First and past-the-end position of the sentence that states `answer`, which ends with <eos>."""
+    words = [word for word in answer[:-1] if word != STOP_ID]
+    start = next(at for at in range(len(ids)) if ids[at : at + len(words)] == words)
+    first = max((at + 1 for at in range(start) if ids[at] == STOP_ID), default=0)
+    return first, ids.index(STOP_ID, start) + 1
+
+
 def prompt_files() -> dict[str, str]:
     """File name to content."""
     files = {}
@@ -39,6 +48,7 @@ def prompt_files() -> dict[str, str]:
             "question": text[text.rindex("question:") :],
             "expected": text_of(answer),
             "tokens": len(ids),
+            "answer_span": answer_span(ids, answer),
             "made_from": {"seed": seed, "length": length, "depth": depth, "task": asdict(task)},
         }
         files[f"{name}.json"] = json.dumps(content, indent=1) + "\n"

@@ -5,7 +5,6 @@ Sessions are shared and thread-safe; every call binds its own caches, so calls o
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +52,8 @@ class Choice:
 class OnnxRuntimeExecutor:
     """The graphs of one engine directory, ready to run.
 
-    `threads` is the number of intra-op threads, None for ONNX Runtime's own choice. Shapes are read from the graphs.
+    `window` is the observation window, 0 for an engine without ChunkKV; `threads` the number of intra-op threads, None
+    for ONNX Runtime's own choice. Shapes are read from the graphs.
     """
 
     def __init__(self, engine_dir: Path, window: int = 0, threads: int | None = None) -> None:
@@ -68,8 +68,7 @@ class OnnxRuntimeExecutor:
         self._query_heads = {
             int(name.split(".")[1]): int(shape[1]) for name, shape in shapes.items() if name.startswith("query.")
         }
-        self._compress: ort.InferenceSession | None = None
-        self._compress_lock = threading.Lock()
+        self._compress = self._load(COMPRESS_FILE) if window else None
 
     def _load(self, name: str) -> ort.InferenceSession:
         options = ort.SessionOptions()
@@ -130,7 +129,8 @@ class OnnxRuntimeExecutor:
         `full` [1,Hkv,L,D] holds the whole prompt, `queries` the last w rotated queries per leader [1,Hq,w,D]. Slots of
         `out` behind the kept tokens are overwritten with meaningless rows.
         """
-        session = self._compress_session()
+        session = self._compress
+        assert session is not None, "an engine without ChunkKV compresses nothing"
         binding = session.io_binding()
         inputs = {
             "lengths": np.array([full.capacity], np.int32),
@@ -159,12 +159,6 @@ class OnnxRuntimeExecutor:
     def decoder(self, cache: KVCache) -> Decoder:
         """Return a loop body that appends one token per row to `cache`."""
         return Decoder(self._step, self._bind_step(cache), cache, self.vocab_size, self._query_heads, self.head_dim)
-
-    def _compress_session(self) -> ort.InferenceSession:
-        with self._compress_lock:
-            if self._compress is None:
-                self._compress = self._load(COMPRESS_FILE)
-            return self._compress
 
     def _bind_step(self, cache: KVCache) -> ort.IOBinding:
         """Bind the caches: past and present are the same memory, so the graph writes in place."""
