@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 from pathlib import Path
 from typing import Final
 
 import torch
 from documents import Task, Writer, test_prompt
+from intervals import wilson
 from transformers import LlamaForCausalLM
 from vocabulary import PAD_ID, write_atomically
 
@@ -31,15 +31,6 @@ TASKS: Final = {
 }
 LENGTHS: Final = (128, 256, 512, 1024, 2048, 4096)
 TOKENS_PER_PASS: Final = 8192
-
-
-def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % Wilson interval of a proportion."""
-    share = right / count
-    centre = share + z * z / (2 * count)
-    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    scale = 1 + z * z / count
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
 @torch.inference_mode()

@@ -1,0 +1,107 @@
+"""Measure what an engine's answers lose: `python examples/needle/measure_engines.py --out examples/needle/engines.json`.
+
+Builds engines of the shipped model, asks each the same new prompts (one code somewhere in a text of 1024 tokens, the
+question at the end) and counts exact answers: by the precision of the weights, and by how ChunkKV chooses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Final
+
+from documents import Task, Writer, test_prompt
+from intervals import wilson
+from rich.console import Console
+from rich.progress import Progress
+from vocabulary import write_atomically
+
+from chunkkv import ChunkKVSession, SamplingParams
+from chunkkv_builder.build_engine import main as build_engine
+
+MODEL: Final = Path(__file__).resolve().parent / "model"
+KEEP_RATIOS: Final = (1.0, 0.5, 0.2, 0.1)
+DELIMITER: Final = {"chunkkv_boundaries": "delimiter", "chunkkv_chunk_size": 20}
+# name: the build's flags beyond --chunkkv
+PRECISIONS: Final = {
+    "float32": DELIMITER,
+    "int8": {**DELIMITER, "use_weight_only": True, "weight_only_precision": "int8"},
+    "int4": {**DELIMITER, "use_weight_only": True, "weight_only_precision": "int4"},
+}
+CHOICES: Final = {
+    f"{boundaries}, chunks of {size}, {groups}": {
+        "chunkkv_boundaries": boundaries,
+        "chunkkv_chunk_size": size,
+        **flags,
+    }
+    for boundaries in ("fixed", "delimiter")
+    for size in (10, 20)
+    for groups, flags in {
+        "every layer": {},
+        "pairs, first leads": {"chunkkv_layer_reuse": 2, "chunkkv_leader": "first"},
+        "pairs, last leads": {"chunkkv_layer_reuse": 2, "chunkkv_leader": "last"},
+    }.items()
+}
+
+
+def build(name: str, flags: dict[str, object], folder: Path) -> Path:
+    """Build one engine of the shipped model."""
+    output = folder / name.replace(", ", "-").replace(" ", "_")
+    command = ["--checkpoint_dir", str(MODEL), "--output_dir", str(output), "--chunkkv", "--log_level", "error"]
+    for flag, value in flags.items():
+        command += [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
+    build_engine(command)
+    return output
+
+
+def exact_answers(session: ChunkKVSession, examples: list[tuple[list[int], list[int]]], keep_ratio: float) -> int:
+    """Count the prompts whose greedy answer is the expected one, end token included."""
+    sampling = SamplingParams(max_new_tokens=len(max((answer for _, answer in examples), key=len)))
+    right = 0
+    for prompt, answer in examples:
+        right += list(session.generate(prompt, sampling, keep_ratio=keep_ratio).token_ids) == answer
+    return right
+
+
+def measure(length: int, count: int, seed: int, console: Console) -> list[dict[str, object]]:
+    """Return one cell per engine and keep ratio."""
+    writer, cells = Writer([seed, length]), []
+    examples = [test_prompt(writer, length, Task()) for _ in range(count)]
+    engines = [("weights", name, flags, KEEP_RATIOS) for name, flags in PRECISIONS.items()]
+    engines += [("choice", name, flags, KEEP_RATIOS[1:]) for name, flags in CHOICES.items()]
+    with tempfile.TemporaryDirectory() as folder, Progress(console=console) as progress:
+        task = progress.add_task("prompts", total=count * sum(len(ratios) for *_, ratios in engines))
+        for kind, name, flags, ratios in engines:
+            engine = build(name, flags, Path(folder))
+            session = ChunkKVSession.from_dir(engine, threads=1)
+            for ratio in ratios:
+                right = exact_answers(session, examples, ratio)
+                low, high = wilson(right, count)
+                numbers = {"exact": right / count, "low": round(low, 4), "high": round(high, 4)}
+                size = (engine / "weights.safetensors").stat().st_size
+                cells.append({kind: name, "keep_ratio": ratio, "n": count, **numbers, "weight_bytes": size})
+                progress.advance(task, count)
+    return cells
+
+
+def main() -> None:
+    """Measure, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=9)
+    arguments = parser.parse_args()
+    started = time.perf_counter()
+    cells = measure(arguments.length, arguments.count, arguments.seed, Console(stderr=True))
+    command = "python examples/needle/measure_engines.py --out examples/needle/engines.json"
+    values = {"command": command, "length": arguments.length, "seed": arguments.seed, "cells": cells}
+    write_atomically(arguments.out, (json.dumps(values, indent=1) + "\n").encode())
+    print(f"{arguments.out}: {len(cells)} cells in {time.perf_counter() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
