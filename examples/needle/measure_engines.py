@@ -1,12 +1,13 @@
-"""Measure what an engine's answers lose: `python examples/needle/measure_engines.py --out examples/needle/engines.json`.
+"""Measure what an answer loses: `python examples/needle/measure_engines.py --out examples/needle/engines.json`.
 
-Builds engines of the shipped model, asks each the same new prompts (one code somewhere in a text of 1024 tokens, the
+Builds engines of the shipped model, asks each the same new prompts (codes somewhere in a text of 1024 tokens, the
 question at the end) and counts exact answers: by the precision of the weights, and by how ChunkKV chooses.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import tempfile
 import time
@@ -24,6 +25,7 @@ from chunkkv_builder.build_engine import main as build_engine
 
 MODEL: Final = Path(__file__).resolve().parent / "model"
 KEEP_RATIOS: Final = (1.0, 0.5, 0.2, 0.1)
+TASKS: Final = {"code": Task(), "code among 8": Task(facts=8)}
 DELIMITER: Final = {"chunkkv_boundaries": "delimiter", "chunkkv_chunk_size": 20}
 # name: the build's flags beyond --chunkkv
 PRECISIONS: Final = {
@@ -67,23 +69,26 @@ def exact_answers(session: ChunkKVSession, examples: list[tuple[list[int], list[
 
 
 def measure(length: int, count: int, seed: int, console: Console) -> list[dict[str, object]]:
-    """Return one cell per engine and keep ratio."""
-    writer, cells = Writer([seed, length]), []
-    examples = [test_prompt(writer, length, Task()) for _ in range(count)]
-    engines = [("weights", name, flags, KEEP_RATIOS) for name, flags in PRECISIONS.items()]
-    engines += [("choice", name, flags, KEEP_RATIOS[1:]) for name, flags in CHOICES.items()]
+    """Return one cell per engine, task and keep ratio."""
+    examples = {}
+    for number, (name, task) in enumerate(TASKS.items()):
+        writer = Writer([seed, length, number])
+        examples[name] = [test_prompt(writer, length, task) for _ in range(count)]
+    engines = [("weights", name, flags, list(TASKS), KEEP_RATIOS) for name, flags in PRECISIONS.items()]
+    engines += [("choice", name, flags, ["code"], KEEP_RATIOS[1:]) for name, flags in CHOICES.items()]
+    cells = []
     with tempfile.TemporaryDirectory() as folder, Progress(console=console) as progress:
-        task = progress.add_task("prompts", total=count * sum(len(ratios) for *_, ratios in engines))
-        for kind, name, flags, ratios in engines:
+        bar = progress.add_task("prompts", total=count * sum(len(tasks) * len(ratios) for *_, tasks, ratios in engines))
+        for kind, name, flags, tasks, ratios in engines:
             engine = build(name, flags, Path(folder))
             session = ChunkKVSession.from_dir(engine, threads=1)
-            for ratio in ratios:
-                right = exact_answers(session, examples, ratio)
-                low, high = wilson(right, count)
-                numbers = {"exact": right / count, "low": round(low, 4), "high": round(high, 4)}
+            for task, ratio in itertools.product(tasks, ratios):
+                right = exact_answers(session, examples[task], ratio)
+                low, high = (round(bound, 4) for bound in wilson(right, count))
+                numbers = {"n": count, "exact": right / count, "low": low, "high": high}
                 size = (engine / "weights.safetensors").stat().st_size
-                cells.append({kind: name, "keep_ratio": ratio, "n": count, **numbers, "weight_bytes": size})
-                progress.advance(task, count)
+                cells.append({kind: name, "task": task, "keep_ratio": ratio, **numbers, "weight_bytes": size})
+                progress.advance(bar, count)
     return cells
 
 

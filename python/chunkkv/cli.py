@@ -41,13 +41,20 @@ app = typer.Typer(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; exits with 1 for failures, 2 for bad usage, 130 for Ctrl-C, 141 for a closed pipe."""
+    if sys.stdout is None:
+        _stop("standard output is closed; give it a file or a pipe", FAILED)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal of another encoding must not end an answer
     try:
-        app(None if arguments is None else list(arguments), prog_name="chunkkv", standalone_mode=False)
+        code = app(None if arguments is None else list(arguments), prog_name="chunkkv", standalone_mode=False)
         sys.stdout.flush()
+        if code == INTERRUPTED:  # newer typer versions return a code where older ones raise
+            _stop("interrupted", INTERRUPTED)
     except BrokenPipeError:
         _leave_closed_pipe()
+    except OSError as error:
+        _drop_output()
+        _stop(f"output: {error.strerror}", FAILED)
     except (KeyboardInterrupt, typer.Abort):
         _stop("interrupted", INTERRUPTED)
     except typer.Exit as error:
@@ -222,7 +229,7 @@ def read_prompt(prompt: str | None, file: Path | None, token_ids: str | None) ->
             raise RequestError(f"--prompt_file {file} cannot be read: {error.strerror}") from None
     elif prompt not in (None, "-"):
         text = _decoded(prompt.encode("utf-8", "surrogateescape"), "the prompt")
-    elif prompt is None and (sys.stdin is None or sys.stdin.isatty()):
+    elif sys.stdin is None or (prompt is None and sys.stdin.isatty()):
         raise RequestError("no prompt was given; give it as an argument, with --prompt_file, or pipe it in")
     else:
         text = _decoded(sys.stdin.buffer.read(), "standard input")
@@ -324,6 +331,8 @@ def _one_line_errors(log_level: str) -> Iterator[None]:
         if isinstance(error, ModuleNotFoundError):
             _stop(f"the Python package {error.name!r} is missing; install this project with pip install .", FAILED)
         if isinstance(error, OSError) and error.strerror:
+            if error.filename is None:
+                _drop_output()
             _stop(f"{error.filename or 'input or output'}: {error.strerror}", FAILED)
         _stop(f"unexpected {type(error).__name__}: {error}; --log_level debug shows where", FAILED)
 
@@ -336,8 +345,13 @@ def _with_flag_name(message: str) -> str:
 
 
 def _leave_closed_pipe() -> NoReturn:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains while it exits
+    _drop_output()
     raise SystemExit(CLOSED_PIPE)
+
+
+def _drop_output() -> None:
+    """Forget what cannot be written, or Python fails with it once more while it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _stop(message: str, code: int) -> NoReturn:

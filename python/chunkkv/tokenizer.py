@@ -149,14 +149,23 @@ class Tokenizer:
         return number
 
     def _bos_eos_frame(self, settings: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-        """Return the ids that go before and after a text where the settings say so, None to leave it to the backend."""
+        """Return the ids that go before and after a text where the settings say so, None to leave it to the backend.
+
+        Where only one of the two is set, the other side stays as the backend has it.
+        """
         flags = [settings.get(name) for name in ("add_bos_token", "add_eos_token")]
         if not any(isinstance(flag, bool) for flag in flags):
             return None
-        if flags[0] and self.bos_token_id is None:
-            raise CheckpointError(f"{SETTINGS_FILE} says add_bos_token but has no bos_token; give one or say false")
-        before, after = _known(self.bos_token_id), _known(self._special_id("eos_token"))
-        return before if flags[0] else (), after if flags[1] else ()
+        plain, framed = (self._backend.encode("a", add_special_tokens=own).ids for own in (False, True))
+        count = len(plain)
+        start = next((i for i in range(len(framed) - count + 1) if framed[i : i + count] == plain), 0)
+        sides = [tuple(framed[:start]), tuple(framed[start + count :])]
+        for side, role in enumerate(("bos_token", "eos_token")):
+            if isinstance(flags[side], bool):
+                sides[side] = _known(self._special_id(role)) if flags[side] else ()
+                if flags[side] and not sides[side]:
+                    raise CheckpointError(f"{SETTINGS_FILE} says add_{role} but has no {role}; give one or say false")
+        return sides[0], sides[1]
 
 
 class StreamDecoder:
@@ -212,7 +221,7 @@ def _checked_ids(ids: Iterable[int]) -> list[int]:
     checked = list(ids)
     for token in checked:
         if isinstance(token, bool) or not isinstance(token, (Integral, np.integer)) or not 0 <= token < 2**31:
-            raise RequestError(f"token id {token!r} is not valid; give whole numbers of at least 0")
+            raise RequestError(f"token id {token!r} is not valid; give whole numbers from 0 to {2**31 - 1}")
     return [int(token) for token in checked]
 
 
@@ -248,7 +257,8 @@ def _template_text(path: Path, settings: Mapping[str, Any]) -> tuple[str, str] |
         return read_text(file, CheckpointError), str(file)
     file, template = path / SETTINGS_FILE, settings.get("chat_template")
     if isinstance(template, list):
-        named = {entry["name"]: entry["template"] for entry in template if isinstance(entry, dict) and len(entry) == 2}
+        entries = [entry for entry in template if isinstance(entry, dict) and "template" in entry]
+        named = {str(entry.get("name")): entry["template"] for entry in entries}
         if "default" not in named:
             raise CheckpointError(f"{file}: the list under chat_template has no entry named 'default'; add one")
         template = named["default"]

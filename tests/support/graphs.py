@@ -1,0 +1,71 @@
+"""Graphs that no engine directory ships, built from the plan of a test engine and run beside its weights."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+from chunkkv.executors.onnxruntime import COMPRESS_FILE, STEP_FILE, OnnxRuntimeExecutor
+from chunkkv.session import ChunkKVSession
+from chunkkv_builder.backends.onnxruntime import WEIGHTS_FILE, weight_sources
+from chunkkv_builder.checkpoint import Checkpoint
+from chunkkv_builder.onnx_graph.compress import compress_graph
+from chunkkv_builder.onnx_graph.prefill import PrefillGraph
+from chunkkv_builder.onnx_graph.transformer import StepGraph
+from chunkkv_builder.onnx_graph.weights import WeightLocation, write_weights
+from chunkkv_builder.plan import Plan, make_plan
+from support import engines
+
+_FOLDER = tempfile.TemporaryDirectory(prefix="chunkkv-test-graphs-")  # kept until the process ends
+PREFILL_FILE = "prefill.onnx"
+
+
+@cache
+def weights_of(variant: str, precision: str | None = None) -> tuple[Path, dict[str, WeightLocation]]:
+    """Return a folder with the weights file of `variant`, and where each tensor lies in it."""
+    folder = Path(tempfile.mkdtemp(dir=_FOLDER.name))
+    checkpoint = Checkpoint.open(engines.checkpoint_dir(variant))
+    return folder, write_weights(folder / WEIGHTS_FILE, weight_sources(checkpoint, precision))
+
+
+def delimiter_table(session: ChunkKVSession) -> np.ndarray | None:
+    """Return the delimiter tokens [vocab] of the engine behind `session`, None for fixed boundaries."""
+    if session.settings is None or session.settings.boundaries == "fixed":
+        return None
+    assert session.tokenizer is not None
+    return session.tokenizer.delimiter_token_table(session.limits.vocab_size)
+
+
+def plan_of(variant: str, session: ChunkKVSession) -> Plan:
+    """Return the plan that the engine behind `session` was built from."""
+    model = Checkpoint.open(engines.checkpoint_dir(variant)).config
+    return make_plan(model, session.settings, delimiter_table(session))
+
+
+def prefill_path(variant: str, session: ChunkKVSession, precision: str | None = None) -> Path:
+    """Write the one-shot prefill graph of the engine behind `session` and return its file."""
+    folder, locations = weights_of(variant, precision)
+    onnx.save_model(PrefillGraph(plan_of(variant, session), locations).build(), folder / PREFILL_FILE)
+    return folder / PREFILL_FILE
+
+
+def standard_executor(variant: str, session: ChunkKVSession, precision: str | None = None) -> OnnxRuntimeExecutor:
+    """Return an executor of the same engine whose step graph has attention="standard"."""
+    folder, locations = weights_of(variant, precision)
+    plan = plan_of(variant, session)
+    onnx.save_model(StepGraph(plan, locations, attention="standard").build(), folder / STEP_FILE)
+    onnx.save_model(compress_graph(plan), folder / COMPRESS_FILE)
+    return OnnxRuntimeExecutor(folder, plan.settings.window if plan.settings else 0, threads=1)
+
+
+def load(path: Path) -> ort.InferenceSession:
+    """Return the graph in `path` on one thread."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -1,0 +1,255 @@
+"""Chat templates are foreign code: they render like transformers' and cannot leave their sandbox."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.tiny_tokenizers import CHAT_TEMPLATE, write_tokenizer
+
+from chunkkv.chat_template import ChatTemplate
+from chunkkv.errors import CheckpointError, RequestError
+from chunkkv.tokenizer import Tokenizer
+
+TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " Hi "}]
+LLAMA3 = """{% set loop_messages = messages %}
+{%- for message in loop_messages %}
+    {%- set content = '<|head|>' + message['role'] + '<|/head|>\n\n' + message['content'] | trim + '<|eot|>' %}
+    {%- if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}
+    {{- content }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|head|>assistant<|/head|>\n\n' }}{% endif %}"""
+CHATML = """{%- if messages[0].role == 'system' %}
+    {{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}
+{%- endif %}
+{%- for message in messages if message.role != 'system' %}
+{{ '<|im_start|>' + message.role }}
+{{ message.content }}<|im_end|>
+{% endfor %}
+{%- if add_generation_prompt %}
+<|im_start|>assistant
+{% endif %}"""
+
+
+def render(text: str, messages: Any = TALK, **variables: Any) -> str:
+    return ChatTemplate(text, "file.jinja").render(messages, {"add_generation_prompt": True, **variables})
+
+
+def test_a_llama_3_like_template() -> None:
+    assert render(LLAMA3, bos_token="<s>") == (
+        "<s><|head|>system<|/head|>\n\nBe brief.<|eot|><|head|>user<|/head|>\n\nHi<|eot|><|head|>assistant<|/head|>\n\n"
+    )
+    assert render(LLAMA3, TALK[1:], bos_token="", add_generation_prompt=False) == ("<|head|>user<|/head|>\n\nHi<|eot|>")
+
+
+def test_a_chatml_template() -> None:
+    assert render(CHATML) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n Hi <|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{{ messages[0] | tojson }}", '{"role": "system", "content": "Be brief."}'),
+        ("{{ ['é', '<'] | tojson }}", '["é", "<"]'),  # transformers escapes neither
+        ("{{ {'b': 1, 'a': [2]} | tojson(indent=1, sort_keys=true) }}", '{\n "a": [\n  2\n ],\n "b": 1\n}'),
+        ("{{ {'a': 1} | tojson(separators=(',', ':')) }}", '{"a":1}'),
+        ("{{ 'é' | tojson(ensure_ascii=true) }}", '"\\u00e9"'),
+        ("{% for m in messages %}{{ loop.index }}{% break %}{% endfor %}", "1"),
+        ("{% for m in messages %}{% if loop.first %}{% continue %}{% endif %}{{ m.role }}{% endfor %}", "user"),
+        ("a{% generation %}{{ messages[1].content }}{% endgeneration %}b", "a Hi b"),
+        ("{% if true %}\n  {% set x = 1 %}\n{{ x }}\n{% endif %}\n", "1\n"),  # blocks leave no blank lines
+        ("{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}", "2"),
+        ("{{ tools is none }} {{ missing is defined }} [{{ missing }}]", "True False []"),
+    ],
+)
+def test_helpers_are_those_of_transformers(template: str, expected: str) -> None:
+    assert render(template, tools=None) == expected
+
+
+def test_strftime_now_is_the_local_time() -> None:
+    before = datetime.now().replace(microsecond=0)
+    found = datetime.strptime(render("{{ strftime_now('%Y-%m-%d %H:%M:%S') }}"), "%Y-%m-%d %H:%M:%S")
+    assert before <= found <= datetime.now()
+
+
+def test_a_template_may_reject_messages() -> None:
+    template = "{% if messages[0].role != 'user' %}{{ raise_exception('first must be user') }}{% endif %}ok"
+    assert render(template, TALK[1:]) == "ok"
+    with pytest.raises(RequestError, match="rejects these messages: first must be user; change them"):
+        render(template)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        '{{ "".__class__.__mro__ }}',
+        '{{ "".__class__.__mro__[1].__subclasses__() }}',
+        '{{ ""["__class__"]["__mro__"] }}',
+        '{{ "{0.__class__.__mro__}".format(1) }}',
+        "{{ ('{0.__class__.__mro__}' | attr('format'))(1) }}",
+        "{{ messages | map(attribute='__class__.__mro__') | list }}",
+        '{{ lipsum.__globals__["os"] }}',
+        "{{ cycler.__init__.__globals__ }}",
+        "{{ raise_exception.__globals__.x }}",
+        "{{ strftime_now.__code__.co_code }}",
+        "{{ self._TemplateReference__context.environment.globals }}",
+        "{{ namespace.__init__.__globals__ }}",
+        "{% set _ = messages.append(1) %}",
+        "{% set _ = messages[0].update(role='x') %}",
+        "{% set _ = messages[0].pop('role') %}",
+        "{% set _ = messages.clear() %}",
+        "{{ messages.__class__() }}",
+    ],
+)
+def test_sandbox_escapes_and_mutation_are_refused(template: str) -> None:
+    with pytest.raises(CheckpointError, match=r"file\.jinja: the chat template tried to leave its sandbox"):
+        render(template)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        "''.__class__",
+        "messages | attr('__class__')",
+        "raise_exception | attr('__globals__')",
+        "self.__init__",
+    ],
+)
+def test_what_the_sandbox_hides_reads_as_nothing(expression: str) -> None:
+    assert render(f"[{{{{ {expression} }}}}]") == "[]"
+
+
+def test_messages_stay_as_they_were() -> None:
+    messages = [{"role": "user", "content": "x", "extra": {"deep": [1]}}]
+    before = json.dumps(messages)
+    render("{% for m in messages %}{% set m = {} %}{% endfor %}{{ messages[0].extra.deep[0] }}", messages)
+    assert json.dumps(messages) == before
+
+
+@pytest.mark.parametrize(
+    ("template", "named"),
+    [
+        ("{% for i in range(10 ** 6) %}{% endfor %}", "OverflowError: Range too big"),
+        ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "failed with RecursionError"),
+        ("{{ 1 / 0 }}", "failed with ZeroDivisionError"),
+        ("{{ nobody.name }}", "failed with UndefinedError: 'nobody' is undefined.*check that the messages have what"),
+        ("{{ 'a' + 1 }}", "failed with TypeError"),
+        ("{% include 'other' %}", "failed with TypeError: no loader"),
+        ("{% import 'os' as os %}", "failed with TypeError: no loader"),
+    ],
+)
+def test_a_template_that_breaks_is_named(template: str, named: str) -> None:
+    with pytest.raises(CheckpointError, match=named):
+        render(template)
+
+
+@pytest.mark.parametrize(
+    ("template", "named"),
+    [
+        ("one\ntwo {% if %}", r"file\.jinja: the chat template has a syntax error in line 2: .*; correct it"),
+        ("{{ messages | nofilter }}", "line 1: No filter named 'nofilter'"),
+        ("\n\n{% for m in messages %}", "syntax error in line 3"),
+        ("{% generation %}open", "syntax error in line 1.*endgeneration"),
+        ("{{ '" + "(" * 9, "syntax error in line 1"),
+        ("{{" + "(" * 5_000 + "1" + ")" * 5_000 + "}}", r"file\.jinja: the chat template does not compile"),
+    ],
+)
+def test_syntax_errors_name_the_line(template: str, named: str) -> None:
+    with pytest.raises(CheckpointError, match=named):
+        ChatTemplate(template, "file.jinja")
+
+
+@pytest.mark.parametrize(
+    ("messages", "named"),
+    [
+        ([], r"messages is list '\[\]'; give a non-empty list"),
+        ("Hello", "messages is str 'Hello'"),
+        (None, "messages is NoneType"),
+        ({"role": "user"}, "messages is dict"),
+        (["Hello"], "message 0 is 'Hello'; give a mapping with 'role' and 'content'"),
+        ([TALK[0], {"content": "x"}], r"message 1 is .*give a mapping"),
+        ([{"role": 1, "content": "x"}], "message 0 is"),
+        ([{"role": "user", "content": 7}], "message 0: content is int; give text"),
+    ],
+)
+def test_malformed_messages_are_refused_before_rendering(messages: Any, named: str) -> None:
+    with pytest.raises(RequestError, match=named):
+        render("{{ raise_exception('rendered') }}", messages)
+
+
+def tokenizer(folder: Path, template: Any, jinja: str | None = None) -> Tokenizer:
+    write_tokenizer(folder, "byte_level")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": template}))
+    if jinja is not None:
+        (folder / "chat_template.jinja").write_text(jinja, encoding="utf-8")
+    return Tokenizer.from_dir(folder)
+
+
+NAMED = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain é"}]
+
+
+@pytest.mark.parametrize(
+    ("template", "jinja", "expected"),
+    [
+        ("settings", None, "settings"),
+        ("settings", "file", "file"),
+        (None, "file", "file"),
+        (NAMED, None, "plain é"),
+        (NAMED, "file {{ eos_token }}", "file <|end|>"),
+        ([None, 3, {"other": 1, "keys": 2}, *NAMED], None, "plain é"),
+    ],
+)
+def test_where_the_template_comes_from(tmp_path: Path, template: Any, jinja: str | None, expected: str) -> None:
+    assert tokenizer(tmp_path, template, jinja).apply_chat_template(TALK) == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "named"),
+    [
+        (NAMED[:1], "the list under chat_template has no entry named 'default'; add one"),
+        ([], "no entry named 'default'"),
+        ([{"name": "default", "template": 7}], "chat_template is a int; it must be text or a list"),
+        ([{"name": "default"}], "no entry named 'default'"),
+        ({"default": "x"}, "chat_template is a dict"),
+    ],
+)
+def test_lists_of_templates_without_a_default_are_refused(tmp_path: Path, template: Any, named: str) -> None:
+    with pytest.raises(CheckpointError, match=named):
+        tokenizer(tmp_path, template)
+
+
+def test_a_template_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    tokenizer(tmp_path, None)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja is not UTF-8 text"):
+        Tokenizer.from_dir(tmp_path)
+
+
+def test_a_conversation_becomes_the_ids_of_its_text(tmp_path: Path) -> None:
+    found = tokenizer(tmp_path, CHAT_TEMPLATE)
+    text = found.apply_chat_template(TALK)
+    assert text == "<|begin|>[system]\nBe brief.<|end|>\n[user]\nHi<|end|>\n[assistant]\n"
+    ids = found.encode_chat(TALK)
+    assert ids[0] == found.bos_token_id and ids.count(0) == 1 and ids.count(1) == 2
+    assert found.decode(ids, skip_special_tokens=False) == text
+    assert found.apply_chat_template(TALK, add_generation_prompt=False) == text.removesuffix("[assistant]\n")
+    with_tools = tokenizer(tmp_path, "{{ tools | tojson }} {{ documents }} {{ mood }}")
+    assert with_tools.apply_chat_template(TALK, tools=[{"name": "f"}], mood="calm") == '[{"name": "f"}] None calm'
+
+
+def test_without_a_template_there_is_no_chat(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"no chat template \(chat_template\.jinja or tokenizer_config\.json\)"):
+        tokenizer(tmp_path, None).apply_chat_template(TALK)
+
+
+def test_surrogates_in_a_rendered_text_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"lone surrogate U\+D800 at character 3"):
+        tokenizer(tmp_path, "abc{{ '\\ud800' }}").apply_chat_template(TALK)
+    with pytest.raises(RequestError, match=r"lone surrogate U\+DC80"):
+        tokenizer(tmp_path, CHAT_TEMPLATE).encode_chat([{"role": "user", "content": "\udc80"}])

@@ -1,0 +1,282 @@
+"""Tokenizers of the two kinds that checkpoints ship: round trips, streams, settings files, delimiters, bad files."""
+
+from __future__ import annotations
+
+import functools
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from support import tiny_tokenizers
+from tokenizers import AddedToken
+
+from chunkkv.errors import CheckpointError, RequestError
+from chunkkv.tokenizer import StreamDecoder, Tokenizer
+
+STYLES = ("byte_level", "sentencepiece")
+BOS, EOS = {"byte_level": 0, "sentencepiece": 1}, {"byte_level": 1, "sentencepiece": 2}
+quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+unicode_text = st.text(max_size=24)  # surrogates are not among hypothesis' characters by default
+parts = st.sampled_from(["the", " and", " ", "  ", "é", "€", "😀", ".\n", "Ω", "\t"])
+mixed_text = st.lists(parts, max_size=12).map("".join)
+
+
+def write_files(directory: Path, style: str, **files: Any) -> Path:
+    """Write a tiny tokenizer; a file given by its name without .json is updated, None removes it, text replaces it."""
+    tiny_tokenizers.write_tokenizer(directory, style)
+    for name, content in files.items():
+        path = directory / f"{name}.json"
+        if content is None:
+            path.unlink()
+        elif isinstance(content, dict):
+            values = {**(json.loads(path.read_text()) if path.is_file() else {}), **content}
+            path.write_text(json.dumps({key: value for key, value in values.items() if value is not ...}))
+        else:
+            path.write_bytes(content)
+    return directory
+
+
+@functools.cache
+def tiny(style: str) -> Tokenizer:
+    with tempfile.TemporaryDirectory() as folder:
+        return Tokenizer.from_dir(write_files(Path(folder), style))
+
+
+def streamed(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    decoder = StreamDecoder(tokenizer)
+    return [*(decoder.push(token) for token in ids), decoder.finish()]
+
+
+@pytest.mark.parametrize("style", STYLES)
+@quick
+@given(text=unicode_text | mixed_text)
+@example("the key of the cache. é€😀\n\n")
+@example("")
+@example(" leading and trailing ")
+@example("\x00\x7f\u200b\U0010ffff")
+def test_text_survives_a_round_trip(style: str, text: str) -> None:
+    tokenizer = tiny(style)
+    ids = tokenizer.encode(text)
+    assert ids[0] == BOS[style] and tokenizer.decode(ids) == text
+    plain = tokenizer.encode(text, add_special_tokens=False)
+    assert ids == [BOS[style], *plain] and tokenizer.decode(plain) == text
+
+
+@pytest.mark.parametrize("style", STYLES)
+@quick
+@given(text=unicode_text | mixed_text, specials=st.lists(st.integers(0, 24), max_size=3))
+@example("😀" * 5, [1, 3])
+@example("a \ufffd\ufffd b\ufffd", [])
+@example(" ▁ a", [0])
+def test_stream_pieces_together_are_the_decoded_text(style: str, text: str, specials: list[int]) -> None:
+    """Special tokens in between, even inside a character, change nothing."""
+    tokenizer = tiny(style)
+    ids = tokenizer.encode(text)
+    for place in specials:
+        ids.insert(min(place, len(ids)), EOS[style])
+    pieces = streamed(tokenizer, ids)
+    assert "".join(pieces) == tokenizer.decode(ids)
+    if "\ufffd" not in text:
+        assert "\ufffd" not in "".join(pieces) and pieces[-1] == ""
+
+
+@quick
+@given(ids=st.lists(st.integers(3, 302), max_size=15))
+def test_stream_of_any_bytes_equals_the_decoded_text(ids: list[int]) -> None:
+    assert "".join(streamed(tiny("byte_level"), ids)) == tiny("byte_level").decode(ids)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("character", ["é", "€", "😀"])
+def test_a_split_character_comes_with_its_last_token(style: str, character: str) -> None:
+    ids = tiny(style).encode("a" + character, add_special_tokens=False)
+    assert len(ids) == 1 + len(character.encode())
+    assert streamed(tiny(style), ids) == ["a", *[""] * (len(ids) - 2), character, ""]
+
+
+def byte_tokens(style: str, data: bytes) -> list[int]:
+    tokenizer = tiny(style)._backend
+    if style == "sentencepiece":
+        return [tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in data]
+    # Byte-level BPE gives every byte a printable stand-in; bytes that no UTF-8 has are those the alphabet is left with.
+    known = {tiny(style).encode(chr(code), False)[-1] for code in [*range(0x100), 0x800, 0x10000]}
+    return [next(number for number in range(3, 259) if number not in known)] * len(data)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_invalid_bytes_are_held_back_then_replaced(style: str) -> None:
+    tokenizer, (bad,) = tiny(style), byte_tokens(style, b"\xff")
+    letter = tokenizer.encode("ab", add_special_tokens=False)[-1]
+    assert streamed(tokenizer, [letter, bad]) == ["b", "", "\ufffd"]
+    assert streamed(tokenizer, [letter, bad, letter]) == ["b", "", "\ufffdb", ""]
+    pieces = streamed(tokenizer, [bad] * 40)
+    assert "".join(pieces) == "\ufffd" * 40
+    assert [bool(piece) for piece in pieces].index(True) == 15  # held no longer than this
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_an_unfinished_character_ends_as_a_replacement(style: str) -> None:
+    ids = tiny(style).encode("a€", add_special_tokens=False)[:-1]
+    *pieces, last = streamed(tiny(style), ids)
+    assert "".join(pieces) == "a" and set(last) == {"\ufffd"}
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_special_tokens_have_ids_and_no_text(style: str) -> None:
+    tokenizer = tiny(style)
+    assert tokenizer.special_ids == {0, 1, 2}
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_ids) == (BOS[style], (EOS[style],))
+    ids = [BOS[style], *tokenizer.encode("the", False), EOS[style], tokenizer.size, 2**31 - 1]
+    name = tokenizer.special_tokens["eos_token"]
+    assert tokenizer.decode(ids) == "the"
+    assert tokenizer.decode(ids, skip_special_tokens=False).endswith("the" + name)
+    assert tokenizer.token_text(EOS[style]) == name
+    assert tokenizer.encode("the" + name, False)[-1] == EOS[style]
+    assert "".join(streamed(tokenizer, ids)) == "the"
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_token_texts_keep_their_leading_space(style: str) -> None:
+    tokenizer = tiny(style)
+    token = tokenizer.encode("a the", add_special_tokens=False)[-1]
+    assert tokenizer.token_text(token) == " the"
+    assert tokenizer.token_text(tokenizer.encode("a\n", False)[-1]) == "\n"
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize(
+    ("flags", "before", "after"),
+    [
+        ({"add_bos_token": True}, True, False),
+        ({"add_bos_token": False}, False, False),
+        ({"add_bos_token": True, "add_eos_token": True}, True, True),
+        ({"add_bos_token": False, "add_eos_token": True}, False, True),
+        ({"add_bos_token": ...}, True, False),  # the tokenizer's own post-processor
+        ({"add_bos_token": ..., "add_eos_token": True}, True, True),
+        ({"add_bos_token": ..., "add_eos_token": False}, True, False),
+        ({"add_bos_token": None, "add_eos_token": None}, True, False),
+    ],
+)
+def test_settings_say_what_frames_a_text(tmp_path: Path, style: str, flags: dict, before: bool, after: bool) -> None:
+    tokenizer = Tokenizer.from_dir(write_files(tmp_path, style, tokenizer_config=flags))
+    plain = tokenizer.encode("the key", add_special_tokens=False)
+    assert tokenizer.encode("the key") == [BOS[style]] * before + plain + [EOS[style]] * after
+
+
+@pytest.mark.parametrize(
+    ("generation", "expected"),
+    [
+        ({"eos_token_id": 2}, (2,)),
+        ({"eos_token_id": [1, 2, 7]}, (1, 2, 7)),
+        ({"eos_token_id": None}, (1,)),
+        ({"eos_token_id": []}, (1,)),
+        ({}, (1,)),
+    ],
+)
+def test_end_tokens_come_from_the_generation_config(tmp_path: Path, generation: dict, expected: tuple) -> None:
+    tokenizer = Tokenizer.from_dir(write_files(tmp_path, "byte_level", generation_config=generation))
+    assert tokenizer.eos_token_ids == expected
+
+
+def test_special_tokens_may_stand_in_a_file_of_their_own(tmp_path: Path) -> None:
+    own = {"bos_token": {"content": "<|pad|>"}, "pad_token": "<|pad|>"}
+    write_files(tmp_path, "byte_level", special_tokens_map=own, tokenizer_config={"eos_token": ..., "bos_token": None})
+    tokenizer = Tokenizer.from_dir(tmp_path)
+    assert tokenizer.special_tokens == {"bos_token": "<|pad|>", "pad_token": "<|pad|>"}
+    assert tokenizer.bos_token_id == 2 and tokenizer.eos_token_ids == ()
+
+
+def test_truncation_and_padding_of_the_file_are_off(tmp_path: Path) -> None:
+    backend = tiny_tokenizers.byte_level()
+    backend.enable_truncation(3)
+    backend.enable_padding(length=9)
+    write_files(tmp_path, "byte_level", tokenizer=backend.to_str().encode())
+    tokenizer = Tokenizer.from_dir(tmp_path)
+    assert tokenizer.decode(tokenizer.encode("the key of the cache")) == "the key of the cache"
+    assert len(tokenizer.encode("x")) == 2
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_delimiter_table_marks_ends_of_clauses_and_lines(tmp_path: Path, style: str) -> None:
+    backend = getattr(tiny_tokenizers, style)()
+    backend.add_tokens([AddedToken(text, normalized=False) for text in (". ", "x;", ";x", "!  ", "\n\n", " :", ".\t")])
+    backend.add_special_tokens([AddedToken("[end].", normalized=False)])
+    tokenizer = Tokenizer.from_dir(write_files(tmp_path, style, tokenizer=backend.to_str().encode()))
+    table = tokenizer.delimiter_token_table()
+    assert table.shape == (tokenizer.size,) and table.dtype == bool
+    marked = {tokenizer.token_text(int(token)) for token in np.flatnonzero(table)}
+    assert marked == {*".!?;:,\n", ". ", "x;", "!  ", "\n\n", " :"}
+    assert not table[backend.token_to_id("[end].")]
+    assert not table[sorted(tokenizer.special_ids)].any()
+    only = tokenizer.delimiter_token_table(delimiters="x")
+    assert {tokenizer.token_text(int(token)) for token in np.flatnonzero(only)} == {"x", ";x"}
+
+
+@pytest.mark.parametrize("vocab_size", [0, 20, 303, 9000])
+def test_delimiter_table_has_the_models_size(vocab_size: int) -> None:
+    whole = tiny("byte_level").delimiter_token_table()
+    table = tiny("byte_level").delimiter_token_table(vocab_size)
+    assert len(table) == vocab_size
+    assert (table[: len(whole)] == whole[:vocab_size]).all() and not table[len(whole) :].any()
+
+
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        ({"tokenizer": None}, r"has no tokenizer\.json; load its tokenizer in transformers"),
+        ({"tokenizer": b"{"}, r"tokenizer\.json is no valid tokenizer"),
+        ({"tokenizer": b'{"model": {"type": "Magic"}}'}, r"tokenizer\.json is no valid tokenizer: .*download it again"),
+        ({"tokenizer": b'{"a": "\xff"}'}, r"tokenizer\.json is not UTF-8 text \(byte 7\)"),
+        ({"tokenizer_config": b"[]"}, r"tokenizer_config\.json holds a JSON list; it must be an object"),
+        ({"tokenizer_config": b"{,}"}, r"tokenizer_config\.json is no valid JSON"),
+        ({"tokenizer_config": b"[" * 100_000}, r"tokenizer_config\.json is no valid JSON"),
+        ({"tokenizer_config": {"bos_token": 7}}, "bos_token is '7' in the tokenizer's settings; it must be text"),
+        ({"tokenizer_config": {"eos_token": "<gone>"}}, r"eos_token is '<gone>', which tokenizer\.json does not have"),
+        ({"tokenizer_config": {"bos_token": ...}}, "says add_bos_token but has no bos_token"),
+        ({"tokenizer_config": {"eos_token": ..., "add_eos_token": True}}, "says add_eos_token but has no eos_token"),
+        ({"special_tokens_map": {"unk_token": {"content": []}}}, r"unk_token is '\[\]'"),
+        ({"special_tokens_map": b"\xff"}, r"special_tokens_map\.json is not UTF-8"),
+        ({"generation_config": {"eos_token_id": "2"}}, r"eos_token_id is \['2'\]; give a token id, or a list of them"),
+        ({"generation_config": {"eos_token_id": [1, -1]}}, r"eos_token_id is \[1, -1\]"),
+        ({"generation_config": {"eos_token_id": True}}, r"eos_token_id is \[True\]"),
+        ({"generation_config": {"eos_token_id": 1.0}}, r"eos_token_id is \[1\.0\]"),
+        ({"tokenizer_config": {"chat_template": 7}}, "chat_template is a int; it must be text or a list"),
+    ],
+)
+def test_bad_files_are_named(tmp_path: Path, files: dict, named: str) -> None:
+    with pytest.raises(CheckpointError, match=named):
+        Tokenizer.from_dir(write_files(tmp_path, "byte_level", **files))
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("ab\ud800c", r"lone surrogate U\+D800 at character 2"),
+        ("\udcff", r"lone surrogate U\+DCFF at character 0.*decode its source as UTF-8"),
+        (b"bytes", "text is bytes; give a string"),
+        (None, "text is NoneType"),
+    ],
+)
+def test_text_that_is_no_unicode_is_refused(style: str, text: Any, named: str) -> None:
+    with pytest.raises(RequestError, match=named):
+        tiny(style).encode(text)
+
+
+@pytest.mark.parametrize("bad", [-1, 2**31, 2**70, 1.0, True, "1", None])
+def test_ids_that_are_no_token_ids_are_refused(bad: Any) -> None:
+    tokenizer = tiny("byte_level")
+    for call in (lambda: tokenizer.decode([3, bad]), lambda: tokenizer.token_text(bad)):
+        with pytest.raises(RequestError, match=r"is not valid; give whole numbers from 0 to 2147483647"):
+            call()
+
+
+def test_numpy_ids_are_fine() -> None:
+    ids = np.array(tiny("byte_level").encode("the é"), np.int32)
+    assert tiny("byte_level").decode(ids) == "the é"
+    assert "".join(streamed(tiny("byte_level"), list(ids))) == "the é"
