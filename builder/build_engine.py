@@ -50,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         flags = parse(arguments)
     except ModuleNotFoundError as error:
         _stop(_described(error), FAILED)
+    except KeyboardInterrupt:
+        _stop("interrupted", INTERRUPTED)
     except UsageError as error:
         _stop(str(error), BAD_USAGE)
     try:
@@ -189,7 +191,7 @@ def _described(error: BaseException) -> str:
     if isinstance(error, ModuleNotFoundError):
         return f"the Python package {error.name!r} is missing; install this project with pip install ."
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'writing the engine'}: {error.strerror}"
+        return f"{error.filename or 'writing'}: {error.strerror}"
     return f"unexpected {type(error).__name__}: {error}; --log_level debug shows where"
 
 

@@ -38,15 +38,15 @@ def print_plan(plan: Plan, build: BuildConfig, console: Console | None = None) -
 
 
 def _table(plan: Plan) -> Table:
-    table = Table(box=box.SIMPLE, show_footer=True)
-    table.add_column("layer", footer="all")
-    table.add_column("role")
+    table = Table(box=box.SIMPLE, show_footer=True, collapse_padding=True, pad_edge=False)  # fits 80 columns
+    table.add_column("layer", footer="all", no_wrap=True)
+    table.add_column("role", no_wrap=True)
     kept = {name: _kept(plan.settings, length) for name, length in LENGTHS.items()}
     saved = {name: (LENGTHS[name] - kept[name]) * plan.kv_bytes_per_token for name in LENGTHS}
     for name in LENGTHS:
-        table.add_column(f"kept at {name}", justify="right", footer=str(kept[name]))
+        table.add_column(f"kept\nat {name}", justify="right", footer=str(kept[name]), no_wrap=True)
     for name in LENGTHS:
-        table.add_column(f"KV saved at {name}", justify="right", footer=human_bytes(saved[name]))
+        table.add_column(f"KV saved\nat {name}", justify="right", footer=human_bytes(saved[name]), no_wrap=True)
     for layer in plan.layers:
         amounts = [human_bytes(saved[name] // len(plan.layers)) for name in LENGTHS]
         table.add_row(str(layer.index), _role(plan, layer), *map(str, kept.values()), *amounts)

@@ -61,6 +61,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     chosen = [name for name, value in vars(flags).items() if name.startswith(_PREFIX) and value is not None]
     if chosen and not flags.chunkkv:
         raise UsageError(f"--{chosen[0]} has no effect without --chunkkv: add it")
+    if flags.chunkkv_budget_tokens == 0:
+        raise UsageError("--chunkkv_budget_tokens is 0; give at least 1, or --chunkkv_keep_ratio instead")
     return flags
 
 
@@ -102,7 +104,8 @@ def _unknown(text: str, known: set[str]) -> str:
         return f"{text!r} belongs to no flag; every value follows its flag, as in --max_seq_len 4096"
     if name[2:].replace("-", "_") in _ELSEWHERE:
         return f"{name} is a flag of trtllm-build that has no meaning for these engines: leave it out"
-    close = difflib.get_close_matches(name.replace("-", "_"), [flag.replace("-", "_") for flag in known], 1, 0.5)
+    names = [flag.replace("-", "_") for flag in known if flag.startswith("--")]
+    close = difflib.get_close_matches(name.replace("-", "_"), names, 1, 0.5)
     hint = f"did you mean --{close[0][2:]}?" if close else "see --help for those there are"
     return f"unknown flag {name}; {hint}"
 

@@ -54,9 +54,12 @@ def write_manifest(folder: Path, backend: str, versions: Mapping[str, str], prog
 
 def check_target(target: Path, overwrite: bool) -> None:
     """Raise ConfigError unless `target` is free, empty, or an engine that `overwrite` allows to replace."""
-    if not os.path.lexists(target):
-        return
     target = Path(os.path.realpath(target))
+    if not os.path.lexists(target):
+        parent = next(path for path in target.parents if path.exists())
+        if not parent.is_dir():
+            raise ConfigError(f"output_dir {target} would lie in {parent}, which is no directory; give another one")
+        return
     if Path.cwd().is_relative_to(target):
         raise ConfigError(f"output_dir {target} is or holds the current directory; give a new directory")
     if not target.is_dir():
@@ -87,9 +90,10 @@ def staged_output(output_dir: str | os.PathLike[str], overwrite: bool = False) -
     Raises ConfigError for an output directory that may not be written, see check_target.
     """
     target = Path(os.path.realpath(output_dir))
+    if target.parent.is_dir():
+        _clean_up(target)  # first, because it may bring an engine back
     check_target(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
-    _clean_up(target)
     stage, lock = _new_stage(target)
     try:
         yield stage
@@ -97,7 +101,7 @@ def staged_output(output_dir: str | os.PathLike[str], overwrite: bool = False) -
             raise EngineError(f"{stage} has no {MANIFEST_FILE}; nothing is put in place of {target}")
         _publish(stage, target, overwrite)
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        _remove(stage)
         if lock is not None:
             os.close(lock)
 
@@ -118,16 +122,16 @@ def _publish(stage: Path, target: Path, overwrite: bool) -> None:
 def _replace(stage: Path, target: Path) -> None:
     lock = _try_lock(target)  # tells other builds that what lies aside is not left over
     aside = target.with_name(f"{target.name}{_REPLACED_MARK}{os.getpid()}")
-    os.rename(target, aside)
     try:
+        os.rename(target, aside)
         os.rename(stage, target)
     except BaseException:
-        if not target.exists():
+        if aside.exists() and not target.exists():
             os.rename(aside, target)
         raise
     finally:
         if target.exists():
-            shutil.rmtree(aside, ignore_errors=True)
+            _remove(aside)
         if lock is not None:
             os.close(lock)
 
@@ -138,13 +142,17 @@ def _new_stage(target: Path) -> tuple[Path, int | None]:
     for _ in range(_LOCK_ATTEMPTS):
         try:
             stage.mkdir()
+            lock = _try_lock(stage)
+            with suppress(FileNotFoundError):
+                # Another build's clean-up may have come before the lock; then the name is gone.
+                if lock is None or os.path.samestat(os.fstat(lock), stage.stat()):
+                    return stage, lock
         except FileExistsError:
             break
-        lock = _try_lock(stage)
-        with suppress(FileNotFoundError):
-            # Another build's clean-up may have come before the lock; then the name is gone.
-            if lock is None or os.path.samestat(os.fstat(lock), stage.stat()):
-                return stage, lock
+        except BaseException:
+            with suppress(OSError):
+                stage.rmdir()  # still empty, unless it is another build's
+            raise
         if lock is not None:
             os.close(lock)
     raise EngineError(f"{stage} exists: another build may be writing it; remove it if none is")
@@ -166,6 +174,15 @@ def _clean_up(target: Path) -> None:
             else:
                 shutil.rmtree(path, ignore_errors=True)
         os.close(lock)
+
+
+def _remove(folder: Path) -> None:
+    """Remove `folder` as far as possible, also where Ctrl-C comes in between."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _try_lock(folder: Path) -> int | None:

@@ -1,4 +1,4 @@
-"""The rules that keep the code liveable, checked on the source: who may import what, sizes, and a README that is true."""
+"""The rules that keep the code liveable, checked on the source: who imports what, sizes, a README that is true."""
 
 from __future__ import annotations
 

@@ -17,6 +17,7 @@ sys.path.insert(0, str(NEEDLE))
 
 import documents as docs  # noqa: E402
 import make_prompts  # noqa: E402
+import measure_engines  # noqa: E402
 import vocabulary as words  # noqa: E402
 
 DOCUMENT_KINDS = {
@@ -255,3 +256,12 @@ def test_the_card_shows_the_measured_numbers() -> None:
             if cell["task"] == task:
                 shown = f"{cell['exact'] * 100:.1f} ({cell['low'] * 100:.1f}–{cell['high'] * 100:.1f})"
                 assert shown in rows[0], f"{task} at {cell['length']} tokens: {shown}"
+
+
+def test_the_card_shows_what_engines_of_the_model_lose() -> None:
+    cells = json.loads((NEEDLE / "engines.json").read_text(encoding="utf-8"))["cells"]
+    card = (NEEDLE / "README.md").read_text(encoding="utf-8").splitlines()
+    rows = measure_engines.card_rows(cells)
+    assert len(rows) == 6 + 12 and [row for row in rows if row not in card] == []
+    full = {cell["weights"]: cell["exact"] for cell in cells if "weights" in cell and cell["task"] == "code"}
+    assert min(full.values()) > 0.9

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from chunkkv.errors import ConfigError
 from chunkkv_builder.checkpoint import Checkpoint
 from chunkkv_builder.config import BuildConfig
 from chunkkv_builder.onnx_graph import quantize
@@ -25,20 +24,7 @@ COMPRESS_FILE = "compress.onnx"
 
 
 def build(checkpoint: Checkpoint, plan: Plan, build: BuildConfig, out_dir: Path, progress: Progress) -> dict[str, str]:
-    """Write the engine's graphs and weights to `out_dir`; return the versions that made them.
-
-    Raises ConfigError for a type other than float32, or blocks shorter than the observation window.
-    """
-    if build.dtype != "float32":
-        raise ConfigError(
-            f"dtype is {build.dtype!r}; ONNX Runtime on the CPU computes in float32: give --dtype float32, "
-            "or --use_weight_only --weight_only_precision int8 or int4 for smaller weights"
-        )
-    if plan.settings is not None and build.max_num_tokens < plan.settings.window:
-        raise ConfigError(
-            f"max_num_tokens is {build.max_num_tokens}, below the observation window {plan.settings.window}: "
-            "the last prefill block must hold the whole window, raise --max_num_tokens or lower --chunkkv_window"
-        )
+    """Write the engine's graphs and weights to `out_dir`; return the versions that made them."""
     sources = weight_sources(checkpoint, build.weight_only_precision)
     progress.stage("weights", len(sources))
     locations = write_weights(out_dir / WEIGHTS_FILE, sources, progress.advance)

@@ -77,6 +77,6 @@ def write_weights(
                 )
             offset = start + entries[source.name]["data_offsets"][0]  # type: ignore[index]
             locations[source.name] = WeightLocation(source.name, path.name, offset, source.shape, source.dtype)
-            np.ascontiguousarray(array).tofile(file)
+            file.write(np.ascontiguousarray(array))
             advance(1)
     return locations

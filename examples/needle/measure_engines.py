@@ -92,8 +92,21 @@ def measure(length: int, count: int, seed: int, console: Console) -> list[dict[s
     return cells
 
 
+def card_rows(cells: list[dict[str, object]]) -> list[str]:
+    """Return the rows of the model card's two tables: exact answers in percent with their interval."""
+    rows = {}
+    for cell in cells:
+        if "weights" in cell:
+            row = f"{cell['weights']}, {cell['weight_bytes'] / 1e6:.1f} MB | {cell['task']}"
+        else:
+            row = str(cell["choice"])
+        percent = [f"{cell[key] * 100:.1f}" for key in ("exact", "low", "high")]
+        rows.setdefault(row, []).append(f"{percent[0]} ({percent[1]}–{percent[2]})")
+    return [f"| {' | '.join([row, *values])} |" for row, values in rows.items()]
+
+
 def main() -> None:
-    """Measure, write the JSON."""
+    """Measure, write the JSON, print the rows of the card."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--length", type=int, default=1024)
@@ -105,6 +118,7 @@ def main() -> None:
     command = "python examples/needle/measure_engines.py --out examples/needle/engines.json"
     values = {"command": command, "length": arguments.length, "seed": arguments.seed, "cells": cells}
     write_atomically(arguments.out, (json.dumps(values, indent=1) + "\n").encode())
+    print("\n".join(card_rows(cells)))
     print(f"{arguments.out}: {len(cells)} cells in {time.perf_counter() - started:.0f} s")
 
 

@@ -65,7 +65,7 @@ def loads(path: Path) -> bool:
 
 
 def main(how: str, folder: Path, flags: list[str]) -> None:
-    """End builds one operation later each time, until one ends by itself: complete, or refused as there is an engine."""
+    """End builds one operation later each time, until one ends by itself: complete, or refused by an engine."""
     rounds = []
     for operation in itertools.count(1):
         code = build(operation, how, folder, flags)

@@ -1,0 +1,108 @@
+"""The limits of an engine: what a model allows, what fits together, and what config.json keeps of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from support import engines
+
+from chunkkv.errors import ConfigError
+from chunkkv.settings import ChunkKVSettings
+from chunkkv_builder.checkpoint import Checkpoint
+from chunkkv_builder.config import BuildConfig, longest_context
+
+MODEL = Checkpoint.open(engines.checkpoint_dir("llama2")).config  # plain RoPE, 512 positions
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, (512, 512)),
+        ({"max_seq_len": 100}, (100, 100)),
+        ({"max_seq_len": 512, "max_input_len": 1}, (1, 512)),
+        ({"max_input_len": 300}, (300, 512)),
+    ],
+)
+def test_lengths_default_to_the_models_context(given: dict[str, int], expected: tuple[int, int]) -> None:
+    found = BuildConfig.for_model(MODEL, **given)
+    assert (found.max_input_len, found.max_seq_len) == expected
+
+
+@pytest.mark.parametrize(
+    ("variant", "overrides", "longest"),
+    [
+        ("llama2", {}, 512),
+        ("llama_linear", {}, 512),  # linear scaling is part of what the model was trained for
+        ("llama3", {}, 512),  # 8 times 64
+        ("llama_yarn", {}, 512),  # 4 times 128
+        ("llama_yarn", {"max_position_embeddings": 128}, 512),  # as Qwen publishes it: positions before scaling
+        ("qwen3", {"max_position_embeddings": 40960}, 40960),
+    ],
+)
+def test_the_longest_context_counts_an_extension(variant: str, overrides: dict[str, int], longest: int) -> None:
+    model = Checkpoint.open(engines.checkpoint_dir(variant, **overrides)).config
+    assert longest_context(model) == longest
+    assert BuildConfig.for_model(model).max_seq_len == longest
+    with pytest.raises(
+        ConfigError, match=f"max_seq_len is {longest + 1}; this model was trained for at most {longest}"
+    ):
+        BuildConfig.for_model(model, max_seq_len=longest + 1)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_batch_size": 0}, "max_batch_size is 0; give a whole number from 1 to 4096"),
+        ({"max_batch_size": 4097}, "max_batch_size is 4097"),
+        ({"max_num_tokens": 2**20 + 1}, "max_num_tokens is 1048577; give a whole number from 1 to 1048576"),
+        ({"max_input_len": 0}, "max_input_len is 0"),
+        ({"max_seq_len": -1, "max_input_len": 5}, "max_seq_len is -1"),
+        ({"max_num_tokens": True}, "max_num_tokens is True"),
+        ({"max_num_tokens": 5.0}, r"max_num_tokens is 5\.0"),
+        ({"max_input_len": 9, "max_seq_len": 8}, "max_input_len is 9, above max_seq_len = 8, which counts prompt and"),
+        ({"backend": "cuda"}, "backend is 'cuda'; allowed is onnxruntime or tensorrt or tensorrt_llm"),
+        ({"dtype": "int8"}, "dtype is 'int8'; allowed is float32 or float16 or bfloat16"),
+        ({"dtype": "float16"}, "dtype is 'float16'; backend onnxruntime computes in float32: give that, or"),
+        ({"weight_only_precision": "int2"}, "weight_only_precision is 'int2'; allowed is int8 or int4"),
+    ],
+)
+def test_what_cannot_be_built_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        BuildConfig.for_model(MODEL, **values)
+
+
+def test_a_gpu_backend_may_compute_in_a_half_type() -> None:
+    assert BuildConfig.for_model(MODEL, dtype="bfloat16", backend="tensorrt").dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("block", "window", "fits"), [(31, 32, False), (32, 32, True), (1, 1, True), (127, 128, False)]
+)
+def test_a_prefill_block_must_hold_the_window(block: int, window: int, fits: bool) -> None:
+    config = BuildConfig.for_model(MODEL, max_num_tokens=block)
+    settings = ChunkKVSettings(window=window, min_tokens=200)
+    config.check_window(None)
+    if fits:
+        config.check_window(settings)
+    else:
+        with pytest.raises(ConfigError, match=f"max_num_tokens is {block}, below the observation window of {window}"):
+            config.check_window(settings)
+
+
+def test_what_is_written_reads_back_the_same_and_only_that() -> None:
+    config = replace(BuildConfig.for_model(MODEL, max_seq_len=100, max_batch_size=3), weight_only_precision="int4")
+    values = config.to_dict()
+    assert BuildConfig.from_dict(values) == config
+    assert values["max_beam_width"] == 1 and values["kv_cache_type"] == "continuous"
+    for change, message in (
+        ({"paged": True}, "unknown build_config entry 'paged'"),
+        ({"max_beam_width": 4}, "'max_beam_width' is 4; allowed is 1"),
+        ({"kv_cache_type": "paged"}, "'kv_cache_type' is 'paged'; allowed is 'continuous'"),
+        ({"max_batch_size": 0}, "max_batch_size is 0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            BuildConfig.from_dict({**values, **change})
+    with pytest.raises(ConfigError, match="entry 'dtype' is missing"):
+        BuildConfig.from_dict({name: value for name, value in values.items() if name != "dtype"})

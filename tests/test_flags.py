@@ -1,0 +1,288 @@
+"""The flags of chunkkv-build: names, defaults, what reaches the engine, and one clear line for everything wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from support import engines
+from support.builds import CommandLine
+
+from chunkkv.errors import ConfigError
+from chunkkv.settings import ChunkKVSettings
+from chunkkv_builder.flags import UsageError, chunkkv_settings, parse
+
+TRTLLM_FLAGS = (
+    *("checkpoint_dir", "output_dir", "max_batch_size", "max_input_len", "max_seq_len", "max_num_tokens"),
+    *("log_level", "dry_run"),
+)
+CHUNKKV_FLAGS = tuple(
+    "chunkkv" + end
+    for end in (
+        *("", "_keep_ratio", "_budget_tokens", "_max_keep_ratio", "_chunk_size", "_window", "_sinks", "_pooling"),
+        *("_min_tokens", "_boundaries", "_score", "_leader", "_layer_reuse"),
+    )
+)
+OWN_FLAGS = ("overwrite", "backend", "dtype", "use_weight_only", "weight_only_precision")
+# What trtllm-build offers and this builder has no use for.
+MEANINGLESS = (
+    "model_config build_config model_cls_file model_cls_name max_beam_width opt_num_tokens max_encoder_input_len "
+    "max_prompt_embedding_table_size max_multimodal_len kv_cache_type paged_kv_cache input_timing_cache "
+    "output_timing_cache profiling_verbosity strip_plan weight_sparsity weight_streaming fast_build workers "
+    "enable_debug_output visualize_network monitor_memory logits_dtype gather_context_logits "
+    "gather_generation_logits gather_all_token_logits lora_dir lora_ckpt_source lora_target_modules max_lora_rank "
+    "speculative_decoding_mode max_draft_len gpt_attention_plugin gemm_plugin nccl_plugin lora_plugin moe_plugin "
+    "context_fmha remove_input_padding tokens_per_block use_paged_context_fmha use_fp8_context_fmha "
+    "multiple_profiles reduce_fusion user_buffer"
+)
+LAYERS = 3  # of the llama3 checkpoint, whose context is 512
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CommandLine:
+    monkeypatch.chdir(tmp_path)  # the default output_dir lies in the current directory
+    return CommandLine(capsys)
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Path:
+    return engines.checkpoint_dir("llama3")
+
+
+def settings(line: str) -> ChunkKVSettings | None:
+    return chunkkv_settings(parse(["--checkpoint_dir", "c", *line.split()]), LAYERS)
+
+
+def test_help_names_every_flag_with_its_default_on_a_narrow_terminal(
+    cli: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    done = cli("--help")
+    assert done.code == 0 and done.err == ""
+    assert max(map(len, done.out.splitlines())) <= 80
+    shown = done.out.partition("paths:")[2]
+    entries = dict(re.findall(r"^  --(\w+)(.*?)(?=^  --|^\S|\Z)", shown, re.MULTILINE | re.DOTALL))
+    assert set(entries) == {*TRTLLM_FLAGS, *CHUNKKV_FLAGS, *OWN_FLAGS}
+    without_default = {"checkpoint_dir", "overwrite", "use_weight_only", "dry_run", "chunkkv", "chunkkv_budget_tokens"}
+    for name, text in entries.items():
+        words = " ".join(text.split())
+        assert ("default: " in words) == (name not in without_default), name
+
+
+def test_the_defaults_are_the_documented_ones() -> None:
+    flags = parse(["--checkpoint_dir", "c"])
+    assert (flags.output_dir, flags.max_batch_size, flags.max_num_tokens) == ("engine_outputs", 8, 512)
+    assert (flags.max_input_len, flags.max_seq_len, flags.weight_only_precision) == (None, None, None)
+    assert (flags.backend, flags.dtype, flags.log_level) == ("auto", "auto", "info")
+    assert not (flags.overwrite or flags.use_weight_only or flags.dry_run or flags.chunkkv)
+    assert settings("") is None and settings("--chunkkv disable") is None and settings("--chunkkv=disable") is None
+    expected = ChunkKVSettings(
+        keep_per_10k=5000, budget_tokens=0, max_keep_per_10k=10000, window=32, chunk_size=10, sinks=4,
+        boundaries="fixed", pooling=1, score="softmax", min_tokens=64, leader="last", layer_groups=((0,), (1,), (2,)),
+    )  # fmt: skip
+    assert settings("--chunkkv") == settings("--chunkkv enable") == settings("--chunkkv=enable") == expected
+    assert parse(["--checkpoint_dir", "c", "--use_weight_only"]).weight_only_precision == "int8"
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("--chunkkv_window 60 --chunkkv_chunk_size 20", {"window": 60, "chunk_size": 20, "min_tokens": 84}),
+        ("--chunkkv_window 8", {"window": 8, "min_tokens": 64}),
+        ("--chunkkv_max_keep_ratio 0.3", {"keep_per_10k": 3000, "max_keep_per_10k": 3000}),
+        ("--chunkkv_max_keep_ratio 0.8", {"keep_per_10k": 5000, "max_keep_per_10k": 8000}),
+        ("--chunkkv_keep_ratio 1", {"keep_per_10k": 10000}),
+        ("--chunkkv_keep_ratio 0.12344", {"keep_per_10k": 1234}),
+        ("--chunkkv_keep_ratio 0.0001", {"keep_per_10k": 1}),
+        ("--chunkkv_budget_tokens 1024", {"budget_tokens": 1024}),
+        ("--chunkkv_sinks 0", {"sinks": 0}),
+        ("--chunkkv_layer_reuse 2", {"layer_groups": ((0, 1), (2,))}),
+        ("--chunkkv_layer_reuse 0,1-2", {"layer_groups": ((0,), (1, 2))}),
+    ],
+)
+def test_a_flag_changes_its_own_setting_and_what_hangs_on_it(line: str, expected: dict[str, object]) -> None:
+    found, default = settings(f"--chunkkv {line}"), settings("--chunkkv")
+    assert found is not None and default is not None
+    assert found.to_dict() == ChunkKVSettings(**{**vars(default), **expected}).to_dict()
+
+
+def test_every_setting_arrives_in_the_engine_as_given(cli: CommandLine, checkpoint: Path, tmp_path: Path) -> None:
+    given = {
+        "checkpoint_dir": checkpoint, "output_dir": tmp_path / "engine", "max_batch_size": 3, "max_input_len": 150,
+        "max_seq_len": 200, "max_num_tokens": 40, "log_level": "error", "backend": "onnxruntime", "dtype": "float32",
+        "use_weight_only": True, "weight_only_precision": "int4", "chunkkv": True, "chunkkv_keep_ratio": 0.25,
+        "chunkkv_max_keep_ratio": 0.75, "chunkkv_chunk_size": 7, "chunkkv_window": 9, "chunkkv_sinks": 2,
+        "chunkkv_boundaries": "delimiter", "chunkkv_pooling": 5, "chunkkv_score": "logits", "chunkkv_leader": "first",
+        "chunkkv_min_tokens": 33, "chunkkv_layer_reuse": "0-1,2",
+    }  # fmt: skip
+    done = cli(*engines.command_line(given))
+    assert (done.code, done.out, done.err) == (0, "", "")
+    config = json.loads((tmp_path / "engine" / "config.json").read_text())
+    assert config["build_config"] == {
+        "max_batch_size": 3, "max_input_len": 150, "max_seq_len": 200, "max_num_tokens": 40, "backend": "onnxruntime",
+        "dtype": "float32", "weight_only_precision": "int4", "max_beam_width": 1, "kv_cache_type": "continuous",
+    }  # fmt: skip
+    assert config["chunkkv"] == {
+        "keep_per_10k": 2500, "max_keep_per_10k": 7500, "budget_tokens": 0, "chunk_size": 7, "window": 9, "sinks": 2,
+        "boundaries": "delimiter", "pooling": 5, "score": "logits", "leader": "first", "min_tokens": 33,
+        "layer_groups": [[0, 1], [2]],
+    }  # fmt: skip
+
+
+def test_hyphens_serve_as_underscores_in_names_but_not_in_values() -> None:
+    line = (
+        "--checkpoint-dir my-model --output-dir=my-out --max-seq-len=9 --max-num-tokens 7 --use-weight-only --dry-run"
+    )
+    flags = parse(line.split())
+    assert (flags.checkpoint_dir, flags.output_dir) == ("my-model", "my-out")
+    assert (flags.max_seq_len, flags.max_num_tokens, flags.use_weight_only, flags.dry_run) == (9, 7, True, True)
+    hyphens, underscores = (f"--chunkkv --chunkkv{c}keep{c}ratio 0.3 --chunkkv{c}leader=first" for c in "-_")
+    assert settings(hyphens) == settings(underscores) != settings("--chunkkv")
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [
+        ("--max_seq_length 9", "unknown flag --max_seq_length; did you mean --max_seq_len?"),
+        ("--max-decoder-seq-len 9", "unknown flag --max-decoder-seq-len; did you mean --max_seq_len?"),
+        ("--chunkkv_ratio=0.3", "unknown flag --chunkkv_ratio; did you mean --chunkkv_keep_ratio?"),
+        ("--chunkkv-budget 9", "unknown flag --chunkkv-budget; did you mean --chunkkv_budget_tokens?"),
+        ("--output out", "unknown flag --output; did you mean --output_dir?"),
+        ("-checkpoint_dir c", "unknown flag -checkpoint_dir; did you mean --checkpoint_dir?"),
+        ("--max_batch 4", "unknown flag --max_batch; did you mean --max_batch_size?"),  # never a silent abbreviation
+        ("-o out", "unknown flag -o; see --help for those there are"),
+        ("--xyzzy", "unknown flag --xyzzy; see --help for those there are"),
+        ("stray", "'stray' belongs to no flag; every value follows its flag, as in --max_seq_len 4096"),
+    ],
+)
+def test_an_unknown_flag_gets_the_nearest_known_one(line: str, hint: str, cli: CommandLine) -> None:
+    assert cli("--checkpoint_dir", "c", *line.split()).error(2) == hint
+
+
+@pytest.mark.parametrize("name", MEANINGLESS.split())
+def test_flags_of_trtllm_build_without_a_meaning_here_are_named_as_such(name: str) -> None:
+    for spelling in (f"--{name}", f"--{name.replace('_', '-')}"):
+        for line in ([spelling, "1"], [f"{spelling}=1"]):
+            with pytest.raises(UsageError, match=f"^{spelling} is a flag of trtllm-build that has no meaning"):
+                parse(["--checkpoint_dir", "c", *line])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--chunkkv_keep_ratio 0.3", "--chunkkv_keep_ratio has no effect without --chunkkv: add it"),
+        ("--chunkkv disable --chunkkv_sinks 0", "--chunkkv_sinks has no effect without --chunkkv: add it"),
+        ("--chunkkv_layer_reuse 2", "--chunkkv_layer_reuse has no effect without --chunkkv: add it"),
+        ("--weight_only_precision int4", "--weight_only_precision has no effect without --use_weight_only: add it"),
+        (
+            "--chunkkv --chunkkv_keep_ratio 0.3 --chunkkv_budget_tokens 99",
+            "--chunkkv_budget_tokens: give either this or --chunkkv_keep_ratio",
+        ),
+        (
+            "--chunkkv --chunkkv_keep_ratio 0.5 --chunkkv_max_keep_ratio 0.3",
+            "--chunkkv_keep_ratio 0.5 is above max_keep_ratio 0.3: raise max_keep_ratio or lower keep_ratio",
+        ),
+        (
+            "--max_input_len 300 --max_seq_len 200",
+            "--max_input_len is 300, above max_seq_len = 200, which counts prompt and answer: "
+            "lower max_input_len or raise max_seq_len",
+        ),
+        (
+            "--chunkkv --max_num_tokens 31",
+            "--max_num_tokens is 31, below the observation window of 32 tokens, which must fit in one prefill block: "
+            "raise max_num_tokens or lower chunkkv_window",
+        ),
+    ],
+)
+def test_contradictions_are_refused(line: str, message: str, cli: CommandLine, checkpoint: Path) -> None:
+    assert cli("--checkpoint_dir", checkpoint, "--log_level", "error", *line.split()).error(2) == message
+
+
+@pytest.mark.parametrize("line", ["", "--chunkkv", "--checkpoint_dir"])
+def test_the_checkpoint_is_required(line: str, cli: CommandLine) -> None:
+    assert "--checkpoint_dir" in cli(*line.split()).error(2)
+
+
+# flag, value, what is allowed; a value without --chunkkv_ needs no --chunkkv
+INVALID = [
+    ("chunkkv_window", "0", "allowed is 1 to 128"),
+    ("chunkkv_window", "-1", "allowed is 1 to 128"),
+    ("chunkkv_window", "129", "allowed is 1 to 128"),
+    ("chunkkv_chunk_size", "0", "allowed is 1 to 256"),
+    ("chunkkv_chunk_size", "257", "allowed is 1 to 256"),
+    ("chunkkv_sinks", "-1", "allowed is 0 to 65536"),
+    ("chunkkv_pooling", "2", "allowed are odd values"),
+    ("chunkkv_pooling", "64", "allowed is 1 to 63"),
+    ("chunkkv_pooling", "0", "allowed is 1 to 63"),
+    ("chunkkv_min_tokens", "45", "at least window + sinks + chunk_size = 46: raise min_tokens or lower one"),
+    ("chunkkv_budget_tokens", "63", "below min_tokens = 64"),
+    ("chunkkv_budget_tokens", "-5", "allowed is 0 to 2147483647"),
+    ("chunkkv_budget_tokens", "0", "give at least 1"),
+    *(("chunkkv_keep_ratio", value, "allowed is (0, 1]") for value in ("0.0", "-0.5", "1.5", "nan", "inf")),
+    ("chunkkv_keep_ratio", "1e-05", "the smallest keep ratio is 0.0001"),
+    ("chunkkv_max_keep_ratio", "1.1", "allowed is (0, 1]"),
+    ("chunkkv_layer_reuse", "'0-1'", "layer 2 is missing: list every layer from 0 to 2 once"),
+    ("chunkkv_layer_reuse", "'0-1,1-2'", "layer 1 is listed twice"),
+    ("chunkkv_layer_reuse", "'0-3'", "this model has layers 0 to 2"),
+    ("chunkkv_layer_reuse", "'a'", "give a group size such as 2, or groups such as 0-1,2,3-5"),
+    ("chunkkv_layer_reuse", "0", "give a group size from 1 to 3"),
+    ("chunkkv_layer_reuse", "4", "give a group size from 1 to 3"),
+    ("max_seq_len", "513", "this model was trained for at most 512 positions"),
+    ("max_input_len", "0", "give a whole number from 1 to"),
+    ("max_batch_size", "-2", "give a whole number from 1 to 4096"),
+    ("max_batch_size", "4097", "give a whole number from 1 to 4096"),
+    ("max_num_tokens", "0", "give a whole number from 1 to"),
+    ("dtype", "'float16'", "backend onnxruntime computes in float32"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "allowed"), INVALID)
+def test_a_value_out_of_range_is_named_with_what_is_allowed(
+    name: str, value: str, allowed: str, cli: CommandLine, checkpoint: Path, tmp_path: Path
+) -> None:
+    switch = ["--chunkkv"] if name.startswith("chunkkv") else []
+    given = [f"--{name}", value.strip("'"), "--log_level", "error", "--output_dir", tmp_path / "engine"]
+    message = cli("--checkpoint_dir", checkpoint, *switch, *given).error(2)
+    assert message.startswith(f"--{name} is {value}") and allowed in message
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "advice"),
+    [
+        *(("max_seq_len", v, "is not a whole number; give one such as 4096") for v in ("1e3", "4.5", "4k", "", "0x9")),
+        ("max_num_tokens", "9" * 30, "is not a whole number"),
+        ("chunkkv_window", "many", "is not a whole number; give one such as 4096"),
+        ("chunkkv_keep_ratio", "20%", "is not a number; give one in (0, 1] such as 0.2"),
+        ("chunkkv_boundaries", "words", "is not offered; allowed is fixed or delimiter"),
+        ("chunkkv_score", "cosine", "is not offered; allowed is softmax or logits"),
+        ("chunkkv_leader", "middle", "is not offered; allowed is first or last"),
+        ("chunkkv", "maybe", "is not offered; allowed is enable or disable"),
+        ("backend", "tensorflow", "is not offered; allowed is auto or onnxruntime or tensorrt or tensorrt_llm"),
+        ("dtype", "int8", "is not offered; allowed is auto or float32 or float16 or bfloat16"),
+        ("weight_only_precision", "int2", "is not offered; allowed is int8 or int4"),
+        ("log_level", "loud", "is not offered; allowed is error or warning or info or verbose or debug"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_quoted(name: str, value: str, advice: str, cli: CommandLine) -> None:
+    message = cli("--checkpoint_dir", "c", f"--{name}={value}").error(2)
+    assert message.startswith(f"--{name}: {value!r} {advice}")
+
+
+def test_a_flag_without_its_value_is_named(cli: CommandLine) -> None:
+    message = cli("--checkpoint_dir", "c", "--max_seq_len", "--dry_run").error(2)
+    assert message == "--max_seq_len: expected one argument"
+
+
+def test_delimiters_need_a_tokenizer(cli: CommandLine, tmp_path: Path) -> None:
+    bare = engines.checkpoint_dir("llama3", with_tokenizer=False)
+    line = ["--chunkkv", "--chunkkv_boundaries", "delimiter", "--log_level", "error", "--output_dir", tmp_path / "e"]
+    message = cli("--checkpoint_dir", bare, *line).error(2)
+    assert message.startswith("--chunkkv_boundaries is 'delimiter', which needs a tokenizer beside the checkpoint")
+
+
+def test_a_usage_error_is_a_config_error_for_those_who_call_from_python() -> None:
+    with pytest.raises(ConfigError, match="--chunkkv_window is 0"):
+        settings("--chunkkv --chunkkv_window 0")
