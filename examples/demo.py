@@ -6,6 +6,7 @@ for keep 50, 20 and 10 %, and writes a picture and an HTML page of what was kept
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -26,7 +27,6 @@ import matplotlib.pyplot as plt
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "examples" / "needle" / "model"
 PROMPT = ROOT / "examples" / "needle" / "prompts" / "demo.json"
-ENGINES = ROOT / "engines"
 KEEP_RATIOS = (0.5, 0.2, 0.1)
 # What measured best on this model, see examples/needle/README.md: its facts are sentences of up to 14 tokens.
 CHOICE = {"chunkkv_layer_reuse": "2", "chunkkv_boundaries": "delimiter", "chunkkv_chunk_size": "20"}
@@ -68,6 +68,11 @@ def show(console: Console, rows: list[tuple[str, GenerationResult]], expected: s
     console.print(table)
 
 
+def shown(path: Path) -> str:
+    """Return a path as short as it can be said from here."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
 def draw(
     path: Path, rows: list[tuple[str, GenerationResult]], choice: Inspection, answer_span: tuple[int, int]
 ) -> None:
@@ -103,9 +108,12 @@ def draw(
 
 def main() -> None:
     """Build, ask, print, draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=ROOT / "engines", help="for engines, picture and page")
+    folder = parser.parse_args().output_dir
     console = Console()
     started = time.perf_counter()
-    full_engine, chunk_engine = ENGINES / "needle-full", ENGINES / "needle-chunkkv"
+    full_engine, chunk_engine = folder / "needle-full", folder / "needle-chunkkv"
     console.print("Building two engines of the shipped model: without and with ChunkKV …")
     build(full_engine)
     build(chunk_engine, "--chunkkv", *(part for name, value in CHOICE.items() for part in (f"--{name}", value)))
@@ -116,10 +124,10 @@ def main() -> None:
     rows += [(f"keep {ratio:.0%}", ask(chunked, prompt["text"], ratio)) for ratio in KEEP_RATIOS]
     show(console, rows, prompt["expected"])
     choice = chunked.inspect(prompt["text"], keep_ratio=0.2)
-    picture, page = ENGINES / "demo.png", ENGINES / "demo.html"
+    picture, page = folder / "demo.png", folder / "demo.html"
     draw(picture, rows, choice, tuple(prompt["answer_span"]))
     write_page(choice, page)
-    console.print(f"\nPicture: {picture.relative_to(ROOT)}\nWhat was kept, token by token: {page.relative_to(ROOT)}")
+    console.print(f"\nPicture: {shown(picture)}\nWhat was kept, token by token: {shown(page)}", soft_wrap=True)
     console.print(f"Took {time.perf_counter() - started:.0f} s.")
     at_20 = dict(rows)["keep 20%"]
     if at_20.text.strip() != prompt["expected"]:
