@@ -27,6 +27,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.picture import draw  # noqa: E402
 from benchmarks.random_checkpoint import MEDIUM, write_random_checkpoint  # noqa: E402
 
 NEEDLE = ROOT / "examples" / "needle" / "model"
@@ -208,6 +209,7 @@ def main() -> None:
         partial = arguments.output.with_suffix(".partial")
         partial.write_text(json.dumps(json.loads(result), indent=1) + "\n")
         partial.replace(arguments.output)
+        draw(json.loads(result), arguments.output.with_suffix(".png"))
     print(result)
 
 

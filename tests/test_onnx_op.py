@@ -67,7 +67,7 @@ def test_the_reference_evaluator_runs_the_same_bodies(name: str) -> None:
     case = replace(named(name), lengths=(31, 7, 24), extra_padding=1)
     inputs = case.inputs()
     feeds = onnx_op.feeds(inputs.query, inputs.key, inputs.lengths, case.settings, **inputs.optional())
-    evaluator = ReferenceEvaluator(onnx_op.select_model(case.settings))
+    evaluator = ReferenceEvaluator(onnx_op.select_model(case.settings, case.heads, case.kv_heads))
     indices, lengths, scores = evaluator.run(None, feeds)
     expected = reference.select_batch(inputs.query, inputs.key, inputs.lengths, case.settings, **inputs.optional())
     assert (lengths == expected.kept_lengths).all()
@@ -79,13 +79,13 @@ def test_the_reference_evaluator_runs_the_same_bodies(name: str) -> None:
 @pytest.mark.parametrize("boundaries", ["fixed", "delimiter"])
 def test_bodies_pass_the_checker_in_both_opsets(opset: int, boundaries: str) -> None:
     case = named("delimiter").with_settings(boundaries=boundaries, pooling=3)
-    onnx.checker.check_model(onnx_op.select_model(case.settings, opset), full_check=True)
+    onnx.checker.check_model(onnx_op.select_model(case.settings, case.heads, case.kv_heads, opset), full_check=True)
     onnx.checker.check_model(onnx_op.compact_model(opset), full_check=True)
 
 
 def test_bodies_use_standard_operators_only() -> None:
     case = named("delimiter").with_settings(pooling=5)
-    for body in (functions.select_function(case.settings, 23), functions.compact_function(23)):
+    for body in (functions.select_function(case.settings, 4, 2, 23), functions.compact_function(23)):
         assert {node.domain for node in body.node} == {""}
         assert [(opset.domain, opset.version) for opset in body.opset_import] == [("", 23)]
 
@@ -93,7 +93,7 @@ def test_bodies_use_standard_operators_only() -> None:
 def test_nodes_carry_what_a_plugin_needs() -> None:
     """An engine that takes a plugin reads all settings and the plugin's name from the node, not from the body."""
     case = named("delimiter").with_settings(pooling=5)
-    node = next(n for n in onnx_op.select_model(case.settings).graph.node if n.op_type == functions.SELECT)
+    node = next(n for n in onnx_op.select_model(case.settings, 4, 2).graph.node if n.op_type == functions.SELECT)
     given_attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
     expected = case.settings.to_dict()
     for name in ("window", "chunk_size", "sinks", "pooling", "min_tokens"):
@@ -101,7 +101,7 @@ def test_nodes_carry_what_a_plugin_needs() -> None:
     assert given_attributes["boundaries"] == b"delimiter" and given_attributes["score"] == b"softmax"
     assert given_attributes["plugin_version"] == b"1" and given_attributes["plugin_namespace"] == b"chunkkv"
     assert node.domain == functions.DOMAIN
-    assert len(node.input) == len(functions.select_function(case.settings, 23).input)
+    assert len(node.input) == len(functions.select_inputs(case.settings))
 
 
 def test_a_changed_setting_changes_the_choice() -> None:

@@ -74,7 +74,9 @@ class ChunkKVNodes:
 
     def functions(self, opset: int) -> list[onnx.FunctionProto]:
         """Return the bodies that engines without a ChunkKV operator run."""
-        return [functions.select_function(self.settings, opset), functions.compact_function(opset)]
+        model = self._plan.model
+        select = functions.select_function(self.settings, model.num_heads, model.num_kv_heads, opset)
+        return [select, functions.compact_function(opset)]
 
     def metadata(self, graph: str) -> dict[str, str]:
         """Return what the model file says of itself."""

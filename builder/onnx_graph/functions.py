@@ -54,15 +54,18 @@ def select_inputs(settings: ChunkKVSettings) -> list[str]:
     return names + (["is_delimiter"] if settings.boundaries == "delimiter" else [])
 
 
-def select_function(settings: ChunkKVSettings, opset: int) -> onnx.FunctionProto:
-    """Return ChunkKVSelect for `settings`: kept_indices [B,max N] int32 (-1 pads), kept_lengths [B] int32,
-    token_scores [B,S] float32."""
+def select_function(settings: ChunkKVSettings, heads: int, kv_heads: int, opset: int) -> onnx.FunctionProto:
+    """Return ChunkKVSelect for `settings` and Hq, Hkv heads.
+
+    Outputs kept_indices [B,max N] int32 (-1 pads), kept_lengths [B] int32, token_scores [B,S] float32.
+    """
     e = NodeEmitter()
     length = e.op("Unsqueeze", [e.op("Cast", ["lengths"], to=onnx.TensorProto.INT64), e.ints(1)])
     position = _positions(e, e.op("Squeeze", [e.dim("key", 2)]))
     ranked_end = e.op("Sub", [length, e.const(settings.window, "int64")])
     before_window = e.op("Less", [position, ranked_end])
-    scores = _token_scores(e, settings, length, position, before_window)
+    attended = _attention_weights(e, settings, (heads, kv_heads), length, position)
+    scores = _token_scores(e, settings, attended, before_window)
     e.op("Identity", [scores], ["token_scores"])
     kept = _kept_tokens(e, settings, length)
     e.op("Cast", [e.op("Squeeze", [kept, e.ints(1)])], ["kept_lengths"], to=onnx.TensorProto.INT32)
@@ -94,27 +97,30 @@ def _kept_tokens(e: NodeEmitter, settings: ChunkKVSettings, length: str) -> str:
     return e.op("Min", [length, e.op("Max", [wanted, e.const(settings.min_tokens, "int64")])])
 
 
-def _token_scores(e: NodeEmitter, settings: ChunkKVSettings, length: str, position: str, before_window: str) -> str:
-    """a[t] of section 2 as [B,S]; zero from the window on."""
-    keys = _finite_padding(e, length, position)
-    heads = e.dim("key", 1)
-    head_dim = e.dim("key", 3)
-    batch = e.dim("key", 0)
-    grouped = e.op("Concat", [batch, heads, e.ints(-1), head_dim], axis=0)
-    transposed = e.op("Transpose", [keys], perm=[0, 1, 3, 2])
+def _attention_weights(
+    e: NodeEmitter, settings: ChunkKVSettings, counts: tuple[int, int], length: str, position: str
+) -> str:
+    """The mean (softmax) or sum (logits) over heads and window of what the window's queries give each token, [B,S].
+
+    Shapes are constants but for B and S, so that an engine sees that logits can be masked in place. A column of the
+    product depends on its own key alone: the padding needs no care before it is masked.
+    """
+    heads, kv_heads = counts
+    grouped = e.ints(0, kv_heads, heads // kv_heads * settings.window, 0)
+    transposed = e.op("Transpose", ["key"], perm=[0, 1, 3, 2])
     if settings.score == "logits":
         query = e.op("ReduceSum", [e.op("Reshape", ["query", grouped]), e.ints(2)], keepdims=1)
-        mean = e.op("ReduceSum", [e.op("MatMul", [query, transposed]), e.ints(1, 2)], keepdims=0)
-    else:
-        root = e.op("Sqrt", [e.op("Cast", [e.op("Squeeze", [head_dim])], to=onnx.TensorProto.FLOAT)])
-        query = e.op("Reshape", [e.op("Div", ["query", root]), grouped])
-        logits = e.op("MatMul", [query, transposed])
-        per_query = e.op("Concat", [batch, e.dim("query", 1), e.ints(settings.window, -1)], axis=0)
-        masked = e.op("Add", [e.op("Reshape", [logits, per_query]), _causal_bias(e, settings, length, position)])
-        weights = e.op("Softmax", [masked], axis=-1)
-        flat = e.op("Reshape", [weights, e.op("Concat", [batch, e.ints(-1), e.dim("key", 2)], axis=0)])
-        mean = _mean_of_rows(e, flat)
-    scores = e.op("Where", [before_window, mean, e.scalar(0.0)])
+        return e.op("ReduceSum", [e.op("MatMul", [query, transposed]), e.ints(1, 2)], keepdims=0)
+    root = e.op("Sqrt", [e.op("Cast", [e.op("Squeeze", [e.dim("key", 3)])], to=onnx.TensorProto.FLOAT)])
+    logits = e.op("MatMul", [e.op("Reshape", [e.op("Div", ["query", root]), grouped]), transposed])
+    logits = e.op("Reshape", [logits, e.ints(0, heads, settings.window, 0)])
+    weights = e.op("Softmax", [_masked(e, settings, logits, length, position)], axis=-1)
+    return _mean_of_rows(e, weights, heads * settings.window)
+
+
+def _token_scores(e: NodeEmitter, settings: ChunkKVSettings, attended: str, before_window: str) -> str:
+    """a[t] of section 2 as [B,S]; zero from the window on."""
+    scores = e.op("Where", [before_window, attended, e.scalar(0.0)])
     if settings.pooling > 1:
         half = settings.pooling // 2
         rows = e.op("Unsqueeze", [scores, e.ints(1)])
@@ -123,20 +129,11 @@ def _token_scores(e: NodeEmitter, settings: ChunkKVSettings, length: str, positi
     return scores
 
 
-def _mean_of_rows(e: NodeEmitter, rows: str) -> str:
-    """Return the mean over axis 1 of [B,R,S] as [B,S]: a product with ones, several times faster than ReduceMean."""
-    count = e.dim(rows, 1)
-    shape = e.op("Concat", [e.ints(1), count], axis=0)
-    one = helper.make_tensor("one", onnx.TensorProto.FLOAT, [1], [1.0])
-    total = e.op("MatMul", [e.op("ConstantOfShape", [shape], value=one), rows])
-    divisor = e.op("Cast", [count], to=onnx.TensorProto.FLOAT)
-    return e.op("Div", [e.op("Squeeze", [total, e.ints(1)]), divisor])
-
-
-def _finite_padding(e: NodeEmitter, length: str, position: str) -> str:
-    """Replace padded keys by the row's last key, so that no content of the padding can reach a score."""
-    last = e.op("Max", [e.op("Sub", [length, e.const(1, "int64")]), e.const(0, "int64")])
-    return take_rows(e, "key", e.op("Min", [position, last]))
+def _mean_of_rows(e: NodeEmitter, weights: str, count: int) -> str:
+    """Return the mean over axes 1 and 2 of [B,Hq,w,S]: a product with ones, several times faster than ReduceMean."""
+    rows = e.op("Reshape", [weights, e.op("Concat", [e.ints(0, count), e.dim("key", 2)], axis=0)])
+    total = e.op("MatMul", [e.const(np.ones((1, count)), "float32"), rows])
+    return e.op("Div", [e.op("Squeeze", [total, e.ints(1)]), e.scalar(float(count))])
 
 
 def take_rows(e: NodeEmitter, source: str, index: str) -> str:
@@ -150,12 +147,23 @@ def take_rows(e: NodeEmitter, source: str, index: str) -> str:
     return e.op("Gather", [flat, rows], axis=0)
 
 
-def _causal_bias(e: NodeEmitter, settings: ChunkKVSettings, length: str, position: str) -> str:
-    """Return 0 where window query i may see token t, else the lowest float, as [B,1,w,S]."""
+def _masked(e: NodeEmitter, settings: ChunkKVSettings, logits: str, length: str, position: str) -> str:
+    """Return logits [B,Hq,w,S] with -inf where window query i may not see token t, whatever stood there.
+
+    Only columns from the shortest row's window on are touched, and written back into the same tensor: engines do that
+    in place, while a mask over all columns costs a pass through memory.
+    """
+    last = e.ints(np.iinfo(np.int64).max)
+    first = e.op("Sub", [e.op("ReduceMin", [length], keepdims=0), e.const(settings.window, "int64")])
+    first = e.op("Reshape", [e.op("Max", [first, e.const(0, "int64")]), e.ints(1)])
+    columns = e.op("Slice", [position, first, last, e.ints(1)])
+    tail = e.op("Slice", [logits, first, last, e.ints(3)])
     window = e.const(np.arange(1 - settings.window, 1, dtype=np.int64).reshape(1, 1, -1, 1), "int64")
     last_seen = e.op("Add", [e.op("Reshape", [length, e.ints(-1, 1, 1, 1)]), window])
-    visible = e.op("Less", [e.op("Unsqueeze", [position, e.ints(1, 2)]), last_seen])
-    return e.op("Where", [visible, e.scalar(0.0), e.scalar(-np.inf)])
+    visible = e.op("Less", [e.op("Unsqueeze", [columns, e.ints(1, 2)]), last_seen])
+    masked = e.op("Where", [visible, tail, e.scalar(-np.inf)])
+    places = e.op("Unsqueeze", [e.op("Cast", [columns], to=onnx.TensorProto.INT32), e.ints(1, 2)])
+    return e.op("ScatterElements", [logits, e.op("Expand", [places, e.op("Shape", [tail])]), masked], axis=3)
 
 
 def _rank_values(

@@ -17,10 +17,10 @@ from chunkkv_builder.onnx_graph.emitter import GraphEmitter
 OPSET = 23
 
 
-def select_model(settings: ChunkKVSettings, opset: int = OPSET) -> onnx.ModelProto:
-    """Return a graph of one ChunkKVSelect node; every dimension is free."""
+def select_model(settings: ChunkKVSettings, heads: int, kv_heads: int, opset: int = OPSET) -> onnx.ModelProto:
+    """Return a graph of one ChunkKVSelect node; every dimension but the head counts is free."""
     e = GraphEmitter()
-    shapes = {"query": ["B", "Hq", settings.window, "D"], "key": ["B", "Hkv", "S", "D"], "is_delimiter": ["B", "S"]}
+    shapes = {"query": ["B", heads, settings.window, "D"], "key": ["B", kv_heads, "S", "D"], "is_delimiter": ["B", "S"]}
     dtypes = {"query": "float32", "key": "float32", "is_delimiter": "bool"}
     names = functions.select_inputs(settings)
     for name in names:
@@ -31,9 +31,8 @@ def select_model(settings: ChunkKVSettings, opset: int = OPSET) -> onnx.ModelPro
     e.op(functions.SELECT, names, list(outputs), name="/select", domain=functions.DOMAIN, **attributes)
     for name, (dtype, shape) in outputs.items():
         e.output(name, dtype, shape)
-    return e.model(
-        "select", opset=opset, functions=[functions.select_function(settings, opset)], domains=[(functions.DOMAIN, 1)]
-    )
+    body = functions.select_function(settings, heads, kv_heads, opset)
+    return e.model("select", opset=opset, functions=[body], domains=[(functions.DOMAIN, 1)])
 
 
 def compact_model(opset: int = OPSET) -> onnx.ModelProto:
@@ -56,8 +55,8 @@ def session_of(model: onnx.ModelProto) -> ort.InferenceSession:
 
 
 @functools.lru_cache(maxsize=64)
-def _select_session(settings: ChunkKVSettings) -> ort.InferenceSession:
-    return session_of(select_model(settings))
+def _select_session(settings: ChunkKVSettings, heads: int, kv_heads: int) -> ort.InferenceSession:
+    return session_of(select_model(settings, heads, kv_heads))
 
 
 @functools.lru_cache(maxsize=1)
@@ -95,7 +94,7 @@ def select(
     query: NDArray[Any], key: NDArray[Any], lengths: NDArray[Any], settings: ChunkKVSettings, **optional: Any
 ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]:
     """ChunkKVSelect in ONNX Runtime, with the signature of chunkkv.reference.select_batch."""
-    session = _select_session(settings)
+    session = _select_session(settings, query.shape[1], key.shape[1])
     indices, kept, scores = session.run(None, feeds(query, key, lengths, settings, **optional))
     return indices, kept, scores
 

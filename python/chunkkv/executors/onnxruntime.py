@@ -75,6 +75,7 @@ class OnnxRuntimeExecutor:
         options.intra_op_num_threads = self._threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        options.enable_mem_pattern = False  # a plan per prompt length would be made, kept, and hardly met again
         return ort.InferenceSession(str(self._dir / name), options, providers=["CPUExecutionProvider"])
 
     @property
