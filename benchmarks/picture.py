@@ -41,7 +41,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axis.margins(x=0.14)
         axis.set_title(title, loc="left", fontsize=10, color=INK)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].legend(fontsize=8, frameon=False, loc="lower right")
+    axes[0, 1].legend(fontsize=8, frameon=False, loc="upper right")
     shapes = result["shapes"]
     figure.suptitle(
         f"{shapes['num_hidden_layers']} layers, hidden {shapes['hidden_size']}, {shapes['num_attention_heads']}/"
