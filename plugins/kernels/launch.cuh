@@ -14,15 +14,14 @@ LaunchStatus launch(void (*kernel)(const P), dim3 grid, dim3 block, size_t share
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return 0;
 #if defined(__CUDACC__)
     const void* entry = reinterpret_cast<const void*>(kernel);
-    if (shared_bytes > kDefaultSharedBytes) {
-        const cudaError_t raised = cudaFuncSetAttribute(
-            entry, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-        if (raised != cudaSuccess) return cudaGetLastError(), raised;
-    }
     void* arguments[] = {const_cast<P*>(&params)};
-    const cudaError_t status =
-        cudaLaunchKernel(entry, grid, block, arguments, shared_bytes, static_cast<cudaStream_t>(stream));
-    return cudaGetLastError(), status;
+    cudaError_t status = cudaSuccess;
+    if (shared_bytes > kDefaultSharedBytes)
+        status = cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (status == cudaSuccess)
+        status = cudaLaunchKernel(entry, grid, block, arguments, shared_bytes, static_cast<cudaStream_t>(stream));
+    if (status != cudaSuccess) cudaGetLastError();  // clear it, so that the next call is judged on its own
+    return status;
 #else
     (void)stream;
     emulator::launch(kernel, grid, block, shared_bytes, params);

@@ -28,6 +28,7 @@ enum { CHUNKKV_FLOAT32 = 0, CHUNKKV_FLOAT16 = 1, CHUNKKV_BFLOAT16 = 2, CHUNKKV_I
 enum { CHUNKKV_BOUNDARIES_FIXED = 0, CHUNKKV_BOUNDARIES_DELIMITER = 1 };
 enum { CHUNKKV_SCORE_SOFTMAX = 0, CHUNKKV_SCORE_LOGITS = 1 };
 enum { CHUNKKV_ROPE_NEOX = 0, CHUNKKV_ROPE_GPTJ = 1 };
+enum { CHUNKKV_MAX_LENGTH = 1 << 22, CHUNKKV_MAX_BATCH = 65535, CHUNKKV_MAX_LAYERS = 64 };
 
 /* What the engine was built with. */
 typedef struct chunkkv_settings {
@@ -48,8 +49,8 @@ typedef struct chunkkv_rows {
     const int32_t* lengths;       /* [B] L of each row */
     const int32_t* keep_per_10k;  /* [B] or NULL: settings.keep_per_10k */
     const int32_t* budget_tokens; /* [B], 0 = ratio mode, or NULL: 0 where keep_per_10k is given, else the settings' */
-    int32_t batch;                /* B >= 0 */
-    int32_t max_length;           /* S >= 0 */
+    int32_t batch;                /* B, 0..CHUNKKV_MAX_BATCH */
+    int32_t max_length;           /* S, 0..CHUNKKV_MAX_LENGTH */
 } chunkkv_rows;
 
 /* Where the D elements of (row, head, token) lie; D elements are always adjacent. One of three:
@@ -143,8 +144,6 @@ typedef struct chunkkv_compact_params {
     int32_t kv_heads;            /* Hkv */
     int32_t row_bytes;           /* D * bytes of one element */
 } chunkkv_compact_params;
-
-enum { CHUNKKV_MAX_LAYERS = 64 };
 
 /* rope: rotate Q and K of packed QKV by the logical position of each token; V and elements from rotary_dim on are
  * copied. Arithmetic in float32, rounded once. */
