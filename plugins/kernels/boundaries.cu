@@ -31,7 +31,8 @@ __global__ void boundariesKernel(const __grid_constant__ BoundariesParams params
     const int32_t length = rowLength(params.rows, row);
     const int32_t end = length - settings.window;
     int32_t* starts = params.chunk_starts + static_cast<int64_t>(row) * (params.max_chunks + 1);
-    const TokenIds ids{params, params.row_starts ? params.row_starts[row] : static_cast<int64_t>(row) * params.rows.max_length};
+    const TokenIds ids{params,
+                       params.row_starts ? params.row_starts[row] : static_cast<int64_t>(row) * params.rows.max_length};
 
     ScanWord run_start = 0;  // begin of the run that reaches the tile, known from earlier tiles
     int32_t count = 0;
@@ -58,7 +59,8 @@ __global__ void boundariesKernel(const __grid_constant__ BoundariesParams params
             if (position < end && (position - run) % settings.chunk_size == 0) is_start |= 1u << i;
         }
         ScanWord tile_count;
-        int32_t number = count + static_cast<int32_t>(exclusiveScan<kThreads>(__popc(is_start), warp_totals, tile_count, Sum()));
+        int32_t number =
+            count + static_cast<int32_t>(exclusiveScan<kThreads>(__popc(is_start), warp_totals, tile_count, Sum()));
         count += static_cast<int32_t>(tile_count);
         for (int i = 0; i < kItems; ++i) {
             if (is_start >> i & 1u) starts[number++] = first + i;

@@ -9,8 +9,8 @@
 // written. Inside a tile the barrier puts all loads before all stores. Blocks share no bytes: layer, K or V, row, head
 // and column slice are different memory, also in a paged pool, where a slot of a row has exactly one address. Source
 // and destination pages of a tile may be the same page; the argument is about slots, so it does not care.
-// Two neighbouring tiles need no barrier between them: loads of the later one and stores of the earlier one do not meet.
-// Slots that already hold their row (kept[j] == j, such as the sinks) are neither read nor written.
+// Two neighbouring tiles need no barrier between them: loads of the later one and stores of the earlier one do not
+// meet. Slots that already hold their row (kept[j] == j, such as the sinks) are neither read nor written.
 //
 // Out of place nothing can collide, so tiles are spread over blocks as well.
 #include "chunkkv/layout.h"
@@ -23,7 +23,6 @@ constexpr int kThreads = 256;
 constexpr int kInFlight = 8;              // independent loads per thread
 constexpr int kSliceBytes = 64;           // a DRAM access; narrower slices would read bytes they do not move
 constexpr int64_t kBusyBlocks = 4 * 148;  // enough blocks for the largest GPU; from here on slicing rows gains nothing
-
 
 struct CompactArgs {
     Rows rows;
@@ -104,7 +103,8 @@ LaunchStatus launchWith(const CompactParams& params, CompactArgs args, int32_t n
     const int64_t tiles = ceilDiv(most, int64_t{kThreads / args.slice_vectors} * kInFlight);
     args.splits = in_place ? 1 : static_cast<int32_t>(tiles);
     if (tiles == 0) return 0;
-    const dim3 grid(static_cast<unsigned>(params.kv_heads * args.slices * args.splits), params.rows.batch, num_layers * 2);
+    const dim3 grid(static_cast<unsigned>(params.kv_heads * args.slices * args.splits), params.rows.batch,
+                    num_layers * 2);
     return launch(compactKernel<Vector>, grid, dim3(kThreads), 0, stream, args);
 }
 
@@ -118,7 +118,8 @@ uint64_t addressBits(const CompactParams& params) {
     }
     for (int32_t i = 0; i < params.num_layers; ++i) {
         const Layer& layer = params.layers[i];
-        for (const void* base : {layer.key, layer.value, static_cast<const void*>(layer.key_out), static_cast<const void*>(layer.value_out)})
+        for (const void* base : {layer.key, layer.value, static_cast<const void*>(layer.key_out),
+                                 static_cast<const void*>(layer.value_out)})
             bits |= reinterpret_cast<uintptr_t>(base);
     }
     return bits;

@@ -19,4 +19,10 @@ LaunchStatus launchRope(const RopeParams& params, void* stream);
 /// Bytes that launchScore uses from its workspace; pointers in `params` are not read.
 size_t scoreWorkspaceBytes(const ScoreParams& params);
 
+/// "cuda" or "emulated".
+const char* deviceName();
+
+/// CUDA's words for a status that is not 0.
+const char* launchErrorText(LaunchStatus status);
+
 }  // namespace chunkkv

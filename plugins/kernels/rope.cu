@@ -54,7 +54,9 @@ __global__ void ropeKernel(const __grid_constant__ RopeParams params) {
             for (int i = 0; i < kVector; ++i) {
                 // In gptj style pair i is elements 2i and 2i + 1 of a and b laid end to end.
                 T& x = kNeox ? a.at[i] : 2 * i < kVector ? a.at[2 * i % kVector] : b.at[2 * i % kVector];
-                T& y = kNeox ? b.at[i] : 2 * i + 1 < kVector ? a.at[(2 * i + 1) % kVector] : b.at[(2 * i + 1) % kVector];
+                T& y = kNeox                 ? b.at[i]
+                       : 2 * i + 1 < kVector ? a.at[(2 * i + 1) % kVector]
+                                             : b.at[(2 * i + 1) % kVector];
                 const float cosine = angle.at[2 * i], sine = angle.at[2 * i + 1];
                 const float real = toFloat(x), imaginary = toFloat(y);
                 x = fromFloat<T>(real * cosine - imaginary * sine);

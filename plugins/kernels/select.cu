@@ -51,7 +51,8 @@ struct Chunks {
 __device__ Chunks chunksOfRow(const SelectParams& params, int32_t row, int32_t length) {
     Chunks chunks;
     chunks.scores = params.chunk_scores + static_cast<int64_t>(row) * params.max_chunks;
-    chunks.starts = params.chunk_starts ? params.chunk_starts + static_cast<int64_t>(row) * (params.max_chunks + 1) : nullptr;
+    chunks.starts =
+        params.chunk_starts ? params.chunk_starts + static_cast<int64_t>(row) * (params.max_chunks + 1) : nullptr;
     chunks.first = params.settings.sinks;
     chunks.end = length - params.settings.window;
     chunks.size = params.settings.chunk_size;
@@ -103,7 +104,8 @@ __device__ Cut findCut(const Chunks& chunks, int32_t budget, int32_t* bins, int3
 }
 
 /// Write the tokens of the chosen chunks, ascending, to the slots [s, end_slot).
-__device__ void writeChosen(const Chunks& chunks, const Cut& cut, int32_t* kept, int32_t end_slot, ScanWord* warp_totals) {
+__device__ void writeChosen(const Chunks& chunks, const Cut& cut, int32_t* kept, int32_t end_slot,
+                            ScanWord* warp_totals) {
     int32_t above = 0, equal = 0;  // tokens of the chunks of earlier tiles
     for (int32_t tile = 0; tile < chunks.count; tile += kThreads) {
         const int32_t chunk = tile + static_cast<int32_t>(threadIdx.x);
@@ -138,9 +140,12 @@ __global__ void selectKernel(const __grid_constant__ SelectParams params) {
     const int32_t head = wanted == length ? length : params.settings.sinks;
     const int32_t tail = wanted == length ? length : wanted - params.settings.window;
     for (int32_t slot = thread; slot < params.max_kept; slot += kThreads) {
-        if (slot >= stored) kept[slot] = -1;
-        else if (slot < head) kept[slot] = slot;
-        else if (slot >= tail) kept[slot] = length - wanted + slot;
+        if (slot >= stored)
+            kept[slot] = -1;
+        else if (slot < head)
+            kept[slot] = slot;
+        else if (slot >= tail)
+            kept[slot] = length - wanted + slot;
     }
     if (thread == 0) params.kept_lengths[row] = stored;
     if (wanted == length) return;

@@ -19,7 +19,8 @@ CHUNKKV_HD int64_t clampTo(int64_t value, int64_t low, int64_t high) {
 
 /// N(L) = min(L, max(m, budget)) where budget_tokens > 0, else min(L, max(m, L * keep_per_10k / 10000)).
 CHUNKKV_HD int32_t keptTokens(int64_t length, int64_t keep_per_10k, int64_t budget_tokens, int64_t min_tokens) {
-    const int64_t wanted = budget_tokens > 0 ? budget_tokens : length * clampTo(keep_per_10k, 0, kKeepScale) / kKeepScale;
+    const int64_t wanted =
+        budget_tokens > 0 ? budget_tokens : length * clampTo(keep_per_10k, 0, kKeepScale) / kKeepScale;
     return static_cast<int32_t>(clampTo(wanted > min_tokens ? wanted : min_tokens, 0, length));
 }
 
@@ -36,7 +37,8 @@ CHUNKKV_HD int32_t rowKept(const Rows& rows, const Settings& settings, int32_t r
     return keptTokens(length, ratio, budget, settings.min_tokens);
 }
 
-/// Chunks of [s, L-w) that a row of `length` tokens may have: exact for fixed chunks, an upper bound for delimiter ones.
+/// Chunks of [s, L-w) that a row of `length` tokens may have: exact for fixed chunks, an upper bound for delimiter
+/// ones.
 CHUNKKV_HD int32_t maxChunks(const Settings& settings, int64_t length) {
     const int64_t ranked = length - settings.window - settings.sinks;
     const int64_t least = settings.boundaries == CHUNKKV_BOUNDARIES_DELIMITER ? 1 : settings.chunk_size;

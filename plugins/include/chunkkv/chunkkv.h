@@ -31,7 +31,13 @@ typedef enum chunkkv_status {
     CHUNKKV_CUDA_ERROR = 4        /* a launch failed; the message holds CUDA's text */
 } chunkkv_status;
 
-enum { CHUNKKV_OP_BOUNDARIES = 0, CHUNKKV_OP_SCORE = 1, CHUNKKV_OP_SELECT = 2, CHUNKKV_OP_COMPACT = 3, CHUNKKV_OP_ROPE = 4 };
+enum {
+    CHUNKKV_OP_BOUNDARIES = 0,
+    CHUNKKV_OP_SCORE = 1,
+    CHUNKKV_OP_SELECT = 2,
+    CHUNKKV_OP_COMPACT = 3,
+    CHUNKKV_OP_ROPE = 4
+};
 
 /* The CHUNKKV_ABI_VERSION this library was built with. */
 CHUNKKV_API int32_t chunkkv_abi_version(void);
@@ -47,7 +53,8 @@ CHUNKKV_API size_t chunkkv_params_size(int32_t op);
 
 /* CHUNKKV_OK where `op` has a kernel for head size D, Hq/Hkv = group, and these types (CHUNKKV_FLOAT32, ...);
  * else CHUNKKV_UNSUPPORTED, with the allowed values in the message. */
-CHUNKKV_API chunkkv_status chunkkv_supports(int32_t op, int32_t query_dtype, int32_t kv_dtype, int32_t head_dim, int32_t group);
+CHUNKKV_API chunkkv_status chunkkv_supports(int32_t op, int32_t query_dtype, int32_t kv_dtype, int32_t head_dim,
+                                            int32_t group);
 
 /* N(length), the tokens kept of a prompt of `length` tokens, or -1 for invalid settings or a negative length. */
 CHUNKKV_API int64_t chunkkv_kept_tokens(const chunkkv_settings* settings, int64_t length);
@@ -60,7 +67,8 @@ CHUNKKV_API int64_t chunkkv_max_chunks(const chunkkv_settings* settings, int64_t
 CHUNKKV_API chunkkv_status chunkkv_score_workspace(const chunkkv_score_params* params, size_t* bytes);
 
 CHUNKKV_API chunkkv_status chunkkv_boundaries(const chunkkv_boundaries_params* params, void* stream);
-CHUNKKV_API chunkkv_status chunkkv_score(const chunkkv_score_params* params, void* workspace, size_t workspace_bytes, void* stream);
+CHUNKKV_API chunkkv_status chunkkv_score(const chunkkv_score_params* params, void* workspace, size_t workspace_bytes,
+                                         void* stream);
 CHUNKKV_API chunkkv_status chunkkv_select(const chunkkv_select_params* params, void* stream);
 CHUNKKV_API chunkkv_status chunkkv_compact(const chunkkv_compact_params* params, void* stream);
 CHUNKKV_API chunkkv_status chunkkv_rope(const chunkkv_rope_params* params, void* stream);

@@ -65,9 +65,9 @@ typedef struct chunkkv_layout {
     int64_t stride_row;           /* contiguous only */
     int64_t stride_head;
     int64_t stride_token;
-    int64_t stride_block; /* paged only: bytes of one block of K (or of V) of one layer */
-    int64_t extent;       /* contiguous: tokens a row has room for; packed: T; paged: offsets lie in [0, extent),
-                           * INT64_MAX where the size of the pool is not known (then offsets are trusted) */
+    int64_t stride_block;     /* paged only: bytes of one block of K (or of V) of one layer */
+    int64_t extent;           /* contiguous: tokens a row has room for; packed: T; paged: offsets lie in [0, extent),
+                               * INT64_MAX where the size of the pool is not known (then offsets are trusted) */
     int32_t tokens_per_block; /* paged only: a power of two */
     int32_t max_blocks;       /* paged only */
 } chunkkv_layout;
@@ -76,14 +76,14 @@ typedef struct chunkkv_layout {
 typedef struct chunkkv_boundaries_params {
     chunkkv_settings settings;
     chunkkv_rows rows;
-    const int32_t* token_ids;          /* [B, S], or [T] where row_starts is given */
-    const int32_t* row_starts;         /* [B] first token of each row in [T], or NULL */
-    int64_t num_tokens;                /* T, where row_starts is given */
-    const uint32_t* delimiter_bitmap;  /* [ceil(vocab_size / 32)] bit (id % 32) of word (id / 32) is set: delimiter */
-    int32_t vocab_size;                /* ids outside [0, vocab_size) delimit nothing */
-    int32_t max_chunks;                /* at least chunkkv_max_chunks() */
-    int32_t* chunk_starts;             /* out [B, max_chunks + 1] */
-    int32_t* num_chunks;               /* out [B] */
+    const int32_t* token_ids;         /* [B, S], or [T] where row_starts is given */
+    const int32_t* row_starts;        /* [B] first token of each row in [T], or NULL */
+    int64_t num_tokens;               /* T, where row_starts is given */
+    const uint32_t* delimiter_bitmap; /* [ceil(vocab_size / 32)] bit (id % 32) of word (id / 32) is set: delimiter */
+    int32_t vocab_size;               /* ids outside [0, vocab_size) delimit nothing */
+    int32_t max_chunks;               /* at least chunkkv_max_chunks() */
+    int32_t* chunk_starts;            /* out [B, max_chunks + 1] */
+    int32_t* num_chunks;              /* out [B] */
 } chunkkv_boundaries_params;
 
 /* score: window queries against all keys, down to one mean per chunk. */
@@ -126,7 +126,7 @@ typedef struct chunkkv_select_params {
 typedef struct chunkkv_layer {
     const void* key;
     const void* value;
-    void* key_out;   /* NULL: in place; then value_out is NULL as well, for every layer of the call */
+    void* key_out; /* NULL: in place; then value_out is NULL as well, for every layer of the call */
     void* value_out;
 } chunkkv_layer;
 
@@ -141,26 +141,26 @@ typedef struct chunkkv_compact_params {
     const chunkkv_layer* layers; /* host [num_layers]; copied before the call returns */
     int32_t num_layers;          /* more than CHUNKKV_MAX_LAYERS take one launch per CHUNKKV_MAX_LAYERS */
     int32_t max_kept;
-    int32_t kv_heads;            /* Hkv */
-    int32_t row_bytes;           /* D * bytes of one element */
+    int32_t kv_heads;  /* Hkv */
+    int32_t row_bytes; /* D * bytes of one element */
 } chunkkv_compact_params;
 
 /* rope: rotate Q and K of packed QKV by the logical position of each token; V and elements from rotary_dim on are
  * copied. Arithmetic in float32, rounded once. */
 typedef struct chunkkv_rope_params {
-    const void* qkv;            /* [T, (Hq + 2*Hkv) * D] */
-    void* qkv_out;              /* same shape; may be qkv itself, may not overlap it otherwise */
-    const int32_t* positions;   /* [T] logical positions; clamped to [0, max_positions) */
-    const float* cos_sin;       /* [max_positions, rotary_dim / 2, 2] cosine, then sine (TensorRT-LLM's table) */
-    int64_t num_tokens;         /* T >= 0 */
+    const void* qkv;          /* [T, (Hq + 2*Hkv) * D] */
+    void* qkv_out;            /* same shape; may be qkv itself, may not overlap it otherwise */
+    const int32_t* positions; /* [T] logical positions; clamped to [0, max_positions) */
+    const float* cos_sin;     /* [max_positions, rotary_dim / 2, 2] cosine, then sine (TensorRT-LLM's table) */
+    int64_t num_tokens;       /* T >= 0 */
     int32_t max_positions;
-    int32_t heads;              /* Hq */
-    int32_t kv_heads;           /* Hkv */
-    int32_t head_dim;           /* D */
-    int32_t rotary_dim;         /* even, 2..D */
-    int32_t style;              /* CHUNKKV_ROPE_*: neox pairs (i, i + rotary_dim/2), gptj pairs (2i, 2i + 1) */
-    int32_t dtype;              /* float32, float16 or bfloat16 */
-    int32_t reserved;           /* 0 */
+    int32_t heads;      /* Hq */
+    int32_t kv_heads;   /* Hkv */
+    int32_t head_dim;   /* D */
+    int32_t rotary_dim; /* even, 2..D */
+    int32_t style;      /* CHUNKKV_ROPE_*: neox pairs (i, i + rotary_dim/2), gptj pairs (2i, 2i + 1) */
+    int32_t dtype;      /* float32, float16 or bfloat16 */
+    int32_t reserved;   /* 0 */
 } chunkkv_rope_params;
 
 #ifdef __cplusplus
