@@ -230,7 +230,7 @@ bool checkRope(const RopeParams& p) {
 
 chunkkv_status reported(LaunchStatus status) {
     if (status == 0) return CHUNKKV_OK;
-    fail(CHUNKKV_CUDA_ERROR, "CUDA error %d: %s", status, launchErrorText(status));
+    fail(CHUNKKV_CUDA_ERROR, "launch error %d: %s", status, launchErrorText(status));
     return failure.status;
 }
 

@@ -8,7 +8,7 @@ const char* deviceName() { return "cuda"; }
 const char* launchErrorText(LaunchStatus status) { return cudaGetErrorString(static_cast<cudaError_t>(status)); }
 #else
 const char* deviceName() { return "emulated"; }
-const char* launchErrorText(LaunchStatus) { return "the emulator reports no launch errors"; }
+const char* launchErrorText(LaunchStatus) { return emulator::failureText(); }
 #endif
 
 }  // namespace chunkkv

@@ -26,8 +26,7 @@ LaunchStatus launch(void (*kernel)(const P), dim3 grid, dim3 block, size_t share
     return status;
 #else
     (void)stream;
-    emulator::launch(kernel, grid, block, shared_bytes, params);
-    return 0;
+    return emulator::launch(kernel, grid, block, shared_bytes, params);
 #endif
 }
 

@@ -7,7 +7,7 @@
 
 namespace chunkkv {
 
-/// A cudaError_t, 0 = success; the emulator always returns 0.
+/// A cudaError_t, or what the emulator returns; 0 = success.
 using LaunchStatus = int;
 
 LaunchStatus launchBoundaries(const BoundariesParams& params, void* stream);
@@ -22,7 +22,7 @@ size_t scoreWorkspaceBytes(const ScoreParams& params);
 /// "cuda" or "emulated".
 const char* deviceName();
 
-/// CUDA's words for a status that is not 0.
+/// What a status that is not 0 means; for the emulator, of the last launch.
 const char* launchErrorText(LaunchStatus status);
 
 }  // namespace chunkkv

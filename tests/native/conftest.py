@@ -1,0 +1,25 @@
+"""Fixtures of the native tests. They run on the library that CHUNKKV_LIB names, else on the emulated one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from native.build import emulated_library
+from native.memory import Memory
+
+from chunkkv.native import NativeLibrary
+
+
+@pytest.fixture(scope="session")
+def library() -> NativeLibrary:
+    return NativeLibrary(os.environ.get("CHUNKKV_LIB") or emulated_library())
+
+
+@pytest.fixture
+def memory(library: NativeLibrary) -> Iterator[Memory]:
+    """Memory whose guard bytes are checked when the test ends."""
+    memory = Memory(library.device)
+    yield memory
+    memory.release()
