@@ -62,7 +62,7 @@ def paged_kv(pool: Any, block_offsets: Any, layer: int) -> KVCache:
     layout = Layout(block_offsets=table.pointer, tokens_per_block=tokens_per_block, max_blocks=table.shape[2])
     layout.stride_token, layout.stride_head = row_bytes, tokens_per_block * row_bytes
     layout.stride_block = kv_heads * tokens_per_block * row_bytes
-    layout.extent = blocks * layers * 2 - layer * 2  # what lies behind the layer's first byte
+    layout.extent = (blocks - 1) * layers * 2 + 2  # the same for every layer: offsets count from the layer's base
     base = raw.pointer + layer * 2 * layout.stride_block
     return KVCache(base, base, layout, kv_heads, head_dim, raw.dtype, raw.on_device, (pool, block_offsets))
 

@@ -67,7 +67,8 @@ typedef struct chunkkv_layout {
     int64_t stride_token;
     int64_t stride_block;     /* paged only: bytes of one block of K (or of V) of one layer */
     int64_t extent;           /* contiguous: tokens a row has room for; packed: T; paged: offsets lie in [0, extent),
-                               * INT64_MAX where the size of the pool is not known (then offsets are trusted) */
+                               * for TensorRT-LLM's pool (blocks - 1) * layers * 2 + 2; INT64_MAX where its size is
+                               * not known (then offsets are trusted) */
     int32_t tokens_per_block; /* paged only: a power of two */
     int32_t max_blocks;       /* paged only */
 } chunkkv_layout;
