@@ -6,10 +6,10 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from native.build import emulated_library
-from native.memory import Memory
 
 from chunkkv.native import NativeLibrary
+from native.build import emulated_library
+from native.memory import Memory
 
 
 @pytest.fixture(scope="session")

@@ -86,6 +86,6 @@ class Memory:
 
     @staticmethod
     def _torch() -> Any:
-        import torch  # noqa: PLC0415 - only where there is a GPU
+        import torch
 
         return torch

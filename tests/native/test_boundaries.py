@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from native.memory import Memory
 from numpy.typing import NDArray
 
 from chunkkv import reference
 from chunkkv.errors import NativeArgumentError
 from chunkkv.native import Chunks, NativeLibrary, Rows
 from chunkkv.settings import ChunkKVSettings
+from native.memory import Memory
 
 VOCABULARY = 1000
 DELIMITERS = np.array([0, 31, 32, 500, 999])

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from native.memory import Memory, numpy_dtype
 from numpy.typing import NDArray
 
 from chunkkv import reference
 from chunkkv.errors import NativeArgumentError
 from chunkkv.native import KVCache, NativeLibrary, RawArray, Rows, contiguous_kv, packed_kv, paged_kv
+from native.memory import Memory, numpy_dtype
 
 DTYPES = ["float32", "float16", "bfloat16", "int8", "float8_e4m3fn"]
 HEAD_SIZES = [64, 80, 96, 128, 256]

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from native.memory import Memory, numpy_dtype
 from numpy.typing import NDArray
 
 from chunkkv.errors import NativeArgumentError
 from chunkkv.native import NativeLibrary
+from native.memory import Memory, numpy_dtype
 
 HEADS, KV_HEADS, TOKENS, POSITIONS = 5, 2, 9, 40
 # Rounded once: half a unit in the last place of the type, plus float32 arithmetic.

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from native.memory import Memory
 from numpy.typing import NDArray
 
 from chunkkv import reference
 from chunkkv.native import Chunks, NativeLibrary, Rows
 from chunkkv.settings import ChunkKVSettings
+from native.memory import Memory
 
 SMALL = ChunkKVSettings(window=4, chunk_size=3, sinks=2, min_tokens=9, keep_per_10k=4_000)
 INT32 = np.iinfo(np.int32)
