@@ -62,6 +62,14 @@ __device__ __forceinline__ uint32_t packPair<__nv_bfloat16>(float low, float hig
     return word;
 }
 
+/// The two halves of a word of float16.
+__device__ __forceinline__ float lowHalf(uint32_t word) { return __half2float(__ushort_as_half(word & 0xFFFFu)); }
+__device__ __forceinline__ float highHalf(uint32_t word) { return __half2float(__ushort_as_half(word >> 16)); }
+
+/// *to = value, in a form that every race checker sees.
+template <class T>
+__device__ __forceinline__ void storeScalar(T* to, T value) { *to = value; }
+
 /// Start to copy 16 bytes to shared memory: the first `bytes` from `from`, the others zero. Both 16-byte aligned.
 __device__ __forceinline__ void cpAsync16(void* to, const void* from, int bytes) {
     const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));

@@ -23,10 +23,8 @@ BUILD = ROOT / "build" / "native"
 EMULATOR = ROOT / "tests" / "native" / "emulator"
 JOBS = 2
 
-COMMON = (
-    "-std=c++17 -fPIC -fvisibility=hidden -fno-strict-aliasing -ffp-contract=off"
-    " -Wall -Wextra -Werror -Wno-unknown-pragmas"
-).split()
+COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off"]
+COMMON += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 FLAVOURS = {
     "plain": ["-O2"],
     "asan": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],

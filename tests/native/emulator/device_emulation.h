@@ -1,6 +1,6 @@
 // The device vocabulary of plugins/kernels/dev.h for host compilers: the names of CUDA, its 16-bit types, and the
-// instructions, on top of the fibers of simt.h. Conversions round as the hardware does; mma accumulates in float32
-// in the order of k. Not modelled: the error of ex2.approx, rounding inside tensor cores, weak memory order.
+// instructions, on top of the fibers of simt.h. Conversions round as the hardware does; mma rounds once per
+// instruction, to float32. Not modelled: the error of ex2.approx, rounding inside tensor cores, weak memory order.
 #pragma once
 
 #include <cmath>
@@ -171,6 +171,15 @@ uint32_t packPair(float low, float high) {
     return fromFloat<T>(low).bits | static_cast<uint32_t>(fromFloat<T>(high).bits) << 16;
 }
 
+inline float lowHalf(uint32_t word) { return toFloat(__half{static_cast<uint16_t>(word)}); }
+inline float highHalf(uint32_t word) { return toFloat(__half{static_cast<uint16_t>(word >> 16)}); }
+
+inline void storeScalar(float* to, float value) { *to = value; }
+template <class T>
+void storeScalar(T* to, T value) {
+    to->bits = value.bits;
+}
+
 inline void cpAsync16(void* to, const void* from, int bytes) {
     emulator::checkAligned(to, 16, "cp.async");
     if (bytes > 0) emulator::checkAligned(from, 16, "cp.async");
@@ -218,8 +227,11 @@ const char* multiply(void* const* lanes, unsigned) {
     }
     for (int lane = 0; lane < 32; ++lane) {
         auto& own = *static_cast<MmaLane*>(lanes[lane]);
-        for (int i = 0; i < 4; ++i)
-            for (int k = 0; k < 16; ++k) own.d[i] += a[lane / 4 + i / 2 * 8][k] * b[k][lane % 4 * 2 + i % 2];
+        for (int i = 0; i < 4; ++i) {
+            double sum = own.d[i];
+            for (int k = 0; k < 16; ++k) sum += double{a[lane / 4 + i / 2 * 8][k]} * b[k][lane % 4 * 2 + i % 2];
+            own.d[i] = static_cast<float>(sum);
+        }
     }
     return nullptr;
 }
