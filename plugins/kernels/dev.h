@@ -19,7 +19,7 @@
 /// An array of n elements that the block shares; unset until written.
 #define SHARED(T, name, n) __shared__ T name[n]
 /// The dynamic shared memory of the launch, 16-byte aligned.
-#define DYNAMIC_SHARED(T, name)                                       \
+#define DYNAMIC_SHARED(T, name)                                     \
     extern __shared__ __align__(16) unsigned char dynamic_shared[]; \
     T* const name = reinterpret_cast<T*>(dynamic_shared)
 
@@ -33,11 +33,17 @@ __device__ __forceinline__ float toFloat(__nv_bfloat16 x) { return __bfloat162fl
 template <class T>
 __device__ T fromFloat(float x);
 template <>
-__device__ __forceinline__ float fromFloat<float>(float x) { return x; }
+__device__ __forceinline__ float fromFloat<float>(float x) {
+    return x;
+}
 template <>
-__device__ __forceinline__ __half fromFloat<__half>(float x) { return __float2half_rn(x); }
+__device__ __forceinline__ __half fromFloat<__half>(float x) {
+    return __float2half_rn(x);
+}
 template <>
-__device__ __forceinline__ __nv_bfloat16 fromFloat<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
+__device__ __forceinline__ __nv_bfloat16 fromFloat<__nv_bfloat16>(float x) {
+    return __float2bfloat16_rn(x);
+}
 
 /// 2^x to two units in the last place; 0 for -infinity.
 __device__ __forceinline__ float exp2Fast(float x) {
@@ -68,7 +74,9 @@ __device__ __forceinline__ float highHalf(uint32_t word) { return __half2float(_
 
 /// *to = value, in a form that every race checker sees.
 template <class T>
-__device__ __forceinline__ void storeScalar(T* to, T value) { *to = value; }
+__device__ __forceinline__ void storeScalar(T* to, T value) {
+    *to = value;
+}
 
 /// Start to copy 16 bytes to shared memory: the first `bytes` from `from`, the others zero. Both 16-byte aligned.
 __device__ __forceinline__ void cpAsync16(void* to, const void* from, int bytes) {
@@ -103,7 +111,7 @@ __device__ __forceinline__ void mma16816<__half>(float (&d)[4], const uint32_t (
 }
 template <>
 __device__ __forceinline__ void mma16816<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
-                                                       uint32_t b1) {
+                                                        uint32_t b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])

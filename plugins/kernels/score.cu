@@ -34,7 +34,9 @@ ScoreArgs argsWithSizes(const ScoreParams& params) {
     args.params = params;
     args.query_rows = params.heads / params.kv_heads * params.settings.window;
     args.bands = static_cast<int32_t>(ceilDiv(args.query_rows, kBandRows));
-    args.row_groups = static_cast<int32_t>(ceilDiv(args.query_rows, params.head_dim > 128 ? 16 : 32));
+    const int query_bytes = params.query_dtype == CHUNKKV_FLOAT32 ? 4 : 2;
+    args.row_groups =
+        static_cast<int32_t>(ceilDiv(args.query_rows, 16 * rowTilesPerWarp(query_bytes, params.head_dim)));
     args.tiles = static_cast<int32_t>(ceilDiv(params.rows.max_length, kTileTokens));
     args.slots = slotsPerTile(params.settings);
     args.slot_pitch = args.slots + args.slots % 2;
@@ -87,11 +89,16 @@ LaunchStatus launchTiles(ScoreArgs args, int32_t rows, void* stream) {
 template <class T, Pass kPass>
 LaunchStatus launchHeadDim(const ScoreArgs& args, int32_t rows, void* stream) {
     switch (args.params.head_dim) {
-        case 64: return launchTiles<T, 64, kPass>(args, rows, stream);
-        case 80: return launchTiles<T, 80, kPass>(args, rows, stream);
-        case 96: return launchTiles<T, 96, kPass>(args, rows, stream);
-        case 128: return launchTiles<T, 128, kPass>(args, rows, stream);
-        default: return launchTiles<T, 256, kPass>(args, rows, stream);
+        case 64:
+            return launchTiles<T, 64, kPass>(args, rows, stream);
+        case 80:
+            return launchTiles<T, 80, kPass>(args, rows, stream);
+        case 96:
+            return launchTiles<T, 96, kPass>(args, rows, stream);
+        case 128:
+            return launchTiles<T, 128, kPass>(args, rows, stream);
+        default:
+            return launchTiles<T, 256, kPass>(args, rows, stream);
     }
 }
 
@@ -109,7 +116,10 @@ LaunchStatus launchWave(const ScoreArgs& args, int32_t rows, void* stream) {
     const dim3 stat_grid(static_cast<unsigned>(params.kv_heads * ceilDiv(args.query_rows, kStatRows)), rows);
     const dim3 stat_block(kStatRows * kStatLanes), block(kReduceThreads);
     LaunchStatus status = 0;
-    const auto then = [&](LaunchStatus next) { status = next; return status == 0; };
+    const auto then = [&](LaunchStatus next) {
+        status = next;
+        return status == 0;
+    };
     if (takesOnePass(params)) {
         then(launchPass<Pass::kPartials>(args, rows, stream)) &&
             then(launch(rowStatsKernel, stat_grid, stat_block, 0, stream, args)) &&

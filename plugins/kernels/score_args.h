@@ -9,6 +9,9 @@ namespace chunkkv {
 constexpr int kTileTokens = 64;
 constexpr int kBandRows = 128;  // query rows that one block multiplies with a tile of keys
 
+/// 16-row fragments that a warp holds: Q of half types and the sums of float32 must fit its registers.
+constexpr int rowTilesPerWarp(int query_bytes, int head_dim) { return query_bytes > 2 || head_dim > 128 ? 1 : 2; }
+
 /// One pass over K writes partial sums per chunk (kPartials). The general form reads K twice: the softmax
 /// denominators first (kStatistics), then the scores of single tokens (kColumns), which fit every setting.
 enum class Pass { kPartials, kStatistics, kColumns };
@@ -42,7 +45,8 @@ struct ScoreArgs {
 /// Whether nobody reads the scores of this row.
 __device__ inline bool skipsRow(const ScoreArgs& args, int32_t row, int32_t length) {
     if (length < args.params.settings.window) return true;
-    return args.params.token_scores == nullptr && rowKept(args.params.rows, args.params.settings, row, length) == length;
+    return args.params.token_scores == nullptr &&
+           rowKept(args.params.rows, args.params.settings, row, length) == length;
 }
 
 /// The first chunk that tokens of a tile contribute to; the tile's slot 0 (fixed chunks).

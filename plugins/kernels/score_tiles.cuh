@@ -21,8 +21,7 @@ constexpr float kHeadroom = 15.0f;  // P reaches 2^15, float16 ends at 65504
 
 template <class T, int kHeadDim>
 struct TileShape {
-    static constexpr bool kTensorCores = sizeof(T) == 2;
-    static constexpr int kRowTiles = kHeadDim > 128 ? 1 : 2;  // 16-row fragments per warp; Q fills the registers
+    static constexpr int kRowTiles = rowTilesPerWarp(sizeof(T), kHeadDim);
     static constexpr int kWarps = kBandRows / (16 * kRowTiles);
     static constexpr int kThreads = 32 * kWarps;
     static constexpr int kPitch = kHeadDim * static_cast<int>(sizeof(T)) + 16;  // 16 more: no bank conflicts
@@ -60,8 +59,7 @@ __device__ QueryRows<kRowTiles> queryRows(const ScoreArgs& args, const FragmentP
         const int32_t used = number < args.query_rows ? number : 0;
         const int32_t position = used % window;
         const int32_t token = params.query_is_window ? position : length - window + position;
-        rows.data[i] =
-            tokenRows(params.query_layout, params.query, 0, row, kv_head * group + used / window).at(token);
+        rows.data[i] = tokenRows(params.query_layout, params.query, 0, row, kv_head * group + used / window).at(token);
         rows.number[i] = number < args.query_rows ? number : -1;
         rows.visible[i] = length - window + position + 1;
     }
@@ -121,24 +119,30 @@ struct Multiplier<float, kHeadDim> {
 
     __device__ void multiply(float (&sums)[Shape::kRowTiles][Shape::kColumnTiles][4], const char* stage,
                              const FragmentPlace& place) const {
-        constexpr int kStep = 4;
+        constexpr int kStep = 4, kBlock = 16;  // sums of 16 products first: long running sums would lose bits
 #pragma unroll 1
-        for (int at = 0; at < kHeadDim; at += kStep) {
-            float q[2 * Shape::kRowTiles][kStep];
+        for (int block = 0; block < kHeadDim; block += kBlock) {
+            float part[2 * Shape::kRowTiles][2 * Shape::kColumnTiles] = {};
+#pragma unroll 1
+            for (int at = block; at < block + kBlock; at += kStep) {
+                float q[2 * Shape::kRowTiles][kStep];
 #pragma unroll
-            for (int i = 0; i < 2 * Shape::kRowTiles; ++i)
+                for (int i = 0; i < 2 * Shape::kRowTiles * kStep; ++i)
+                    q[i / kStep][i % kStep] = query[i / kStep][at + i % kStep];
 #pragma unroll
-                for (int d = 0; d < kStep; ++d) q[i][d] = query[i][at + d];
+                for (int token = 0; token < 2 * Shape::kColumnTiles; ++token) {
+                    const int row = token / 2 * 8 + place.column + token % 2;
+                    const auto* key = reinterpret_cast<const float*>(stage + row * Shape::kPitch) + at;
 #pragma unroll
-            for (int token = 0; token < 2 * Shape::kColumnTiles; ++token) {
-                const int row = token / 2 * 8 + place.column + token % 2;
-                const auto* key = reinterpret_cast<const float*>(stage + row * Shape::kPitch) + at;
-#pragma unroll
-                for (int i = 0; i < 2 * Shape::kRowTiles; ++i) {
-                    float& sum = sums[i / 2][token / 2][i % 2 * 2 + token % 2];
-                    sum += (q[i][0] * key[0] + q[i][1] * key[1]) + (q[i][2] * key[2] + q[i][3] * key[3]);
+                    for (int i = 0; i < 2 * Shape::kRowTiles; ++i)
+                        part[i][token] += (q[i][0] * key[0] + q[i][1] * key[1]) + (q[i][2] * key[2] + q[i][3] * key[3]);
                 }
             }
+#pragma unroll
+            for (int token = 0; token < 2 * Shape::kColumnTiles; ++token)
+#pragma unroll
+                for (int i = 0; i < 2 * Shape::kRowTiles; ++i)
+                    sums[i / 2][token / 2][i % 2 * 2 + token % 2] += part[i][token];
         }
     }
 };
@@ -267,8 +271,8 @@ __device__ void writePartials(const ScoreArgs& args, const QueryRows<Shape::kRow
 
 /// columns [token]: the scores of single tokens, summed over the rows of the warp.
 template <class Shape>
-__device__ void writeColumns(const ScoreArgs& args, const QueryRows<Shape::kRowTiles>& rows,
-                             const FragmentPlace& place, const float (&sums)[Shape::kRowTiles][Shape::kColumnTiles][4],
+__device__ void writeColumns(const ScoreArgs& args, const QueryRows<Shape::kRowTiles>& rows, const FragmentPlace& place,
+                             const float (&sums)[Shape::kRowTiles][Shape::kColumnTiles][4],
                              const Statistic (&stats)[2 * Shape::kRowTiles], float scale, int32_t tile,
                              int32_t ranked_end, float* columns) {
     const bool logits = args.params.settings.score == CHUNKKV_SCORE_LOGITS;
@@ -282,8 +286,7 @@ __device__ void writeColumns(const ScoreArgs& args, const QueryRows<Shape::kRowT
             total += rows.number[row] >= 0 ? value : 0.0f;
         }
 #pragma unroll
-        for (int distance = 4; distance < 32; distance *= 2)
-            total += __shfl_xor_sync(kFullWarp, total, distance);
+        for (int distance = 4; distance < 32; distance *= 2) total += __shfl_xor_sync(kFullWarp, total, distance);
         const int32_t token = tile * kTileTokens + i / 2 * 8 + place.column + i % 2;
         if (place.row == 0 && token < ranked_end) columns[token] = total;
     }

@@ -7,11 +7,11 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from native.memory import Memory
 from numpy.typing import NDArray
 
 from chunkkv.native import Chunks, KVCache, NativeLibrary, RawArray, Rows, contiguous_kv, packed_kv, paged_kv
 from chunkkv.settings import ChunkKVSettings
+from native.memory import Memory
 
 KV_STORAGE = {"int8": np.int8, "float8_e4m3fn": ml_dtypes.float8_e4m3fn}
 LAYOUTS = ("contiguous", "tokens first", "packed", "paged")
@@ -80,12 +80,19 @@ class NativeOp:
         settings: ChunkKVSettings,
         chunks: Chunks | None = None,
         with_tokens: bool = True,
+        wild_table: np.random.Generator | None = None,
     ) -> tuple[RawArray, RawArray | None]:
-        """Return chunk_scores [B, max_chunks] and token_scores [B, S] as the library's memory."""
+        """Return chunk_scores [B, max_chunks] and token_scores [B, S] as the library's memory.
+
+        `wild_table` fills the block table of a paged cache with random numbers.
+        """
         memory, batch = self.memory, query.shape[0]
         if self.key_storage:
             key = quantize(key, self.key_storage)
         cache = make_cache(memory, key, self.layout, self.block)
+        if wild_table is not None:
+            table = cache.arrays[1]
+            memory.write(table, wild_table.integers(-(2**31), 2**31 - 1, table.shape, np.int32))
         width = max(1, self.library.max_chunks(settings, rows.max_length))
         options: dict[str, Any] = {"chunk_scores": memory.empty((batch, width), "float32"), "chunks": chunks}
         options["token_scores"] = memory.empty((batch, rows.max_length), "float32") if with_tokens else None
@@ -119,7 +126,7 @@ class NativeOp:
         put = self.memory.put
         ratios, budgets = (None if values is None else put(values) for values in (keep_per_10k, budget_tokens))
         rows = Rows(put(lengths), key.shape[2], ratios, budgets)
-        chunks = None if is_delimiter is None else self._chunks(is_delimiter, rows, settings)
+        chunks = None if is_delimiter is None else self.chunks(is_delimiter, rows, settings)
         chunk_scores, token_scores = self.score(query, key, rows, settings, chunks)
         if self.one_pass:
             chunk_scores, _ = self.score(query, key, rows, settings, chunks, with_tokens=False)
@@ -141,7 +148,8 @@ class NativeOp:
         assert (indices[:, max(wanted) :] == -1).all()
         return indices[:, : max(wanted)], kept_lengths, self.memory.get(token_scores)
 
-    def _chunks(self, is_delimiter: NDArray[np.bool_], rows: Rows, settings: ChunkKVSettings) -> Chunks:
+    def chunks(self, is_delimiter: NDArray[np.bool_], rows: Rows, settings: ChunkKVSettings) -> Chunks:
+        """Return the chunks that the boundaries op finds."""
         batch = is_delimiter.shape[0]
         width = max(1, self.library.max_chunks(settings, rows.max_length))
         chunks = Chunks(self.memory.empty((batch, width + 1), "int32"), self.memory.empty((batch,), "int32"))

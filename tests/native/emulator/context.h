@@ -77,7 +77,7 @@ inline void switchPlace(Place* save, Place* load) { swapcontext(save, load); }
 
 /// A stack that runs entry() from its top; the side that switches to it is the scheduler.
 class Context {
-public:
+  public:
     Context() {
         memory_ = static_cast<char*>(mmap(nullptr, kStackBytes + kGuardBytes, PROT_READ | PROT_WRITE,
                                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
@@ -98,7 +98,7 @@ public:
 #endif
 #if defined(__x86_64__)
         auto* top = reinterpret_cast<void**>(stack() + kStackBytes);
-        *--top = nullptr;                          // as if entry() had been called: 16-byte aligned plus 8
+        *--top = nullptr;  // as if entry() had been called: 16-byte aligned plus 8
         *--top = reinterpret_cast<void*>(entry);
         for (int i = 0; i < 6; ++i) *--top = nullptr;
         place_ = top;
@@ -146,7 +146,7 @@ public:
         arrive();
     }
 
-private:
+  private:
     char* stack() const { return memory_ + kGuardBytes; }
 
     char* memory_;

@@ -86,7 +86,8 @@ T shuffle(unsigned mask, T value, int from, const char* file, int line) {
 }
 
 inline void checkAligned(const void* address, size_t alignment, const char* what) {
-    if (reinterpret_cast<uintptr_t>(address) % alignment) fail("%s: address %p is not aligned to %zu", what, address, alignment);
+    if (reinterpret_cast<uintptr_t>(address) % alignment)
+        fail("%s: address %p is not aligned to %zu", what, address, alignment);
 }
 
 /// Word by word, so that ThreadSanitizer sees every access.
@@ -143,7 +144,9 @@ inline float toFloat(__half x) {
 template <class T>
 T fromFloat(float x);
 template <>
-inline float fromFloat<float>(float x) { return x; }
+inline float fromFloat<float>(float x) {
+    return x;
+}
 template <>
 inline __nv_bfloat16 fromFloat<__nv_bfloat16>(float x) {
     const uint32_t bits = __float_as_uint(x);
@@ -187,7 +190,9 @@ inline void cpAsync16(void* to, const void* from, int bytes) {
 }
 inline void cpAsyncCommit() { emulator::commitCopies(); }
 template <int kPending>
-void cpAsyncWait() { emulator::waitCopies(kPending, emulator::copy16); }
+void cpAsyncWait() {
+    emulator::waitCopies(kPending, emulator::copy16);
+}
 
 inline void ldmatrixX4(uint32_t (&out)[4], const void* row, const char* file = __builtin_FILE(),
                        int line = __builtin_LINE()) {

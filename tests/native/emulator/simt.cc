@@ -213,7 +213,8 @@ bool refuse(const char* what, size_t value, size_t most) {
 }
 
 bool launchable(dim3 grid, dim3 size, size_t shared_bytes) {
-    if (size.x * size.y * size.z > kMaxThreads) return refuse("threads per block", size.x * size.y * size.z, kMaxThreads);
+    if (size.x * size.y * size.z > kMaxThreads)
+        return refuse("threads per block", size.x * size.y * size.z, kMaxThreads);
     if (shared_bytes > kMaxSharedBytes) return refuse("dynamic shared memory", shared_bytes, kMaxSharedBytes);
     if (grid.y > 65535 || grid.z > 65535) return refuse("grid y or z", grid.y > grid.z ? grid.y : grid.z, 65535);
     return true;

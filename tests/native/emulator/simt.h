@@ -42,7 +42,8 @@ void meet(unsigned mask, void* operand, const char* file, int line, Collective c
 void* staticShared(const void* place, size_t bytes);
 void* dynamicShared();
 
-/// cp.async: the first `bytes` of 16 come from `from`, the others are zero; `perform` runs now or when waited for. Copies nobody waits for are lost.
+/// cp.async: the first `bytes` of 16 come from `from`, the others are zero; `perform` runs now or when waited for.
+/// Copies nobody waits for are lost.
 struct Copy {
     void* to;
     const void* from;
