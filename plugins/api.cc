@@ -110,6 +110,18 @@ bool checkChunks(const Settings& settings, const Rows& rows, int32_t max_chunks,
     return true;
 }
 
+/// What cp.async copies must start at multiples of 16 bytes.
+bool isAligned(const char* name, const void* base, const Layout& layout) {
+    const int64_t outer = layout.block_offsets ? layout.stride_block : layout.row_starts ? 0 : layout.stride_row;
+    if (reinterpret_cast<uintptr_t>(base) % 16 == 0 && (layout.stride_token | layout.stride_head | outer) % 16 == 0)
+        return true;
+    return fail(
+        CHUNKKV_INVALID_ARGUMENT,
+        "%s is at %p with strides %lld (token), %lld (head) and %lld (row or block); all must be multiples of 16", name,
+        base, static_cast<long long>(layout.stride_token), static_cast<long long>(layout.stride_head),
+        static_cast<long long>(outer));
+}
+
 int64_t elementBytes(int32_t dtype) {
     return dtype == CHUNKKV_FLOAT32 ? 4 : dtype == CHUNKKV_FLOAT16 || dtype == CHUNKKV_BFLOAT16 ? 2 : 1;
 }
@@ -166,7 +178,8 @@ bool checkScore(const ScoreParams& p) {
     return given("query", p.query) && given("key", p.key) &&
            (p.max_chunks == 0 || given("chunk_scores", p.chunk_scores)) &&
            checkLayout("query_layout", p.query_layout, queries, p.head_dim * elementBytes(p.query_dtype)) &&
-           checkLayout("key_layout", p.key_layout, p.rows.max_length, p.head_dim * elementBytes(p.key_dtype));
+           checkLayout("key_layout", p.key_layout, p.rows.max_length, p.head_dim * elementBytes(p.key_dtype)) &&
+           isAligned("query", p.query, p.query_layout) && isAligned("key", p.key, p.key_layout);
 }
 
 bool checkBoundaries(const BoundariesParams& p) {

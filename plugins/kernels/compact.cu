@@ -72,7 +72,7 @@ __global__ void compactKernel(const __grid_constant__ CompactArgs args) {
 #pragma unroll
         for (int i = 0; i < kInFlight; ++i) {
             const int32_t slot = first + own_slot + i * slots_per_pass;
-            source[i] = slot < kept ? static_cast<int32_t>(clampTo(indices[slot], 0, length - 1)) : -1;
+            source[i] = slot < kept ? indices[slot] : -1;
             if (in_place && source[i] == slot) source[i] = -1;
         }
 #pragma unroll

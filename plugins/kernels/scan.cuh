@@ -25,7 +25,6 @@ __device__ inline int32_t lowOf(ScanWord word) { return static_cast<int32_t>(wor
 /// call it; `warp_totals` [kThreads / 32] is shared scratch that callers may hand to one scan after the other.
 template <int kThreads, class Combine>
 __device__ ScanWord exclusiveScan(ScanWord value, ScanWord* warp_totals, ScanWord& total, Combine combine) {
-    constexpr unsigned kFullWarp = 0xFFFFFFFFu;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     ScanWord inclusive = value;
     for (int distance = 1; distance < 32; distance *= 2) {

@@ -10,7 +10,7 @@
 //   taken      0    5    5    2    0        slots  s+0  s+5  s+10
 //
 // Only integers are added, so atomics do not disturb the order: the result is the same on every run.
-#include "chunkkv/layout.h"
+#include "chunks.cuh"
 #include "launch.cuh"
 #include "scan.cuh"
 
@@ -29,37 +29,13 @@ __device__ uint32_t rankingKey(float score) {
     return bits ^ (bits >> 31 ? 0xFFFFFFFFu : 0x80000000u);
 }
 
-/// The chunks of one row.
-struct Chunks {
+/// The chunks of one row, each with the score it is ranked by.
+struct Ranked {
+    ChunkSpans spans;
     const float* scores;
-    const int32_t* starts;  // null for fixed chunks
-    int32_t count;
-    int32_t first;  // s
-    int32_t end;    // L - w
-    int32_t size;   // c
 
-    __device__ int32_t start(int32_t chunk) const {
-        return starts ? static_cast<int32_t>(clampTo(starts[chunk], first, end)) : first + chunk * size;
-    }
-    __device__ int32_t length(int32_t chunk) const {
-        const int32_t behind = starts ? starts[chunk + 1] : first + (chunk + 1) * size;
-        return static_cast<int32_t>(clampTo(static_cast<int64_t>(behind < end ? behind : end) - start(chunk), 0, size));
-    }
     __device__ uint32_t key(int32_t chunk) const { return rankingKey(scores[chunk]); }
 };
-
-__device__ Chunks chunksOfRow(const SelectParams& params, int32_t row, int32_t length) {
-    Chunks chunks;
-    chunks.scores = params.chunk_scores + static_cast<int64_t>(row) * params.max_chunks;
-    chunks.starts =
-        params.chunk_starts ? params.chunk_starts + static_cast<int64_t>(row) * (params.max_chunks + 1) : nullptr;
-    chunks.first = params.settings.sinks;
-    chunks.end = length - params.settings.window;
-    chunks.size = params.settings.chunk_size;
-    const int64_t most = clampTo(maxChunks(params.settings, length), 0, params.max_chunks);
-    chunks.count = static_cast<int32_t>(chunks.starts ? clampTo(params.num_chunks[row], 0, most) : most);
-    return chunks;
-}
 
 struct Cut {
     uint32_t key;     // T
@@ -67,18 +43,20 @@ struct Cut {
 };
 
 /// Find T, most significant digit first: each pass looks only at chunks that share the digits found so far.
-__device__ Cut findCut(const Chunks& chunks, int32_t budget, int32_t* bins, int32_t* found, ScanWord* warp_totals) {
+__device__ Cut findCut(const Ranked& ranked, int32_t budget, int32_t* bins, int32_t* found, ScanWord* warp_totals) {
     Cut cut{0, budget};
     uint32_t known = 0;  // mask of the digits found so far
     for (int pass = 0; pass < kPasses; ++pass) {
         const int shift = pass == 0 ? 21 : pass == 1 ? 10 : 0;
         for (int bin = threadIdx.x; bin < kBins; bin += kThreads) bins[bin] = 0;
-        if (threadIdx.x == 0) found[0] = 0;
-        if (threadIdx.x == 0) found[1] = cut.to_give;
+        if (threadIdx.x == 0) {
+            found[0] = 0;
+            found[1] = cut.to_give;
+        }
         __syncthreads();
-        for (int32_t chunk = threadIdx.x; chunk < chunks.count; chunk += kThreads) {
-            const uint32_t key = chunks.key(chunk);
-            if (((key ^ cut.key) & known) == 0) atomicAdd(&bins[(key & ~known) >> shift], chunks.length(chunk));
+        for (int32_t chunk = threadIdx.x; chunk < ranked.spans.count; chunk += kThreads) {
+            const uint32_t key = ranked.key(chunk);
+            if (((key ^ cut.key) & known) == 0) atomicAdd(&bins[(key & ~known) >> shift], ranked.spans.length(chunk));
         }
         __syncthreads();
         const int highest = kBins - 1 - static_cast<int>(threadIdx.x) * kBinsPerThread;  // thread 0 holds the top bins
@@ -104,22 +82,22 @@ __device__ Cut findCut(const Chunks& chunks, int32_t budget, int32_t* bins, int3
 }
 
 /// Write the tokens of the chosen chunks, ascending, to the slots [s, end_slot).
-__device__ void writeChosen(const Chunks& chunks, const Cut& cut, int32_t* kept, int32_t end_slot,
+__device__ void writeChosen(const Ranked& ranked, const Cut& cut, int32_t* kept, int32_t end_slot,
                             ScanWord* warp_totals) {
     int32_t above = 0, equal = 0;  // tokens of the chunks of earlier tiles
-    for (int32_t tile = 0; tile < chunks.count; tile += kThreads) {
+    for (int32_t tile = 0; tile < ranked.spans.count; tile += kThreads) {
         const int32_t chunk = tile + static_cast<int32_t>(threadIdx.x);
-        const bool exists = chunk < chunks.count;
-        const uint32_t key = exists ? chunks.key(chunk) : 0;
-        const int32_t length = exists ? chunks.length(chunk) : 0;
+        const bool exists = chunk < ranked.spans.count;
+        const uint32_t key = exists ? ranked.key(chunk) : 0;
+        const int32_t length = exists ? ranked.spans.length(chunk) : 0;
         const int32_t own_above = key > cut.key ? length : 0, own_equal = key == cut.key ? length : 0;
         ScanWord total;
         const ScanWord before = exclusiveScan<kThreads>(packed(own_above, own_equal), warp_totals, total, Sum());
         const int32_t equal_before = equal + lowOf(before);
         const int32_t given = static_cast<int32_t>(clampTo(equal_before, 0, cut.to_give));
         const int32_t taken = own_above + static_cast<int32_t>(clampTo(cut.to_give - given, 0, own_equal));
-        const int32_t slot = chunks.first + above + highOf(before) + given;
-        const int32_t start = exists ? chunks.start(chunk) : 0;
+        const int32_t slot = ranked.spans.first + above + highOf(before) + given;
+        const int32_t start = exists ? ranked.spans.start(chunk) : 0;
         for (int32_t i = 0; i < taken && slot + i < end_slot; ++i) kept[slot + i] = start + i;
         above += highOf(total);
         equal += lowOf(total);
@@ -151,10 +129,12 @@ __global__ void selectKernel(const __grid_constant__ SelectParams params) {
     if (wanted == length) return;
 
     // min_tokens >= w + s + c, so at least c tokens are left to give, and fewer than there are.
-    const Chunks chunks = chunksOfRow(params, row, length);
-    const int32_t budget = tail - head;
-    const Cut cut = findCut(chunks, budget, bins, found, warp_totals);
-    writeChosen(chunks, cut, kept, tail < params.max_kept ? tail : params.max_kept, warp_totals);
+    const Ranked ranked{
+        chunkSpans(params.settings, params.chunk_starts, params.num_chunks, params.max_chunks, row, length),
+        params.chunk_scores + static_cast<int64_t>(row) * params.max_chunks,
+    };
+    const Cut cut = findCut(ranked, tail - head, bins, found, warp_totals);
+    writeChosen(ranked, cut, kept, tail < params.max_kept ? tail : params.max_kept, warp_totals);
 }
 
 }  // namespace

@@ -180,6 +180,8 @@ BAD_FIELDS: list[tuple[str, str, Any, int, str]] = [
     ("score", "query_is_window", 2, 1, "query_is_window is 2"),
     ("score", "key_layout.stride_token", 255, 1, "key_layout.stride_token is 255; it must be at least 256"),
     ("score", "query_layout.extent", 19, 1, "query_layout.extent is 19; it must be at least 20"),
+    ("score", "key_layout.stride_token", 264, 1, "key is at 0x"),
+    ("score", "query_layout.stride_head", 8, 1, "query is at 0x"),
     ("score", "query_layout.block_offsets", 1, 1, "query_layout is paged"),
     ("select", "kept_indices", None, 1, "kept_indices is NULL"),
     ("select", "kept_lengths", None, 1, "kept_lengths is NULL"),

@@ -87,7 +87,8 @@ typedef struct chunkkv_boundaries_params {
     int32_t* num_chunks;              /* out [B] */
 } chunkkv_boundaries_params;
 
-/* score: window queries against all keys, down to one mean per chunk. */
+/* score: window queries against all keys, down to one mean per chunk. query, key and all their strides are multiples
+ * of 16 bytes. */
 typedef struct chunkkv_score_params {
     chunkkv_settings settings;
     chunkkv_rows rows;
@@ -137,7 +138,7 @@ typedef struct chunkkv_compact_params {
     chunkkv_rows rows;           /* lengths only; the budget arrays are not read */
     chunkkv_layout layout;       /* of key and value */
     chunkkv_layout layout_out;   /* of key_out and value_out; not read in place */
-    const int32_t* kept_indices; /* [B, max_kept] strictly ascending; entries are clamped to [0, L) */
+    const int32_t* kept_indices; /* [B, max_kept] strictly ascending, in [0, L) */
     const int32_t* kept_lengths; /* [B] N; clamped to [0, min(max_kept, L)] */
     const chunkkv_layer* layers; /* host [num_layers]; copied before the call returns */
     int32_t num_layers;          /* more than CHUNKKV_MAX_LAYERS take one launch per CHUNKKV_MAX_LAYERS */
