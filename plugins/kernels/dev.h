@@ -52,6 +52,14 @@ __device__ __forceinline__ float exp2Fast(float x) {
     return y;
 }
 
+/// Of the current device; called by the host to size a grid.
+inline int multiprocessors() {
+    int device = 0, count = 0;
+    const bool known = cudaGetDevice(&device) == cudaSuccess &&
+                       cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) == cudaSuccess;
+    return known ? count : 1;
+}
+
 /// Two values rounded to T, `low` in the low half of the word.
 template <class T>
 __device__ uint32_t packPair(float low, float high);

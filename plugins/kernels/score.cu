@@ -11,8 +11,8 @@
 namespace chunkkv {
 namespace {
 
-constexpr int32_t kMostSlots = 16;  // above, partials would take more bytes than a second pass over K
-constexpr int64_t kBusyBlocks = 4 * 148;
+constexpr int32_t kMostSlots = 16;               // above, partials would take more bytes than a second pass over K
+constexpr int64_t kBlocksPerMultiprocessor = 4;  // two run at a time
 constexpr int64_t kWorkspaceCap = int64_t{512} << 20;  // more rows than fit in it are scored in waves
 constexpr int64_t kAlignment = 256;
 
@@ -79,7 +79,7 @@ template <class T, int kHeadDim, Pass kPass>
 LaunchStatus launchTiles(ScoreArgs args, int32_t rows, void* stream) {
     using Shape = TileShape<T, kHeadDim>;
     const int64_t units = int64_t{args.params.kv_heads} * args.bands;
-    const int64_t splits = ceilDiv(kBusyBlocks, units * rows);
+    const int64_t splits = ceilDiv(kBlocksPerMultiprocessor * multiprocessors(), units * rows);
     args.splits = static_cast<int32_t>(splits < args.tiles ? splits : args.tiles);
     const dim3 grid(static_cast<unsigned>(units * args.splits), rows);
     return launch(scoreTilesKernel<T, kHeadDim, kPass>, grid, dim3(Shape::kThreads),

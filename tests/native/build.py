@@ -31,7 +31,7 @@ FLAVOURS = {
     "tsan": ["-O1", "-g", "-fsanitize=thread"],
 }
 # The scheduler tells ThreadSanitizer about its fibers by hand and must not be instrumented itself.
-UNINSTRUMENTED = {"tsan": ["-O1", "-g", "-DEMULATOR_TSAN"]}
+UNINSTRUMENTED = {"tsan": ["-O1", "-g", "-fno-tree-loop-distribute-patterns", "-DEMULATOR_TSAN"]}
 
 
 class Mutation(NamedTuple):
@@ -73,6 +73,15 @@ def emulated_library(flavour: str = "plain", mutations: tuple[Mutation, ...] = (
     with ThreadPoolExecutor(JOBS) as pool:
         objects = list(pool.map(lambda job: _compile(job[0], job[1], tree, headers), jobs))
     return _link(flavour, objects)
+
+
+def probe_library(source: Path, flags: tuple[str, ...] = ()) -> Path:
+    """Return a library of one file of kernels and the emulator: for tests of the emulator itself."""
+    headers = _digest_of(path for folder in (ROOT / "plugins", EMULATOR) for path in sorted(folder.rglob("*.*h")))
+    every = [*COMMON, *FLAVOURS["plain"], *flags]
+    objects = [_compile(path, every, ROOT, headers) for path in (source, EMULATOR / "simt.cc")]
+    target = BUILD / "probe" / ("-".join(path.stem for path in objects) + ".so")
+    return _make(target, [compiler(), "-shared", *map(str, objects), "-lpthread"])
 
 
 def _source_tree(mutations: tuple[Mutation, ...]) -> Path:

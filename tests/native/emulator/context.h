@@ -6,7 +6,9 @@
 #include <new>
 #include <sys/mman.h>
 
-#if !defined(__x86_64__)
+#if defined(__x86_64__) && !defined(EMULATOR_UCONTEXT)
+#define EMULATOR_OWN_SWITCH
+#else
 #include <ucontext.h>
 #endif
 #if defined(__SANITIZE_ADDRESS__)
@@ -65,7 +67,7 @@ constexpr size_t kStackBytes = 64 * 1024;
 #endif
 constexpr size_t kGuardBytes = 4096;
 
-#if defined(__x86_64__)
+#if defined(EMULATOR_OWN_SWITCH)
 using Place = void*;
 /// Save the callee-saved registers and the stack pointer to *save, continue at `load`.
 extern "C" void emulator_switch(Place* save, Place load);
@@ -96,7 +98,7 @@ class Context {
         __asan_unpoison_memory_region(stack(), kStackBytes);
         asan_fake_ = nullptr;
 #endif
-#if defined(__x86_64__)
+#if defined(EMULATOR_OWN_SWITCH)
         auto* top = reinterpret_cast<void**>(stack() + kStackBytes);
         *--top = nullptr;  // as if entry() had been called: 16-byte aligned plus 8
         *--top = reinterpret_cast<void*>(entry);

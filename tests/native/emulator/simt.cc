@@ -16,7 +16,7 @@
 
 #include "context.h"
 
-#if defined(__x86_64__)
+#if defined(EMULATOR_OWN_SWITCH)
 asm(R"(
 .text
 .type emulator_switch, @function
@@ -267,7 +267,9 @@ void meet(unsigned mask, void* operand, const char* file, int line, Collective c
         wait(State::kInCollective, file, line);
     } else {
         sync.acquire();
-        if (const char* wrong = collective(meeting.operands, mask)) fail("%s at %s:%d", wrong, file, line);
+        void* operands[32];  // the collective is instrumented and may only see memory of its own thread
+        for (int i = 0; i < 32; ++i) operands[i] = meeting.operands[i];
+        if (const char* wrong = collective(operands, mask)) fail("%s at %s:%d", wrong, file, line);
         sync.release();
         for (int i = 0; i < 32; ++i)
             if ((mask >> i & 1) && i != own) block->fibers[first + i]->state = State::kReady;
