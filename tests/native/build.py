@@ -60,6 +60,13 @@ def _compiler_version() -> str:
     return subprocess.run([compiler(), "--version"], check=True, capture_output=True, text=True).stdout
 
 
+def runtime(name: str) -> str:
+    """Return the path of one of the compiler's own libraries, such as libasan.so."""
+    return subprocess.run(
+        [compiler(), f"-print-file-name={name}"], check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
 def emulated_library(flavour: str = "plain", mutations: tuple[Mutation, ...] = ()) -> Path:
     """Return the library of a flavour of FLAVOURS, built unless it exists; raises BuildError where it cannot be."""
     tree = _source_tree(mutations)
