@@ -8,8 +8,16 @@ from collections.abc import Iterator
 import pytest
 
 from chunkkv.native import NativeLibrary
-from native.build import emulated_library
+from native.build import BuildError, compiler, emulated_library
 from native.memory import Memory
+
+
+@pytest.fixture(scope="session", autouse=True)
+def needs_a_compiler() -> None:
+    try:
+        compiler()
+    except BuildError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")
