@@ -158,6 +158,12 @@ def test_more_chunks_than_threads(library: NativeLibrary, memory: Memory, conten
     make(settings, [5000, 1027, 2052], content).check(library, memory)
 
 
+@pytest.mark.parametrize("boundaries", ["fixed", "delimiter"])
+def test_the_largest_settings(library: NativeLibrary, memory: Memory, boundaries: str) -> None:
+    settings = ChunkKVSettings(window=128, chunk_size=256, sinks=300, min_tokens=700, boundaries=boundaries)
+    make(settings, [3000, 700, 701, 428, 685], "few values").check(library, memory)
+
+
 def test_a_million_tokens(library: NativeLibrary, memory: Memory) -> None:
     settings = ChunkKVSettings(keep_per_10k=9_900, chunk_size=256, min_tokens=300)
     make(settings, [1_000_000], "random", padding=0).check(library, memory)
