@@ -45,7 +45,7 @@ bool given(const char* name, const void* pointer) {
 }
 
 bool atLeast(const char* name, int64_t value, int64_t least, const char* why) {
-    if (value >= least && value <= INT64_MAX) return true;
+    if (value >= least) return true;
     return fail(CHUNKKV_INVALID_ARGUMENT, "%s is %lld; it must be at least %lld, %s", name,
                 static_cast<long long>(value), static_cast<long long>(least), why);
 }

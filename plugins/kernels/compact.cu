@@ -101,10 +101,9 @@ LaunchStatus launchWith(const CompactParams& params, CompactArgs args, int32_t n
     args.slices = static_cast<int32_t>(ceilDiv(args.row_vectors, args.slice_vectors));
     const int64_t most = params.max_kept < params.rows.max_length ? params.max_kept : params.rows.max_length;
     const int64_t tiles = ceilDiv(most, int64_t{kThreads / args.slice_vectors} * kInFlight);
-    args.splits = in_place ? 1 : static_cast<int32_t>(tiles);
-    if (tiles == 0) return 0;
-    const dim3 grid(static_cast<unsigned>(params.kv_heads * args.slices * args.splits), params.rows.batch,
-                    num_layers * 2);
+    const int32_t strips = params.kv_heads * args.slices;
+    args.splits = in_place ? 1 : static_cast<int32_t>(clampTo(tiles, 1, INT32_MAX / strips));
+    const dim3 grid(strips * args.splits, most > 0 ? params.rows.batch : 0, num_layers * 2);
     return launch(compactKernel<Vector>, grid, dim3(kThreads), 0, stream, args);
 }
 

@@ -102,7 +102,7 @@ typedef struct chunkkv_score_params {
     float* chunk_scores;         /* out [B, max_chunks] */
     float* token_scores;         /* out [B, S] a[t], zero from L-w on and for L < w, or NULL */
     int32_t heads;               /* Hq */
-    int32_t kv_heads;            /* Hkv; Hq / Hkv is 1..16, or Hq == Hkv */
+    int32_t kv_heads;            /* Hkv; Hq / Hkv is a whole number from 1 to 16 */
     int32_t head_dim;            /* D: 64, 80, 96, 128 or 256 */
     int32_t query_dtype;         /* float32, float16 or bfloat16 */
     int32_t key_dtype;           /* query_dtype, int8 or fp8 */
