@@ -31,12 +31,8 @@ PRUNED = (
         for size in (80, 96, 128)
     ),
     Mutation(SCORE, "launchTiles<T, 256, kPass>(args, rows, stream)", "0"),
-    Mutation(
-        SCORE,
-        "    if (args.params.query_dtype == CHUNKKV_FLOAT32) return launchHeadDim<float, kPass>(args, rows, stream);\n",
-        "",
-    ),
-    Mutation(SCORE, "launchHeadDim<__nv_bfloat16, kPass>(args, rows, stream)", "0"),
+    Mutation(SCORE, "return launchHeadDim<float, kPass>(args, rows, stream);", "return 1;"),
+    Mutation(SCORE, "return launchHeadDim<__nv_bfloat16, kPass>(args, rows, stream);", "return 1;"),
 )
 
 
@@ -59,8 +55,8 @@ class Bug:
         return (*PRUNED, Mutation(self.file, self.old, self.new))
 
 
-WAIT = "            cpAsyncWait<Shape::kStages - 2>();\n"
-ARRIVED = "            __syncthreads();  // this tile is there, and everybody has read the one that the next fetch overwrites\n"
+BOTH_READ = "this tile is there, and everybody has read the one that the next fetch overwrites"
+ARRIVED = f"            __syncthreads();  // {BOTH_READ}\n"
 FETCH = "            fetch(number + Shape::kStages - 1);\n"
 AFTER_PARTS = "    __syncthreads();\n    if (lane != 0 || {}"
 
@@ -95,25 +91,59 @@ BUGS = (
         flavour="tsan",
     ),
     # Off by one.
-    Bug("score: waits for one group less", "score", TILES, "cpAsyncWait<Shape::kStages - 2>", "cpAsyncWait<Shape::kStages - 1>"),
+    Bug("score: waits for one group less", "score", TILES, "Wait<Shape::kStages - 2>", "Wait<Shape::kStages - 1>"),
     Bug("score: last tile left out", "score", TILES, "(seen + kTileTokens - 1) / kTileTokens", "seen / kTileTokens"),
-    Bug("score: window sees one token too many", "score", TILES, "rows.visible[i] = length - window + position + 1;", "rows.visible[i] = length - window + position + 2;"),
-    Bug("score: taps end one token early", "score", TILES, "fmaxf(token - reach, first) + 1.0f", "fmaxf(token - reach, first)"),
-    Bug("score: last token of a tile", "score", TILES, "first_token + token >= ranked_end) p = 0.0f", "first_token + token > ranked_end) p = 0.0f"),
-    Bug("select: one token too few", "select", SELECT, "clampTo(cut.to_give - given, 0, own_equal)", "clampTo(cut.to_give - 1 - given, 0, own_equal)"),
+    Bug("score: window sees one token too many", "score", TILES, "window + position + 1;", "window + position + 2;"),
+    Bug("score: taps end one token early", "score", TILES, "(token - reach, first) + 1.0f", "(token - reach, first)"),
+    Bug("score: window counted in a chunk", "score", TILES, "token >= ranked_end) p", "token > ranked_end) p"),
+    Bug(
+        "select: one token too few", "select", SELECT, "clampTo(cut.to_give - given", "clampTo(cut.to_give - 1 - given"
+    ),
     # Wrong addresses.
-    Bug("wrong page", "score", LAYOUT, "block(token >> block_shift)", "block((token + 1) >> block_shift)"),
-    Bug("wrong page in compact", "compact", LAYOUT, "block(token >> block_shift)", "block((token + 1) >> block_shift)"),
-    Bug("wrong place in the page", "compact", LAYOUT, "((1 << block_shift) - 1)) * stride_token", "((1 << block_shift) - 2)) * stride_token"),
-    Bug("keys read from the pages of values", "score", LAYOUT, "row) * 2 + kv) * layout", "row) * 2 + 1 - kv) * layout"),
-    Bug("page number trusted", "garbage", LAYOUT, "(offset >= 0 && offset < extent ? offset : 0)", "offset", flavour="asan"),
-    Bug("too little shared memory", "score", SCORE, "size_t{Shape::kStages} * Shape::kStageBytes", "size_t{Shape::kStages} * Shape::kStageBytes - 32", flavour="asan"),
+    Bug("score: wrong page", "score", LAYOUT, "block(token >> block_shift)", "block((token + 1) >> block_shift)"),
+    Bug("compact: wrong page", "compact", LAYOUT, "block(token >> block_shift)", "block((token + 1) >> block_shift)"),
+    Bug("wrong place in the page", "compact", LAYOUT, "((1 << block_shift) - 1))", "((1 << block_shift) - 2))"),
+    Bug("keys read from the pages of values", "score", LAYOUT, "row) * 2 + kv) *", "row) * 2 + 1 - kv) *"),
+    Bug("page trusted", "garbage", LAYOUT, "(offset >= 0 && offset < extent ? offset : 0)", "offset", flavour="asan"),
+    Bug(
+        "page number trusted",
+        "garbage",
+        LAYOUT,
+        "offsets[clampTo(number, 0, max_blocks - 1)]",
+        "offsets[number]",
+        flavour="asan",
+    ),
+    Bug(
+        "too little shared memory",
+        "score",
+        SCORE,
+        "size_t{Shape::kStages} * Shape::kStageBytes",
+        "size_t{Shape::kStages} * Shape::kStageBytes - 32",
+        flavour="asan",
+    ),
     # What only the emulator or ThreadSanitizer can see.
-    Bug("blocks do the same tiles", "compact", COMPACT, "first += args.splits * tile", "first += tile", flavour="tsan"),
-    Bug("a shuffle that half the warp takes", "select", SCAN, "        const ScanWord lower = __shfl_up_sync(kFullWarp, inclusive, distance);\n        if (lane >= distance) inclusive = combine(lower, inclusive);", "        if (lane >= distance) inclusive = combine(__shfl_up_sync(kFullWarp, inclusive, distance), inclusive);", says="different collectives"),
-    Bug("a barrier that half the block takes", "select", SELECT, "        __syncthreads();\n        cut.key |=", "        if (threadIdx.x < 512) __syncthreads();\n        cut.key |=", says="different barriers"),
-    Bug("shared memory read before it is written", "select", SELECT, "for (int bin = threadIdx.x; bin < kBins; bin += kThreads) bins[bin] = 0;", ""),
-)  # fmt: skip
+    Bug("blocks do the same tiles", "compact", COMPACT, "+= args.splits * tile", "+= tile", flavour="tsan"),
+    Bug("tiles split in place", "compact", COMPACT, "args.splits = in_place ? 1 :", "args.splits =", flavour="tsan"),
+    Bug(
+        "a shuffle that half the warp takes",
+        "select",
+        SCAN,
+        "        const ScanWord lower = __shfl_up_sync(kFullWarp, inclusive, distance);\n"
+        "        if (lane >= distance) inclusive = combine(lower, inclusive);",
+        "        if (lane >= distance)\n"
+        "            inclusive = combine(__shfl_up_sync(kFullWarp, inclusive, distance), inclusive);",
+        says="different collectives",
+    ),
+    Bug(
+        "a barrier that half the block takes",
+        "select",
+        SELECT,
+        "        __syncthreads();\n        cut.key |=",
+        "        if (threadIdx.x < 512) __syncthreads();\n        cut.key |=",
+        says="different barriers",
+    ),
+    Bug("shared memory read unwritten", "select", SELECT, "bin += kThreads) bins[bin] = 0;", "bin += kThreads) {}"),
+)
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)

@@ -20,6 +20,6 @@ def test_every_order_is_right(order: str, copies: str) -> None:
     [(check, "late") for check in probe.CHECKS if check != "garbage"] + [("score", "early"), ("score_types", "early")],
 )
 def test_no_thread_races_with_another(check: str, copies: str) -> None:
-    """Garbage is left out: it may let two rows share a page. Copies that land late would hide that a stage is overwritten too early, so both are tried."""
+    """Garbage is left out: it may let rows share a page. Copies that land late hide that a stage is overwritten."""
     outcome = probe.run(emulated_library("tsan"), check, copies=copies, preload="libtsan.so")
     assert outcome.status == 0, outcome.text
