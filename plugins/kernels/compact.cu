@@ -20,9 +20,9 @@ namespace chunkkv {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kInFlight = 8;              // independent loads per thread
-constexpr int kSliceBytes = 64;           // a DRAM access; narrower slices would read bytes they do not move
-constexpr int64_t kBusyBlocks = 4 * 148;  // enough blocks for the largest GPU; from here on slicing rows gains nothing
+constexpr int kInFlight = 8;                 // independent loads per thread
+constexpr int kSliceBytes = 64;              // a DRAM access; narrower slices would read bytes they do not move
+constexpr int kBlocksPerMultiprocessor = 4;  // from here on slicing rows gains nothing
 
 struct CompactArgs {
     Rows rows;
@@ -95,7 +95,8 @@ LaunchStatus launchWith(const CompactParams& params, CompactArgs args, int32_t n
     const bool in_place = args.layers[0].key_out == nullptr;
     const int64_t blocks = int64_t{params.kv_heads} * params.rows.batch * num_layers * 2;
     args.row_vectors = params.row_bytes / static_cast<int32_t>(sizeof(Vector));
-    const bool sliced = args.row_vectors > kThreads || (in_place && blocks < kBusyBlocks);
+    const bool sliced =
+        args.row_vectors > kThreads || (in_place && blocks < kBlocksPerMultiprocessor * multiprocessors());
     const int32_t slice = sliced ? kSliceBytes / static_cast<int32_t>(sizeof(Vector)) : args.row_vectors;
     args.slice_vectors = slice < args.row_vectors ? slice : args.row_vectors;
     args.slices = static_cast<int32_t>(ceilDiv(args.row_vectors, args.slice_vectors));

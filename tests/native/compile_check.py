@@ -7,6 +7,7 @@ python tests/native/compile_check.py --update   write registers.json anew
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -38,6 +39,7 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc")
 
 
+@functools.cache
 def nvcc_release(nvcc: str) -> str:
     """Return the release of nvcc, such as 13.0: register counts are comparable within one."""
     text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout

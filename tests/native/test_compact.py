@@ -108,7 +108,7 @@ def test_in_place_over_several_tiles(library: NativeLibrary, memory: Memory, kep
     compact_paged(library, memory, pool, (1300,), (kept,))
 
 
-def test_in_place_with_whole_rows_where_there_are_blocks_enough(library: NativeLibrary, memory: Memory) -> None:
+def test_in_place_in_more_layers_than_one_launch_takes(library: NativeLibrary, memory: Memory) -> None:
     pool = Pool.make(np.random.default_rng(1), 70, 5, 8, 64, "int8", (300,))
     compact_paged(library, memory, pool, (300,), (270,))
 
