@@ -124,8 +124,9 @@ def main() -> int:
     args = parser.parse_args()
     path = os.environ["CHUNKKV_LIB"]
     library = NativeLibrary(path)
-    configure = ctypes.CDLL(path).chunkkv_emulator_configure
-    configure(ORDERS.index(args.order), ctypes.c_uint(1), ASYNC.index(args.async_copies))
+    if library.device == "emulated":
+        configure = ctypes.CDLL(path).chunkkv_emulator_configure
+        configure(ORDERS.index(args.order), ctypes.c_uint(1), ASYNC.index(args.async_copies))
     for name in args.checks:
         memory = Memory(library.device)
         try:
