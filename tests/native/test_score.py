@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from support import op_properties
 from support.op_cases import CASES, STORAGE_TYPES, OpCase, named
 
+from chunkkv import reference
 from chunkkv.errors import NativeArgumentError
-from chunkkv.native import NativeLibrary, RawArray, Rows
+from chunkkv.native import NativeLibrary, RawArray, Rows, contiguous_kv
 from chunkkv.settings import ChunkKVSettings
-from native.memory import Memory
+from native.memory import Memory, numpy_dtype
 from native.native_op import LAYOUTS, NativeOp, make_cache
 from native.score_checks import TOLERANCE, bits_of_scores, largest_error
 
@@ -148,28 +152,49 @@ def test_what_is_behind_a_row_changes_no_bit(library: NativeLibrary, memory: Mem
         assert len(seen) == 1
 
 
-def test_a_large_batch_is_scored_in_waves(library: NativeLibrary, memory: Memory) -> None:
-    """One row of this size fills the workspace, so every row is a wave of its own."""
+def sparse(shape: tuple[int, ...], dtype: str) -> tuple[NDArray[Any], RawArray]:
+    """Return zeros of which only touched pages take memory, and the same as the library sees it."""
+    size = int(np.prod(shape, dtype=np.int64)) * numpy_dtype(dtype).itemsize
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    array = np.frombuffer(mmap.mmap(-1, size, flags=private), dtype=numpy_dtype(dtype)).reshape(shape)
+    return array, RawArray(array.ctypes.data, dtype, shape, on_device=False)
+
+
+def test_waves_of_rows_in_gigabytes_of_workspace(library: NativeLibrary, memory: Memory) -> None:
+    """One row of this size fills the workspace, so every row is a wave of its own; offsets pass 2^31 bytes."""
     if library.device == "cuda":
         pytest.skip("needs memory that is only touched in part")
-    own, padded = settings(128, 10), 60_000
-    tried = case(own, (300, 250), heads=64, kv_heads=4)
-    small = tried.inputs("float16")
-    op = NativeOp(library, memory)
-    cache = make_cache(memory, np.pad(small.key, ((0, 0), (0, 0), (0, padded - 302), (0, 0))), "contiguous")
-    query, scores = memory.put(small.query), memory.empty((2, library.max_chunks(own, padded)), "float32")
+    own, padded = settings(128, 10), 1 << 19
+    small = case(own, (300, 250), heads=64, kv_heads=4).inputs("float16")
+    keys, raw = sparse((2, 4, padded, 64), "float16")
+    keys[:, :, :302] = small.key
+    cache, query = contiguous_kv(raw, raw), memory.put(small.query)
+    scores = memory.empty((2, library.max_chunks(own, padded)), "float32")
     rows = Rows(memory.put(small.lengths), padded)
     size = library.score_workspace(own, rows, query, cache, chunk_scores=scores)
-    first = memory.empty((1, library.max_chunks(own, padded)), "float32")
+    first = memory.empty((1, scores.shape[1]), "float32")
     alone = Rows(memory.put(small.lengths[:1]), padded)
-    assert size == library.score_workspace(own, alone, memory.put(small.query[:1]), cache, chunk_scores=first)
-    buffer = np.empty(size + 256, dtype=np.uint8)
-    workspace = RawArray(-(-buffer.ctypes.data // 256) * 256, "uint8", (size,), on_device=False)
+    assert size == library.score_workspace(own, alone, memory.put(small.query[:1]), cache, chunk_scores=first) > 1 << 31
+    _, workspace = sparse((size,), "uint8")
     library.score(own, rows, query, cache, chunk_scores=scores, workspace=workspace)
-    wanted = op.memory.get(op.score(small.query, small.key, Rows(rows.lengths, 302), own, with_tokens=False)[0])
-    for row, length in enumerate(tried.lengths):
+    op = NativeOp(library, memory)
+    wanted = memory.get(op.score(small.query, small.key, Rows(rows.lengths, 302), own, with_tokens=False)[0])
+    for row, length in enumerate((300, 250)):
         count = library.max_chunks(own, length)
         assert memory.get(scores)[row, :count].tobytes() == wanted[row, :count].tobytes()
+
+
+def test_a_million_tokens(library: NativeLibrary, memory: Memory) -> None:
+    length, own = 1_000_037, settings(1, 10, 4)
+    tried = case(own, (length,), heads=1, kv_heads=1, extra_padding=0, contrast=1.0)
+    inputs = tried.inputs("float16")
+    rows = Rows(memory.put(inputs.lengths), length)
+    given = memory.get(NativeOp(library, memory).score(inputs.query, inputs.key, rows, own, with_tokens=False)[0])[0]
+    logits = inputs.key[0, 0].astype(np.float32) @ inputs.query[0, 0, 0].astype(np.float32) / 8.0
+    weights = np.exp(logits.astype(np.float64) - logits.max())
+    starts = np.arange(4, length - 1, 10)
+    wanted = reference.chunk_scores(weights / weights.sum(), starts, length - 1)
+    np.testing.assert_allclose(given, wanted, rtol=TOLERANCE)
 
 
 @pytest.mark.parametrize("one_pass", [False, True])
