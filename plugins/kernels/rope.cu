@@ -47,24 +47,22 @@ __global__ void ropeKernel(const __grid_constant__ RopeParams params) {
         const int64_t offset = (token * all_heads + head) * params.head_dim;
         const T* from = static_cast<const T*>(params.qkv) + offset;
         T* to = static_cast<T*>(params.qkv_out) + offset;
-        Elements a = *reinterpret_cast<const Elements*>(from + first);
-        Elements b = *reinterpret_cast<const Elements*>(from + second);
+        Elements pair[2];
+        pair[0] = *reinterpret_cast<const Elements*>(from + first);
+        pair[1] = *reinterpret_cast<const Elements*>(from + second);
         if (!copies) {
 #pragma unroll
             for (int i = 0; i < kVector; ++i) {
-                // In gptj style pair i is elements 2i and 2i + 1 of a and b laid end to end.
-                T& x = kNeox ? a.at[i] : 2 * i < kVector ? a.at[2 * i % kVector] : b.at[2 * i % kVector];
-                T& y = kNeox                 ? b.at[i]
-                       : 2 * i + 1 < kVector ? a.at[(2 * i + 1) % kVector]
-                                             : b.at[(2 * i + 1) % kVector];
+                T& x = kNeox ? pair[0].at[i] : pair[2 * i / kVector].at[2 * i % kVector];
+                T& y = kNeox ? pair[1].at[i] : pair[(2 * i + 1) / kVector].at[(2 * i + 1) % kVector];
                 const float cosine = angle.at[2 * i], sine = angle.at[2 * i + 1];
                 const float real = toFloat(x), imaginary = toFloat(y);
                 x = fromFloat<T>(real * cosine - imaginary * sine);
                 y = fromFloat<T>(imaginary * cosine + real * sine);
             }
         }
-        *reinterpret_cast<Elements*>(to + first) = a;
-        *reinterpret_cast<Elements*>(to + second) = b;
+        *reinterpret_cast<Elements*>(to + first) = pair[0];
+        *reinterpret_cast<Elements*>(to + second) = pair[1];
     }
 }
 
