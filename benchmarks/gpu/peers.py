@@ -1,7 +1,9 @@
-"""Against torch on the same tensors: kvpress's arithmetic, a vectorised form of it, a plain gather, a prefill."""
+"""Against torch on the same tensors: the arithmetic of kvpress, kvpress itself if installed, a plain gather, a prefill."""
 
 from __future__ import annotations
 
+import importlib.util
+from types import SimpleNamespace
 from typing import Any
 
 from benchmarks.gpu.compression import Compression, contiguous
@@ -11,9 +13,8 @@ from chunkkv.native import NativeLibrary, contiguous_kv
 POOLING = 5
 
 
-def scores_as_kvpress(device: Device, query: Any, key: Any) -> Any:
-    """Return SnapKV's token scores [B, Hkv, L - w] from query [B, Hq, w, D] and key [B, Hkv, L, D], op by op."""
-    torch = device.torch
+def scores_as_kvpress(torch: Any, query: Any, key: Any) -> Any:
+    """Return SnapKV's token scores [B, Hkv, L] from query [B, Hq, w, D] and key [B, Hkv, L, D], op by op."""
     batch, heads, window, head_dim = query.shape
     kv_heads, length = key.shape[1:3]
     group = heads // kv_heads
@@ -23,30 +24,55 @@ def scores_as_kvpress(device: Device, query: Any, key: Any) -> Any:
     weights = torch.softmax(logits + mask, dim=-1, dtype=torch.float32).to(query.dtype)
     mean = weights[..., :-window].mean(dim=2)
     smooth = torch.nn.functional.avg_pool1d(mean, POOLING, stride=1, padding=POOLING // 2)
-    return smooth.view(batch, kv_heads, group, -1).mean(dim=2)
+    scores = smooth.view(batch, kv_heads, group, -1).mean(dim=2)
+    return torch.nn.functional.pad(scores, (0, window), value=scores.max().item() + 1)
 
 
-def kept_as_kvpress(device: Device, scores: Any, chunk: int, count: int, window: int) -> Any:
+def best_chunks(torch: Any, scores: Any, chunk: int, keep: float) -> Any:
+    """Return the numbers of the chunks that kvpress keeps of one row; the last chunk may be short."""
+    summed = scores.sum(dim=1)[0]
+    whole = summed.numel() // chunk * chunk
+    means = summed[:whole].view(-1, chunk).mean(dim=1)
+    if whole < summed.numel():
+        means = torch.cat([means, summed[whole:].mean()[None]])
+    return torch.topk(means, max(1, int(means.numel() * keep))).indices
+
+
+def kept_as_kvpress(torch: Any, scores: Any, chunk: int, keep: float) -> Any:
     """Return kept positions of one row the way the published press builds them: chunk after chunk in Python."""
-    torch = device.torch
-    summed = scores.sum(dim=1)[0]
-    chunks = summed.numel() // chunk
-    means = summed[: chunks * chunk].view(chunks, chunk).mean(dim=1)
-    best = torch.topk(means, min(count, chunks)).indices
-    parts = [torch.arange(number * chunk, (number + 1) * chunk, device=scores.device) for number in best]
-    tail = torch.arange(summed.numel(), summed.numel() + window, device=scores.device)
-    return torch.cat([*parts, tail]).sort().values
+    length = scores.shape[2]
+    best = best_chunks(torch, scores, chunk, keep)
+    spans = [torch.arange(n * chunk, min((n + 1) * chunk, length), device=scores.device) for n in best]
+    return torch.cat(spans).sort().values
 
 
-def kept_vectorised(device: Device, scores: Any, chunk: int, count: int, window: int) -> Any:
+def kept_vectorised(torch: Any, scores: Any, chunk: int, keep: float) -> Any:
     """Return the same without a Python loop."""
-    torch = device.torch
-    summed = scores.sum(dim=1)[0]
-    chunks = summed.numel() // chunk
-    best = torch.topk(summed[: chunks * chunk].view(chunks, chunk).mean(dim=1), min(count, chunks)).indices
-    spread = torch.arange(chunk, device=scores.device)
-    tail = torch.arange(summed.numel(), summed.numel() + window, device=scores.device)
-    return torch.cat([(best[:, None] * chunk + spread).flatten(), tail]).sort().values
+    best = best_chunks(torch, scores, chunk, keep)
+    tokens = (best[:, None] * chunk + torch.arange(chunk, device=scores.device)).flatten().sort().values
+    return tokens[tokens < scores.shape[2]]
+
+
+def kvpress_itself(torch: Any, query: Any, key: Any, value: Any, chunk: int, keep: float) -> Any:
+    """Return a call of the installed kvpress on the same tensors, its projections replaced by the identity, or None."""
+    if importlib.util.find_spec("kvpress") is None:
+        return None
+    from kvpress import ChunkKVPress, SnapKVPress
+
+    batch, heads, window, head_dim = query.shape
+    length = key.shape[2]
+    module = torch.nn.Module()
+    module.q_proj, module.head_dim = torch.nn.Identity(), head_dim
+    module.config = SimpleNamespace(num_attention_heads=heads, num_key_value_heads=key.shape[1])
+    hidden = torch.zeros(batch, length, heads * head_dim, dtype=query.dtype, device=query.device)
+    hidden[:, length - window :] = query.transpose(1, 2).reshape(batch, window, heads * head_dim)
+    unrotated = {
+        "position_embeddings": tuple(
+            torch.full((1, length, head_dim), number, dtype=query.dtype, device=query.device) for number in (1.0, 0.0)
+        )
+    }
+    press = ChunkKVPress(press=SnapKVPress(1 - keep, window, POOLING), chunk_length=chunk)
+    return lambda: press.compress(module, hidden, key, value, None, unrotated)
 
 
 def against_kvpress(device: Device, library: NativeLibrary, length: int) -> dict[str, Any]:
@@ -56,7 +82,6 @@ def against_kvpress(device: Device, library: NativeLibrary, length: int) -> dict
     settings = shapes.settings(window, keep)
     key, value, cache = contiguous(device, 1, length)
     work = Compression(device, library, settings, 1, length)
-    count = max(1, (work.kept - window) // settings.chunk_size)
     out_shape = (1, shapes.kv_heads, work.kept, shapes.head_dim)
     out = contiguous_kv(*(device.empty(*out_shape, dtype=shapes.dtype) for _ in range(2)))
 
@@ -68,13 +93,13 @@ def against_kvpress(device: Device, library: NativeLibrary, length: int) -> dict
     def gather(kept: Any) -> tuple[Any, Any]:
         return key.index_select(2, kept), value.index_select(2, kept)
 
+    torch, share = device.torch, keep / 10_000
+
     def published() -> None:
-        scores = scores_as_kvpress(device, work.query, key)
-        gather(kept_as_kvpress(device, scores, settings.chunk_size, count, window))
+        gather(kept_as_kvpress(torch, scores_as_kvpress(torch, work.query, key), settings.chunk_size, share))
 
     def vectorised() -> None:
-        scores = scores_as_kvpress(device, work.query, key)
-        gather(kept_vectorised(device, scores, settings.chunk_size, count, window))
+        gather(kept_vectorised(torch, scores_as_kvpress(torch, work.query, key), settings.chunk_size, share))
 
     times = {"ours": device.microseconds([ours])}
     kept = device.int32(device.host(work.indices)[0])
@@ -83,7 +108,10 @@ def against_kvpress(device: Device, library: NativeLibrary, length: int) -> dict
     vectorised()
     times["kvpress_vectorised"] = device.eager_microseconds(vectorised)
     times["kvpress_arithmetic"] = device.eager_microseconds(published, repeats=1)
-    line = {f"{name}_microseconds": round(value, 1) for name, value in times.items()}
+    installed = kvpress_itself(torch, work.query, key, value, settings.chunk_size, share)
+    if installed is not None:
+        times["kvpress_itself"] = device.eager_microseconds(installed, repeats=1)
+    line = {f"{name}_microseconds": round(taken, 1) for name, taken in times.items()}
     speedup = {"faster_than_kvpress": round(times["kvpress_arithmetic"] / times["ours"], 1)}
     return {"length": length, "window": window, "keep_per_10k": keep, **line, **speedup}
 
