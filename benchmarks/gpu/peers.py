@@ -1,4 +1,4 @@
-"""Against torch on the same tensors: the arithmetic of kvpress, kvpress itself if installed, a plain gather, a prefill."""
+"""Against torch on the same tensors: kvpress and its arithmetic, a plain gather, a prefill."""
 
 from __future__ import annotations
 

@@ -45,10 +45,10 @@ __device__ __forceinline__ __nv_bfloat16 fromFloat<__nv_bfloat16>(float x) {
     return __float2bfloat16_rn(x);
 }
 
-/// 2^x to two units in the last place; 0 for -infinity.
+/// 2^x to two units in the last place; 0 for -infinity and where it is below 2^-126.
 __device__ __forceinline__ float exp2Fast(float x) {
     float y;
-    asm("ex2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 

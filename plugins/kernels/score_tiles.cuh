@@ -24,6 +24,7 @@ struct TileShape {
     static constexpr int kRowTiles = rowTilesPerWarp(sizeof(T), kHeadDim);
     static constexpr int kWarps = kBandRows / (16 * kRowTiles);
     static constexpr int kThreads = 32 * kWarps;
+    static constexpr int kBlocks = 256 / kThreads;  // per multiprocessor: asking for more would spill
     static constexpr int kPitch = kHeadDim * static_cast<int>(sizeof(T)) + 16;  // 16 more: no bank conflicts
     static constexpr int kStageBytes = kTileTokens * kPitch;
     static constexpr int kFit = 80 * 1024 / kStageBytes;
@@ -147,28 +148,40 @@ struct Multiplier<float, kHeadDim> {
     }
 };
 
-/// Bring a tile of keys into a stage. 8-bit keys are widened to T on the way, which is exact; key_scale is applied to
-/// the logits.
+/// Bring a tile of keys into a stage. A warp owns some of the tokens: each lane finds out where one of them lies, and
+/// all lanes share the copies. 8-bit keys are widened to T on the way, which is exact; key_scale is applied to logits.
 template <class T, int kHeadDim>
 __device__ void stageTile(const ScoreArgs& args, const TokenRows& keys, int32_t tile, int32_t length, char* stage) {
     using Shape = TileShape<T, kHeadDim>;
+    constexpr int kTokens = kTileTokens / Shape::kWarps;
+    const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * kTokens;
+    const int32_t first_token = tile * kTileTokens + first, own = first_token + lane % kTokens;
+    const auto address = reinterpret_cast<unsigned long long>(keys.at(own < length ? own : length - 1));
+    const auto addressOf = [&](int token) {
+        return reinterpret_cast<const char*>(__shfl_sync(kFullWarp, address, token));
+    };
+    stage += first * Shape::kPitch;
     if (args.params.key_dtype == args.params.query_dtype) {
         constexpr int kPieces = kHeadDim * static_cast<int>(sizeof(T)) / 16;
-        for (int i = threadIdx.x; i < kTileTokens * kPieces; i += Shape::kThreads) {
-            const int32_t token = tile * kTileTokens + i / kPieces;
-            const bool exists = token < length;
-            const char* from = keys.at(exists ? token : length - 1) + i % kPieces * 16;
-            cpAsync16(stage + i / kPieces * Shape::kPitch + i % kPieces * 16, from, exists ? 16 : 0);
+        static_assert(kTokens * kPieces % 32 == 0, "all lanes take part in every shuffle");
+#pragma unroll
+        for (int i = lane; i < kTokens * kPieces; i += 32) {
+            const int token = i / kPieces, piece = i % kPieces * 16;
+            cpAsync16(stage + token * Shape::kPitch + piece, addressOf(token) + piece,
+                      first_token + token < length ? 16 : 0);
         }
         return;
     }
     constexpr int kPieces = kHeadDim / 4;
+    static_assert(kTokens * kPieces % 32 == 0, "all lanes take part in every shuffle");
     const bool is_int8 = args.params.key_dtype == CHUNKKV_INT8;
-    for (int i = threadIdx.x; i < kTileTokens * kPieces; i += Shape::kThreads) {
-        const int32_t token = tile * kTileTokens + i / kPieces;
+#pragma unroll 4
+    for (int i = lane; i < kTokens * kPieces; i += 32) {
+        const int token = i / kPieces;
+        const char* from = addressOf(token);
         uint32_t four = 0;
-        if (token < length) four = reinterpret_cast<const uint32_t*>(keys.at(token))[i % kPieces];
-        T* to = reinterpret_cast<T*>(stage + i / kPieces * Shape::kPitch) + i % kPieces * 4;
+        if (first_token + token < length) four = reinterpret_cast<const uint32_t*>(from)[i % kPieces];
+        T* to = reinterpret_cast<T*>(stage + token * Shape::kPitch) + i % kPieces * 4;
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             const uint32_t byte = four >> 8 * j & 0xFFu;
@@ -294,7 +307,7 @@ __device__ void writeColumns(const ScoreArgs& args, const QueryRows<Shape::kRowT
 
 /// grid: x = (KV head, split, band), y = row of the wave. See the top of this file.
 template <class T, int kHeadDim, Pass kPass>
-__global__ void __launch_bounds__(TileShape<T, kHeadDim>::kThreads)
+__global__ void __launch_bounds__(TileShape<T, kHeadDim>::kThreads, TileShape<T, kHeadDim>::kBlocks)
     scoreTilesKernel(const __grid_constant__ ScoreArgs args) {
     using Shape = TileShape<T, kHeadDim>;
     DYNAMIC_SHARED(char, stages);
