@@ -5,7 +5,7 @@ PEERS  := .venv-peers
 BIN    := $(VENV)/bin
 MODEL  := examples/needle/model
 
-.PHONY: demo test test-peers bench lint clean
+.PHONY: demo test test-peers bench gpu-check lint clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python examples/demo.py
@@ -20,6 +20,10 @@ test-peers: $(PEERS)/.installed
 
 bench: $(PEERS)/.installed
 	$(PEERS)/bin/python benchmarks/against_transformers.py --output docs/benchmarks/cpu-against-transformers.json
+
+# Runs in the machine's own Python, the one that has torch; DRY=--dry_run needs no GPU.
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py $(DRY)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -33,3 +33,11 @@ class RequestError(ChunkKVError, ValueError):
 
 class SessionBusyError(ChunkKVError, RuntimeError):
     """A session that serves one call at a time was entered by a second thread."""
+
+
+class NativeError(ChunkKVError, RuntimeError):
+    """The native library could not be used, or a launch failed; the message holds its own words."""
+
+
+class NativeArgumentError(NativeError, ValueError):
+    """An argument of a native op is out of range, of the wrong type or shape, or has no kernel."""

@@ -1,0 +1,203 @@
+"""Everything that needs a GPU, in one run of at most nine minutes: build, op tests, sanitizer, benchmarks, one JSON.
+
+    python benchmarks/gpu_check.py                        needs a GPU, nvcc and torch; no network
+    python benchmarks/gpu_check.py --dry_run              the same steps on the host: emulated kernels, tiny sizes
+
+Every step is a process with its own share of the time; what a step could not do is in the JSON with its reason. The
+last line is the JSON. The exit status is 0 only if the library was built and every step that ran succeeded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "python"), str(ROOT / "tests")]
+
+from benchmarks.gpu.build import build_library  # noqa: E402
+
+LIMIT_SECONDS, MARGIN_SECONDS = 540, 15
+OP_TESTS = [f"tests/native/test_{op}.py" for op in ("boundaries", "score", "select", "compact", "rope")]
+TEST_MODULES = ("pytest", "hypothesis", "ml_dtypes")
+DRY_TESTS = "garbage or page or partial or reference_and"  # a sample: the whole is `make test`
+PROBES = ("score", "select", "compact")
+SANITIZERS = ("memcheck", "racecheck")
+AIMS = {
+    "score_percent_of_copy": "at least 75 at 32k and more",
+    "all_layers_32k": "keep 0.1, reuse 2: at most 2 times the byte floor and 0.1 percent of a prefill",
+    "faster_than_kvpress": "at least 20",
+    "decode_16x32k": "keep 0.1 at least 3 times faster than full",
+}
+
+
+class Run:
+    """The clock, the library and the result, which is written anew after every step."""
+
+    def __init__(self, dry_run: bool, output: Path) -> None:
+        self.begin, self.dry_run, self.output = time.monotonic(), dry_run, output
+        self.environment = dict(os.environ, OPENBLAS_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
+        self.environment["PYTHONPATH"] = os.pathsep.join(str(ROOT / part) for part in ("", "python", "tests"))
+        self.result: dict[str, Any] = {
+            "dry_run": dry_run,
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            **commit(),
+            "host": f"{platform.machine()}, Python {platform.python_version()}",
+            "aims": AIMS,
+            "steps": {},
+        }
+
+    @property
+    def left(self) -> float:
+        """Seconds until the run must end."""
+        return LIMIT_SECONDS - MARGIN_SECONDS - (time.monotonic() - self.begin)
+
+    def record(self, step: str, outcome: dict[str, Any]) -> None:
+        """Keep and print the outcome of a step."""
+        self.result["steps"][step] = outcome
+        self.result["seconds"] = round(time.monotonic() - self.begin, 1)
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.output.with_suffix(".partial")
+        partial.write_text(json.dumps(self.result, indent=1) + "\n", encoding="utf-8")
+        partial.replace(self.output)
+        words = outcome.get("skipped") or outcome.get("error") or "ok"
+        print(f"{step:<24}{outcome.get('seconds', 0):>7.1f} s  {str(words).splitlines()[-1][:120]}", flush=True)
+
+    def child(self, step: str, command: list[str], share: float, parse: bool = False) -> None:
+        """Run one step as a process; `share` is the most seconds it may take."""
+        limit, begin = min(share, self.left), time.monotonic()
+        if limit <= 1:
+            return self.record(step, {"skipped": "no time was left"})
+        try:
+            done = subprocess.run(
+                command, env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=limit, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return self.record(step, {"error": f"took longer than {limit:.0f} s", "seconds": round(limit, 1)})
+        outcome: dict[str, Any] = {"seconds": round(time.monotonic() - begin, 1)}
+        if done.returncode:
+            outcome["error"] = (done.stdout[-2000:] + done.stderr[-2000:]).strip() or f"status {done.returncode}"
+        elif parse:
+            outcome |= json.loads(done.stdout.strip().splitlines()[-1])
+        else:
+            outcome["last_line"] = (done.stdout.strip().splitlines() or [""])[-1]
+        return self.record(step, outcome)
+
+
+def commit() -> dict[str, Any]:
+    """Return the commit and whether files differ from it; both unknown outside a checkout."""
+
+    def git(*arguments: str) -> str | None:
+        if shutil.which("git") is None:
+            return None
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    status = git("status", "--porcelain", "--untracked-files=no")
+    return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
+
+
+def build(run: Run) -> None:
+    """Build the library and let every later step load it."""
+    begin = time.monotonic()
+    if run.dry_run:
+        from native.build import emulated_library
+
+        path, device = emulated_library(), {"device": "emulated on the host"}
+    else:
+        import torch
+
+        properties = torch.cuda.get_device_properties(0)
+        capability = (properties.major, properties.minor)
+        path = build_library(capability, ROOT / "build" / "gpu_check")
+        device = {
+            "device": properties.name,
+            "compute_capability": f"{capability[0]}.{capability[1]}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+        }
+    run.environment["CHUNKKV_LIB"] = str(path)
+    run.result |= device
+    run.record("build", {"seconds": round(time.monotonic() - begin, 1)})
+
+
+def op_tests(run: Run) -> None:
+    """Every op test, on the library that was built."""
+    missing = [name for name in TEST_MODULES if importlib.util.find_spec(name) is None]
+    if missing:
+        run.record(
+            "op tests", {"skipped": f"{', '.join(missing)} not installed; the benchmarks check their results too"}
+        )
+        return
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-o", "addopts="]
+    run.child("op tests", [*command, *OP_TESTS, *(["-k", DRY_TESTS] if run.dry_run else [])], share=180)
+
+
+def sanitizers(run: Run) -> None:
+    """compute-sanitizer over the probe, which is small enough for it."""
+    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    for name in SANITIZERS:
+        step = f"compute-sanitizer {name}"
+        if run.dry_run or not Path(tool).is_file():
+            reason = "a dry run has no device code" if run.dry_run else "compute-sanitizer was not found"
+            run.record(step, {"skipped": reason})
+            continue
+        command = [tool, "--tool", name, "--error-exitcode", "9", sys.executable, "-m", "native.probe", *PROBES]
+        run.child(step, command, share=50)
+
+
+def summarize(run: Run) -> None:
+    """Say beside the aims what was measured."""
+    steps, summary = run.result["steps"], {}
+    lines = steps.get("ops", {}).get("lines", [])
+    prefill = steps.get("peers", {}).get("prefill_microseconds", {})
+    long_enough = [line for line in lines if line["op"] == "score" and line["length"] >= 32768]
+    summary["score_percent_of_copy"] = [line["percent_of_copy"] for line in long_enough]
+    for line in lines:
+        if line["op"] == "all layers":
+            whole = prefill.get(str(line["length"]))
+            line["percent_of_prefill"] = None if whole is None else round(100 * line["microseconds"] / whole, 3)
+            if (line["length"], line["keep_per_10k"], line["reuse"]) == (32768, 1000, 2):
+                summary["all_layers_32k"] = {key: line[key] for key in ("times_byte_floor", "percent_of_prefill")}
+    peers = steps.get("peers", {}).get("one_layer", [])
+    summary["faster_than_kvpress"] = [line["faster_than_kvpress"] for line in peers]
+    for line in steps.get("decode", {}).get("lines", []):
+        if (line["batch"], line["length"], line["keep_per_10k"]) == (16, 32768, 1000):
+            summary["decode_16x32k"] = line["faster_than_full"]
+    run.result["measured"] = None if run.dry_run else summary  # times of an emulator say nothing
+
+
+def main() -> int:
+    """Run all steps; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dry_run", action="store_true", help="run on the host with emulated kernels and tiny sizes")
+    parser.add_argument("--output", type=Path, help="where the JSON goes; by default docs/benchmarks/gpu.json")
+    args = parser.parse_args()
+    default = ROOT / "build" / "gpu-check-dry-run.json" if args.dry_run else ROOT / "docs" / "benchmarks" / "gpu.json"
+    run = Run(args.dry_run, args.output or default)
+    build(run)
+    op_tests(run)
+    sanitizers(run)
+    flags = ["--dry_run"] if args.dry_run else []
+    for step, share in (("ops", 120), ("peers", 75), ("decode", 75)):
+        run.child(step, [sys.executable, "-m", f"benchmarks.gpu.{step}", *flags], share, parse=True)
+    summarize(run)
+    run.record("summary", {})
+    print(json.dumps(run.result))
+    return 1 if any("error" in outcome for outcome in run.result["steps"].values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,48 @@
+// N(L), the tokens that stay, and the fixed chunk grid: host and device, 64-bit inside.
+#pragma once
+
+#include "chunkkv/params.h"
+
+#if defined(__CUDACC__)
+#define CHUNKKV_HD __host__ __device__ __forceinline__
+#else
+#define CHUNKKV_HD inline
+#endif
+
+namespace chunkkv {
+
+constexpr int64_t kKeepScale = 10000;
+
+CHUNKKV_HD int64_t clampTo(int64_t value, int64_t low, int64_t high) {
+    return value < low ? low : value > high ? high : value;
+}
+
+/// N(L) = min(L, max(m, budget)) where budget_tokens > 0, else min(L, max(m, L * keep_per_10k / 10000)).
+CHUNKKV_HD int32_t keptTokens(int64_t length, int64_t keep_per_10k, int64_t budget_tokens, int64_t min_tokens) {
+    const int64_t wanted =
+        budget_tokens > 0 ? budget_tokens : length * clampTo(keep_per_10k, 0, kKeepScale) / kKeepScale;
+    return static_cast<int32_t>(clampTo(wanted > min_tokens ? wanted : min_tokens, 0, length));
+}
+
+/// L of a row, clamped to [0, S].
+CHUNKKV_HD int32_t rowLength(const Rows& rows, int32_t row) {
+    return static_cast<int32_t>(clampTo(rows.lengths[row], 0, rows.max_length));
+}
+
+/// N of a row of `length` tokens: the row's own ratio or budget where given, else the settings'.
+CHUNKKV_HD int32_t rowKept(const Rows& rows, const Settings& settings, int32_t row, int32_t length) {
+    const int32_t ratio = rows.keep_per_10k ? rows.keep_per_10k[row] : settings.keep_per_10k;
+    const int32_t no_row_budget = rows.keep_per_10k ? 0 : settings.budget_tokens;
+    const int32_t budget = rows.budget_tokens ? rows.budget_tokens[row] : no_row_budget;
+    return keptTokens(length, ratio, budget, settings.min_tokens);
+}
+
+/// Chunks of [s, L-w) that a row of `length` tokens may have: exact for fixed chunks, an upper bound for delimiter
+/// ones.
+CHUNKKV_HD int32_t maxChunks(const Settings& settings, int64_t length) {
+    const int64_t ranked = length - settings.window - settings.sinks;
+    const int64_t least = settings.boundaries == CHUNKKV_BOUNDARIES_DELIMITER ? 1 : settings.chunk_size;
+    return ranked <= 0 ? 0 : static_cast<int32_t>((ranked + least - 1) / least);
+}
+
+}  // namespace chunkkv

@@ -1,0 +1,61 @@
+// Where a token's bytes lie: the only place that computes KV offsets. Host and device, 64-bit.
+#pragma once
+
+#include "chunkkv/budget.h"
+
+namespace chunkkv {
+
+/// One head of one row of K or V: at(token) is the first byte of its D elements. Any token number and any table or
+/// row start yields an address inside the tensor as its layout describes it; wrong ones just yield the wrong token.
+struct TokenRows {
+    char* base;
+    const int32_t* offsets;  // the row's block table, or null
+    int64_t first;           // packed: first token of the row
+    int64_t stride_token;
+    int64_t stride_block;
+    int64_t extent;
+    int32_t block_shift;
+    int32_t max_blocks;
+
+    CHUNKKV_HD char* at(int32_t token) const {
+        if (offsets == nullptr) return base + clampTo(first + token, 0, extent - 1) * stride_token;
+        return block(token >> block_shift) + (token & ((1 << block_shift) - 1)) * stride_token;
+    }
+
+    /// First byte of a block (paged only). An offset outside the pool, such as one with the flag of TensorRT-LLM's
+    /// secondary pool (bit 31), counts as 0.
+    CHUNKKV_HD char* block(int32_t number) const {
+        const int64_t offset = offsets[clampTo(number, 0, max_blocks - 1)];
+        return base + (offset >= 0 && offset < extent ? offset : 0) * stride_block;
+    }
+};
+
+CHUNKKV_HD int32_t log2Of(int32_t power_of_two) {
+    int32_t shift = 0;
+    while ((1 << shift) < power_of_two) ++shift;
+    return shift;
+}
+
+/// The rows of (row, head) in a tensor that starts at `base`; kv is 0 for K (and for queries), 1 for V.
+CHUNKKV_HD TokenRows tokenRows(const Layout& layout, const void* base, int32_t kv, int32_t row, int32_t head) {
+    TokenRows rows;
+    rows.base = static_cast<char*>(const_cast<void*>(base)) + head * layout.stride_head;
+    rows.offsets = nullptr;
+    rows.first = 0;
+    rows.stride_token = layout.stride_token;
+    rows.stride_block = layout.stride_block;
+    rows.extent = layout.extent;
+    rows.block_shift = 0;
+    rows.max_blocks = layout.max_blocks;
+    if (layout.block_offsets != nullptr) {
+        rows.offsets = layout.block_offsets + (static_cast<int64_t>(row) * 2 + kv) * layout.max_blocks;
+        rows.block_shift = log2Of(layout.tokens_per_block);
+    } else if (layout.row_starts != nullptr) {
+        rows.first = layout.row_starts[row];
+    } else {
+        rows.base += row * layout.stride_row;
+    }
+    return rows;
+}
+
+}  // namespace chunkkv

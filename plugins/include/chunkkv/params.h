@@ -1,0 +1,191 @@
+/* One plain struct per op, shared by the C ABI and the kernels. Valid C; nothing here has a constructor.
+ *
+ * Letters: B rows of the batch, Hq query heads, Hkv KV heads, D head size, L prompt length of a row, S padded length,
+ * w observation window, s sinks, c chunk size, N kept tokens of a row, T tokens of a packed tensor.
+ *
+ * How per-row values arrive. The host knows B, S and the settings; everything that differs between rows lies in
+ * device arrays that only kernels read: lengths [B] and, optionally, keep_per_10k [B] and budget_tokens [B]. Kernels
+ * clamp lengths to [0, S]; budget.h turns a row's values into N(L). A row with N == L is kept whole: score skips it,
+ * so its scores are unspecified and nobody reads them.
+ *
+ * How the ops hand over. score ends in chunk_scores [B, max_chunks], the mean of a[t] over each chunk's own tokens;
+ * select ranks those and writes kept_indices; compact and the caller read kept_indices and kept_lengths.
+ *   fixed      chunk i of a row spans [s + i*c, min(s + (i+1)*c, L-w)); there are ceil((L-w-s)/c) of them.
+ *   delimiter  the boundaries op writes chunk_starts and num_chunks once per prompt; chunk i spans chunk_starts[i] to
+ *              chunk_starts[i+1], and chunk_starts[num_chunks] == L-w. score and select of all layers read the same.
+ * max_chunks is the row pitch of chunk_scores; chunkkv_max_chunks() gives the smallest that every row fits in.
+ *
+ * Pointers are device pointers unless a comment says host. Sizes in [brackets] are row-major and dense. Strides are in
+ * bytes. Contents of device arrays may be anything: kernels stay inside the given sizes for every value.
+ */
+#ifndef CHUNKKV_PARAMS_H
+#define CHUNKKV_PARAMS_H
+
+#include <stdint.h>
+
+/* Storage types. int8 and fp8 (e4m3) are for KV caches: compact moves their bytes, score multiplies by key_scale. */
+enum { CHUNKKV_FLOAT32 = 0, CHUNKKV_FLOAT16 = 1, CHUNKKV_BFLOAT16 = 2, CHUNKKV_INT8 = 3, CHUNKKV_FP8_E4M3 = 4 };
+enum { CHUNKKV_BOUNDARIES_FIXED = 0, CHUNKKV_BOUNDARIES_DELIMITER = 1 };
+enum { CHUNKKV_SCORE_SOFTMAX = 0, CHUNKKV_SCORE_LOGITS = 1 };
+enum { CHUNKKV_ROPE_NEOX = 0, CHUNKKV_ROPE_GPTJ = 1 };
+enum { CHUNKKV_MAX_LENGTH = 1 << 22, CHUNKKV_MAX_BATCH = 65535, CHUNKKV_MAX_LAYERS = 64 };
+
+/* What the engine was built with. */
+typedef struct chunkkv_settings {
+    int32_t window;        /* w, 1..128 */
+    int32_t sinks;         /* s, 0..65536 */
+    int32_t chunk_size;    /* c, 1..256 */
+    int32_t boundaries;    /* CHUNKKV_BOUNDARIES_* */
+    int32_t pooling;       /* odd, 1..63; 1 = off */
+    int32_t score;         /* CHUNKKV_SCORE_* */
+    int32_t keep_per_10k;  /* 1..10000: ratio mode, where budget_tokens is 0 */
+    int32_t budget_tokens; /* >= 0; above 0: budget mode */
+    int32_t min_tokens;    /* m >= w + s + c */
+    int32_t reserved;      /* 0 */
+} chunkkv_settings;
+
+/* The rows of a batch. */
+typedef struct chunkkv_rows {
+    const int32_t* lengths;       /* [B] L of each row */
+    const int32_t* keep_per_10k;  /* [B] or NULL: settings.keep_per_10k */
+    const int32_t* budget_tokens; /* [B], 0 = ratio mode, or NULL: 0 where keep_per_10k is given, else the settings' */
+    int32_t batch;                /* B, 0..CHUNKKV_MAX_BATCH */
+    int32_t max_length;           /* S, 0..CHUNKKV_MAX_LENGTH */
+} chunkkv_rows;
+
+/* Where the D elements of (row, head, token) lie; D elements are always adjacent. One of three:
+ *   contiguous  base + row*stride_row + head*stride_head + token*stride_token
+ *   packed      base + (row_starts[row] + token)*stride_token + head*stride_head      (rows back to back, e.g. QKV)
+ *   paged       TensorRT-LLM's pool: base + offset*stride_block + head*stride_head + (token % tokens_per_block)*
+ *               stride_token, offset = block_offsets[row][0 for K, 1 for V][token / tokens_per_block]; base is the
+ *               layer's first byte in the primary pool, heads inside a block are [Hkv, tokens_per_block, D]. */
+typedef struct chunkkv_layout {
+    const int32_t* block_offsets; /* [B, 2, max_blocks]; NULL unless paged */
+    const int32_t* row_starts;    /* [B] first token of each row; NULL unless packed */
+    int64_t stride_row;           /* contiguous only */
+    int64_t stride_head;
+    int64_t stride_token;
+    int64_t stride_block;     /* paged only: bytes of one block of K (or of V) of one layer */
+    int64_t extent;           /* contiguous: tokens a row has room for; packed: T; paged: offsets lie in [0, extent),
+                               * for TensorRT-LLM's pool (blocks - 1) * layers * 2 + 2; INT64_MAX where its size is
+                               * not known (then offsets are trusted) */
+    int32_t tokens_per_block; /* paged only: a power of two */
+    int32_t max_blocks;       /* paged only */
+} chunkkv_layout;
+
+/* boundaries: find the delimiter chunks of every row; once per prompt, for all layers. */
+typedef struct chunkkv_boundaries_params {
+    chunkkv_settings settings;
+    chunkkv_rows rows;
+    const int32_t* token_ids;         /* [B, S], or [T] where row_starts is given */
+    const int32_t* row_starts;        /* [B] first token of each row in [T], or NULL */
+    int64_t num_tokens;               /* T, where row_starts is given */
+    const uint32_t* delimiter_bitmap; /* [ceil(vocab_size / 32)] bit (id % 32) of word (id / 32) is set: delimiter */
+    int32_t vocab_size;               /* ids outside [0, vocab_size) delimit nothing */
+    int32_t max_chunks;               /* at least chunkkv_max_chunks() */
+    int32_t* chunk_starts;            /* out [B, max_chunks + 1] */
+    int32_t* num_chunks;              /* out [B] */
+} chunkkv_boundaries_params;
+
+/* score: window queries against all keys, down to one mean per chunk. query, key and all their strides are multiples
+ * of 16 bytes. */
+typedef struct chunkkv_score_params {
+    chunkkv_settings settings;
+    chunkkv_rows rows;
+    chunkkv_layout query_layout; /* never paged */
+    chunkkv_layout key_layout;
+    const void* query;           /* [B, Hq, w or L, D] rotated */
+    const void* key;             /* [B, Hkv, L, D] rotated */
+    const float* key_scale;      /* [1] multiplies int8 and fp8 keys, or NULL: 1 */
+    const int32_t* chunk_starts; /* [B, max_chunks + 1] where boundaries is delimiter, else NULL */
+    const int32_t* num_chunks;   /* [B] likewise */
+    float* chunk_scores;         /* out [B, max_chunks] */
+    float* token_scores;         /* out [B, S] a[t], zero from L-w on and for L < w, or NULL */
+    int32_t heads;               /* Hq */
+    int32_t kv_heads;            /* Hkv; Hq / Hkv is a whole number from 1 to 16 */
+    int32_t head_dim;            /* D: 64, 80, 96, 128 or 256 */
+    int32_t query_dtype;         /* float32, float16 or bfloat16 */
+    int32_t key_dtype;           /* query_dtype, int8 or fp8 */
+    int32_t query_is_window;     /* 1: query holds the last w tokens of a row; 0: all of them, the last w are used */
+    int32_t max_chunks;          /* at least chunkkv_max_chunks() */
+    int32_t reserved;            /* 0 */
+} chunkkv_score_params;
+
+/* select: rank the chunks, fill the budget exactly. Needs no workspace. */
+typedef struct chunkkv_select_params {
+    chunkkv_settings settings;
+    chunkkv_rows rows;
+    const float* chunk_scores;   /* [B, max_chunks] */
+    const int32_t* chunk_starts; /* [B, max_chunks + 1] where boundaries is delimiter, else NULL */
+    const int32_t* num_chunks;   /* [B] likewise */
+    int32_t* kept_indices;       /* out [B, max_kept] ascending; -1 behind a row's N */
+    int32_t* kept_lengths;       /* out [B] N(L), at most max_kept */
+    int32_t max_chunks;          /* at least chunkkv_max_chunks() */
+    int32_t max_kept;            /* at least the largest N; a longer list is cut here */
+} chunkkv_select_params;
+
+/* The cache of one layer, in `layout` terms the base of K and of V (paged: both the layer's base). */
+typedef struct chunkkv_layer {
+    const void* key;
+    const void* value;
+    void* key_out; /* NULL: in place; then value_out is NULL as well, for every layer of the call */
+    void* value_out;
+} chunkkv_layer;
+
+/* compact: move the kept rows of K and V to slots 0..N-1, bytes unchanged, all given layers in one launch.
+ * Out of place, source and destination may not overlap; slots from N on are left alone in both modes. */
+typedef struct chunkkv_compact_params {
+    chunkkv_rows rows;           /* lengths only; the budget arrays are not read */
+    chunkkv_layout layout;       /* of key and value */
+    chunkkv_layout layout_out;   /* of key_out and value_out; not read in place */
+    const int32_t* kept_indices; /* [B, max_kept] strictly ascending, in [0, L) */
+    const int32_t* kept_lengths; /* [B] N; clamped to [0, min(max_kept, L)] */
+    const chunkkv_layer* layers; /* host [num_layers]; copied before the call returns */
+    int32_t num_layers;          /* more than CHUNKKV_MAX_LAYERS take one launch per CHUNKKV_MAX_LAYERS */
+    int32_t max_kept;
+    int32_t kv_heads;  /* Hkv */
+    int32_t row_bytes; /* D * bytes of one element */
+} chunkkv_compact_params;
+
+/* rope: rotate Q and K of packed QKV by the logical position of each token; V and elements from rotary_dim on are
+ * copied. Arithmetic in float32, rounded once. */
+typedef struct chunkkv_rope_params {
+    const void* qkv;          /* [T, (Hq + 2*Hkv) * D] */
+    void* qkv_out;            /* same shape; may be qkv itself, may not overlap it otherwise */
+    const int32_t* positions; /* [T] logical positions; clamped to [0, max_positions) */
+    const float* cos_sin;     /* [max_positions, rotary_dim / 2, 2] cosine, then sine (TensorRT-LLM's table) */
+    int64_t num_tokens;       /* T >= 0 */
+    int32_t max_positions;
+    int32_t heads;      /* Hq */
+    int32_t kv_heads;   /* Hkv */
+    int32_t head_dim;   /* D */
+    int32_t rotary_dim; /* even, 2..D */
+    int32_t style;      /* CHUNKKV_ROPE_*: neox pairs (i, i + rotary_dim/2), gptj pairs (2i, 2i + 1) */
+    int32_t dtype;      /* float32, float16 or bfloat16 */
+    int32_t reserved;   /* 0 */
+} chunkkv_rope_params;
+
+#ifdef __cplusplus
+#include <type_traits>
+
+namespace chunkkv {
+using Settings = chunkkv_settings;
+using Rows = chunkkv_rows;
+using Layout = chunkkv_layout;
+using Layer = chunkkv_layer;
+using BoundariesParams = chunkkv_boundaries_params;
+using ScoreParams = chunkkv_score_params;
+using SelectParams = chunkkv_select_params;
+using CompactParams = chunkkv_compact_params;
+using RopeParams = chunkkv_rope_params;
+
+/* Kernels take these by value: trivially copyable, and without padding that would carry undefined bytes. */
+template <class P>
+constexpr bool isPlain = std::is_trivially_copyable_v<P> && std::has_unique_object_representations_v<P>;
+static_assert(isPlain<Settings> && isPlain<Rows> && isPlain<Layout> && isPlain<Layer>);
+static_assert(isPlain<BoundariesParams> && isPlain<ScoreParams> && isPlain<SelectParams>);
+static_assert(isPlain<CompactParams> && isPlain<RopeParams>);
+}  // namespace chunkkv
+#endif
+
+#endif

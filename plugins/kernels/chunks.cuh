@@ -1,0 +1,40 @@
+// The chunks of one row, fixed or by delimiter: the one place that turns a chunk's number into its tokens.
+#pragma once
+
+#include "chunkkv/budget.h"
+#include "dev.h"
+
+namespace chunkkv {
+
+/// Chunk i of a row spans [start(i), start(i) + length(i)), for i in [0, count). Whatever the table of a delimiter row
+/// holds, every span lies in [s, L-w) and has at most c tokens.
+struct ChunkSpans {
+    const int32_t* starts;  // null for fixed chunks
+    int32_t count;
+    int32_t first;  // s
+    int32_t end;    // L - w
+    int32_t size;   // c
+
+    __device__ int32_t start(int32_t chunk) const {
+        return starts ? static_cast<int32_t>(clampTo(starts[chunk], first, end)) : first + chunk * size;
+    }
+    __device__ int32_t length(int32_t chunk) const {
+        const int32_t behind = starts ? starts[chunk + 1] : first + (chunk + 1) * size;
+        return static_cast<int32_t>(clampTo(static_cast<int64_t>(behind < end ? behind : end) - start(chunk), 0, size));
+    }
+};
+
+/// `starts` [B, max_chunks + 1] and `num_chunks` [B] are null for fixed chunks.
+__device__ inline ChunkSpans chunkSpans(const Settings& settings, const int32_t* starts, const int32_t* num_chunks,
+                                        int32_t max_chunks, int32_t row, int32_t length) {
+    ChunkSpans spans;
+    spans.starts = starts ? starts + static_cast<int64_t>(row) * (max_chunks + 1) : nullptr;
+    spans.first = settings.sinks;
+    spans.end = length - settings.window;
+    spans.size = settings.chunk_size;
+    const int64_t most = clampTo(maxChunks(settings, length), 0, max_chunks);
+    spans.count = static_cast<int32_t>(starts ? clampTo(num_chunks[row], 0, most) : most);
+    return spans;
+}
+
+}  // namespace chunkkv

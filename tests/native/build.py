@@ -1,0 +1,151 @@
+"""Builds the emulated libchunkkv: the kernels of plugins/, compiled by g++ against the emulator, behind the same C ABI.
+
+Objects and libraries are cached in build/native by the content of everything that goes into them, so a second call
+costs nothing and a change is never missed. A mutation is a text that must occur once in a file, and what replaces it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build" / "native"
+EMULATOR = ROOT / "tests" / "native" / "emulator"
+JOBS = 2
+
+COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off"]
+COMMON += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+FLAVOURS = {
+    "plain": ["-O2"],
+    "asan": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "tsan": ["-O1", "-g", "-fsanitize=thread"],
+}
+# The scheduler tells ThreadSanitizer about its fibers by hand and must not be instrumented itself.
+UNINSTRUMENTED = {"tsan": ["-O1", "-g", "-fno-tree-loop-distribute-patterns", "-DEMULATOR_TSAN"]}
+
+
+class Mutation(NamedTuple):
+    """A planted bug: `old` occurs exactly once in `file`, a path below plugins/."""
+
+    file: str
+    old: str
+    new: str
+
+
+class BuildError(Exception):
+    """A compiler failed, or a mutation does not match the source."""
+
+
+@functools.cache
+def compiler() -> str:
+    """Return the C++ compiler's path; raises BuildError where there is none."""
+    found = shutil.which(os.environ.get("CXX", "g++"))
+    if found is None:
+        raise BuildError("g++ was not found; install it, or set CXX to a C++17 compiler")
+    return found
+
+
+@functools.cache
+def _compiler_version() -> str:
+    return subprocess.run([compiler(), "--version"], check=True, capture_output=True, text=True).stdout
+
+
+def runtime(name: str) -> str:
+    """Return the path of one of the compiler's own libraries, such as libasan.so."""
+    return subprocess.run(
+        [compiler(), f"-print-file-name={name}"], check=True, capture_output=True, text=True
+    ).stdout.strip()
+
+
+def emulated_library(flavour: str = "plain", mutations: tuple[Mutation, ...] = ()) -> Path:
+    """Return the library of a flavour of FLAVOURS, built unless it exists; raises BuildError where it cannot be."""
+    tree = _source_tree(mutations)
+    sources = [*sorted((tree / "plugins" / "kernels").glob("*.cu")), tree / "plugins" / "api.cc"]
+    headers = _digest_of(
+        path for folder in (tree / "plugins", EMULATOR) for path in sorted(folder.rglob("*.*h")) if path.is_file()
+    )
+    flags = [*COMMON, *FLAVOURS[flavour]]
+    scheduler = [*COMMON, *UNINSTRUMENTED.get(flavour, FLAVOURS[flavour])]
+    jobs = [(source, flags) for source in sources] + [(EMULATOR / "simt.cc", scheduler)]
+    with ThreadPoolExecutor(JOBS) as pool:
+        objects = list(pool.map(lambda job: _compile(job[0], job[1], tree, headers), jobs))
+    return _link(flavour, objects)
+
+
+def probe_library(source: Path, flags: tuple[str, ...] = ()) -> Path:
+    """Return a library of one file of kernels and the emulator: for tests of the emulator itself."""
+    headers = _digest_of(path for folder in (ROOT / "plugins", EMULATOR) for path in sorted(folder.rglob("*.*h")))
+    every = [*COMMON, *FLAVOURS["plain"], *flags]
+    objects = [_compile(path, every, ROOT, headers) for path in (source, EMULATOR / "simt.cc")]
+    target = BUILD / "probe" / ("-".join(path.stem for path in objects) + ".so")
+    return _make(target, [compiler(), "-shared", *map(str, objects), "-lpthread"])
+
+
+def _source_tree(mutations: tuple[Mutation, ...]) -> Path:
+    """Return the folder that holds plugins/: the checkout, or a copy with the planted bugs."""
+    if not mutations:
+        return ROOT
+    tree = BUILD / "mutants" / hashlib.sha256(repr(mutations).encode()).hexdigest()[:16]
+    with _locked(tree):
+        shutil.rmtree(tree, ignore_errors=True)
+        shutil.copytree(ROOT / "plugins", tree / "plugins")
+        for mutation in mutations:
+            path = tree / "plugins" / mutation.file
+            text = path.read_text(encoding="utf-8")
+            if text.count(mutation.old) != 1:
+                raise BuildError(f"{mutation.file} holds {text.count(mutation.old)} times, not once: {mutation.old!r}")
+            path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
+    return tree
+
+
+def _digest_of(paths: Iterator[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _compile(source: Path, flags: list[str], tree: Path, headers: str) -> Path:
+    key = repr((_compiler_version(), flags, headers, source.read_bytes()))
+    target = BUILD / "objects" / f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.o"
+    folders = (tree / "plugins", tree / "plugins" / "include", tree / "plugins" / "kernels", EMULATOR)
+    includes = [f"-I{folder}" for folder in folders]
+    return _make(target, [compiler(), *flags, *includes, "-x", "c++", "-c", str(source)])
+
+
+def _link(flavour: str, objects: list[Path]) -> Path:
+    exports = ROOT / "plugins" / "exports.map"
+    key = repr((flavour, [path.name for path in objects], exports.read_bytes()))
+    target = BUILD / flavour / hashlib.sha256(key.encode()).hexdigest()[:20] / "libchunkkv_emulated.so"
+    flags = ["-shared", *FLAVOURS[flavour], f"-Wl,--version-script={exports}"]
+    return _make(target, [compiler(), *flags, *map(str, objects), "-lpthread"])
+
+
+def _make(target: Path, command: list[str]) -> Path:
+    """Run the command, which is to write `target`, unless another process or call has."""
+    with _locked(target):
+        if not target.exists():
+            partial = target.with_suffix(".partial")
+            done = subprocess.run([*command, "-o", str(partial)], capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                raise BuildError(f"{' '.join(command)}\n{done.stderr[-6000:]}")
+            partial.replace(target)
+    return target
+
+
+@contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target.parent / f".{target.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,163 @@
+"""Compiles every kernel with nvcc for every supported GPU, and holds registers, shared memory and spills to a table.
+
+python tests/native/compile_check.py            print the table, fail on anything that got worse
+python tests/native/compile_check.py --update   write registers.json anew
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+PLUGINS, CACHE = ROOT / "plugins", ROOT / "build" / "compile_check"
+TABLE = Path(__file__).parent / "registers.json"
+ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
+JOBS = 2
+FLAGS = ["-std=c++17", "-O3", "-fatbin", "-Xptxas", "-v", "-Werror", "all-warnings"]
+
+Usage = dict[str, dict[str, dict[str, int]]]  # kernel, architecture, quantity
+_ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\w+)'")
+_SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+_USED = re.compile(r"Used (\d+) registers")
+_SHARED = re.compile(r"(\d+) bytes smem")
+
+
+def find_nvcc() -> str | None:
+    """Return the path of nvcc, or None."""
+    return shutil.which("nvcc")
+
+
+@functools.cache
+def nvcc_release(nvcc: str) -> str:
+    """Return the release of nvcc, such as 13.0: register counts are comparable within one."""
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release ([\d.]+)", text)
+    return found[1] if found else "unknown"
+
+
+def sources() -> list[Path]:
+    """Return the kernel files, the largest first: it should not be the last one to start."""
+    return sorted((PLUGINS / "kernels").glob("*.cu"), key=lambda path: -path.stat().st_size)
+
+
+def compile_all(nvcc: str) -> Usage:
+    """Return what every kernel uses on every architecture; raises RuntimeError where nvcc refuses."""
+    jobs = [(source, architecture) for source in sources() for architecture in ARCHITECTURES]
+    with ThreadPoolExecutor(JOBS) as pool:
+        logs = list(pool.map(lambda job: _log_of(nvcc, *job), jobs))
+    return _short_names(_parse("\n".join(logs)))
+
+
+def _log_of(nvcc: str, source: Path, architecture: str) -> str:
+    """Return what ptxas says, from the cache where nothing has changed since."""
+    key = hashlib.sha256(repr((nvcc_release(nvcc), FLAGS, source.name, architecture)).encode())
+    for path in sorted(PLUGINS.rglob("*.*h")):
+        key.update(path.read_bytes())
+    key.update(source.read_bytes())
+    log = CACHE / f"{source.stem}-{architecture}-{key.hexdigest()[:16]}.log"
+    if log.exists():
+        return log.read_text(encoding="utf-8")
+    CACHE.mkdir(parents=True, exist_ok=True)
+    target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
+    includes = [f"-I{PLUGINS / 'include'}", f"-I{PLUGINS / 'kernels'}"]
+    command = [nvcc, *FLAGS, target, *includes, str(source), "-o", os.devnull]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-4000:]}")
+    partial = log.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(done.stderr, encoding="utf-8")
+    partial.replace(log)
+    return done.stderr
+
+
+def _parse(log: str) -> Usage:
+    usage: Usage = {}
+    entry: dict[str, int] = {}
+    for line in log.splitlines():
+        if found := _ENTRY.search(line):
+            entry = usage.setdefault(found[1], {}).setdefault(f"sm_{found[2]}", {})
+        elif found := _SPILLS.search(line):
+            entry["stack"], entry["spills"] = int(found[1]), int(found[2]) + int(found[3])
+        elif found := _USED.search(line):
+            shared = _SHARED.search(line)
+            entry["registers"], entry["shared"] = int(found[1]), int(shared[1]) if shared else 0
+    return usage
+
+
+def _short_names(usage: Usage) -> Usage:
+    """Demangle, and drop what all kernels have in common."""
+    filtered = subprocess.run(["c++filt", *usage], capture_output=True, text=True, check=True).stdout.splitlines()
+    names = [re.sub(r"chunkkv::|\(anonymous namespace\)::|^void |\([^()]*\)$", "", name) for name in filtered]
+    assert len(set(names)) == len(usage), "two kernels share a short name"
+    return {name: usage[mangled] for name, mangled in sorted(zip(names, usage, strict=True))}
+
+
+def complaints(usage: Usage, table: dict[str, Any], release: str) -> list[str]:
+    """Return what is worse than the table says, or not in it; the table must be true for its own nvcc release."""
+    found = [f"{name}: not in the table" for name in usage if name not in table["kernels"]]
+    found += [f"{name}: in the table, but no longer compiled" for name in table["kernels"] if name not in usage]
+    for name in sorted(set(usage) & set(table["kernels"])):
+        for architecture, now in usage[name].items():
+            then = table["kernels"][name].get(architecture, {})
+            for quantity, value in now.items():
+                known = then.get(quantity, 0)
+                worse = quantity in ("spills", "stack") and value > known
+                if worse or (release == table["nvcc"] and value != known):
+                    found.append(f"{name} on {architecture}: {value} {quantity}, the table says {known}")
+    return found
+
+
+def as_table(usage: Usage, release: str) -> str:
+    """Return registers.json: one line per kernel, so that a change shows as one line."""
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(places)}" for name, places in usage.items())
+    return f'{{"nvcc": {json.dumps(release)}, "kernels": {{\n{lines}\n}}}}\n'
+
+
+def show(usage: Usage) -> None:
+    """Print one line per kernel: registers, static shared memory and spilled bytes on every architecture."""
+    print(f"{'kernel':58}" + "".join(f"{'sm_' + architecture:>16}" for architecture in ARCHITECTURES))
+    for name, places in usage.items():
+        cells = [places.get(f"sm_{architecture}", {}) for architecture in ARCHITECTURES]
+        numbers = [f"{cell['registers']}r {cell['shared']}B {cell['spills']}s" if cell else "-" for cell in cells]
+        print(f"{name[:57]:58}" + "".join(f"{number:>16}" for number in numbers))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--update", action="store_true", help="write registers.json instead of comparing with it")
+    options = parser.parse_args(arguments)
+    nvcc = find_nvcc()
+    if nvcc is None:
+        print("nvcc was not found; install the CUDA toolkit or put it on PATH", file=sys.stderr)
+        return 2
+    started = time.monotonic()
+    usage, release = compile_all(nvcc), nvcc_release(nvcc)
+    show(usage)
+    print(
+        f"{len(usage)} kernels, {len(ARCHITECTURES)} architectures, {time.monotonic() - started:.0f} s, nvcc {release}"
+    )
+    if options.update:
+        partial = TABLE.with_suffix(".partial")
+        partial.write_text(as_table(usage, release), encoding="utf-8")
+        partial.replace(TABLE)
+        return 0
+    found = complaints(usage, json.loads(TABLE.read_text(encoding="utf-8")), release)
+    print("\n".join(found), file=sys.stderr)
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,159 @@
+"""The op as boundaries, score and select of libchunkkv, callable like chunkkv.reference.select_batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from chunkkv.native import Chunks, KVCache, NativeLibrary, RawArray, Rows, contiguous_kv, packed_kv, paged_kv
+from chunkkv.settings import ChunkKVSettings
+from native.memory import Memory
+
+KV_STORAGE = {"int8": np.int8, "float8_e4m3fn": ml_dtypes.float8_e4m3fn}
+LAYOUTS = ("contiguous", "tokens first", "packed", "paged")
+POOL_LAYERS = 2
+KEY_SCALE = 0.03125 * 1.1
+
+
+def quantize(key: NDArray[Any], storage: str) -> NDArray[Any]:
+    """Return keys as int8 or fp8, to be read times KEY_SCALE; NaN becomes 0 in int8."""
+    scaled = key.astype(np.float32) / np.float32(KEY_SCALE)
+    if storage == "int8":
+        return np.nan_to_num(np.clip(np.round(scaled), -127, 127), nan=0.0).astype(np.int8)
+    return np.clip(scaled, -448, 448).astype(ml_dtypes.float8_e4m3fn)
+
+
+def dequantize(key: NDArray[Any]) -> NDArray[np.float32]:
+    """Return what quantized keys stand for."""
+    return key.astype(np.float32) * np.float32(KEY_SCALE)
+
+
+def make_cache(memory: Memory, key: NDArray[Any], layout: str, block: int = 16, seed: int = 0) -> KVCache:
+    """Return key [B, Hkv, S, D] as the K of a cache in one of LAYOUTS; everything that holds no key is poison."""
+    batch, heads, tokens, head_dim = key.shape
+    if layout == "contiguous":
+        raw = memory.put(key)
+        return contiguous_kv(raw, raw)
+    if layout == "tokens first":
+        raw = memory.put(key.transpose(0, 2, 1, 3))
+        sizes = np.array(raw.strides)[[0, 2, 1, 3]]
+        view = RawArray(raw.pointer, raw.dtype, key.shape, tuple(int(size) for size in sizes), raw.on_device)
+        return contiguous_kv(view, view)
+    if layout == "packed":
+        raw = memory.put(key.transpose(0, 2, 1, 3).reshape(batch * tokens, heads, head_dim))
+        return packed_kv(raw, raw, memory.put(np.arange(batch, dtype=np.int32) * tokens))
+    per_row = -(-tokens // block)
+    blocks = batch * per_row + 3
+    order = np.random.default_rng(seed).permutation(blocks)[: batch * per_row].reshape(batch, per_row)
+    pool = np.full((blocks, POOL_LAYERS, 2, heads, block, head_dim * key.itemsize), 0xFF, dtype=np.uint8)
+    raw_key = np.ascontiguousarray(key).view(np.uint8)
+    for row in range(batch):
+        for number in range(per_row):
+            part = raw_key[row, :, number * block : (number + 1) * block]
+            pool[order[row, number], 1, 0, :, : part.shape[1]] = part
+    keys_at = (order * POOL_LAYERS * 2).astype(np.int32)
+    table = np.stack([keys_at, keys_at + 1], axis=1)
+    return paged_kv(memory.put(pool.view(key.dtype)), memory.put(table), layer=1)
+
+
+@dataclass
+class NativeOp:
+    """One way to call the library: the types of the cache, its layout, the order of query."""
+
+    library: NativeLibrary
+    memory: Memory
+    key_storage: str | None = None  # int8 or fp8: keys are quantized on the way in
+    layout: str = "contiguous"
+    block: int = 16
+    one_pass: bool = False  # indices from chunk scores alone, which fixed chunks get in one pass over K
+    whole_query: bool = False  # hand over queries of all tokens, the last w of which count
+
+    def score(
+        self,
+        query: NDArray[Any],
+        key: NDArray[Any],
+        rows: Rows,
+        settings: ChunkKVSettings,
+        chunks: Chunks | None = None,
+        with_tokens: bool = True,
+        wild_table: np.random.Generator | None = None,
+    ) -> tuple[RawArray, RawArray | None]:
+        """Return chunk_scores [B, max_chunks] and token_scores [B, S] as the library's memory.
+
+        `wild_table` fills the block table of a paged cache with random numbers.
+        """
+        memory, batch = self.memory, query.shape[0]
+        if self.key_storage:
+            key = quantize(key, self.key_storage)
+        cache = make_cache(memory, key, self.layout, self.block)
+        if wild_table is not None:
+            table = cache.arrays[1]
+            memory.write(table, wild_table.integers(-(2**31), 2**31 - 1, table.shape, np.int32))
+        width = max(1, self.library.max_chunks(settings, rows.max_length))
+        options: dict[str, Any] = {"chunk_scores": memory.empty((batch, width), "float32"), "chunks": chunks}
+        options["token_scores"] = memory.empty((batch, rows.max_length), "float32") if with_tokens else None
+        options["key_scale"] = memory.put(np.float32([KEY_SCALE])) if self.key_storage else None
+        queries = memory.put(self._all_queries(query, rows) if self.whole_query else query)
+        size = self.library.score_workspace(settings, rows, queries, cache, **options)
+        workspace = memory.empty((size,), "uint8")
+        self.library.score(settings, rows, queries, cache, workspace=workspace, **options)
+        return options["chunk_scores"], options["token_scores"]
+
+    def _all_queries(self, query: NDArray[Any], rows: Rows) -> NDArray[Any]:
+        batch, heads, window, head_dim = query.shape
+        lengths = np.clip(self.memory.get(rows.lengths), window, None)
+        whole = np.full((batch, heads, max(rows.max_length, window), head_dim), np.nan, dtype=query.dtype)
+        for row in range(batch):
+            whole[row, :, lengths[row] - window : lengths[row]] = query[row]
+        return whole
+
+    def select(
+        self,
+        query: NDArray[Any],
+        key: NDArray[Any],
+        lengths: NDArray[np.int32],
+        settings: ChunkKVSettings,
+        *,
+        keep_per_10k: NDArray[np.int32] | None = None,
+        budget_tokens: NDArray[np.int32] | None = None,
+        is_delimiter: NDArray[np.bool_] | None = None,
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]:
+        """Return kept_indices, kept_lengths and token_scores as chunkkv.reference.select_batch does."""
+        put = self.memory.put
+        ratios, budgets = (None if values is None else put(values) for values in (keep_per_10k, budget_tokens))
+        rows = Rows(put(lengths), key.shape[2], ratios, budgets)
+        chunks = None if is_delimiter is None else self.chunks(is_delimiter, rows, settings)
+        chunk_scores, token_scores = self.score(query, key, rows, settings, chunks)
+        if self.one_pass:
+            chunk_scores, _ = self.score(query, key, rows, settings, chunks, with_tokens=False)
+        wanted = [
+            settings.kept_tokens(
+                int(length),
+                None if keep_per_10k is None else int(keep_per_10k[row]),
+                None if budget_tokens is None else int(budget_tokens[row]),
+            )
+            for row, length in enumerate(lengths)
+        ]
+        # Per-row budgets lie on the device: the host sizes the list by what it knows, here the settings' own N.
+        width = max([*wanted, self.library.kept_tokens(settings, key.shape[2])])
+        kept = self.memory.empty((len(lengths), width), "int32")
+        counts = self.memory.empty((len(lengths),), "int32")
+        self.library.select(settings, rows, chunk_scores, kept, counts, chunks=chunks)
+        assert token_scores is not None
+        kept_lengths, indices = self.memory.get(counts), self.memory.get(kept)
+        assert (indices[:, max(wanted) :] == -1).all()
+        return indices[:, : max(wanted)], kept_lengths, self.memory.get(token_scores)
+
+    def chunks(self, is_delimiter: NDArray[np.bool_], rows: Rows, settings: ChunkKVSettings) -> Chunks:
+        """Return the chunks that the boundaries op finds."""
+        batch = is_delimiter.shape[0]
+        width = max(1, self.library.max_chunks(settings, rows.max_length))
+        chunks = Chunks(self.memory.empty((batch, width + 1), "int32"), self.memory.empty((batch,), "int32"))
+        ids = self.memory.put(is_delimiter.astype(np.int32))  # token 1 is the delimiter
+        bitmap = self.memory.put(np.array([0b10], dtype=np.uint32))
+        self.library.boundaries(settings, rows, ids, bitmap, 2, chunks)
+        return chunks

@@ -1,0 +1,142 @@
+"""Every op once, on inputs small enough for sanitizers and sharp enough for planted bugs. Run in a process of its own:
+
+    CHUNKKV_LIB=... python -m native.probe --order greedy --async-copies early compact select
+
+Exit status 0: all right; 1: wrong results or a refusal; anything else: a crash or a sanitizer's report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import subprocess
+import sys
+import traceback
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from chunkkv import reference
+from chunkkv.native import NativeLibrary, contiguous_kv
+from native import test_boundaries, test_compact, test_rope, test_score, test_select
+from native.build import ROOT, runtime
+from native.memory import Memory
+from native.native_op import NativeOp
+from native.score_checks import TOLERANCE, largest_error
+
+
+class Outcome(NamedTuple):
+    """How a probe ended, and the end of what it wrote."""
+
+    status: int
+    text: str
+
+
+ORDERS = ("forward", "reverse", "random", "greedy")
+ASYNC = ("late", "early")
+
+
+def boundaries(library: NativeLibrary, memory: Memory) -> None:
+    """Rows of one, several and no tiles."""
+    rng = np.random.default_rng(1)
+    own = replace(test_boundaries.SETTINGS, chunk_size=7, min_tokens=14)
+    test_boundaries.check(library, memory, own, [test_boundaries.draw_ids(rng, n, 0.2) for n in (9_000, 40, 0)])
+
+
+def score(library: NativeLibrary, memory: Memory) -> None:
+    """More tiles per block than stages, chunks across tiles, rows that end inside a tile, a table that ends with L."""
+    tried = test_score.case(test_score.settings(9, 10), (700, 611), heads=8, extra_padding=0)
+    for one_pass in (True, False):
+        op = NativeOp(library, memory, layout="paged")
+        assert largest_error(op, tried, "float16", one_pass) < TOLERANCE
+    pooled = test_score.case(test_score.settings(3, 6, 1, pooling=5), (300, 128))
+    assert largest_error(NativeOp(library, memory), pooled, "float16", one_pass=True) < TOLERANCE
+
+
+def score_types(library: NativeLibrary, memory: Memory) -> None:
+    """The other ways to multiply and to stage."""
+    tried = test_score.case(test_score.settings(), (300, 211))
+    for storage, key_storage, dim in (("float32", None, 64), ("bfloat16", "int8", 80), ("float32", None, 256)):
+        op = NativeOp(library, memory, key_storage, layout="packed")
+        assert largest_error(op, replace(tried, head_dim=dim), storage, one_pass=True) < TOLERANCE
+
+
+def select(library: NativeLibrary, memory: Memory) -> None:
+    """More chunks than threads; many equal scores."""
+    own = replace(test_select.SMALL, chunk_size=1)
+    test_select.make(own, [1500, 40], "random").check(library, memory)
+    test_select.make(test_select.SMALL, [3700, 9], "few values").check(library, memory)
+
+
+def compact(library: NativeLibrary, memory: Memory) -> None:
+    """In place over several tiles, across pages; and out of place."""
+    pool = test_compact.Pool.make(np.random.default_rng(1), 1, 2, 16, 64, "float16", (1300, 61))
+    test_compact.compact_paged(library, memory, pool, (1300, 61), (1100, 23))
+    key = np.random.default_rng(2).normal(size=(1, 2, 1300, 64)).astype(np.float16)
+    indices, counts = test_compact.choose(np.random.default_rng(3), (1300,), (700,))
+    given, target = memory.put(key), memory.empty((1, 2, 700, 64), "float16")
+    value, value_target = memory.put(key + 1), memory.empty((1, 2, 700, 64), "float16")
+    rows = test_compact.place_rows(memory, (1300,), 1300)
+    outputs = [contiguous_kv(target, value_target)]
+    listed = memory.put(indices[:, :700])
+    library.compact(rows, listed, memory.put(counts), [contiguous_kv(given, value)], outputs)
+    test_compact.check_bytes(memory.get(target)[0], reference.compact(key[0], indices[0, :700]))
+    test_compact.check_bytes(memory.get(value_target)[0], reference.compact(key[0] + 1, indices[0, :700]))
+
+
+def rope(library: NativeLibrary, memory: Memory) -> None:
+    """Both styles, in place."""
+    for style in ("neox", "gptj"):
+        test_rope.check(library, memory, "float16", 64, 64, style, in_place=True)
+
+
+def garbage(library: NativeLibrary, memory: Memory) -> None:
+    """Nothing leaves the buffers; AddressSanitizer and the guard bytes watch."""
+    for one_pass in (True, False):
+        test_score.test_garbage_stays_inside(library, memory, "float16", one_pass)
+    test_compact.test_garbage_is_memory_safe(library, memory, 1)
+
+
+CHECKS = {check.__name__: check for check in (boundaries, score, score_types, select, compact, rope, garbage)}
+
+
+def run(library: Path, *checks: str, order: str = "forward", copies: str = "late", preload: str = "") -> Outcome:
+    """Run checks in a process of their own; `preload` names a sanitizer's runtime, such as libtsan.so."""
+    environment = {**os.environ, "CHUNKKV_LIB": str(library), "OPENBLAS_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(str(ROOT / folder) for folder in ("python", "tests"))
+    if preload:
+        environment["LD_PRELOAD"] = runtime(preload)
+        environment |= {"TSAN_OPTIONS": "exitcode=66 halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=0"}
+    command = [sys.executable, "-m", "native.probe", "--order", order, "--async-copies", copies, *checks]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return Outcome(done.returncode, done.stderr[-4000:])
+
+
+def main() -> int:
+    """Run the named checks in one order of threads."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--order", choices=ORDERS, default="forward")
+    parser.add_argument("--async-copies", choices=ASYNC, default="late")
+    parser.add_argument("checks", nargs="*", default=list(CHECKS))
+    args = parser.parse_args()
+    path = os.environ["CHUNKKV_LIB"]
+    library = NativeLibrary(path)
+    if library.device == "emulated":
+        configure = ctypes.CDLL(path).chunkkv_emulator_configure
+        configure(ORDERS.index(args.order), ctypes.c_uint(1), ASYNC.index(args.async_copies))
+    for name in args.checks:
+        memory = Memory(library.device)
+        try:
+            CHECKS[name](library, memory)
+            memory.release()
+        except Exception:
+            print(f"{name}: {traceback.format_exc()[-1500:]}", file=sys.stderr)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""The kernels under nvcc: no new spill on any supported GPU, and a library that CMake builds and Python loads."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from chunkkv.errors import NativeError
+from chunkkv.native import NativeLibrary, RawArray, Rows
+from chunkkv.settings import ChunkKVSettings
+from native import compile_check
+from native.build import BUILD, ROOT
+
+TABLE = json.loads(compile_check.TABLE.read_text(encoding="utf-8"))
+needs_nvcc = pytest.mark.skipif(compile_check.find_nvcc() is None, reason="nvcc is not installed")
+needs_cmake = pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
+
+
+@needs_nvcc
+@pytest.mark.timeout(900)
+def test_no_kernel_uses_more_than_the_table_says(capsys: pytest.CaptureFixture[str]) -> None:
+    assert compile_check.main([]) == 0, capsys.readouterr().err
+
+
+def test_the_table_holds_every_architecture_and_no_spill() -> None:
+    for name, places in TABLE["kernels"].items():
+        assert set(places) == {f"sm_{architecture}" for architecture in compile_check.ARCHITECTURES}, name
+        assert all(place["spills"] == 0 and place["registers"] <= 255 for place in places.values()), name
+
+
+def test_whatever_got_worse_is_named() -> None:
+    known = {"nvcc": "13.0", "kernels": TABLE["kernels"]}
+    name = "selectKernel"
+    spilled = copy.deepcopy(known["kernels"])
+    spilled[name]["sm_90a"]["spills"] = 4
+    larger = copy.deepcopy(known["kernels"])
+    larger[name]["sm_80"]["registers"] += 1
+    for release in ("13.0", "14.1"):
+        assert compile_check.complaints(known["kernels"], known, release) == []
+        assert compile_check.complaints(spilled, known, release) == [f"{name} on sm_90a: 4 spills, the table says 0"]
+    assert len(compile_check.complaints(larger, known, "13.0")) == 1
+    assert compile_check.complaints(larger, known, "14.1") == [], "another compiler may use other registers"
+    fewer = {other: places for other, places in known["kernels"].items() if other != name}
+    assert compile_check.complaints(fewer, known, "14.1") == [f"{name}: in the table, but no longer compiled"]
+    assert compile_check.complaints(known["kernels"], {"nvcc": "13.0", "kernels": fewer}, "14.1") == [
+        f"{name}: not in the table"
+    ]
+
+
+def build_with_cmake(folder: Path, *options: str) -> None:
+    subprocess.run(["cmake", "-S", ROOT, "-B", folder, *options], check=True, capture_output=True)
+    done = subprocess.run(["cmake", "--build", folder, "-j2"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
+
+
+@needs_nvcc
+@needs_cmake
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(os.path.exists("/dev/nvidiactl"), reason="this machine has a GPU: make gpu-check runs the library")
+def test_the_library_loads_and_names_a_missing_driver() -> None:
+    """Built for one architecture; without a driver every launch fails with CUDA's own words, and nothing crashes."""
+    build_with_cmake(BUILD / "cmake")
+    library = NativeLibrary(BUILD / "cmake" / "libchunkkv.so")
+    assert library.device == "cuda"
+    settings = ChunkKVSettings()
+    assert library.kept_tokens(settings, 1000) == settings.kept_tokens(1000)
+    rows = Rows(RawArray(4096, "int32", (1,)), 100)
+    scores, kept = RawArray(4096, "float32", (1, 20)), RawArray(4096, "int32", (1, 100))
+    with pytest.raises(NativeError, match=r"chunkkv_select: launch error .*CUDA driver"):
+        library.select(settings, rows, scores, kept, RawArray(4096, "int32", (1,)))
+
+
+@needs_cmake
+def test_cmake_works_without_nvcc(tmp_path: Path) -> None:
+    """What CMake builds there is the emulated library, which answers as the reference does."""
+    build_with_cmake(tmp_path, "-DCMAKE_CUDA_COMPILER=NOTFOUND")
+    assert not (tmp_path / "libchunkkv.so").exists()
+    library = NativeLibrary(tmp_path / "libchunkkv_emulated.so")
+    assert library.device == "emulated"
+    lengths, kept = np.array([100], np.int32), np.zeros((1, 64), np.int32)
+    counts = np.zeros(1, np.int32)
+    library.select(ChunkKVSettings(), Rows(lengths, 100), np.zeros((1, 7), np.float32), kept, counts)
+    assert counts[0] == 64 and list(kept[0]) == [*range(32), *range(68, 100)]
