@@ -28,8 +28,10 @@ bool isRightMajor() noexcept {
     constexpr int kOther = kOwn == 10 ? 11 : 10;
     return guarded("getCreators", false, [] {
         if (isLoaded(kOwn) || !isLoaded(kOther)) return true;
-        std::fprintf(stderr, "chunkkv: these plugins are made for TensorRT %d, but %d is loaded; "
-                     "load libchunkkv_tensorrt%d.so\n", kOwn, kOther, kOther);
+        std::fprintf(stderr,
+                     "chunkkv: these plugins are made for TensorRT %d, but %d is loaded; "
+                     "load libchunkkv_tensorrt.so.%d\n",
+                     kOwn, kOther, kOther);
         return false;
     });
 }

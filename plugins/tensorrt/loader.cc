@@ -24,7 +24,7 @@ void registerWith(void* tensorrt, int major) {
     using Register = int32_t (*)(void*);
     const auto get_registry = reinterpret_cast<GetRegistry>(dlsym(tensorrt, "getPluginRegistry"));
     void* registry = get_registry ? get_registry() : nullptr;
-    const std::string path = ownFolder() + "libchunkkv_tensorrt" + std::to_string(major) + ".so";
+    const std::string path = ownFolder() + "libchunkkv_tensorrt.so." + std::to_string(major);
     void* plugins = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);  // stays loaded: the registry points into it
     const auto add = plugins ? reinterpret_cast<Register>(dlsym(plugins, "chunkkv_register_creators")) : nullptr;
     if (!add) {

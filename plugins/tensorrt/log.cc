@@ -31,6 +31,8 @@ bool report(const char* format, ...) noexcept {
     va_start(arguments, format);
     std::vsnprintf(text, sizeof(text), format, arguments);
     va_end(arguments);
+    for (char* c = text; *c; ++c)
+        if (*c < ' ' || *c > '~') *c = '?';  // names and words may come from a damaged file
     if (nvinfer1::ILogger* logger = currentLogger())
         logger->log(nvinfer1::ILogger::Severity::kERROR, text);
     else

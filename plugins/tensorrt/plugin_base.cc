@@ -24,12 +24,18 @@ bool equal(const Dims& a, const Dims& b) {
 
 int32_t storageType(DataType type) noexcept {
     switch (type) {
-        case DataType::kFLOAT: return CHUNKKV_FLOAT32;
-        case DataType::kHALF: return CHUNKKV_FLOAT16;
-        case DataType::kBF16: return CHUNKKV_BFLOAT16;
-        case DataType::kINT8: return CHUNKKV_INT8;
-        case DataType::kFP8: return CHUNKKV_FP8_E4M3;
-        default: return -1;
+        case DataType::kFLOAT:
+            return CHUNKKV_FLOAT32;
+        case DataType::kHALF:
+            return CHUNKKV_FLOAT16;
+        case DataType::kBF16:
+            return CHUNKKV_BFLOAT16;
+        case DataType::kINT8:
+            return CHUNKKV_INT8;
+        case DataType::kFP8:
+            return CHUNKKV_FP8_E4M3;
+        default:
+            return -1;
     }
 }
 
@@ -43,9 +49,12 @@ bool Plugin::parse(const PluginFieldCollection* fields, TensorRTPhase phase) {
 
 IPluginCapability* Plugin::getCapabilityInterface(PluginCapabilityType type) noexcept {
     switch (type) {
-        case PluginCapabilityType::kCORE: return static_cast<IPluginV3OneCore*>(this);
-        case PluginCapabilityType::kBUILD: return static_cast<IPluginV3OneBuild*>(this);
-        case PluginCapabilityType::kRUNTIME: return static_cast<IPluginV3OneRuntime*>(this);
+        case PluginCapabilityType::kCORE:
+            return static_cast<IPluginV3OneCore*>(this);
+        case PluginCapabilityType::kBUILD:
+            return static_cast<IPluginV3OneBuild*>(this);
+        case PluginCapabilityType::kRUNTIME:
+            return static_cast<IPluginV3OneRuntime*>(this);
     }
     return nullptr;
 }
@@ -105,8 +114,8 @@ int32_t Plugin::configurePlugin(const DynamicPluginTensorDesc* in, int32_t nb_in
         if (!hasCounts(nb_inputs, nb_outputs)) return 1;
         PluginTensorDesc at[kMaxTensors], at_out[kMaxTensors];
         atCorner(out, nb_outputs, &DynamicPluginTensorDesc::max, at_out);
-        for (const auto corner : {&DynamicPluginTensorDesc::min, &DynamicPluginTensorDesc::opt,
-                                  &DynamicPluginTensorDesc::max}) {
+        for (const auto corner :
+             {&DynamicPluginTensorDesc::min, &DynamicPluginTensorDesc::opt, &DynamicPluginTensorDesc::max}) {
             atCorner(in, nb_inputs, corner, at);
             if (!hasTypes(at, at_out) || !check(at)) return 1;
         }

@@ -1,5 +1,6 @@
 // ChunkKVSelect: score and select, once per layer group.
-//   in   query [B,Hq,w,D], key [B,Hkv,S,D] float32, float16 or bfloat16; lengths, keep_per_10k, budget_tokens [B] int32;
+//   in   query [B,Hq,w,D], key [B,Hkv,S,D] float32, float16 or bfloat16; lengths, keep_per_10k, budget_tokens [B]
+//   int32;
 //        with delimiter boundaries is_delimiter [B,S] int32, not 0 = the token ends a chunk
 //   out  kept_indices [B,K] int32, -1 behind a row's N; kept_lengths [B] int32; token_scores [B,S] float32
 // K = min(S, max_kept), or S where max_kept is 0. N depends on values, which a shape expression cannot; who sets
@@ -17,14 +18,10 @@ constexpr const char* kBoundaryWords[] = {"fixed", "delimiter"};  // in the orde
 constexpr const char* kScoreWords[] = {"softmax", "logits"};      // in the order of CHUNKKV_SCORE_*
 
 constexpr Field kFields[kFieldCount] = {
-    {"window", 1, 128},
-    {"chunk_size", 1, 256},
-    {"sinks", 0, 65536},
-    {"boundaries", 0, 1, kRequired, kBoundaryWords},
-    {"pooling", 1, 63},
-    {"score", 0, 1, kRequired, kScoreWords},
-    {"min_tokens", 1, INT32_MAX},
-    {"max_kept", 0, CHUNKKV_MAX_LENGTH, 0},
+    {"window", 1, 128},           {"chunk_size", 1, 256},
+    {"sinks", 0, 65536},          {"boundaries", 0, 1, kRequired, kBoundaryWords},
+    {"pooling", 1, 63},           {"score", 0, 1, kRequired, kScoreWords},
+    {"min_tokens", 1, INT32_MAX}, {"max_kept", 0, CHUNKKV_MAX_LENGTH, 0},
 };
 static_assert(kFieldCount <= kMaxFields, "FieldValues has room for every field");
 constexpr Table kTable{"ChunkKVSelect", kFields, kFieldCount};

@@ -18,11 +18,11 @@ _HOST_SOURCES = [HOST / f"{name}.cc" for name in ("c_api", "host", "fuzz")]
 
 
 def plugin_library(kernels: Path, headers: Headers, flavour: str = "plain") -> Path:
-    """Return libchunkkv_tensorrt<major>.so, built with `headers` and linked to the libchunkkv at `kernels`."""
+    """Return libchunkkv_tensorrt.so.<major>, built with `headers` and linked to the libchunkkv at `kernels`."""
     exports = PLUGINS / "exports.map"
     flags = [f"-I{ROOT / 'plugins' / 'include'}", *headers.flags, f"-Wl,--version-script={exports}"]
     link = ["-Wl,-z,defs" if flavour == "plain" else "", str(kernels), f"-Wl,-rpath,{kernels.parent}", "-ldl"]
-    return _shared(f"libchunkkv_tensorrt{headers.major}.so", _PLUGIN_SOURCES, flags, link, flavour, [exports])
+    return _shared(f"libchunkkv_tensorrt.so.{headers.major}", _PLUGIN_SOURCES, flags, link, flavour, [exports])
 
 
 def host_library(headers: Headers, flavour: str = "plain") -> Path:
@@ -32,7 +32,8 @@ def host_library(headers: Headers, flavour: str = "plain") -> Path:
 
 def loader_library() -> Path:
     """Return libchunkkv_tensorrt_loader.so."""
-    return _shared("libchunkkv_tensorrt_loader.so", [PLUGINS / "loader.cc"], [], ["-ldl"], "plain")
+    flags = [f"-Wl,--version-script={PLUGINS / 'exports.map'}", "-Wl,-z,defs"]
+    return _shared("libchunkkv_tensorrt_loader.so", [PLUGINS / "loader.cc"], flags, ["-ldl"], "plain")
 
 
 def stub_tensorrt(headers: Headers) -> Path:

@@ -116,7 +116,7 @@ class PluginHost:
 
     def take_log(self) -> list[str]:
         """Return and forget what was logged, each line after its severity."""
-        return self.lib.host_take_log(self.handle).decode(errors="replace").splitlines()
+        return self.lib.host_take_log(self.handle).decode("ascii").splitlines()
 
     def build(self, key: str, fields: Sequence[Field], inputs: Sequence[Range]) -> Built:
         """Run the build phase of a node."""
@@ -133,7 +133,9 @@ class PluginHost:
     def attach(self, key: str, fields: Sequence[Field]) -> Running:
         """Return an execution context's plugin, deserialised from the fields."""
         collection = _collection(fields)
-        return Running(self, c_void_p(self._checked(self.lib.host_attach(self.handle, key.encode(), byref(collection)))))
+        return Running(
+            self, c_void_p(self._checked(self.lib.host_attach(self.handle, key.encode(), byref(collection))))
+        )
 
     def fuzz(self, key: str, fields: Sequence[Field], seed: int, rounds: int) -> int:
         """Deserialise damaged copies of the fields; returns how many were accepted."""
@@ -158,7 +160,12 @@ class Built:
         host.lib.host_built_fields(handle, byref(stored))
         sizes = {INT32: 4, CHAR: 1}
         self.fields = [
-            Field(field.name.decode(), field.type, ctypes.string_at(address, field.length * sizes[field.type]), field.length)
+            Field(
+                field.name.decode(),
+                field.type,
+                ctypes.string_at(address, field.length * sizes[field.type]),
+                field.length,
+            )
             for field in stored.fields[: stored.count]
             for address in [ctypes.c_void_p.from_buffer(field, _PluginField.data.offset).value]
         ]

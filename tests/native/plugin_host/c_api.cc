@@ -50,9 +50,8 @@ HOST_API const char* host_creators(Library* library) {
 
 HOST_API Built* host_build(Library* library, const char* key, const PluginFieldCollection* fields, const Tensor* inputs,
                            int32_t count) {
-    return caught<Built*>(nullptr, [&] {
-        return new Built(*library, key, *fields, std::vector<Tensor>(inputs, inputs + count));
-    });
+    return caught<Built*>(
+        nullptr, [&] { return new Built(*library, key, *fields, std::vector<Tensor>(inputs, inputs + count)); });
 }
 
 HOST_API void host_built_free(Built* built) { delete built; }
@@ -86,8 +85,8 @@ HOST_API void host_running_free(Running* running) { delete running; }
 HOST_API int32_t host_run(Running* running, const Buffer* inputs, int32_t nb_inputs, const Buffer* outputs,
                           int32_t nb_outputs, void* workspace, void* stream) {
     return caught(-1, [&] {
-        running->run(std::vector<Buffer>(inputs, inputs + nb_inputs), std::vector<Buffer>(outputs, outputs + nb_outputs),
-                     workspace, stream);
+        running->run(std::vector<Buffer>(inputs, inputs + nb_inputs),
+                     std::vector<Buffer>(outputs, outputs + nb_outputs), workspace, stream);
         return 0;
     });
 }

@@ -34,14 +34,22 @@ class Expression : public IDimensionExpr, public apiv::VDimensionExpr {
         if (kind_ == kFree) return sizes.at(a_).d[b_];
         const int64_t x = first_->at(sizes), y = second_->at(sizes);
         switch (op_) {
-            case DimensionOperation::kSUM: return x + y;
-            case DimensionOperation::kPROD: return x * y;
-            case DimensionOperation::kMAX: return std::max(x, y);
-            case DimensionOperation::kMIN: return std::min(x, y);
-            case DimensionOperation::kSUB: return x - y;
-            case DimensionOperation::kFLOOR_DIV: return x / y;
-            case DimensionOperation::kCEIL_DIV: return (x + y - 1) / y;
-            default: throw std::runtime_error("operation without a value");
+            case DimensionOperation::kSUM:
+                return x + y;
+            case DimensionOperation::kPROD:
+                return x * y;
+            case DimensionOperation::kMAX:
+                return std::max(x, y);
+            case DimensionOperation::kMIN:
+                return std::min(x, y);
+            case DimensionOperation::kSUB:
+                return x - y;
+            case DimensionOperation::kFLOOR_DIV:
+                return x / y;
+            case DimensionOperation::kCEIL_DIV:
+                return (x + y - 1) / y;
+            default:
+                throw std::runtime_error("operation without a value");
         }
     }
 

@@ -55,13 +55,28 @@ class Fuzzer {
         const size_t place = below(static_cast<int32_t>(fields.size()));
         Loose& field = fields[place];
         switch (below(8)) {
-            case 0: fields.erase(fields.begin() + static_cast<int64_t>(place)); return;
-            case 1: fields.push_back(field); return;
-            case 2: field.name[below(static_cast<int32_t>(field.name.size()))] ^= static_cast<char>(1 << below(8)); return;
-            case 3: field.type = static_cast<PluginFieldType>(below(16) - 1); field.bytes.resize(1 << 14); return;
-            case 4: field.length = below(5) - 1; break;
-            case 5: field.has_data = false; return;
-            case 6: field.length += below(40); break;
+            case 0:
+                fields.erase(fields.begin() + static_cast<int64_t>(place));
+                return;
+            case 1:
+                fields.push_back(field);
+                return;
+            case 2:
+                field.name[below(static_cast<int32_t>(field.name.size()))] ^= static_cast<char>(1 << below(8));
+                return;
+            case 3:
+                field.type = static_cast<PluginFieldType>(below(16) - 1);
+                field.bytes.resize(1 << 14);
+                return;
+            case 4:
+                field.length = below(5) - 1;
+                break;
+            case 5:
+                field.has_data = false;
+                return;
+            case 6:
+                field.length += below(40);
+                break;
             default:
                 if (!field.bytes.empty())
                     field.bytes[below(static_cast<int32_t>(field.bytes.size()))] = static_cast<char>(below(256));

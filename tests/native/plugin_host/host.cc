@@ -11,14 +11,19 @@ namespace {
 size_t elementSize(PluginFieldType type) {
     switch (type) {
         case PluginFieldType::kFLOAT64:
-        case PluginFieldType::kINT64: return 8;
+        case PluginFieldType::kINT64:
+            return 8;
         case PluginFieldType::kFLOAT32:
-        case PluginFieldType::kINT32: return 4;
+        case PluginFieldType::kINT32:
+            return 4;
         case PluginFieldType::kFLOAT16:
         case PluginFieldType::kBF16:
-        case PluginFieldType::kINT16: return 2;
-        case PluginFieldType::kDIMS: return sizeof(Dims);
-        default: return 1;
+        case PluginFieldType::kINT16:
+            return 2;
+        case PluginFieldType::kDIMS:
+            return sizeof(Dims);
+        default:
+            return 1;
     }
 }
 
@@ -99,7 +104,8 @@ Library::Library(const std::string& path) {
     for (int32_t i = 0; i < count; ++i) {
         require(std::string(creators[i]->getInterfaceInfo().kind) == "PLUGIN CREATOR_V3ONE", "a creator's kind");
         auto* creator = static_cast<IPluginCreatorV3One*>(creators[i]);
-        creators_[keyOf(creator->getPluginNamespace(), creator->getPluginName(), creator->getPluginVersion())] = creator;
+        creators_[keyOf(creator->getPluginNamespace(), creator->getPluginName(), creator->getPluginVersion())] =
+            creator;
     }
 }
 
@@ -115,7 +121,8 @@ PluginPointer Library::create(const std::string& key, const PluginFieldCollectio
     PluginPointer plugin(creator(key).createPlugin("node", &view, phase));
     require(plugin != nullptr, "createPlugin returned nullptr");
     auto& core = capability<IPluginV3OneCore>(*plugin, PluginCapabilityType::kCORE, "PLUGIN_V3ONE_CORE");
-    require(keyOf(core.getPluginNamespace(), core.getPluginName(), core.getPluginVersion()) == key, "plugin's own name");
+    require(keyOf(core.getPluginNamespace(), core.getPluginName(), core.getPluginVersion()) == key,
+            "plugin's own name");
     return plugin;
 }
 
@@ -171,9 +178,10 @@ void Built::askShapes(IPluginV3OneBuild& plugin, const std::vector<Tensor>& inpu
     DimsExprs poison{};
     poison.nbDims = -7;
     output_shapes_.assign(output_types_.size(), poison);
-    require(plugin.getOutputShapes(shapes.data(), static_cast<int32_t>(shapes.size()), nullptr, 0, output_shapes_.data(),
-                                   static_cast<int32_t>(output_shapes_.size()), expressions_) == 0,
-            "getOutputShapes");
+    require(
+        plugin.getOutputShapes(shapes.data(), static_cast<int32_t>(shapes.size()), nullptr, 0, output_shapes_.data(),
+                               static_cast<int32_t>(output_shapes_.size()), expressions_) == 0,
+        "getOutputShapes");
     for (const DimsExprs& shape : output_shapes_) {
         require(shape.nbDims >= 0 && shape.nbDims <= Dims::MAX_DIMS, "rank of an output");
         for (int32_t axis = 0; axis < shape.nbDims; ++axis) require(shape.d[axis], "a dimension without expression");
