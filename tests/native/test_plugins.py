@@ -18,14 +18,24 @@ from support import op_properties
 from support.op_cases import CASES, STORAGE_TYPES, OpCase
 
 from chunkkv import reference
-from chunkkv.native import NativeLibrary
+from chunkkv.native import NativeLibrary, RawArray, Rows, contiguous_kv
 from chunkkv.settings import ChunkKVSettings
 from chunkkv_builder.onnx_graph import functions
 from native.build import emulated_library
 from native.memory import Memory
 from native.plugin_build import host_library, plugin_library
-from native.plugin_host import CHAR, INT32, Field, HostError, PluginHost, Range, int_field, node_fields, run_node
-from native.plugin_host import text_field
+from native.plugin_host import (
+    CHAR,
+    INT32,
+    Field,
+    HostError,
+    PluginHost,
+    Range,
+    int_field,
+    node_fields,
+    run_node,
+    text_field,
+)
 from native.plugin_op import COMPACT, SELECT, PluginOp, profile, select_values
 from native.tensorrt_headers import Headers, own_headers, real_headers
 
@@ -148,22 +158,30 @@ def test_garbage_contents_stay_inside(op: PluginOp) -> None:
         op.compact(inputs.key, indices)
 
 
-def test_workspace_of_the_profile_suffices_below_it(host: PluginHost, memory: Memory) -> None:
-    """Rows run in waves under a cap, so a smaller batch of shorter rows may want more than the largest does."""
-    heads = Range("float32", (1, 64, 128, 64), (1, 64, 128, 64), (64, 64, 128, 64))
-    row = Range("int32", (1,), (1,), (64,))
-    settings = replace(SMALL, window=128, min_tokens=140)
-    fields = node_fields(functions.select_attributes(settings))
+def test_workspace_of_the_profile_suffices_below_it(host: PluginHost, library: NativeLibrary) -> None:
+    """Rows run in waves under a cap, so a larger batch of shorter rows may want more than the largest tensors do."""
+    batch, tokens, settings = 64, 100_000, replace(SMALL, window=128, min_tokens=140)
+    row, query, key = (1,), (1, 64, 128, 64), (1, 8, 1, 64)
+    ranges = [
+        Range("float32", query, query, (batch, 64, 128, 64)),
+        Range("float32", key, key, (batch, 8, tokens, 64)),
+        *[Range("int32", row, row, (batch,))] * 3,
+    ]
+    given = host.build(SELECT, node_fields(functions.select_attributes(settings)), ranges).workspace
 
-    def wanted(batch: int, tokens: int) -> int:
-        query, rows = heads._replace(max=(batch, 64, 128, 64)), row._replace(max=(batch,))
-        key = Range("float32", (1, 8, 1, 64), (1, 8, 1, 64), (batch, 8, tokens, 64))
-        return host.build(SELECT, fields, [query, key, rows, rows, rows]).workspace
+    def wanted(rows: int, length: int) -> int:
+        def array(dtype: str, *shape: int) -> RawArray:
+            return RawArray(4096, dtype, shape)  # only sizes are looked at
 
-    most = wanted(64, 1 << 20)
-    sizes = [(batch, tokens) for batch in (1, 2, 3, 8, 33, 64) for tokens in (1, 4096, 300_000, 700_000, 1 << 20)]
-    slack = wanted(1, 1 << 20)  # every figure holds one row to spare
-    assert all(wanted(batch, tokens) <= most + slack for batch, tokens in sizes)
+        cache = contiguous_kv(*[array("float32", rows, 8, length, 64)] * 2)
+        scores = {"chunk_scores": array("float32", rows, library.max_chunks(settings, length))}
+        scores["token_scores"] = array("float32", rows, length)
+        queries = array("float32", rows, 64, 128, 64)
+        return library.score_workspace(settings, Rows(array("int32", rows), length), queries, cache, **scores)
+
+    sizes = [wanted(rows, length) for rows in (1, 2, 3, 8, 33, batch) for length in (1, 4096, 30_000, 60_000, tokens)]
+    assert max(sizes) > wanted(batch, tokens), "this profile shows the case"
+    assert max(sizes) <= given
 
 
 BAD_FIELDS = {

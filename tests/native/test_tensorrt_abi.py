@@ -14,10 +14,25 @@ from native.tensorrt_headers import OWN, Headers, own_headers, real_headers
 PROBE = ROOT / "tests" / "native" / "plugin_host" / "abi_probe.cc"
 REAL = real_headers()
 INTERFACES = (
-    "IVersionedInterface INoCopy apiv::VRoot apiv::VDimensionExpr apiv::VExprBuilder IDimensionExpr IExprBuilder "
-    "ILogger ILoggerFinder IPluginCapability IPluginV3 IPluginV3OneCore IPluginV3OneBuild IPluginV3OneRuntime "
-    "IPluginCreatorInterface IPluginCreatorV3One IPluginResourceContext IPluginRegistry"
-).split()
+    "IVersionedInterface",
+    "INoCopy",
+    "apiv::VRoot",
+    "apiv::VDimensionExpr",
+    "apiv::VExprBuilder",
+    "IDimensionExpr",
+    "IExprBuilder",
+    "ILogger",
+    "ILoggerFinder",
+    "IPluginCapability",
+    "IPluginV3",
+    "IPluginV3OneCore",
+    "IPluginV3OneBuild",
+    "IPluginV3OneRuntime",
+    "IPluginCreatorInterface",
+    "IPluginCreatorV3One",
+    "IPluginResourceContext",
+    "IPluginRegistry",
+)
 
 
 def layout(headers: Headers, folder: Path) -> tuple[str, dict[str, list[str]]]:
