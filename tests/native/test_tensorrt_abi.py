@@ -66,6 +66,14 @@ def test_own_declarations_equal_the_headers(real: Headers, tmp_path: Path) -> No
         assert own_classes[name] == classes[name], name
 
 
+def test_only_the_plugins_see_tensorrt() -> None:
+    sources = [path for path in (ROOT / "plugins").rglob("*.*") if path.suffix in (".h", ".cc", ".cu", ".cuh")]
+    seers = {path for path in sources if "#include <NvInfer" in path.read_text(encoding="utf-8")}
+    assert seers and all(OWN.parent in path.parents for path in seers)
+    includes = re.findall(r"#include <(NvInfer\w*)", "".join(path.read_text(encoding="utf-8") for path in seers))
+    assert set(includes) == {"NvInferRuntime"}
+
+
 def test_majors_differ_where_they_are_known_to(tmp_path: Path) -> None:
     (_, ten), (_, eleven) = (layout(own_headers(major), tmp_path) for major in (10, 11))
     moved = {name for name in INTERFACES if len(ten[name]) != len(eleven[name])}
