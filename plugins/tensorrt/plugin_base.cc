@@ -91,9 +91,11 @@ bool Plugin::hasShape(const char* name, const PluginTensorDesc& tensor, std::ini
                       wanted.size());
     const int64_t* size = tensor.dims.d;
     for (const int64_t value : wanted) {
-        if (*size < 0 || *size > INT32_MAX || (value >= 0 && *size != value))
-            return report("%s: dimension %td of %s is %lld; it must be %lld", getPluginName(), size - tensor.dims.d,
-                          name, static_cast<long long>(*size), static_cast<long long>(value));
+        const int64_t low = value < 0 ? 0 : value, high = value < 0 ? INT32_MAX : value;
+        if (*size < low || *size > high)
+            return report("%s: dimension %td of %s is %lld; allowed is %lld to %lld", getPluginName(),
+                          size - tensor.dims.d, name, static_cast<long long>(*size), static_cast<long long>(low),
+                          static_cast<long long>(high));
         ++size;
     }
     return true;

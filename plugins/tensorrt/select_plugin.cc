@@ -28,6 +28,7 @@ constexpr Table kTable{"ChunkKVSelect", kFields, kFieldCount};
 
 enum { kQuery, kKey, kLengths, kKeep, kBudget, kIsDelimiter };
 enum { kKeptIndices, kKeptLengths, kTokenScores };
+constexpr const char* kInputs[] = {"query", "key", "lengths", "keep_per_10k", "budget_tokens", "is_delimiter"};
 constexpr int32_t kRanks[] = {4, 4, 1, 1, 1, 2};
 
 constexpr size_t kAlignment = 256;
@@ -109,12 +110,13 @@ class Select final : public Plugin {
     }
 
     bool check(const PluginTensorDesc* in) const override {
-        if (!hasShape("query", in[kQuery], {-1, -1, value(kWindow), -1})) return false;
+        if (!hasShape(kInputs[kQuery], in[kQuery], {-1, -1, value(kWindow), -1})) return false;
         const int64_t batch = in[kQuery].dims.d[0];
-        if (!hasShape("key", in[kKey], {batch, -1, -1, in[kQuery].dims.d[3]})) return false;
+        if (!hasShape(kInputs[kKey], in[kKey], {batch, -1, -1, in[kQuery].dims.d[3]})) return false;
         for (const int32_t i : {kLengths, kKeep, kBudget})
-            if (!hasShape("lengths, keep_per_10k or budget_tokens", in[i], {batch})) return false;
-        if (isDelimited() && !hasShape("is_delimiter", in[kIsDelimiter], {batch, in[kKey].dims.d[2]})) return false;
+            if (!hasShape(kInputs[i], in[i], {batch})) return false;
+        if (isDelimited() && !hasShape(kInputs[kIsDelimiter], in[kIsDelimiter], {batch, in[kKey].dims.d[2]}))
+            return false;
         ScoreParams params;
         size_t bytes;
         return scoreParams(in, params) && done(chunkkv_score_workspace(&params, &bytes));
