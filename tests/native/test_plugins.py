@@ -314,6 +314,15 @@ def test_wrong_shapes(op: PluginOp, place: int | None, part: Any, message: str) 
         op.host.build(SELECT, select_fields(), [Range(v.dtype.name, v.shape, v.shape, v.shape) for v in values])
 
 
+def test_every_corner_of_a_profile_is_checked(host: PluginHost) -> None:
+    query, *others = profile(small_values())
+    for corner in ("min", "opt", "max"):
+        batch, heads, window, head_dim = getattr(query, corner)
+        wrong = query._replace(**{corner: (batch, heads, window - 1, head_dim)})
+        with pytest.raises(HostError, match="configurePlugin\n1 ChunkKVSelect: dimension 2 of query is 3"):
+            host.build(SELECT, select_fields(), [wrong, *others])
+
+
 def test_outputs_that_do_not_follow_from_the_inputs(op: PluginOp) -> None:
     values = small_values()
     built, running = op.node(SMALL, values)
@@ -338,6 +347,9 @@ def test_zero_sized_tensors(op: PluginOp) -> None:
             lengths = np.full(batch, min(tokens, 5), np.int32)
             query = np.zeros((batch, 4, 4, 64), np.float32)
             indices, kept, scores = op.select(query, key, lengths, settings, is_delimiter=flags)
+            values = select_values(query, key, lengths, settings, is_delimiter=flags)
+            if batch == 0:  # nothing to do needs no workspace either
+                run_node(*op.node(settings, values), op.memory, values, workspace_bytes=0)
             assert indices.shape == (batch, 0) and scores.shape == (batch, tokens) and not kept.any()
     for shape, slots in (((0, 2, 9, 64), 4), ((2, 2, 9, 64), 0), ((2, 0, 9, 64), 4), ((2, 2, 0, 64), 0)):
         given = op.compact(np.ones(shape, np.float32), np.full((shape[0], slots), -1, np.int32))
