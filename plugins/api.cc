@@ -63,11 +63,12 @@ bool checkSettings(const Settings& s) {
                    "window + sinks + chunk_size");
 }
 
-bool checkRows(const Rows& rows) {
+bool checkRowSizes(const Rows& rows) {
     return inRange("batch", rows.batch, 0, CHUNKKV_MAX_BATCH) &&
-           inRange("max_length", rows.max_length, 0, CHUNKKV_MAX_LENGTH) &&
-           (rows.batch == 0 || given("lengths", rows.lengths));
+           inRange("max_length", rows.max_length, 0, CHUNKKV_MAX_LENGTH);
 }
+
+bool checkRows(const Rows& rows) { return checkRowSizes(rows) && (rows.batch == 0 || given("lengths", rows.lengths)); }
 
 /// `tokens` is what a row must have room for; `row_bytes` are the bytes of D elements.
 bool checkLayout(const char* name, const Layout& layout, int64_t tokens, int64_t row_bytes) {
@@ -208,9 +209,10 @@ bool checkSelect(const SelectParams& p) {
 }
 
 bool checkCompact(const CompactParams& p) {
-    if (!(checkRows(p.rows) && inRange("num_layers", p.num_layers, 1, INT32_MAX) &&
-          inRange("kv_heads", p.kv_heads, 1, 65535) && inRange("row_bytes", p.row_bytes, 1, 4096) &&
-          inRange("max_kept", p.max_kept, 0, INT32_MAX)))
+    const bool every_slot = p.kept_lengths == nullptr;
+    if (!((every_slot ? checkRowSizes(p.rows) : checkRows(p.rows)) &&
+          inRange("num_layers", p.num_layers, 1, INT32_MAX) && inRange("kv_heads", p.kv_heads, 1, 65535) &&
+          inRange("row_bytes", p.row_bytes, 1, 4096) && inRange("max_kept", p.max_kept, 0, INT32_MAX)))
         return false;
     if (!p.layers) return fail(CHUNKKV_INVALID_ARGUMENT, "layers is NULL; pass a host array of num_layers entries");
     if (p.rows.batch == 0) return true;
@@ -224,8 +226,10 @@ bool checkCompact(const CompactParams& p) {
                         "pass both for every layer (out of place) or none (in place)",
                         i);
     }
-    const int64_t most = p.max_kept < p.rows.max_length ? p.max_kept : p.rows.max_length;
-    return given("kept_lengths", p.kept_lengths) && (p.max_kept == 0 || given("kept_indices", p.kept_indices)) &&
+    if (every_slot && in_place)
+        return fail(CHUNKKV_INVALID_ARGUMENT, "kept_lengths is NULL in place; pass it, or outputs of their own");
+    const int64_t most = every_slot || p.max_kept < p.rows.max_length ? p.max_kept : p.rows.max_length;
+    return (p.max_kept == 0 || given("kept_indices", p.kept_indices)) &&
            checkLayout("layout", p.layout, p.rows.max_length, p.row_bytes) &&
            (in_place || checkLayout("layout_out", p.layout_out, most, p.row_bytes));
 }

@@ -20,6 +20,7 @@ struct TokenIds {
     __device__ bool isDelimiter(int32_t position) const {
         const int64_t last = (params.row_starts ? params.num_tokens : first + params.rows.max_length) - 1;
         const int32_t id = params.token_ids[clampTo(first + position, 0, last)];
+        if (params.delimiter_bitmap == nullptr) return id != 0;
         return id >= 0 && id < params.vocab_size && (params.delimiter_bitmap[id / 32] >> (id % 32) & 1u) != 0;
     }
 };

@@ -52,9 +52,10 @@ __global__ void compactKernel(const __grid_constant__ CompactArgs args) {
     const TokenRows from = tokenRows(args.in, kv ? layer.value : layer.key, kv, row, head);
     const TokenRows to = in_place ? from : tokenRows(args.out, kv ? layer.value_out : layer.key_out, kv, row, head);
 
-    const int32_t length = rowLength(args.rows, row);
+    const int32_t length = args.rows.lengths ? rowLength(args.rows, row) : args.rows.max_length;
     const int32_t most = args.max_kept < length ? args.max_kept : length;
-    const int32_t kept = static_cast<int32_t>(clampTo(args.kept_lengths[row], 0, most));
+    const bool every_slot = args.kept_lengths == nullptr;
+    const int32_t kept = every_slot ? args.max_kept : static_cast<int32_t>(clampTo(args.kept_lengths[row], 0, most));
     const int32_t* indices = args.kept_indices + static_cast<int64_t>(row) * args.max_kept;
 
     const int32_t first_column = slice * args.slice_vectors;
@@ -73,6 +74,7 @@ __global__ void compactKernel(const __grid_constant__ CompactArgs args) {
         for (int i = 0; i < kInFlight; ++i) {
             const int32_t slot = first + own_slot + i * slots_per_pass;
             source[i] = slot < kept ? indices[slot] : -1;
+            if (every_slot && slot < kept && source[i] < 0) source[i] = 0;
             if (in_place && source[i] == slot) source[i] = -1;
         }
 #pragma unroll
@@ -100,7 +102,8 @@ LaunchStatus launchWith(const CompactParams& params, CompactArgs args, int32_t n
     const int32_t slice = sliced ? kSliceBytes / static_cast<int32_t>(sizeof(Vector)) : args.row_vectors;
     args.slice_vectors = slice < args.row_vectors ? slice : args.row_vectors;
     args.slices = static_cast<int32_t>(ceilDiv(args.row_vectors, args.slice_vectors));
-    const int64_t most = params.max_kept < params.rows.max_length ? params.max_kept : params.rows.max_length;
+    const bool all_slots = params.kept_lengths == nullptr || params.max_kept < params.rows.max_length;
+    const int64_t most = all_slots && params.rows.max_length > 0 ? params.max_kept : params.rows.max_length;
     const int64_t tiles = ceilDiv(most, int64_t{kThreads / args.slice_vectors} * kInFlight);
     const int32_t strips = params.kv_heads * args.slices;
     args.splits = in_place ? 1 : static_cast<int32_t>(clampTo(tiles, 1, INT32_MAX / strips));

@@ -100,7 +100,8 @@ class NativeLibrary:
     ) -> None:
         """Write the delimiter chunks of token_ids int32 [B, S] ([T] with row_starts int32 [B]) into `chunks`.
 
-        delimiter_bitmap uint32 [ceil(vocab_size / 32)]: bit id % 32 of word id // 32 marks a delimiter.
+        delimiter_bitmap uint32 [ceil(vocab_size / 32)]: bit id % 32 of word id // 32 marks a delimiter;
+        None with vocab_size 0: token_ids are flags, and what is not 0 is a delimiter.
         """
         p = abi.BoundariesParams(settings=_settings(settings), rows=self._rows(rows), vocab_size=vocab_size)
         shape = (p.rows.batch, rows.max_length) if row_starts is None else (None,)
@@ -108,7 +109,7 @@ class NativeLibrary:
         p.token_ids, p.num_tokens = ids.pointer, ids.shape[0] if row_starts is not None else 0
         p.row_starts = self._optional(row_starts, "row_starts", "int32", (p.rows.batch,))
         words = (vocab_size + 31) // 32
-        p.delimiter_bitmap = self._array(delimiter_bitmap, "delimiter_bitmap", "uint32", (words,)).pointer
+        p.delimiter_bitmap = self._optional(delimiter_bitmap, "delimiter_bitmap", "uint32", (words,))
         p.max_chunks, p.chunk_starts, p.num_chunks = self._chunks(chunks, p.rows.batch)
         self._call("boundaries", p, _stream(stream))
 
@@ -175,7 +176,10 @@ class NativeLibrary:
         *,
         stream: Any = 0,
     ) -> None:
-        """Move the kept rows of all `layers` to slots 0..N-1 in one launch: in place, or into `outputs`."""
+        """Move the kept rows of all `layers` to slots 0..N-1 in one launch: in place, or into `outputs`.
+
+        kept_lengths None, with outputs: every slot is written, negative indices repeat the row's first token.
+        """
         if not layers or (outputs is not None and len(outputs) != len(layers)):
             raise NativeArgumentError(
                 f"{len(layers)} layers and {len(outputs or ())} outputs; pass one output per layer, or None (in place)"
@@ -189,7 +193,7 @@ class NativeLibrary:
         p = abi.CompactParams(rows=self._rows(rows), layout=layers[0].layout, layout_out=targets[0].layout)
         kept = self._array(kept_indices, "kept_indices", "int32", (p.rows.batch, None))
         p.kept_indices, p.max_kept = kept.pointer, kept.shape[1]
-        p.kept_lengths = self._array(kept_lengths, "kept_lengths", "int32", (p.rows.batch,)).pointer
+        p.kept_lengths = self._optional(kept_lengths, "kept_lengths", "int32", (p.rows.batch,))
         entries = (abi.Layer * len(layers))()
         for entry, cache, target in zip(entries, layers, targets, strict=True):
             self._check_place(cache.on_device, "layers")

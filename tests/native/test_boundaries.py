@@ -97,6 +97,17 @@ def test_ids_outside_the_vocabulary_delimit_nothing(library: NativeLibrary, memo
     check(library, memory, SETTINGS, [ids])
 
 
+def test_flags_instead_of_ids(library: NativeLibrary, memory: Memory) -> None:
+    flags = np.random.default_rng(4).integers(-1, 2, (2, 50)).astype(np.int32)
+    width = library.max_chunks(SETTINGS, 50)
+    table, counts = memory.empty((2, width + 1), "int32"), memory.empty((2,), "int32")
+    rows = Rows(memory.put(np.array([50, 31], np.int32)), 50)
+    library.boundaries(SETTINGS, rows, memory.put(flags), None, 0, Chunks(table, counts))
+    for row, length in enumerate((50, 31)):
+        wanted = reference.chunk_starts(length, SETTINGS, flags[row] != 0)
+        np.testing.assert_array_equal(memory.get(table)[row, : memory.get(counts)[row]], wanted)
+
+
 def test_garbage_lengths_and_row_starts_stay_inside(library: NativeLibrary, memory: Memory) -> None:
     rng = np.random.default_rng(2)
     ids = [draw_ids(rng, 40, 0.2) for _ in range(4)]

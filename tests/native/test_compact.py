@@ -222,3 +222,20 @@ def test_a_table_shorter_than_the_padded_length_is_refused(library: NativeLibrar
     kept = memory.put(np.zeros((1, 3), np.int32)), memory.put(np.zeros(1, np.int32))
     with pytest.raises(NativeArgumentError, match="max_blocks"):
         library.compact(place_rows(memory, (20,), 33), *kept, [cache])
+
+
+@pytest.mark.parametrize("slots", [1, 30, 2_000])
+def test_every_slot_is_written_without_kept_lengths(library: NativeLibrary, memory: Memory, slots: int) -> None:
+    """Slots behind N repeat the row's first token, and there may be more slots than tokens."""
+    rng = np.random.default_rng(slots)
+    key, value = (noise(rng, (3, 2, 40, 64), "float16") for _ in range(2))
+    indices = np.full((3, slots), reference.PAD_INDEX, np.int32)
+    for row, kept in enumerate((min(slots, 40), min(slots, 9), 0)):
+        indices[row, :kept] = np.sort(rng.choice(40, kept, replace=False))
+    out = [memory.empty((3, 2, slots, 64), "float16") for _ in range(2)]
+    rows, caches = place_rows(memory, (40, 9, 1), 40), [contiguous_kv(memory.put(key), memory.put(value))]
+    library.compact(rows, memory.put(indices), None, caches, [contiguous_kv(*out)])
+    check_bytes(memory.get(out[0]), reference.compact_batch(key, indices))
+    check_bytes(memory.get(out[1]), reference.compact_batch(value, indices))
+    with pytest.raises(NativeArgumentError, match="kept_lengths is NULL in place"):
+        library.compact(rows, memory.put(indices), None, caches)

@@ -77,10 +77,11 @@ typedef struct chunkkv_layout {
 typedef struct chunkkv_boundaries_params {
     chunkkv_settings settings;
     chunkkv_rows rows;
-    const int32_t* token_ids;         /* [B, S], or [T] where row_starts is given */
-    const int32_t* row_starts;        /* [B] first token of each row in [T], or NULL */
-    int64_t num_tokens;               /* T, where row_starts is given */
-    const uint32_t* delimiter_bitmap; /* [ceil(vocab_size / 32)] bit (id % 32) of word (id / 32) is set: delimiter */
+    const int32_t* token_ids;  /* [B, S], or [T] where row_starts is given; flags where delimiter_bitmap is NULL */
+    const int32_t* row_starts; /* [B] first token of each row in [T], or NULL */
+    int64_t num_tokens;        /* T, where row_starts is given */
+    const uint32_t* delimiter_bitmap; /* [ceil(vocab_size / 32)] bit (id % 32) of word (id / 32) is set: delimiter;
+                                       * NULL with vocab_size 0: token_ids that are not 0 are delimiters */
     int32_t vocab_size;               /* ids outside [0, vocab_size) delimit nothing */
     int32_t max_chunks;               /* at least chunkkv_max_chunks() */
     int32_t* chunk_starts;            /* out [B, max_chunks + 1] */
@@ -133,13 +134,15 @@ typedef struct chunkkv_layer {
 } chunkkv_layer;
 
 /* compact: move the kept rows of K and V to slots 0..N-1, bytes unchanged, all given layers in one launch.
- * Out of place, source and destination may not overlap; slots from N on are left alone in both modes. */
+ * Out of place, source and destination may not overlap; slots from N on are left alone in both modes.
+ * Where kept_lengths is NULL (out of place only) every one of the max_kept slots is written and rows.lengths is not
+ * read: negative indices repeat the row's first token, so that no slot of the output holds old memory. */
 typedef struct chunkkv_compact_params {
     chunkkv_rows rows;           /* lengths only; the budget arrays are not read */
     chunkkv_layout layout;       /* of key and value */
     chunkkv_layout layout_out;   /* of key_out and value_out; not read in place */
     const int32_t* kept_indices; /* [B, max_kept] strictly ascending, in [0, L) */
-    const int32_t* kept_lengths; /* [B] N; clamped to [0, min(max_kept, L)] */
+    const int32_t* kept_lengths; /* [B] N; clamped to [0, min(max_kept, L)]; or NULL */
     const chunkkv_layer* layers; /* host [num_layers]; copied before the call returns */
     int32_t num_layers;          /* more than CHUNKKV_MAX_LAYERS take one launch per CHUNKKV_MAX_LAYERS */
     int32_t max_kept;

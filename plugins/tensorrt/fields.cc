@@ -1,0 +1,110 @@
+#include "fields.h"
+
+#include <cstdio>
+#include <cstring>
+
+#include "log.h"
+
+using namespace nvinfer1;
+
+namespace chunkkv::trt {
+namespace {
+
+constexpr int32_t kTextBytes = 256;
+
+PluginFieldType typeOf(const Field& field) { return field.words ? PluginFieldType::kCHAR : PluginFieldType::kINT32; }
+
+/// "a, b, c" for messages.
+template <class NameOf>
+const char* listed(char (&text)[kTextBytes], int32_t count, NameOf nameOf) {
+    size_t used = 0;
+    text[0] = 0;
+    for (int32_t i = 0; i < count && used < sizeof(text); ++i)
+        used += std::snprintf(text + used, sizeof(text) - used, "%s%s", i ? ", " : "", nameOf(i));
+    return text;
+}
+
+}  // namespace
+
+int32_t FieldValues::find(const char* name) const noexcept {
+    for (int32_t i = 0; name && i < table_->count; ++i)
+        if (std::strcmp(table_->fields[i].name, name) == 0) return i;
+    return -1;
+}
+
+bool FieldValues::parse(const PluginFieldCollection* given, TensorRTPhase phase) noexcept {
+    if (!given || given->nbFields < 0 || (given->nbFields > 0 && !given->fields))
+        return report("%s: no fields are given; create it from a node or an engine", table_->plugin);
+    uint32_t seen = 0;
+    for (int32_t i = 0; i < given->nbFields; ++i)
+        if (!take(given->fields[i], seen)) return false;
+    for (int32_t i = 0; i < table_->count; ++i) {
+        if (seen >> i & 1u) continue;
+        const Field& field = table_->fields[i];
+        if (field.fallback == kRequired || phase != TensorRTPhase::kBUILD)
+            return report("%s: %s is missing; %s", table_->plugin, field.name,
+                          phase == TensorRTPhase::kBUILD ? "set it as an attribute of the node"
+                                                         : "the engine is damaged, build it again");
+        values_[i] = field.fallback;
+    }
+    return true;
+}
+
+bool FieldValues::take(const PluginField& given, uint32_t& seen) noexcept {
+    const int32_t place = find(given.name);
+    if (place < 0) {
+        char names[kTextBytes];
+        listed(names, table_->count, [this](int32_t i) { return table_->fields[i].name; });
+        return report("%s: unknown field '%.64s'; known are %s", table_->plugin, given.name ? given.name : "", names);
+    }
+    const Field& field = table_->fields[place];
+    if (seen >> place & 1u) return report("%s: %s is given twice", table_->plugin, field.name);
+    seen |= 1u << place;
+    if (given.type != typeOf(field) || !given.data || given.length < 1 || (!field.words && given.length != 1))
+        return report("%s: %s has field type %d and length %d%s; it must be %s", table_->plugin, field.name,
+                      static_cast<int>(given.type), given.length, given.data ? "" : " without data",
+                      field.words ? "a STRING (kCHAR)" : "one INT (kINT32, length 1)");
+    int32_t value = 0;
+    if (field.words) {
+        if (!takeWord(field, given, value)) return false;
+    } else {
+        std::memcpy(&value, given.data, sizeof(value));  // a serialised field need not be aligned
+        if (value < field.low || value > field.high)
+            return report("%s: %s is %d; allowed is %d to %d", table_->plugin, field.name, value, field.low,
+                          field.high);
+    }
+    values_[place] = value;
+    return true;
+}
+
+bool FieldValues::takeWord(const Field& field, const PluginField& given, int32_t& value) const noexcept {
+    const char* text = static_cast<const char*>(given.data);
+    const size_t length = strnlen(text, static_cast<size_t>(given.length));  // with or without the closing NUL
+    for (value = field.low; value <= field.high; ++value) {
+        const char* word = field.words[value];
+        if (std::strlen(word) == length && std::memcmp(word, text, length) == 0) return true;
+    }
+    char words[kTextBytes];
+    listed(words, field.high + 1, [&field](int32_t i) { return field.words[i]; });
+    return report("%s: %s is '%.*s'; allowed are %s", table_->plugin, field.name,
+                  static_cast<int>(length < 64 ? length : 64), text, words);
+}
+
+const PluginFieldCollection* FieldValues::serialize() noexcept {
+    for (int32_t i = 0; i < table_->count; ++i) {
+        const Field& field = table_->fields[i];
+        const char* word = field.words ? field.words[values_[i]] : nullptr;
+        const int32_t length = word ? static_cast<int32_t>(std::strlen(word)) + 1 : 1;
+        const void* data = word ? static_cast<const void*>(word) : &values_[i];
+        fields_[i] = PluginField(field.name, data, typeOf(field), length);
+    }
+    collection_ = PluginFieldCollection{table_->count, fields_.data()};
+    return &collection_;
+}
+
+FieldNames::FieldNames(const Table& table) noexcept : collection_{table.count, fields_.data()} {
+    for (int32_t i = 0; i < table.count; ++i)
+        fields_[i] = PluginField(table.fields[i].name, nullptr, typeOf(table.fields[i]), 1);
+}
+
+}  // namespace chunkkv::trt

@@ -1,0 +1,149 @@
+// What the plugins have in common: the IPluginV3 of TensorRT over a table of fields and a handful of plain functions.
+#pragma once
+
+#include <NvInferRuntime.h>
+
+#include <exception>
+#include <new>
+
+#include "chunkkv/chunkkv.h"
+#include "fields.h"
+#include "log.h"
+
+namespace chunkkv::trt {
+
+using nvinfer1::DataType;
+using nvinfer1::Dims;
+using nvinfer1::DimsExprs;
+using nvinfer1::DynamicPluginTensorDesc;
+using nvinfer1::IExprBuilder;
+using nvinfer1::PluginTensorDesc;
+
+constexpr char kVersion[] = "1";
+constexpr char kNamespace[] = "chunkkv";
+constexpr int32_t kMaxTensors = 9;  // inputs and outputs together
+
+/// Device addresses of one enqueue.
+struct Buffers {
+    void const* const* inputs;
+    void* const* outputs;
+    void* workspace;
+    void* stream;
+};
+
+/// Run `body` where an exception must not leave: report it and return `failure`.
+template <class Result, class Body>
+Result guarded(const char* where, Result failure, Body body) noexcept {
+    try {
+        return body();
+    } catch (const std::exception& error) {
+        report("%s: %s", where, error.what());
+    } catch (...) {
+        report("%s: unknown exception", where);
+    }
+    return failure;
+}
+
+/// A plugin with one format (linear), one tactic and no state but its field values: an object belongs to one execution
+/// context, and objects share nothing. Functions of derived classes report what is wrong and return false.
+class Plugin : public nvinfer1::IPluginV3,
+               public nvinfer1::IPluginV3OneCore,
+               public nvinfer1::IPluginV3OneBuild,
+               public nvinfer1::IPluginV3OneRuntime {
+  public:
+    explicit Plugin(const Table& table) noexcept : values_(table) {}
+
+    bool parse(const nvinfer1::PluginFieldCollection* fields, nvinfer1::TensorRTPhase phase);
+
+    nvinfer1::IPluginCapability* getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept override;
+    nvinfer1::IPluginV3* clone() noexcept override;
+
+    const char* getPluginName() const noexcept override { return values_.table().plugin; }
+    const char* getPluginVersion() const noexcept override { return kVersion; }
+    const char* getPluginNamespace() const noexcept override { return kNamespace; }
+
+    int32_t configurePlugin(const DynamicPluginTensorDesc* in, int32_t nb_inputs, const DynamicPluginTensorDesc* out,
+                            int32_t nb_outputs) noexcept override;
+    int32_t getOutputDataTypes(DataType* output_types, int32_t nb_outputs, const DataType* input_types,
+                               int32_t nb_inputs) const noexcept override;
+    int32_t getOutputShapes(const DimsExprs* inputs, int32_t nb_inputs, const DimsExprs* shape_inputs,
+                            int32_t nb_shape_inputs, DimsExprs* outputs, int32_t nb_outputs,
+                            IExprBuilder& builder) noexcept override;
+    bool supportsFormatCombination(int32_t pos, const DynamicPluginTensorDesc* in_out, int32_t nb_inputs,
+                                   int32_t nb_outputs) noexcept override;
+    int32_t getNbOutputs() const noexcept override { return outputs(); }
+    size_t getWorkspaceSize(const DynamicPluginTensorDesc* in, int32_t nb_inputs, const DynamicPluginTensorDesc* out,
+                            int32_t nb_outputs) const noexcept override;
+
+    int32_t onShapeChange(const PluginTensorDesc* in, int32_t nb_inputs, const PluginTensorDesc* out,
+                          int32_t nb_outputs) noexcept override;
+    int32_t enqueue(const PluginTensorDesc* in, const PluginTensorDesc* out, const void* const* inputs,
+                    void* const* outputs, void* workspace, cudaStream_t stream) noexcept override;
+    nvinfer1::IPluginV3* attachToContext(nvinfer1::IPluginResourceContext*) noexcept override { return clone(); }
+    const nvinfer1::PluginFieldCollection* getFieldsToSerialize() noexcept override { return values_.serialize(); }
+
+  protected:
+    int32_t value(int32_t field) const noexcept { return values_[field]; }
+    bool fail(const char* what) const noexcept { return report("%s: %s", getPluginName(), what); }
+    bool done(chunkkv_status status) const noexcept { return status == CHUNKKV_OK || fail(chunkkv_last_error()); }
+
+    /// Check `tensor` [rank] against what a dimension must be; -1 stands for any size.
+    bool hasShape(const char* name, const PluginTensorDesc& tensor, std::initializer_list<int64_t> wanted) const;
+
+  private:
+    virtual Plugin* copy() const = 0;
+    virtual int32_t inputs() const noexcept = 0;
+    virtual int32_t outputs() const noexcept = 0;
+    /// Conditions between fields.
+    virtual bool checkFields() const = 0;
+    /// Whether input `place` may have types[place]; earlier types are settled.
+    virtual bool isInputType(int32_t place, const DataType* types) const = 0;
+    virtual DataType outputType(int32_t place, const DataType* input_types) const = 0;
+    /// Ranks of the inputs, in order.
+    virtual const int32_t* ranks() const noexcept = 0;
+    virtual bool shapeExpressions(const DimsExprs* in, DimsExprs* out, IExprBuilder& builder) const = 0;
+    /// Dims of the outputs for inputs that check() has passed.
+    virtual void outputDims(const PluginTensorDesc* in, Dims* out) const = 0;
+    virtual bool check(const PluginTensorDesc* in) const = 0;
+    /// Enough for these and for all smaller sizes.
+    virtual size_t workspaceBytes(const PluginTensorDesc* in) const = 0;
+    /// Enqueue the work; all of the above has been checked.
+    virtual bool run(const PluginTensorDesc* in, const PluginTensorDesc* out, const Buffers& buffers) const = 0;
+
+    bool hasCounts(int32_t nb_inputs, int32_t nb_outputs) const noexcept;
+    bool hasTypes(const PluginTensorDesc* in, const PluginTensorDesc* out) const;
+    bool hasOutputDims(const PluginTensorDesc* in, const PluginTensorDesc* out) const;
+
+    FieldValues values_;
+};
+
+/// CHUNKKV_FLOAT32 and the like, or -1.
+int32_t storageType(DataType type) noexcept;
+/// Bytes of one element of a storageType.
+int64_t elementBytes(DataType type) noexcept;
+
+template <class Derived>
+class Creator : public nvinfer1::IPluginCreatorV3One {
+  public:
+    nvinfer1::IPluginV3* createPlugin(const char*, const nvinfer1::PluginFieldCollection* fields,
+                                      nvinfer1::TensorRTPhase phase) noexcept override {
+        return guarded("createPlugin", static_cast<nvinfer1::IPluginV3*>(nullptr), [&]() -> nvinfer1::IPluginV3* {
+            Derived* plugin = new Derived();
+            if (plugin->parse(fields, phase)) return plugin;
+            delete plugin;
+            return nullptr;
+        });
+    }
+    const nvinfer1::PluginFieldCollection* getFieldNames() noexcept override { return names_.collection(); }
+    const char* getPluginName() const noexcept override { return Derived::table().plugin; }
+    const char* getPluginVersion() const noexcept override { return kVersion; }
+    const char* getPluginNamespace() const noexcept override { return kNamespace; }
+
+  private:
+    const FieldNames names_{Derived::table()};
+};
+
+nvinfer1::IPluginCreatorInterface* selectCreator();
+nvinfer1::IPluginCreatorInterface* compactCreator();
+
+}  // namespace chunkkv::trt

@@ -1,0 +1,54 @@
+"""Builds the TensorRT plugin library, the loader and the plugin host, cached by content like the kernels."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from native.build import BUILD, COMMON, FLAVOURS, ROOT, _make, compiler
+from native.tensorrt_headers import Headers
+
+PLUGINS = ROOT / "plugins" / "tensorrt"
+HOST = ROOT / "tests" / "native" / "plugin_host"
+_PLUGIN_SOURCES = [
+    PLUGINS / f"{name}.cc" for name in ("entry", "log", "fields", "plugin_base", "select_plugin", "compact_plugin")
+]
+_HOST_SOURCES = [HOST / f"{name}.cc" for name in ("c_api", "host", "fuzz")]
+
+
+def plugin_library(kernels: Path, headers: Headers, flavour: str = "plain") -> Path:
+    """Return libchunkkv_tensorrt.so.<major>, built with `headers` and linked to the libchunkkv at `kernels`."""
+    exports = PLUGINS / "exports.map"
+    flags = [f"-I{ROOT / 'plugins' / 'include'}", *headers.flags, f"-Wl,--version-script={exports}"]
+    link = ["-Wl,-z,defs" if flavour == "plain" else "", str(kernels), f"-Wl,-rpath,{kernels.parent}", "-ldl"]
+    return _shared(f"libchunkkv_tensorrt.so.{headers.major}", _PLUGIN_SOURCES, flags, link, flavour, [exports])
+
+
+def host_library(headers: Headers, flavour: str = "plain") -> Path:
+    """Return the plugin host, built with `headers`."""
+    return _shared("libplugin_host.so", _HOST_SOURCES, list(headers.flags), ["-ldl", "-lpthread"], flavour)
+
+
+def loader_library() -> Path:
+    """Return libchunkkv_tensorrt_loader.so."""
+    flags = [f"-Wl,--version-script={PLUGINS / 'exports.map'}", "-Wl,-z,defs"]
+    return _shared("libchunkkv_tensorrt_loader.so", [PLUGINS / "loader.cc"], flags, ["-ldl"], "plain")
+
+
+def stub_tensorrt(headers: Headers) -> Path:
+    """Return a libnvinfer.so.<major> that holds a plugin registry and nothing else."""
+    name = f"libnvinfer.so.{headers.major}"
+    return _shared(name, [HOST / "nvinfer_stub.cc"], list(headers.flags), [f"-Wl,-soname,{name}"], "plain")
+
+
+def _shared(
+    name: str, sources: Sequence[Path], flags: list[str], link: list[str], flavour: str, extra: Sequence[Path] = ()
+) -> Path:
+    headers = [path for folder in (PLUGINS, HOST, ROOT / "plugins" / "include") for path in folder.rglob("*.h")]
+    digest = hashlib.sha256(repr((compiler(), name, flags, link, flavour)).encode())
+    for path in sorted([*sources, *headers, *extra]):
+        digest.update(path.name.encode() + path.read_bytes())
+    target = BUILD / flavour / digest.hexdigest()[:20] / name
+    options = [*COMMON, "-Wpedantic", *FLAVOURS[flavour], "-shared", *flags]
+    return _make(target, [compiler(), *options, *map(str, sources), *filter(None, link)])

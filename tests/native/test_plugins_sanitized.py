@@ -1,0 +1,19 @@
+"""The plugin tests again on plugins, host and kernels built with AddressSanitizer and UndefinedBehaviorSanitizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from native.build import emulated_library
+from native.test_sanitizers import run_sanitized
+
+TESTS = Path(__file__).with_name("test_plugins.py")
+
+
+@pytest.mark.timeout(600)
+def test_no_access_outside_and_no_undefined_behaviour() -> None:
+    done = run_sanitized(emulated_library("asan"), str(TESTS), "-k", "not headers and not product_settings")
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    assert " passed" in done.stdout
