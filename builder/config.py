@@ -106,8 +106,10 @@ class BuildConfig:
 
 
 def longest_context(model: ModelConfig) -> int:
-    """Return how many positions `model` was trained for, an extension by yarn or llama3 scaling included."""
+    """Return how many positions `model` was trained for; yarn's max_position_embeddings may be those before scaling."""
     scaling = model.rope_scaling
-    if scaling is None or scaling.original_max_position_embeddings is None:
+    if scaling is None or scaling.type != "yarn":
         return model.max_position_embeddings
-    return max(model.max_position_embeddings, int(scaling.original_max_position_embeddings * scaling.factor))
+    assert scaling.original_max_position_embeddings is not None
+    extended = int(scaling.original_max_position_embeddings * scaling.factor)
+    return max(model.max_position_embeddings, min(extended, _LARGEST["max_seq_len"]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -11,6 +10,7 @@ from chunkkv.errors import ConfigError
 _Default = TypeVar("_Default")
 REQUIRED: Any = object()
 LARGEST_INT = 2**31 - 1
+SMALLEST_NUMBER, LARGEST_NUMBER = 1e-12, 1e12  # wide for any model, and far from where float32 arithmetic breaks down
 
 
 class Fields:
@@ -53,17 +53,17 @@ class Fields:
         return value
 
     def number(self, key: str, above: float = 0.0, default: _Default = REQUIRED) -> float | _Default:
-        """Return a finite number greater than `above`."""
-        advice = f"give a finite number above {above:g}"
+        """Return a number greater than `above`, from SMALLEST_NUMBER to LARGEST_NUMBER."""
+        low = f"above {above:g}" if above >= SMALLEST_NUMBER else f"of at least {SMALLEST_NUMBER:g}"
+        advice = f"give a finite number {low}, at most {LARGEST_NUMBER:g}"
         if self._absent(key, default, advice):
             return default
         value = self.values[key]
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not above < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise self.error(key, advice)
-        try:
-            return float(value)
-        except OverflowError:
-            raise self.error(key, advice) from None
+        if not (above < value and SMALLEST_NUMBER <= value <= LARGEST_NUMBER):  # also refuses NaN
+            raise self.error(key, advice)
+        return float(value)
 
     def flag(self, key: str, default: _Default = REQUIRED) -> bool | _Default:
         """Return true or false."""

@@ -35,13 +35,16 @@ def test_lengths_default_to_the_models_context(given: dict[str, int], expected: 
     [
         ("llama2", {}, 512),
         ("llama_linear", {}, 512),  # linear scaling is part of what the model was trained for
-        ("llama3", {}, 512),  # 8 times 64
+        ("llama3", {}, 512),
+        ("llama3", {"max_position_embeddings": 256}, 256),  # as Llama 3.2 publishes it: 8 times 64 is not what counts
         ("llama_yarn", {}, 512),  # 4 times 128
         ("llama_yarn", {"max_position_embeddings": 128}, 512),  # as Qwen publishes it: positions before scaling
         ("qwen3", {"max_position_embeddings": 40960}, 40960),
     ],
 )
-def test_the_longest_context_counts_an_extension(variant: str, overrides: dict[str, int], longest: int) -> None:
+def test_the_longest_context_is_what_the_model_was_trained_for(
+    variant: str, overrides: dict[str, int], longest: int
+) -> None:
     model = Checkpoint.open(engines.checkpoint_dir(variant, **overrides)).config
     assert longest_context(model) == longest
     assert BuildConfig.for_model(model).max_seq_len == longest

@@ -84,10 +84,12 @@ def test_the_command_writes_the_page(session: ChunkKVSession, tmp_path: Path, ca
     main(["inspect", "--engine_dir", str(engine), "--output", str(output), "--budget_tokens", "20", PROMPT])
     length = len(page_data(output.read_text(encoding="utf-8"))["tokens"])
     assert capsys.readouterr().out == f"{output}: 20 of {length} tokens kept\n"
-    for bad, named in ((tmp_path, "give a file name"), (tmp_path / "no" / "page.html", "in a directory that exists")):
+    os.mkfifo(tmp_path / "pipe")  # no plain file, like a device: it must not be replaced
+    for bad in (tmp_path, tmp_path / "no" / "page.html", tmp_path / "pipe"):
         with pytest.raises(SystemExit) as stopped:
             main(["inspect", "--engine_dir", str(engine), "--output", str(bad), PROMPT])
-        assert stopped.value.code == 2 and named in capsys.readouterr().err
+        assert stopped.value.code == 2 and "give a file name in a directory that exists" in capsys.readouterr().err
+    assert not (tmp_path / "pipe").is_file()
 
 
 def test_an_engine_without_chunkkv_has_nothing_to_show() -> None:

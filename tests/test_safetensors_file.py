@@ -111,3 +111,10 @@ def test_a_tensor_at_an_odd_offset_is_read(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"\x07" + np.array([1.5, -2], "<f4").tobytes())
     np.testing.assert_array_equal(SafetensorsFile(path).tensor("b"), [1.5, -2])
+
+
+@pytest.mark.timeout(10)
+def test_a_header_of_very_many_names_is_refused_quickly():
+    names = ",".join(f'"t{number}":0' for number in range(100_000))
+    with pytest.raises(CheckpointError, match="lists 't99999' twice"):
+        parse_header(f'{{{names},"t99999":0}}'.encode(), 0, "file")

@@ -196,7 +196,7 @@ def inspect(
         from chunkkv.inspect import write_page
 
         given = read_prompt(prompt, prompt_file, token_ids)
-        if output.is_dir() or not output.absolute().parent.is_dir():
+        if (output.exists() and not output.is_file()) or not output.absolute().parent.is_dir():
             raise RequestError(f"output {output} cannot be written: give a file name in a directory that exists")
         session = _load(engine_dir, threads)
         found = session.inspect(_chat_ids(session, given) if chat else given, keep_ratio, budget_tokens)
