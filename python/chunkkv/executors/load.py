@@ -22,7 +22,7 @@ def load_executor(files: EngineFiles, threads: int | None = None) -> Executor:
     if files.backend == "tensorrt":
         from chunkkv.executors.tensorrt import TensorRTExecutor
 
-        return TensorRTExecutor(files.path, files.settings)
+        return TensorRTExecutor(files.path, files.versions, files.settings is not None)
     raise EngineMismatchError(
         f"{files.path} was built for backend {files.backend!r}; this session runs {' and '.join(map(repr, RUNNABLE))}"
     )
