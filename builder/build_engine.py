@@ -90,7 +90,7 @@ def build_engine(flags: Namespace) -> None:
         progress.info(f"engine written to {flags.output_dir}")
 
 
-def load_backend(name: str, chunkkv: bool) -> ModuleType:
+def load_backend(name: str, chunkkv: bool = False) -> ModuleType:
     """Return the module that builds for backend `name`, with ChunkKV or without.
 
     Raises BackendUnavailableError saying what is missing on this machine.

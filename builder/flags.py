@@ -167,7 +167,7 @@ def _parser() -> _Parser:
     add("--use_weight_only", action="store_true", help="store the projections' weights in fewer bits")
     add("--weight_only_precision", **_choice(config.WEIGHT_ONLY_PRECISIONS), help="default: int8")
     add("--log_level", **_choice(LOG_LEVELS), default="info", help="verbose and debug show tracebacks; default: info")
-    add("--timing_cache", metavar="FILE", help="TensorRT: kernel timings, read if there and written for the next build")
+    add("--timing_cache", metavar="FILE", help="tensorrt: read if there, then written; default: none")
     add("--dry_run", action="store_true", help="check everything and print the plan, but build nothing")
     _add_chunkkv(parser)
     return parser

@@ -10,6 +10,7 @@ import enum
 import json
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -374,3 +375,11 @@ class Double:
         monkeypatch.setattr(CudaRuntime, "load", staticmethod(lambda: runtime))
         (folder / f"libchunkkv_tensorrt.so.{self.version.split('.')[0]}").touch()
         monkeypatch.setenv("CHUNKKV_LIB", str(folder / "libchunkkv.so"))
+
+
+def machine_of(monkeypatch: Any, tmp_path: Path, version: str = "11.4.0.106") -> Iterator[Double]:
+    """Yield a machine with TensorRT `version` that is installed for the time of one test."""
+    double = Double(version)
+    double.install(monkeypatch, tmp_path)
+    yield double
+    DOUBLES.remove(double)
