@@ -42,7 +42,7 @@ CLASSES: dict[type, tuple[str, str]] = {
     ),
     double.Network: ("INetworkDefinition", "num_inputs get_input num_layers get_layer"),
     double.Tensor: ("ITensor", "name shape"),
-    double.OnnxParser: ("OnnxParser", "set_flag parse num_errors get_error"),
+    double.OnnxParser: ("OnnxParser", "parse num_errors get_error"),
     double.ParserError: ("ParserError", "desc node_name node_operator"),
     double.OptimizationProfile: ("IOptimizationProfile", "set_shape set_shape_input"),
     double.BuilderConfig: (
@@ -150,6 +150,5 @@ def test_what_is_looked_for_is_there(api: dict[str, Any]) -> None:
     from chunkkv.executors import tensorrt_library
 
     assert set(tensorrt_library._NEEDED) <= set(api["names"])
-    assert "ENABLE_PLUGIN_OVERRIDE" in api["enums"]["OnnxParserFlag"]
     assert "STRONGLY_TYPED" in api["enums"]["NetworkDefinitionCreationFlag"]
     assert {"PLUGIN_V3", "KV_CACHE_UPDATE"} <= set(api["enums"]["LayerType"])

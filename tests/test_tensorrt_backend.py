@@ -12,6 +12,8 @@ from support import engines, tensorrt_graphs
 from support.builds import CommandLine, Outcome
 from support.tensorrt_double import TIMINGS, Double, machine_of
 
+from chunkkv.errors import ConfigError
+from chunkkv.executors import tensorrt_library
 from chunkkv.executors.tensorrt_contract import Contract
 from chunkkv_builder.backends.tensorrt.graphs import decode_capacities
 from chunkkv_builder.onnx_graph import functions
@@ -227,6 +229,26 @@ def test_what_is_missing_is_said_in_one_line(machine: Double, build, monkeypatch
         f"{needs}the Python package 'tensorrt' 10.15 or later, which is not installed; and an NVIDIA"
     )
     assert message.endswith("give --backend onnxruntime")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((16, 4, 2), "head_dim is 16; the ChunkKV plugins have kernels for 64, 80,"),
+        ((64, 34, 2), "34 query heads share 2"),
+    ],
+)
+def test_models_that_the_plugins_have_no_kernel_for_are_refused(sizes: tuple[int, int, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tensorrt_library.check_head_sizes(*sizes)
+    tensorrt_library.check_head_sizes(128, 32, 8)
+
+
+def test_a_model_without_kernels_still_builds_without_chunkkv(machine: Double, build, monkeypatch) -> None:
+    monkeypatch.setattr(tensorrt_library, "PLUGIN_HEAD_SIZES", (64,))
+    outcome, folder = build()
+    assert "build without --chunkkv, or with --backend onnxruntime" in outcome.error(1) and not folder.exists()
+    assert build(chunkkv=False)[0].code == 0
 
 
 def test_quantised_weights_are_refused(machine: Double, build) -> None:

@@ -68,7 +68,7 @@ class ParserError:
 
 class OnnxParser:
     def __init__(self, network: Any, logger: ILogger) -> None:
-        self._network, self._flags, self._errors = network, set(), []
+        self._network, self._errors = network, []
 
     @property
     def num_errors(self) -> int:
@@ -76,9 +76,6 @@ class OnnxParser:
 
     def get_error(self, index: int) -> ParserError:
         return self._errors[index]
-
-    def set_flag(self, flag: Any) -> None:
-        self._flags.add(flag)
 
     def parse(self, model: bytes, path: str | None = None) -> bool:
         parsed = onnx.ModelProto.FromString(model)
@@ -361,17 +358,18 @@ class Double:
         old = version.startswith("10.")
         flags = {"EXPLICIT_BATCH": 0, "STRONGLY_TYPED": 1} if old else {"STRONGLY_TYPED": 0}
         module.NetworkDefinitionCreationFlag = enum.IntEnum("NetworkDefinitionCreationFlag", flags)
-        module.OnnxParserFlag = enum.IntEnum("OnnxParserFlag", {"ENABLE_PLUGIN_OVERRIDE": 3})
         module.BuilderFlag = enum.IntEnum("BuilderFlag", {"TF32": 7})
         module.get_plugin_registry = lambda: self.registry
 
     def install(self, monkeypatch: Any, folder: Path) -> None:
         """Make `import tensorrt` and the CUDA runtime mean this machine, with a plugin library in `folder`."""
+        from chunkkv.executors import tensorrt_library
         from chunkkv.executors.cuda_runtime import CudaRuntime
 
         DOUBLES.append(self)
         runtime = CudaRuntime(self.cuda)  # type: ignore[arg-type]
         monkeypatch.setitem(sys.modules, "tensorrt", self.module)
+        monkeypatch.setattr(tensorrt_library, "PLUGIN_HEAD_SIZES", (16, 32, 64))  # the tiny models' own
         monkeypatch.setattr(CudaRuntime, "load", staticmethod(lambda: runtime))
         (folder / f"libchunkkv_tensorrt.so.{self.version.split('.')[0]}").touch()
         monkeypatch.setenv("CHUNKKV_LIB", str(folder / "libchunkkv.so"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from chunkkv.executors.tensorrt_contract import PREFILL_FILE, WEIGHTS_FILE, decode_file
+from chunkkv.executors.tensorrt_library import check_head_sizes
 from chunkkv.executors.tensorrt_library import missing as missing
 from chunkkv_builder.backends.tensorrt import graphs
 from chunkkv_builder.backends.tensorrt.engines import EngineBuilder
@@ -29,8 +30,11 @@ def build(
     """Write engines, weights and their contract to `out_dir`; return the versions that made them.
 
     `timing_cache` is read where it exists and written when all engines are built. Raises BackendUnavailableError for a
-    missing library or plugin before anything slow begins, BuildError for what TensorRT refuses.
+    missing library or plugin and ConfigError for a model without kernels before anything slow begins, BuildError for
+    what TensorRT refuses.
     """
+    if plan.settings is not None:
+        check_head_sizes(plan.model.head_dim, plan.model.num_heads, plan.model.num_kv_heads)
     builder = EngineBuilder(build.dtype, progress, timing_cache)
     if plan.settings is not None:
         builder.require_plugins(plan.settings)

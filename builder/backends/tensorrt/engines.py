@@ -93,9 +93,6 @@ class EngineBuilder:
         # Where the flag is gone every network is strongly typed.
         network = self._builder.create_network(0 if typed is None else 1 << int(typed))
         parser = self.trt.OnnxParser(network, self._logger)
-        override = getattr(self.trt.OnnxParserFlag, "ENABLE_PLUGIN_OVERRIDE", None)
-        if override is not None:
-            parser.set_flag(override)
         if not parser.parse(for_parser(model)):
             errors = [parser.get_error(number) for number in range(parser.num_errors)]
             listed = "; ".join(_described(error) for error in errors) or "no reason given"

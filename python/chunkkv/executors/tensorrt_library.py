@@ -6,14 +6,16 @@ Features are looked for, not version numbers: 10.15 brought what the graphs need
 from __future__ import annotations
 
 import os
+from collections import deque
 from pathlib import Path
 from typing import Any
 
-from chunkkv.errors import BackendUnavailableError
+from chunkkv.errors import BackendUnavailableError, ConfigError
 from chunkkv.executors.cuda_runtime import CudaRuntime
 
 PLUGIN_NAMESPACE, PLUGIN_VERSION = "chunkkv", "1"
 PLUGINS = ("ChunkKVSelect", "ChunkKVCompact")
+PLUGIN_HEAD_SIZES, PLUGIN_MAX_GROUP = (64, 80, 96, 128, 256), 16  # what plugins/api.cc has kernels for
 FIRST_VERSION = "10.15"
 _PLUGIN_LIBRARY = "libchunkkv_tensorrt.so"
 _PLACES = (Path(__file__).parents[1] / "lib", Path(__file__).parents[3] / "build" / "native")
@@ -87,16 +89,28 @@ def load_plugins(trt: Any, registry: Any) -> dict[str, Any]:
     return creators
 
 
+def check_head_sizes(head_dim: int, num_heads: int, num_kv_heads: int) -> None:
+    """Raise ConfigError for a model that the plugins have no kernel for."""
+    advice = "build without --chunkkv, or with --backend onnxruntime"
+    if head_dim not in PLUGIN_HEAD_SIZES:
+        sizes = ", ".join(map(str, PLUGIN_HEAD_SIZES))
+        raise ConfigError(f"head_dim is {head_dim}; the ChunkKV plugins have kernels for {sizes}: {advice}")
+    if num_heads // num_kv_heads > PLUGIN_MAX_GROUP:
+        raise ConfigError(
+            f"{num_heads} query heads share {num_kv_heads} KV heads; the ChunkKV plugins take at most "
+            f"{PLUGIN_MAX_GROUP} query heads for one: {advice}"
+        )
+
+
 def _creators(registry: Any) -> dict[str, Any]:
     return {name: registry.get_creator(name, PLUGIN_VERSION, PLUGIN_NAMESPACE) for name in PLUGINS}
 
 
 class Messages:
-    """What TensorRT's logger said: errors and warnings are kept, so that a failure can be explained."""
+    """What TensorRT's logger said last: errors are kept, so that a failure can be explained."""
 
     def __init__(self) -> None:
-        self.errors: list[str] = []
-        self.warnings: list[str] = []
+        self.errors: deque[str] = deque(maxlen=50)
 
     def logger(self, trt: Any) -> Any:
         """Return a tensorrt.ILogger that writes here; it must outlive every object made with it."""
@@ -109,8 +123,6 @@ class Messages:
             def log(self, level: Any, text: str) -> None:
                 if level in (severity.ERROR, severity.INTERNAL_ERROR):
                     messages.errors.append(text)
-                elif level == severity.WARNING:
-                    messages.warnings.append(text)
 
         return Logger()
 
