@@ -85,6 +85,14 @@ def test_float16_stays_close(machine: Double, tmp_path: Path) -> None:
     assert compressed.full_cache_bytes == 61 * 2 * 3 * 2 * 16 * 2  # keys and values, layers, heads, head size, bytes
 
 
+def test_weights_of_any_size_lie_where_tensorrt_accepts_them(machine: Double, tmp_path: Path) -> None:
+    odd = engines.checkpoint_dir("llama3", vocab_size=301)  # in float16 not a multiple of 256 bytes
+    session = ChunkKVSession.from_dir(build(tmp_path / "engine", dtype="float16", checkpoint_dir=odd))
+    sizes = [nbytes for _, nbytes in session._executor.contract.weights.values()]
+    assert any(size % 256 for size in sizes[:-1])
+    assert len(session.generate(PROMPTS[0], PARAMS).token_ids) == PARAMS.max_new_tokens
+
+
 def test_inspection_shows_the_same_choice(session: ChunkKVSession) -> None:
     expected = engines.session("llama3", chunkkv_layer_reuse=2).inspect(PROMPTS[2])
     found = session.inspect(PROMPTS[2])

@@ -14,7 +14,7 @@ import numpy as np
 from chunkkv.executors.cuda_runtime import ALIGNMENT, FUNCTIONS
 
 NO_DEVICE, INVALID, NOT_CAPTURABLE = 100, 1, 900
-PAYLOAD = 0xA5  # fresh memory holds garbage, as on a GPU
+PAYLOAD = 0xFF  # fresh memory holds NaN in every type, so that nothing may depend on it
 
 
 class _Function:
@@ -84,10 +84,6 @@ class CudartDouble:
         device = target if kind == 1 else source
         assert self.contains(device, nbytes), "copy outside device memory"
         self.enqueue(stream, lambda: ctypes.memmove(target, source, nbytes))
-
-    def _cudaMemsetAsync(self, target: int, value: int, nbytes: int, stream: int) -> None:
-        assert self.contains(target, nbytes)
-        self.enqueue(stream, lambda: ctypes.memset(target, value, nbytes))
 
     def contains(self, address: int, nbytes: int) -> bool:
         """Return whether the range lies in one live allocation."""

@@ -195,7 +195,8 @@ class Builder:
         if problem:
             self._logger.log(Severity.ERROR, problem)
             return None
-        self.log.append({"network": network, "config": config, "profile": profile})
+        entry = {"network": network, "config": config, "profile": profile, "finished": False}
+        self.log.append(entry)
         monitor = config.progress_monitor
         monitor.phase_start("Building", None, 2)
         monitor.phase_start("Tactics", "Building", 3)
@@ -203,6 +204,7 @@ class Builder:
             return None
         monitor.phase_finish("Tactics")
         monitor.phase_finish("Building")
+        entry["finished"] = True
         config._cache.content += b"t"
         header = {"version": DOUBLES[-1].version, "shapes": profile.shapes, "values": profile.values}
         return MAGIC + json.dumps(header).encode() + b"\n" + as_plugins(network.model).SerializeToString()

@@ -32,7 +32,6 @@ FUNCTIONS = {
     "cudaMallocHost": (_OUT, _SIZE),
     "cudaFreeHost": (_POINTER,),
     "cudaMemcpyAsync": (_POINTER, _POINTER, _SIZE, _INT, _POINTER),
-    "cudaMemsetAsync": (_POINTER, _INT, _SIZE, _POINTER),
     "cudaMemGetInfo": (ctypes.POINTER(_SIZE), ctypes.POINTER(_SIZE)),
     "cudaStreamCreateWithFlags": (_OUT, ctypes.c_uint),
     "cudaStreamDestroy": (_POINTER,),
@@ -132,10 +131,6 @@ class Stream:
         """Copy from the device address `source` into a contiguous host array, complete after synchronize()."""
         assert array.flags.c_contiguous
         self._cuda.call("cudaMemcpyAsync", array.ctypes.data, source, array.nbytes, _DEVICE_TO_HOST, self.handle)
-
-    def clear(self, target: int, nbytes: int) -> None:
-        """Set device memory to zero."""
-        self._cuda.call("cudaMemsetAsync", target, 0, nbytes, self.handle)
 
     def synchronize(self) -> None:
         """Wait for everything enqueued so far."""

@@ -93,13 +93,10 @@ class TensorRTExecutor:
         )
 
     def new_cache(self, rows: int, capacity: int) -> DeviceCache:
-        """Return a zeroed cache, so that no slot behind a row's tokens ever holds a NaN of other data."""
+        """Return a cache of undefined content: prefill writes every slot of a row, so that no old NaN is ever read."""
         count, row_bytes = self.contract.num_layers, self.contract.row_bytes(capacity)
         step = _aligned(rows * row_bytes)
         buffer = self.cuda.device_memory(2 * count * step)
-        stream = self.cuda.stream()
-        stream.clear(buffer.address, buffer.nbytes)
-        stream.synchronize()
         places = [buffer.address + number * step for number in range(2 * count)]
         return DeviceCache(tuple(places[:count]), tuple(places[count:]), rows, capacity, row_bytes, buffer)
 
