@@ -67,6 +67,26 @@ for name in json.loads(sys.argv[1]):
 enums = {n: sorted(e.__members__) for n in found["names"] for e in [getattr(trt, n)] if hasattr(e, "__members__")}
 print(json.dumps({**found, "enums": enums}))
 """
+OWN_CLASSES = """
+from chunkkv.errors import BackendUnavailableError
+from chunkkv.executors.tensorrt_library import Messages, import_tensorrt
+from chunkkv_builder.backends.tensorrt.engines import EngineBuilder, _monitor
+from chunkkv_builder.progress import Progress
+
+trt, messages = import_tensorrt(), Messages()
+logger = messages.logger(trt)
+logger.log(trt.ILogger.Severity.ERROR, "first")
+logger.log(trt.ILogger.Severity.INFO, "not this")
+assert isinstance(logger, trt.ILogger) and messages.because() == ": first"
+monitor = _monitor(trt, "prefill", Progress("error"))
+monitor.phase_start("build", None, 3)
+assert isinstance(monitor, trt.IProgressMonitor) and monitor.step_complete("build", 0) is True
+monitor.phase_finish("build")
+try:
+    EngineBuilder("float32", Progress("error"))
+except BackendUnavailableError as error:
+    print(error)
+"""
 
 
 def bindings() -> list[Path]:
@@ -80,7 +100,10 @@ def bindings() -> list[Path]:
 
 @cache
 def described(folder: Path, work: Path) -> dict[str, Any]:
-    """Import the bindings of `folder` on empty libraries in a process of its own and return what they offer."""
+    """Import the bindings of `folder` on empty libraries in a process of its own and return what they offer.
+
+    `work` then holds them as the package tensorrt too.
+    """
     package = work / "tensorrt_bindings"
     shutil.copytree(folder / "tensorrt_bindings", package)
     (metadata,) = folder.glob("tensorrt_*bindings-*.dist-info")
@@ -92,7 +115,11 @@ def described(folder: Path, work: Path) -> dict[str, Any]:
         subprocess.run(command, input=source, text=True, check=True)
     names = json.dumps([name for name, _ in CLASSES.values()])
     done = subprocess.run([sys.executable, "-c", PROGRAM, names], cwd=work, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout)
+    (work / "tensorrt").mkdir()
+    (work / "tensorrt" / "__init__.py").write_text(
+        "from tensorrt_bindings import *\nfrom tensorrt_bindings import __version__\n"
+    )
+    return {**json.loads(done.stdout), "folder": work}
 
 
 @pytest.fixture(scope="module", params=bindings() or [None], ids=lambda path: path.name if path else "none")
@@ -152,3 +179,11 @@ def test_what_is_looked_for_is_there(api: dict[str, Any]) -> None:
     assert set(tensorrt_library._NEEDED) <= set(api["names"])
     assert "STRONGLY_TYPED" in api["enums"]["NetworkDefinitionCreationFlag"]
     assert {"PLUGIN_V3", "KV_CACHE_UPDATE"} <= set(api["enums"]["LayerType"])
+
+
+def test_own_classes_live_on_the_real_ones_and_a_builder_that_cannot_start_says_so(api: dict[str, Any]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", OWN_CLASSES], cwd=api["folder"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"TensorRT {api['version']} cannot start: is there an NVIDIA GPU?\n"

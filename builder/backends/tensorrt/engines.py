@@ -11,7 +11,7 @@ from typing import Any
 import onnx
 
 from chunkkv.errors import BackendUnavailableError, BuildError
-from chunkkv.executors.tensorrt_library import Messages, import_tensorrt, load_plugins
+from chunkkv.executors.tensorrt_library import Messages, import_tensorrt, load_plugins, start
 from chunkkv.settings import ChunkKVSettings
 from chunkkv_builder.backends.tensorrt.graphs import Shapes, for_parser
 from chunkkv_builder.onnx_graph import functions
@@ -26,14 +26,7 @@ class EngineBuilder:
         self.trt = import_tensorrt()
         self._messages = Messages()
         self._logger = self._messages.logger(self.trt)
-        try:
-            self._builder = self.trt.Builder(self._logger)
-        except (TypeError, RuntimeError):  # the binding's way of saying that the library returned nothing
-            self._builder = None
-        if self._builder is None:
-            raise BackendUnavailableError(
-                f"TensorRT {self.trt.__version__} cannot start{self._messages.because() or ': is there an NVIDIA GPU?'}"
-            )
+        self._builder = start(self.trt, self.trt.Builder, self._logger, self._messages)
         self._timings = timing_cache.read_bytes() if timing_cache is not None and timing_cache.is_file() else b""
 
     def require_plugins(self, settings: ChunkKVSettings) -> None:

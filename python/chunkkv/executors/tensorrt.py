@@ -20,7 +20,7 @@ from chunkkv.errors import BackendUnavailableError, EngineError, EngineMismatchE
 from chunkkv.executors.cuda_runtime import ALIGNMENT, CudaRuntime, DeviceBuffer, Graph, Stream
 from chunkkv.executors.interface import Choice, Prefilled
 from chunkkv.executors.tensorrt_contract import PREFILL_FILE, WEIGHTS_FILE, Contract, decode_file
-from chunkkv.executors.tensorrt_library import Messages, import_tensorrt, load_plugins
+from chunkkv.executors.tensorrt_library import Messages, import_tensorrt, load_plugins, start
 from chunkkv.requests import Request
 
 _PIECE = 64 << 20
@@ -71,7 +71,7 @@ class TensorRTExecutor:
         self._logger = self._messages.logger(self._trt)
         if chunkkv:
             load_plugins(self._trt, self._trt.get_plugin_registry())
-        self._runtime = self._trt.Runtime(self._logger)
+        self._runtime = start(self._trt, self._trt.Runtime, self._logger, self._messages)
         self._weights, self._weights_buffer = self._load_weights()
         self.prefill_lock = threading.Lock()
         self.prefill_context = self.new_context(self._load(PREFILL_FILE))

@@ -129,3 +129,12 @@ class Messages:
     def because(self) -> str:
         """Return ": " and the errors so far as one line, or nothing."""
         return ": " + "; ".join(self.errors) if self.errors else ""
+
+
+def start(trt: Any, kind: Any, logger: Any, messages: Messages) -> Any:
+    """Return a tensorrt.Builder or tensorrt.Runtime; raises BackendUnavailableError where there is no GPU to work on."""
+    try:
+        return kind(logger)
+    except (TypeError, RuntimeError):  # the bindings' way of saying that the library returned nothing
+        reason = messages.because() or ": is there an NVIDIA GPU?"
+        raise BackendUnavailableError(f"TensorRT {trt.__version__} cannot start{reason}") from None
