@@ -132,7 +132,7 @@ class Messages:
 
 
 def start(trt: Any, kind: Any, logger: Any, messages: Messages) -> Any:
-    """Return a tensorrt.Builder or tensorrt.Runtime; raises BackendUnavailableError where there is no GPU to work on."""
+    """Return a tensorrt.Builder or tensorrt.Runtime; raises BackendUnavailableError where there is no GPU for it."""
     try:
         return kind(logger)
     except (TypeError, RuntimeError):  # the bindings' way of saying that the library returned nothing
