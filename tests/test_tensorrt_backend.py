@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from chunkkv_builder.onnx_graph import functions
 from chunkkv_builder.progress import Progress
 
 machine = pytest.fixture(machine_of)
+ROOT = Path(__file__).resolve().parent.parent
 LIMITS = {"max_batch_size": 4, "max_seq_len": 256, "log_level": "warning", "dtype": "float32"}
 
 
@@ -243,6 +245,14 @@ def test_models_that_the_plugins_have_no_kernel_for_are_refused(sizes: tuple[int
     with pytest.raises(ConfigError, match=message):
         tensorrt_library.check_head_sizes(*sizes)
     tensorrt_library.check_head_sizes(128, 32, 8)
+
+
+def test_the_plugins_have_the_kernels_that_the_builder_thinks_they_have() -> None:
+    source = (ROOT / "plugins" / "api.cc").read_text(encoding="utf-8")
+    (sizes,) = re.findall(r"kHeadSizes\[\] = \{([\d, ]+)\}", source)
+    (group,) = re.findall(r"kMaxGroup = (\d+);", source)
+    assert tuple(map(int, sizes.split(","))) == tensorrt_library.PLUGIN_HEAD_SIZES
+    assert int(group) == tensorrt_library.PLUGIN_MAX_GROUP
 
 
 def test_a_model_without_kernels_still_builds_without_chunkkv(machine: Double, build, monkeypatch) -> None:
