@@ -81,6 +81,15 @@ def test_profiles_span_batch_length_and_capacity(machine: Double, build) -> None
         assert profile.shapes["input_ids"] == [(1, 1), (4, 1), (4, 1)] and profile.values == {}
 
 
+def test_long_prompts_are_timed_at_a_usual_length(machine: Double, build, tmp_path: Path) -> None:
+    long = engines.checkpoint_dir("llama3", max_position_embeddings=20_000, rope_scaling=None)
+    outcome, folder = build(checkpoint_dir=long, max_seq_len=20_000, max_batch_size=2)
+    assert outcome.code == 0, outcome
+    assert machine.log[0]["profile"].shapes["input_ids"] == [(1, 1), (1, 4096), (1, 20_000)]
+    assert machine.log[0]["profile"].values == {"capacity": [[2560], [10_048], [20_032]]}
+    assert Contract.read(folder).capacities == (2560, 5056, 10_048, 20_032)
+
+
 def test_matrices_are_inputs_of_every_engine_and_stored_once(machine: Double, build) -> None:
     _, folder = build()
     graphs = [entry["network"].model.graph for entry in machine.log]

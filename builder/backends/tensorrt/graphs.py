@@ -20,6 +20,7 @@ from chunkkv_builder.plan import Plan
 # A cache has a static capacity, and decode time grows with it, used or not: an answer runs on the smallest that fits.
 RUNGS = 4
 SMALLEST_CAPACITY = 128
+BEST_LENGTH = 4096  # kernels are timed at this prompt length, or at the longest: they serve longer prompts as well
 CAPACITY_STEP = 64  # keeps every row of a cache on the address grid that TensorRT wants
 
 
@@ -66,7 +67,8 @@ class Graphs:
         kept = self._plan.settings.kept_tokens(longest) if self._plan.settings else longest
         usual = next(capacity for capacity in self.capacities if capacity >= kept)
         values = {"capacity": (self.capacities[0], usual, self.capacities[-1])}
-        return Shapes({"input_ids": ((1, 1), (rows, longest), (rows, longest)), **shapes}, values)
+        ids = ((1, 1), (rows, min(longest, BEST_LENGTH)), (rows, longest))
+        return Shapes({"input_ids": ids, **shapes}, values)
 
     def decode_shapes(self) -> Shapes:
         """Return the decode profile: 1 to max_batch_size rows of one token."""
