@@ -2,10 +2,12 @@
 PYTHON ?= python3
 VENV   := .venv
 PEERS  := .venv-peers
+# NVIDIA's Python bindings of TensorRT, alone: which of their names and parameters the code may use.
+TENSORRT_BINDINGS := $(addprefix build/tensorrt-bindings/,10.15.1.29 10.16.1.11 11.0.0.114 11.4.0.106)
 BIN    := $(VENV)/bin
 MODEL  := examples/needle/model
 
-.PHONY: demo test test-peers bench gpu-check lint clean
+.PHONY: demo test test-peers test-tensorrt-api bench gpu-check lint clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python examples/demo.py
@@ -17,6 +19,13 @@ test: $(VENV)/.installed-test
 
 test-peers: $(PEERS)/.installed
 	$(PEERS)/bin/python -m pytest -o addopts="-ra --strict-markers" tests/peers
+
+test-tensorrt-api: $(VENV)/.installed-test $(TENSORRT_BINDINGS)
+	$(BIN)/python -m pytest tests/test_tensorrt_api.py
+
+build/tensorrt-bindings/%: | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --no-deps --target $@.partial tensorrt_cu13_bindings==$*
+	mv $@.partial $@
 
 bench: $(PEERS)/.installed
 	$(PEERS)/bin/python benchmarks/against_transformers.py --output docs/benchmarks/cpu-against-transformers.json

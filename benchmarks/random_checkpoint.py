@@ -1,10 +1,11 @@
-"""A Llama checkpoint with random weights of a given size, for measuring speed; needs numpy alone."""
+"""A Llama checkpoint with random weights of a given size, for measuring speed; needs NumPy and ml_dtypes alone."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 
 MEDIUM = {
@@ -26,6 +27,19 @@ MEDIUM = {
     "eos_token_id": 2,
     "torch_dtype": "float32",
 }
+LLAMA_8B = {
+    **MEDIUM,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "torch_dtype": "bfloat16",
+}
+STORED = {"float32": ("F32", np.dtype(np.float32)), "bfloat16": ("BF16", np.dtype(ml_dtypes.bfloat16))}
 
 
 def tensor_shapes(config: dict) -> dict[str, tuple[int, ...]]:
@@ -50,13 +64,14 @@ def tensor_shapes(config: dict) -> dict[str, tuple[int, ...]]:
 
 
 def write_random_checkpoint(directory: Path, config: dict = MEDIUM, seed: int = 0) -> None:
-    """Write config.json and model.safetensors (float32); query and key weights are larger, so attention is not flat."""
+    """Write config.json and model.safetensors; query and key weights are larger, so that attention is not flat."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps(config, indent=1))
     shapes, position, header = tensor_shapes(config), 0, {}
+    kind, dtype = STORED[config["torch_dtype"]]
     for name, shape in shapes.items():
-        size = 4 * int(np.prod(shape))
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [position, position + size]}
+        size = dtype.itemsize * int(np.prod(shape))
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [position, position + size]}
         position += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -68,4 +83,4 @@ def write_random_checkpoint(directory: Path, config: dict = MEDIUM, seed: int = 
             values = (
                 np.ones(shape, np.float32) if len(shape) == 1 else random.standard_normal(shape, np.float32) * scale
             )
-            values.astype(np.float32).tofile(file)
+            values.astype(dtype).tofile(file)

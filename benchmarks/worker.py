@@ -32,8 +32,9 @@ def run_ours(case: dict[str, Any], ids: np.ndarray) -> dict[str, Any]:
     """Prefill, compress and decode with an engine directory; decode is teacher-forced, as on the other side."""
     from threading import Event
 
+    from chunkkv.executors.blockwise import BlockwisePrefiller
     from chunkkv.requests import make_requests
-    from chunkkv.session import ChunkKVSession, Prefill
+    from chunkkv.session import ChunkKVSession
 
     session = ChunkKVSession.from_dir(case["engine_dir"], threads=case["threads"])
     executor, loaded = session._executor, resident_mb()
@@ -43,11 +44,9 @@ def run_ours(case: dict[str, Any], ids: np.ndarray) -> dict[str, Any]:
     prefills, compressions, decodes = [], [], []
     for _ in range(case["repeats"]):
         cache = executor.new_cache(1, request.kept_tokens + case["steps"])
-        prefill = Prefill(executor, session.settings, case["block"])
-        logits, choice = prefill.run(request, cache, Event())
-        prefills.append(prefill.prefill_s)
-        compressions.append(prefill.compress_s)
-        del prefill
+        (found,) = BlockwisePrefiller(executor, case["block"], case["window"]).run([request], cache, Event())
+        prefills.append(found.prefill_s)
+        compressions.append(found.compress_s)
         decoder = executor.decoder(cache)
         times = []
         for step in range(case["steps"]):
@@ -64,9 +63,9 @@ def run_ours(case: dict[str, Any], ids: np.ndarray) -> dict[str, Any]:
         "kept_tokens": request.kept_tokens,
         "resident_after_load_mb": loaded,
         "peak_mb": peak_mb(),
-        "prefill_top": int(logits.argmax()),
+        "prefill_top": int(found.logits.argmax()),
         "last_logits": [float(value) for value in last[0, :8]],
-        "kept": {} if choice is None else {str(k): v.tolist() for k, v in choice.kept_indices.items()},
+        "kept": {} if found.choice is None else {str(k): v.tolist() for k, v in found.choice.kept_indices.items()},
     }
 
 

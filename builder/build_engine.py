@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 
 FAILED, BAD_USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 TOKENIZER_FILE = "tokenizer.json"
-_AUTO = {"backend": "onnxruntime", "dtype": "float32"}
+_AUTO_BACKEND = "onnxruntime"
+_AUTO_DTYPE = {"onnxruntime": "float32"}  # elsewhere bfloat16: fast attention kernels need 16 bits
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -73,12 +74,13 @@ def build_engine(flags: Namespace) -> None:
 
     with _bad_usage():
         check_target(Path(flags.output_dir), flags.overwrite)
-    backend = load_backend(flags.backend)
+    backend = load_backend(flags.backend, flags.chunkkv)
     with Progress(flags.log_level) as progress:
         checkpoint, build, plan = read_and_plan(flags, progress)
         if not flags.dry_run:
             with staged_output(flags.output_dir, flags.overwrite) as folder:
-                versions = backend.build(checkpoint, plan, build, folder, progress)
+                cache = {"timing_cache": Path(flags.timing_cache)} if flags.timing_cache else {}
+                versions = backend.build(checkpoint, plan, build, folder, progress, **cache)
                 copy_tokenizer(checkpoint, folder, progress)
                 write_config(folder, plan.model.to_dict(), build.to_dict(), plan.settings)
                 write_manifest(folder, build.backend, versions, progress)
@@ -88,17 +90,25 @@ def build_engine(flags: Namespace) -> None:
         progress.info(f"engine written to {flags.output_dir}")
 
 
-def load_backend(name: str) -> ModuleType:
-    """Return the module that builds for backend `name`; raises BackendUnavailableError saying what is missing."""
+def load_backend(name: str, chunkkv: bool = False) -> ModuleType:
+    """Return the module that builds for backend `name`, with ChunkKV or without.
+
+    Raises BackendUnavailableError saying what is missing on this machine.
+    """
     from chunkkv.errors import BackendUnavailableError
 
-    name = _AUTO["backend"] if name == "auto" else name
+    name = _AUTO_BACKEND if name == "auto" else name
     if importlib.util.find_spec(f"chunkkv_builder.backends.{name}") is not None:
-        return importlib.import_module(f"chunkkv_builder.backends.{name}")
+        module = importlib.import_module(f"chunkkv_builder.backends.{name}")
+        if lacking := module.missing(chunkkv):
+            raise BackendUnavailableError(
+                f"--backend {name} needs {'; and '.join(lacking)}. Install that or give --backend {_AUTO_BACKEND}"
+            )
+        return module
     package = importlib.util.find_spec(name) is not None
     raise BackendUnavailableError(
         f"--backend {name} needs the Python package {name!r}, which is {'' if package else 'not '}installed, and a "
-        f"builder for it, which this version of ChunkKV-TRT does not have: give --backend {_AUTO['backend']}"
+        f"builder for it, which this version of ChunkKV-TRT does not have: give --backend {_AUTO_BACKEND}"
     )
 
 
@@ -116,9 +126,10 @@ def read_and_plan(flags: Namespace, progress: Progress) -> tuple[Checkpoint, Bui
     settings = chunkkv_settings(flags, model.num_layers)
     names = ("max_input_len", "max_seq_len", "max_batch_size", "max_num_tokens", "weight_only_precision")
     limits = {name: getattr(flags, name) for name in names}
-    chosen = {name: auto if getattr(flags, name) == "auto" else getattr(flags, name) for name, auto in _AUTO.items()}
+    backend = _AUTO_BACKEND if flags.backend == "auto" else flags.backend
+    dtype = _AUTO_DTYPE.get(backend, "bfloat16") if flags.dtype == "auto" else flags.dtype
     with _bad_usage():
-        build = BuildConfig.for_model(model, **limits, **chosen)
+        build = BuildConfig.for_model(model, **limits, backend=backend, dtype=dtype)
         build.check_window(settings)
     delimiters = _read_tokenizer(
         checkpoint, progress, wanted=settings is not None and settings.boundaries == "delimiter"

@@ -56,6 +56,11 @@ class BuildConfig:
                 f"dtype is {self.dtype!r}; backend {self.backend} computes in {' or '.join(allowed)}: give that, or "
                 "use_weight_only with weight_only_precision int8 or int4 for smaller weights"
             )
+        if self.weight_only_precision and self.backend == "tensorrt":
+            raise ConfigError(
+                f"weight_only_precision is {self.weight_only_precision!r}; backend tensorrt has no quantised weights: "
+                "leave use_weight_only away and give dtype float16 or bfloat16"
+            )
         if self.weight_only_precision not in (None, *WEIGHT_ONLY_PRECISIONS):
             raise ConfigError(
                 f"weight_only_precision is {self.weight_only_precision!r}; "

@@ -24,25 +24,25 @@ def print_plan(plan: Plan, build: BuildConfig, console: Console | None = None) -
     weights = f"weights {build.weight_only_precision}" if build.weight_only_precision else f"weights {build.dtype}"
     console.print(
         f"{model.architecture}: {model.num_layers} layers, {model.num_kv_heads} KV heads of {model.head_dim}, "
-        f"{human_bytes(plan.kv_bytes_per_token)} of KV cache per token"
+        f"{human_bytes(plan.kv_bytes_per_token(build.dtype))} of KV cache per token"
     )
     console.print(
         f"backend {build.backend}, {weights}, max_batch_size {build.max_batch_size}, "
         f"max_input_len {build.max_input_len}, max_seq_len {build.max_seq_len}, max_num_tokens {build.max_num_tokens}"
     )
     console.print(f"ChunkKV: {_described(plan.settings)}")
-    console.print(_table(plan))
+    console.print(_table(plan, plan.kv_bytes_per_token(build.dtype)))
     beyond = [name for name, length in LENGTHS.items() if length > build.max_input_len]
     if beyond:
         console.print(f"Prompts of {', '.join(beyond)} are above max_input_len; shown for comparison.")
 
 
-def _table(plan: Plan) -> Table:
+def _table(plan: Plan, per_token: int) -> Table:
     table = Table(box=box.SIMPLE, show_footer=True, collapse_padding=True, pad_edge=False)  # fits 80 columns
     table.add_column("layer", footer="all", no_wrap=True)
     table.add_column("role", no_wrap=True)
     kept = {name: _kept(plan.settings, length) for name, length in LENGTHS.items()}
-    saved = {name: (LENGTHS[name] - kept[name]) * plan.kv_bytes_per_token for name in LENGTHS}
+    saved = {name: (LENGTHS[name] - kept[name]) * per_token for name in LENGTHS}
     for name in LENGTHS:
         table.add_column(f"kept\nat {name}", justify="right", footer=str(kept[name]), no_wrap=True)
     for name in LENGTHS:

@@ -63,6 +63,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         raise UsageError(f"--{chosen[0]} has no effect without --chunkkv: add it")
     if flags.chunkkv_budget_tokens == 0:
         raise UsageError("--chunkkv_budget_tokens is 0; give at least 1, or --chunkkv_keep_ratio instead")
+    if flags.timing_cache and flags.backend != "tensorrt":
+        raise UsageError("--timing_cache has no effect without --backend tensorrt: add that or leave it away")
     return flags
 
 
@@ -156,10 +158,16 @@ def _parser() -> _Parser:
     )
     add = parser.add_argument_group("build").add_argument
     add("--backend", **_choice(("auto", *config.BACKENDS)), default="auto", help="default: auto = onnxruntime")
-    add("--dtype", **_choice(("auto", *config.DTYPES)), default="auto", help="to compute in; default: auto = float32")
+    add(
+        "--dtype",
+        **_choice(("auto", *config.DTYPES)),
+        default="auto",
+        help="default: auto = float32, tensorrt bfloat16",
+    )
     add("--use_weight_only", action="store_true", help="store the projections' weights in fewer bits")
     add("--weight_only_precision", **_choice(config.WEIGHT_ONLY_PRECISIONS), help="default: int8")
     add("--log_level", **_choice(LOG_LEVELS), default="info", help="verbose and debug show tracebacks; default: info")
+    add("--timing_cache", metavar="FILE", help="tensorrt: read if there, then written; default: none")
     add("--dry_run", action="store_true", help="check everything and print the plan, but build nothing")
     _add_chunkkv(parser)
     return parser

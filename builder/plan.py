@@ -10,7 +10,7 @@ from chunkkv.errors import ConfigError
 from chunkkv.settings import ChunkKVSettings
 from chunkkv_builder.model_config import ModelConfig
 
-CACHE_ITEM_BYTES = 4  # the KV cache is float32 on the CPU
+CACHE_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,9 @@ class Plan:
         """The layers that score and select, ascending; empty without ChunkKV."""
         return tuple(layer.index for layer in self.layers if layer.is_leader)
 
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """Bytes that one cached token takes in all layers together."""
-        return 2 * self.model.num_layers * self.model.num_kv_heads * self.model.head_dim * CACHE_ITEM_BYTES
+    def kv_bytes_per_token(self, dtype: str) -> int:
+        """Bytes that one token in a cache of `dtype` takes in all layers together."""
+        return 2 * self.model.num_layers * self.model.num_kv_heads * self.model.head_dim * CACHE_ITEM_BYTES[dtype]
 
 
 def make_plan(model: ModelConfig, settings: ChunkKVSettings | None, delimiter_tokens: np.ndarray | None = None) -> Plan:

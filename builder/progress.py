@@ -54,6 +54,11 @@ class Progress:
         if self._bar is not None:
             self._task = self._bar.add_task(name, total=total, unit=unit)
 
+    def extend(self, steps: int) -> None:
+        """Add `steps` that came to light to the current stage."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, total=(self._bar.tasks[self._task].total or 0) + steps)
+
     def advance(self, steps: int = 1) -> None:
         """Count `steps` of the current stage as done."""
         if self._bar is not None and self._task is not None:

@@ -213,7 +213,7 @@ def test_a_checkpoint_is_not_an_output(build: Callable[..., Outcome], model: Pat
     assert tree(model) == before
 
 
-@pytest.mark.parametrize("name", ["tensorrt", "tensorrt_llm"])
+@pytest.mark.parametrize("name", ["tensorrt_llm"])
 @pytest.mark.parametrize("installed", [False, True])
 def test_backends_to_come_say_what_is_missing(build, tmp_path, monkeypatch, name, installed) -> None:
     if installed:

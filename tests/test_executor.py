@@ -193,7 +193,7 @@ def test_ragged_decode_agrees_between_both_attentions(executors) -> None:
 def test_answers_agree_between_both_attentions(variant: str) -> None:
     session = engines.session(variant, chunkkv_layer_reuse=2)
     other = ChunkKVSession(
-        graphs.standard_executor(variant, session), session.settings, session.limits, 16, session.tokenizer
+        graphs.standard_executor(variant, session), session.settings, session.limits, session.tokenizer
     )
     prompts = [np.random.default_rng([3, length]).integers(3, 300, length) for length in (61, 9)]
     params = SamplingParams(max_new_tokens=8, ignore_eos=True, logprobs=True)

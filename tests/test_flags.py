@@ -25,7 +25,7 @@ CHUNKKV_FLAGS = tuple(
         *("_min_tokens", "_boundaries", "_score", "_leader", "_layer_reuse"),
     )
 )
-OWN_FLAGS = ("overwrite", "backend", "dtype", "use_weight_only", "weight_only_precision")
+OWN_FLAGS = ("overwrite", "backend", "dtype", "use_weight_only", "weight_only_precision", "timing_cache")
 # What trtllm-build offers and this builder has no use for.
 MEANINGLESS = (
     "model_config build_config model_cls_file model_cls_name max_beam_width opt_num_tokens max_encoder_input_len "

@@ -48,7 +48,7 @@ def test_a_token_costs_a_key_and_a_value_in_float32_per_layer_and_head(
 ) -> None:
     model = replace(MODEL, num_layers=layers, num_heads=kv_heads, num_kv_heads=kv_heads, head_dim=head_dim)
     keys_and_values = np.zeros((layers, 2, kv_heads, 1, head_dim), dtype=np.float32)
-    assert make_plan(model, None).kv_bytes_per_token == keys_and_values.nbytes
+    assert make_plan(model, None).kv_bytes_per_token("float32") == keys_and_values.nbytes
 
 
 @pytest.mark.parametrize(

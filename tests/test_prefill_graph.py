@@ -14,9 +14,9 @@ from support.checkpoints import VARIANTS
 from chunkkv import reference
 from chunkkv.errors import ConfigError
 from chunkkv.requests import Request, make_requests
-from chunkkv.session import ChunkKVSession, Prefill
+from chunkkv.session import ChunkKVSession
 from chunkkv_builder.onnx_graph import functions
-from chunkkv_builder.onnx_graph.prefill import PrefillGraph
+from chunkkv_builder.onnx_graph.compress import compress_graph
 from chunkkv_builder.plan import make_plan
 
 TOLERANCE = 1e-4
@@ -73,8 +73,9 @@ def assert_row_equals(session: ChunkKVSession, request: Request, row: int, found
     """Compare one row with its own blockwise run; tokens in chunks at the cut may differ, their rows are skipped."""
     settings, length, kept = session.settings, len(request.ids), request.kept_tokens
     cache = session._executor.new_cache(1, kept)
-    logits, choice = Prefill(session._executor, settings, session._block).run(request, cache, threading.Event())
-    assert np.abs(found["logits"][row, 0] - logits).max() <= TOLERANCE
+    (own,) = session._executor.prefiller().run([request], cache, threading.Event())
+    choice = own.choice
+    assert np.abs(found["logits"][row, 0] - own.logits).max() <= TOLERANCE
     assert found["kept_lengths"][row] == kept
     table = graphs.delimiter_table(session)
     flags = None if table is None else table[request.ids]
@@ -95,8 +96,8 @@ def assert_row_equals(session: ChunkKVSession, request: Request, row: int, found
             same = indices[:kept] == expected
             assert same.sum() >= settings.window + settings.sinks
         for layer in group:
-            for kind, own in (("key", cache.keys[layer]), ("value", cache.values[layer])):
-                difference = found[f"kept_{kind}.{layer}"][row, :, :kept] - own[0]
+            for kind, rows in (("key", cache.keys[layer]), ("value", cache.values[layer])):
+                difference = found[f"kept_{kind}.{layer}"][row, :, :kept] - rows[0]
                 assert np.abs(difference[:, same]).max() <= TOLERANCE
 
 
@@ -150,11 +151,32 @@ def test_weights_are_shared_with_the_step_graph() -> None:
     assert places(step) == places(prefill) and places(step)
 
 
-def test_a_plan_without_chunkkv_is_refused() -> None:
-    _, locations = graphs.weights_of("llama3")
+def test_a_plan_without_chunkkv_keeps_every_token() -> None:
+    session = engines.session("llama3", chunkkv=False)
+    graph = graphs.load(graphs.prefill_path("llama3", session))
+    ids = requests_of(engines.session("llama3"))[0].ids
+    request = make_requests([ids], None, session.limits, None, None, None, 1)[0]
+    cache = session._executor.new_cache(1, len(ids))
+    (own,) = session._executor.prefiller().run([request], cache, threading.Event())
+    inputs = {
+        "input_ids": ids[None],
+        "lengths": np.array([len(ids)], np.int32),
+        "capacity": np.array([len(ids) + SPARE], np.int64),
+    }
+    found = dict(zip((value.name for value in graph.get_outputs()), graph.run(None, inputs), strict=True))
+    assert np.abs(found["logits"][0, 0] - own.logits).max() <= TOLERANCE
+    assert found["kept_lengths"] == [len(ids)]
+    for layer in range(session._executor.num_layers):
+        for kind, rows in (("key", cache.keys[layer]), ("value", cache.values[layer])):
+            kept = found[f"kept_{kind}.{layer}"]
+            assert kept.shape[2] == len(ids) + SPARE and not kept[:, :, len(ids) :].any()
+            assert np.abs(kept[:, :, : len(ids)] - rows).max() <= TOLERANCE
+
+
+def test_a_plan_without_chunkkv_has_nothing_to_compress() -> None:
     plan = make_plan(graphs.plan_of("llama3", session_of("llama3", "fixed", "last", 2)).model, None)
     with pytest.raises(ConfigError, match="no ChunkKV settings, so there is nothing to compress"):
-        PrefillGraph(plan, locations).build()
+        compress_graph(plan)
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
@@ -170,6 +192,6 @@ def test_packed_weights_run_too(precision: str) -> None:
         "capacity": np.array([request.kept_tokens], np.int64),
     }
     cache = session._executor.new_cache(1, request.kept_tokens)
-    expected, _ = Prefill(session._executor, session.settings, session._block).run(request, cache, threading.Event())
-    difference = np.abs(graph.run(["logits"], inputs)[0][0, 0] - expected).max()
+    (expected,) = session._executor.prefiller().run([request], cache, threading.Event())
+    difference = np.abs(graph.run(["logits"], inputs)[0][0, 0] - expected.logits).max()
     assert difference <= TOLERANCE

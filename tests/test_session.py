@@ -14,7 +14,7 @@ from support import engines
 
 from chunkkv import SamplingParams
 from chunkkv.errors import EngineMismatchError, RequestError
-from chunkkv.session import block_sizes
+from chunkkv.executors.blockwise import block_sizes
 
 GREEDY = SamplingParams(max_new_tokens=12, ignore_eos=True)
 
@@ -76,6 +76,9 @@ def test_compression_changes_the_cache_and_the_statistics_say_so(session) -> Non
     assert per_token == 2 * 3 * 2 * 16 * 4  # keys and values, layers, KV heads, head size, float32
     assert stats.cache_bytes == 40 * per_token
     assert stats.allocated_cache_bytes == 52 * per_token
+    assert stats.peak_cache_bytes == (100 + 52) * per_token
+    whole = session.generate(prompt(100), GREEDY, keep_ratio=1.0).statistics
+    assert whole.peak_cache_bytes == whole.allocated_cache_bytes == 112 * per_token
     assert 0 < stats.compress_s < stats.ttft_s and 0 < stats.prefill_s < stats.ttft_s and stats.tpot_s > 0
 
 
@@ -127,9 +130,7 @@ def test_stop_strings_end_the_answer_before_them(session) -> None:
 def test_end_token_stops_unless_ignored(session) -> None:
     ids = prompt(40)
     tokens = session.generate(ids, GREEDY).token_ids
-    ended = type(session)(
-        session._executor, session.settings, session.limits, session._block, session.tokenizer, [tokens[3]]
-    )
+    ended = type(session)(session._executor, session.settings, session.limits, session.tokenizer, [tokens[3]])
     first = tokens.index(tokens[3])
     result = ended.generate(ids, dataclasses.replace(GREEDY, ignore_eos=False))
     assert result.finish_reason == "stop" and result.token_ids == tokens[: first + 1]

@@ -15,7 +15,6 @@ from support.checkpoints import VARIANTS, random_tensors, variant_config, weight
 
 from chunkkv import SamplingParams
 from chunkkv.requests import make_requests
-from chunkkv.session import Prefill
 
 TOLERANCE = 1e-4
 PROMPTS = (0, 1)
@@ -47,9 +46,9 @@ def test_logits_of_prefill_and_continuation(golden, variant: str, number: int) -
         ids = prompt[: len(prompt) - cut]
         request = make_requests([ids], None, session.limits, session.settings, 1.0, None, 12)[0]
         cache = executor.new_cache(1, len(ids) + 12)
-        found, choice = Prefill(executor, session.settings, session._block).run(request, cache, threading.Event())
-        assert choice is None
-        assert np.abs(found - logits).max() <= TOLERANCE
+        (found,) = executor.prefiller().run([request], cache, threading.Event())
+        assert found.choice is None
+        assert np.abs(found.logits - logits).max() <= TOLERANCE
     decoder = executor.decoder(cache)
     continuation, later = (golden[f"{variant}/{key}{number}"] for key in ("continuation", "continuation_logits"))
     for step, (token, logits) in enumerate(zip(continuation, later, strict=False)):
@@ -93,7 +92,7 @@ def test_a_wrong_position_would_be_seen(golden) -> None:
     prompt, expected = golden["llama3/prompt0"], golden["llama3/continuation_logits0"][0]
     cache = session._executor.new_cache(1, len(prompt) + 1)
     request = make_requests([prompt], None, session.limits, session.settings, 1.0, None, 1)[0]
-    Prefill(session._executor, session.settings, session._block).run(request, cache, threading.Event())
+    session._executor.prefiller().run([request], cache, threading.Event())
     decoder = session._executor.decoder(cache)
     decoder.input_ids[0], decoder.cache_lengths[0] = golden["llama3/continuation0"][0], len(prompt)
     decoder.position_ids[0] = len(prompt) + 1

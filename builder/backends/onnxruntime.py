@@ -23,6 +23,11 @@ STEP_FILE = "step.onnx"
 COMPRESS_FILE = "compress.onnx"
 
 
+def missing(chunkkv: bool) -> list[str]:
+    """Return what this machine lacks for building: nothing."""
+    return []
+
+
 def build(checkpoint: Checkpoint, plan: Plan, build: BuildConfig, out_dir: Path, progress: Progress) -> dict[str, str]:
     """Write the engine's graphs and weights to `out_dir`; return the versions that made them."""
     sources = weight_sources(checkpoint, build.weight_only_precision)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import onnx
 
 from chunkkv.errors import ConfigError
@@ -18,23 +19,26 @@ class ChunkKVNodes:
     """Emits select and compact nodes into a graph; raises ConfigError for a plan without ChunkKV.
 
     Declares the graph inputs lengths, keep_per_10k, budget_tokens [B] int32 and capacity [1] int64: the slots of the
-    output caches, at least the largest N. `ids` names the token ids [B,S], read for delimiter boundaries only.
+    output caches, at least the largest N. `ids` names the token ids [B,S], read for delimiter boundaries only. `dtype`
+    is that of queries and caches.
     """
 
-    def __init__(self, e: GraphEmitter, plan: Plan, ids: str = "input_ids") -> None:
+    def __init__(self, e: GraphEmitter, plan: Plan, ids: str = "input_ids", dtype: str = "float32") -> None:
         if plan.settings is None:
             raise ConfigError("this plan has no ChunkKV settings, so there is nothing to compress")
-        self._e, self._plan, self.settings = e, plan, plan.settings
+        self._e, self._plan, self.settings, self._dtype = e, plan, plan.settings, dtype
         self._shared = [e.input(name, "int32", ["batch"]) for name in ("lengths", "keep_per_10k", "budget_tokens")]
         e.input("capacity", "int64", [1])
         if self.settings.boundaries == "delimiter":
             assert plan.delimiter_tokens is not None
-            self._shared.append(e.op("Gather", [e.inline("delimiter_tokens", plan.delimiter_tokens), ids]))
+            table = e.inline("delimiter_tokens", plan.delimiter_tokens.astype(np.int32))
+            self._shared.append(e.op("Gather", [table, ids]))
 
     def select(self, leader: int, query: str, key: str) -> None:
         """Emit the choice of a group from its leader's query [B,Hq,w,D] and key [B,Hkv,S,D].
 
-        Outputs kept_indices.l [B,N] int32, token_scores.l [B,S]; slots.l are the indices padded to the capacity.
+        Outputs kept_indices.l [B,N] int32, token_scores.l [B,S]; slots.l are the indices padded to the capacity. A
+        plugin cannot know N where shapes are made and gives [B,S] with -1 behind N: the Pad then crops to the capacity.
         """
         e = self._e
         indices, scores = f"kept_indices.{leader}", f"token_scores.{leader}"
@@ -65,7 +69,7 @@ class ChunkKVNodes:
                 domain=functions.DOMAIN,
                 **functions.plugin_attributes(),
             )
-            self._e.output(output, "float32", ["batch", model.num_kv_heads, "capacity_slots", model.head_dim])
+            self._e.output(output, self._dtype, ["batch", model.num_kv_heads, "capacity_slots", model.head_dim])
 
     def finish(self) -> None:
         """Declare the graph output kept_lengths [B] int32: N is the same for every layer."""
@@ -81,6 +85,41 @@ class ChunkKVNodes:
     def metadata(self, graph: str) -> dict[str, str]:
         """Return what the model file says of itself."""
         return {"chunkkv.graph": graph, "chunkkv.settings": json.dumps(self.settings.to_dict())}
+
+
+class KeepAllNodes:
+    """Stands in for ChunkKVNodes in a plan without ChunkKV: every layer's cache is padded to the capacity.
+
+    Declares the graph inputs lengths [B] int32 and capacity [1] int64, at least the padded length S.
+    """
+
+    def __init__(self, e: GraphEmitter, plan: Plan, dtype: str = "float32") -> None:
+        self._e, self._plan, self._dtype = e, plan, dtype
+        e.input("lengths", "int32", ["batch"])
+        e.input("capacity", "int64", [1])
+        spare = e.op("Sub", ["capacity", e.dim("input_ids", 1)])
+        self._pads = e.op("Concat", [e.ints(0, 0, 0, 0, 0, 0), spare, e.ints(0)], axis=0)
+
+    def compact(self, layer: LayerPlan, key: str, value: str) -> None:
+        """Emit a layer's caches [B,Hkv,S,D] as kept_key.l and kept_value.l [B,Hkv,capacity,D], zeros behind S."""
+        model = self._plan.model
+        for kind, full in (("key", key), ("value", value)):
+            output = f"kept_{kind}.{layer.index}"
+            self._e.op("Pad", [full, self._pads], [output], name=f"/layers.{layer.index}/store_{kind}")
+            self._e.output(output, self._dtype, ["batch", model.num_kv_heads, "capacity_slots", model.head_dim])
+
+    def finish(self) -> None:
+        """Declare the graph output kept_lengths [B] int32: the whole prompt."""
+        self._e.op("Identity", ["lengths"], ["kept_lengths"])
+        self._e.output("kept_lengths", "int32", ["batch"])
+
+    def functions(self, opset: int) -> list[onnx.FunctionProto]:
+        """Return no function bodies."""
+        return []
+
+    def metadata(self, graph: str) -> dict[str, str]:
+        """Return what the model file says of itself."""
+        return {"chunkkv.graph": graph}
 
 
 def compress_graph(plan: Plan) -> onnx.ModelProto:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,8 @@ from chunkkv_builder.onnx_graph.weights import WeightLocation
 
 NUMPY_TO_ONNX = {
     "float32": TensorProto.FLOAT,
+    "float16": TensorProto.FLOAT16,
+    "bfloat16": TensorProto.BFLOAT16,
     "int32": TensorProto.INT32,
     "int64": TensorProto.INT64,
     "uint8": TensorProto.UINT8,
@@ -134,3 +136,25 @@ class GraphEmitter(NodeEmitter):
         )
         helper.set_model_props(model, metadata or {})
         return model
+
+
+class InputWeightsEmitter(GraphEmitter):
+    """A GraphEmitter whose matrices are graph inputs, so that several engines run on one copy of them.
+
+    Vectors (norms, biases) are small and stay inside the graph; `load` returns a tensor by name, in its stored dtype.
+    """
+
+    def __init__(self, load: Callable[[str], np.ndarray]) -> None:
+        super().__init__()
+        self._load = load
+        self.weight_inputs: list[WeightLocation] = []
+
+    def weight(self, location: WeightLocation) -> str:
+        """Declare a matrix as graph input, or store a vector inside the graph, and return its name."""
+        if len(location.shape) == 1:
+            if location.name not in self.initializers:
+                self.inline(location.name, self._load(location.name))
+        elif location not in self.weight_inputs:
+            self.weight_inputs.append(location)
+            self.input(location.name, location.dtype, location.shape)
+        return location.name

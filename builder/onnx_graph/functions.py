@@ -48,7 +48,7 @@ def select_inputs(settings: ChunkKVSettings) -> list[str]:
     """Return the inputs of ChunkKVSelect; the delimiter flags exist only where boundaries need them.
 
     query [B,Hq,w,D], key [B,Hkv,S,D], lengths [B], keep_per_10k [B], budget_tokens [B] int32 (0 = ratio mode),
-    is_delimiter [B,S] bool.
+    is_delimiter [B,S] int32 (0 or 1: TensorRT takes no bool into a plugin). query and key have the cache's type.
     """
     names = ["query", "key", "lengths", "keep_per_10k", "budget_tokens"]
     return names + (["is_delimiter"] if settings.boundaries == "delimiter" else [])
@@ -107,12 +107,13 @@ def _attention_weights(
     """
     heads, kv_heads = counts
     grouped = e.ints(0, kv_heads, heads // kv_heads * settings.window, 0)
-    transposed = e.op("Transpose", ["key"], perm=[0, 1, 3, 2])
+    query, key = (e.op("Cast", [name], to=onnx.TensorProto.FLOAT) for name in ("query", "key"))
+    transposed = e.op("Transpose", [key], perm=[0, 1, 3, 2])
     if settings.score == "logits":
-        query = e.op("ReduceSum", [e.op("Reshape", ["query", grouped]), e.ints(2)], keepdims=1)
+        query = e.op("ReduceSum", [e.op("Reshape", [query, grouped]), e.ints(2)], keepdims=1)
         return e.op("ReduceSum", [e.op("MatMul", [query, transposed]), e.ints(1, 2)], keepdims=0)
     root = e.op("Sqrt", [e.op("Cast", [e.op("Squeeze", [e.dim("key", 3)])], to=onnx.TensorProto.FLOAT)])
-    logits = e.op("MatMul", [e.op("Reshape", [e.op("Div", ["query", root]), grouped]), transposed])
+    logits = e.op("MatMul", [e.op("Reshape", [e.op("Div", [query, root]), grouped]), transposed])
     logits = e.op("Reshape", [logits, e.ints(0, heads, settings.window, 0)])
     weights = e.op("Softmax", [_masked(e, settings, logits, length, position)], axis=-1)
     return _mean_of_rows(e, weights, heads * settings.window)

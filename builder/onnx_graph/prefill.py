@@ -11,7 +11,8 @@ from collections.abc import Mapping
 import onnx
 
 from chunkkv_builder.onnx_graph import functions
-from chunkkv_builder.onnx_graph.compress import ChunkKVNodes
+from chunkkv_builder.onnx_graph.compress import ChunkKVNodes, KeepAllNodes
+from chunkkv_builder.onnx_graph.emitter import GraphEmitter
 from chunkkv_builder.onnx_graph.transformer import ATTENTION_OPSET, CONTRIB, PACKED_SUFFIX, StepGraph
 from chunkkv_builder.onnx_graph.weights import WeightLocation
 from chunkkv_builder.plan import LayerPlan, Plan
@@ -20,21 +21,30 @@ _INT64 = onnx.TensorProto.INT64
 
 
 class PrefillGraph(StepGraph):
-    """Emits the prefill graph of `plan`: the step graph's layers without a past, each group compacted as it ends."""
+    """Emits the prefill graph of `plan`: the step graph's layers without a past, each group compacted as it ends.
 
-    def __init__(self, plan: Plan, weights: Mapping[str, WeightLocation]) -> None:
-        super().__init__(plan, weights, attention="standard")
+    A plan without ChunkKV gives the same graph with every token kept.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        weights: Mapping[str, WeightLocation],
+        dtype: str = "float32",
+        emitter: GraphEmitter | None = None,
+    ) -> None:
+        super().__init__(plan, weights, attention="standard", dtype=dtype, emitter=emitter)
 
     def build(self) -> onnx.ModelProto:
         """Return the model.
 
-        Inputs: input_ids [B,S] int64, right-padded with any valid id, and those of ChunkKVNodes. Outputs: logits
-        [B,1,V] after each row's last token, kept_lengths [B], kept_indices.l, token_scores.l, kept_key.l and
-        kept_value.l.
+        Inputs: input_ids [B,S] int64, right-padded with any valid id, and those of ChunkKVNodes or KeepAllNodes.
+        Outputs: logits [B,1,V] after each row's last token, kept_lengths [B], kept_key.l and kept_value.l; with ChunkKV
+        also kept_indices.l and token_scores.l.
         """
         e = self.e
         ids = e.input("input_ids", "int64", ["batch", "tokens"])
-        self.nodes = ChunkKVNodes(e, self.plan)
+        self.nodes = self._cache_nodes()
         self.caches: dict[int, tuple[str, str]] = {}
         self.rows = e.op("Concat", [e.dim(ids, 0), e.dim(ids, 1), e.ints(-1)], axis=0)
         self.last = e.op("Sub", [e.op("Cast", ["lengths"], to=_INT64), e.const(1, "int64")])
@@ -53,15 +63,22 @@ class PrefillGraph(StepGraph):
             "chunkkv_prefill",
             opset=opset,
             functions=self.nodes.functions(opset),
-            domains=[(functions.DOMAIN, functions.DOMAIN_VERSION)] + ([(CONTRIB, 1)] if packed else []),
+            domains=[(functions.DOMAIN, functions.DOMAIN_VERSION)][: self.plan.settings is not None]
+            + ([(CONTRIB, 1)] if packed else []),
             metadata=self.nodes.metadata("prefill"),
         )
 
+    def _cache_nodes(self) -> ChunkKVNodes | KeepAllNodes:
+        if self.plan.settings is None:
+            return KeepAllNodes(self.e, self.plan, self.dtype)
+        return ChunkKVNodes(self.e, self.plan, dtype=self.dtype)
+
     def _attend(self, layer: LayerPlan, qkv: tuple[str, str, str]) -> str:
         """Causal attention over the block alone; a group is compacted once its leader and its members have run."""
-        query, key, value = self._split_heads(qkv)
+        query, key, value = qkv
         self.caches[layer.index] = (key, value)
         if layer.is_leader:
+            assert isinstance(self.nodes, ChunkKVNodes)
             self.nodes.select(layer.index, self._last_queries(query), key)
         for member in self.plan.layers[: layer.index + 1]:
             if member.leader <= layer.index and member.index in self.caches:
@@ -71,7 +88,8 @@ class PrefillGraph(StepGraph):
 
     def _last_queries(self, query: str) -> str:
         """Each row's own last w queries, [B,Hq,w,D]; a row shorter than w repeats its first."""
-        e, window = self.e, self.nodes.settings.window
+        assert self.plan.settings is not None
+        e, window = self.e, self.plan.settings.window
         places = e.op(
             "Add", [e.op("Unsqueeze", [self.last, e.ints(1)]), e.const([list(range(1 - window, 1))], "int64")]
         )

@@ -13,7 +13,7 @@ import onnx
 
 from chunkkv.errors import ConfigError
 from chunkkv_builder.model_config import rope_frequencies
-from chunkkv_builder.onnx_graph.emitter import GraphEmitter
+from chunkkv_builder.onnx_graph.emitter import NUMPY_TO_ONNX, GraphEmitter
 from chunkkv_builder.onnx_graph.quantize import BLOCK
 from chunkkv_builder.onnx_graph.weights import WeightLocation
 from chunkkv_builder.plan import LayerPlan, Plan
@@ -30,17 +30,28 @@ class StepGraph:
 
     attention "fused" uses ONNX Runtime's GroupQueryAttention, whose memory does not grow with block x cache, and
     which accepts several tokens per row only for B = 1. "standard" uses TensorScatter and Attention of ONNX opset 24
-    with a slot mask: any engine, any B and S.
+    with a slot mask: any engine, any B and S, and computes in the `dtype` of the weights (logits are always float32).
+    `emitter` decides where the weights lie; `window_queries` False leaves the outputs query.l out.
     """
 
-    def __init__(self, plan: Plan, weights: Mapping[str, WeightLocation], attention: str = "fused") -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        weights: Mapping[str, WeightLocation],
+        attention: str = "fused",
+        dtype: str = "float32",
+        emitter: GraphEmitter | None = None,
+        window_queries: bool = True,
+    ) -> None:
         if attention not in ATTENTION_OPSET:
             raise ConfigError(f"attention is {attention!r}; allowed is {' or '.join(ATTENTION_OPSET)}")
         self.plan = plan
         self.model = plan.model
         self.weights = weights
         self.attention = attention
-        self.e = GraphEmitter()
+        self.dtype = dtype
+        self.e = emitter or GraphEmitter()
+        self._keeps_queries = window_queries
 
     def build(self) -> onnx.ModelProto:
         """Return the model.
@@ -101,7 +112,11 @@ class StepGraph:
         if factor != 1.0:
             scale = e.scalar(factor)
             cosines, sines = e.op("Mul", [cosines, scale]), e.op("Mul", [sines, scale])
-        self.rotation = (cosines, sines)
+        self.rotation = (self._cast(cosines, self.dtype), self._cast(sines, self.dtype))
+
+    def _cast(self, value: str, dtype: str) -> str:
+        """Return float32 `value`, or a value of the graph's type, as `dtype`; float32 graphs need no Cast."""
+        return value if self.dtype == "float32" else self.e.op("Cast", [value], to=NUMPY_TO_ONNX[dtype])
 
     def _layer(self, layer: LayerPlan, hidden: str) -> str:
         prefix = f"model.layers.{layer.index}"
@@ -115,23 +130,31 @@ class StepGraph:
 
     def _attention(self, layer: LayerPlan, normed: str) -> str:
         prefix = f"model.layers.{layer.index}.self_attn"
-        query = self._rotate(self._heads(f"{prefix}.q", normed), self.model.num_heads)
-        key = self._rotate(self._heads(f"{prefix}.k", normed), self.model.num_kv_heads)
+        query, key = (self._heads(f"{prefix}.{name}", normed) for name in "qk")
         value = self.e.op("Reshape", [self._linear(f"{prefix}.v_proj", normed), self.rows])
+        if self.attention == "fused":
+            query = self._rotate(query, num_heads=self.model.num_heads)
+            key = self._rotate(key, num_heads=self.model.num_kv_heads)
+        else:  # the operators that every engine has want the heads as an axis of their own
+            query, key, value = self._split_heads((query, key, value))
+            query, key = self._rotate(query), self._rotate(key)
         return self._linear(f"{prefix}.o_proj", self._attend(layer, (query, key, value)))
 
     def _attend(self, layer: LayerPlan, qkv: tuple[str, str, str]) -> str:
-        """Attention of this block over the cache, [B*S,Hq*D]; the block's keys and values are stored on the way."""
+        """Attention of this block over the cache, [B*S,Hq*D]; the block's keys and values are stored on the way.
+
+        `qkv` are [B,S,H*D] for fused attention, [B,H,S,D] for standard.
+        """
         e, index = self.e, layer.index
         cache_shape = ["batch", self.model.num_kv_heads, "capacity", self.model.head_dim]
-        past = [e.input(f"past_{kind}.{index}", "float32", cache_shape) for kind in ("key", "value")]
+        past = [e.input(f"past_{kind}.{index}", self.dtype, cache_shape) for kind in ("key", "value")]
         present = [f"present_key.{index}", f"present_value.{index}"]
-        if layer.is_leader:
+        if layer.is_leader and self._keeps_queries:
             self._window_queries(index, qkv[0])
         emit = self._fused_attention if self.attention == "fused" else self._standard_attention
         mixed = emit(index, qkv, past, present)
         for name in present:
-            e.output(name, "float32", cache_shape)
+            e.output(name, self.dtype, cache_shape)
         return mixed
 
     def _heads(self, prefix: str, normed: str) -> str:
@@ -142,17 +165,20 @@ class StepGraph:
             heads = self._norm(f"{prefix}_norm.weight", heads)
         return self.e.op("Reshape", [heads, self.rows])
 
-    def _rotate(self, heads: str, count: int) -> str:
-        return self.e.op("RotaryEmbedding", [heads, *self.rotation], num_heads=count)
+    def _rotate(self, heads: str, **attributes: int) -> str:
+        return self.e.op("RotaryEmbedding", [heads, *self.rotation], **attributes)
 
     def _window_queries(self, index: int, query: str) -> None:
         e, model, settings = self.e, self.model, self.plan.settings
         assert settings is not None
-        last = e.op("Slice", [query, e.ints(-settings.window), e.ints(np.iinfo(np.int64).max), e.ints(1)])
-        shape = e.op("Concat", [e.dim("input_ids", 0), e.ints(-1, model.num_heads, model.head_dim)], axis=0)
-        name = f"query.{index}"
-        e.op("Transpose", [e.op("Reshape", [last, shape])], [name], perm=[0, 2, 1, 3])
-        e.output(name, "float32", ["batch", model.num_heads, "window", model.head_dim])
+        name, end = f"query.{index}", e.ints(np.iinfo(np.int64).max)
+        if self.attention == "fused":
+            last = e.op("Slice", [query, e.ints(-settings.window), end, e.ints(1)])
+            shape = e.op("Concat", [e.dim("input_ids", 0), e.ints(-1, model.num_heads, model.head_dim)], axis=0)
+            e.op("Transpose", [e.op("Reshape", [last, shape])], [name], perm=[0, 2, 1, 3])
+        else:
+            e.op("Slice", [query, e.ints(-settings.window), end, e.ints(2)], [name])
+        e.output(name, self.dtype, ["batch", model.num_heads, "window", model.head_dim])
 
     def _fused_attention(self, index: int, qkv: tuple[str, str, str], past: list[str], present: list[str]) -> str:
         e, model = self.e, self.model
@@ -171,10 +197,9 @@ class StepGraph:
     def _standard_attention(self, index: int, qkv: tuple[str, str, str], past: list[str], present: list[str]) -> str:
         e = self.e
         first, visible = self.lengths
-        split = self._split_heads(qkv)
-        for old, new, name in zip(past, split[1:], present, strict=True):
+        for old, new, name in zip(past, qkv[1:], present, strict=True):
             e.op("TensorScatter", [old, new, first], [name], name=f"/layers.{index}/store/{name}", axis=2)
-        return self._merge_heads(e.op("Attention", [split[0], *present, visible], name=f"/layers.{index}/attention"))
+        return self._merge_heads(e.op("Attention", [qkv[0], *present, visible], name=f"/layers.{index}/attention"))
 
     def _split_heads(self, qkv: tuple[str, str, str]) -> list[str]:
         """[B,S,H*D] to [B,H,S,D], for query, key and value."""
@@ -196,7 +221,7 @@ class StepGraph:
         flat = e.op("Reshape", [e.op("Add", [places, e.op("Unsqueeze", [first, e.ints(1)])]), e.ints(-1)])
         normed = self._norm("model.norm.weight", e.op("Gather", [hidden, flat]))
         head = "model.embed_tokens" if self.model.tie_word_embeddings else "lm_head"
-        scores = self._linear(head, normed, node="/lm_head")
+        scores = self._cast(self._linear(head, normed, node="/lm_head"), "float32")
         shape = e.op("Concat", [e.op("Shape", [places]), e.ints(self.model.vocab_size)], axis=0)
         e.op("Reshape", [scores, shape], ["logits"])
         e.output("logits", "float32", ["batch", "logit_count", self.model.vocab_size])

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import ml_dtypes  # noqa: F401 - makes NumPy know "bfloat16"
 import numpy as np
 
 from chunkkv.errors import ConfigError
 
-SAFETENSORS_DTYPES = {"float32": "F32", "uint8": "U8"}
+SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8"}
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,14 @@ class BackendUnavailableError(ChunkKVError):
     """The backend asked for cannot be used on this machine."""
 
 
+class BuildError(ChunkKVError):
+    """An engine's builder refused a graph, or could not build it."""
+
+
+class EngineRunError(ChunkKVError, RuntimeError):
+    """An engine or its device failed while it ran."""
+
+
 class RequestError(ChunkKVError, ValueError):
     """A generation request is invalid; it is refused before any work is done."""
 

@@ -1,4 +1,4 @@
-"""Drives an engine: prefill in blocks, compress once, decode; a logical position is never a cache slot."""
+"""Drives an engine: prefill and compress once, then decode; a logical position is never a cache slot."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ import numpy as np
 from chunkkv import reference
 from chunkkv.engine_files import EngineFiles
 from chunkkv.errors import EngineMismatchError, RequestError
-from chunkkv.executors.onnxruntime import Choice, KVCache, OnnxRuntimeExecutor
+from chunkkv.executors.interface import Choice, Executor, KVCache, Prefilled
+from chunkkv.executors.load import load_executor
 from chunkkv.requests import Limits, Prompt, Request, is_single, make_requests
 from chunkkv.results import GenerationResult, GroupChoice, Inspection, RequestStatistics, StreamEvent
 from chunkkv.sampling import Sampler, SamplingParams, StopText
@@ -30,38 +31,33 @@ class ChunkKVSession:
 
     def __init__(
         self,
-        executor: OnnxRuntimeExecutor,
+        executor: Executor,
         settings: ChunkKVSettings | None,
         limits: Limits,
-        block: int,
         tokenizer: Tokenizer | None = None,
         eos_token_ids: Sequence[int] = (),
     ) -> None:
         self._executor = executor
         self.settings = settings
         self.limits = limits
-        self._block = block
         self.tokenizer = tokenizer
         self._eos = frozenset(eos_token_ids)
 
     @classmethod
     def from_dir(cls, engine_dir: str | PathLike[str], threads: int | None = None) -> ChunkKVSession:
-        """Load an engine directory after checking every file in it; `threads` None leaves the choice to the engine.
+        """Load an engine directory after checking every file in it; the directory says which engine runs it.
 
-        Raises EngineError for a missing, changed or foreign file, EngineMismatchError for another backend's engine.
+        `threads` None leaves the choice to the engine. Raises EngineError for a missing, changed or foreign file,
+        EngineMismatchError for another backend's engine, BackendUnavailableError where that backend cannot run here.
         """
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
             raise RequestError(f"threads is {threads!r}; give a whole number of at least 1, or none")
         files = EngineFiles.load(Path(engine_dir))
-        if files.backend != "onnxruntime":
-            raise EngineMismatchError(
-                f"{engine_dir} was built for backend {files.backend!r}; this session runs 'onnxruntime'"
-            )
+        executor = load_executor(files, threads)
         model, build = files.model, files.build
         limits = Limits(build["max_batch_size"], build["max_input_len"], build["max_seq_len"], model["vocab_size"])
-        executor = OnnxRuntimeExecutor(files.path, files.settings.window if files.settings else 0, threads)
         tokenizer = Tokenizer.from_dir(files.path) if (files.path / "tokenizer.json").is_file() else None
-        return cls(executor, files.settings, limits, build["max_num_tokens"], tokenizer, model["eos_token_ids"])
+        return cls(executor, files.settings, limits, tokenizer, model["eos_token_ids"])
 
     def generate(
         self,
@@ -110,8 +106,8 @@ class ChunkKVSession:
                 "this engine was built without ChunkKV, so there is no choice to show: build with --chunkkv"
             )
         request = make_requests([prompt], self.tokenizer, self.limits, self.settings, keep_ratio, budget_tokens, 0)[0]
-        cache = self._executor.new_cache(1, request.kept_tokens)
-        _, choice = Prefill(self._executor, self.settings, self._block).run(request, cache, threading.Event())
+        cache = self._executor.new_cache(1, self._executor.capacity_for(request.kept_tokens))
+        choice = self._executor.prefiller().run([request], cache, threading.Event())[0].choice
         texts = [self.tokenizer.token_text(int(i)) if self.tokenizer else str(i) for i in request.ids]
         return Inspection(
             tokens=tuple(texts),
@@ -136,17 +132,15 @@ class ChunkKVSession:
         self, requests: list[Request], sampling: SamplingParams, cancel: threading.Event
     ) -> Iterator[StreamEvent]:
         began = time.perf_counter()
-        capacity = max(request.kept_tokens for request in requests) + sampling.max_new_tokens
-        cache = self._executor.new_cache(len(requests), capacity)
-        prefill = Prefill(self._executor, self.settings, self._block)
-        rows: list[_Row] = []
-        for number, request in enumerate(requests):
-            row = _Row(number, request, sampling, self)
-            rows.append(row)
-            logits, _ = prefill.run(request, cache.row(number), cancel)
-            row.prefill_s, row.compress_s = prefill.prefill_s, prefill.compress_s
-            yield row.cancelled() if logits is None else row.accept(logits, began)
-        del prefill  # gives the full prompt cache back before decode
+        rows = [_Row(number, request, sampling, self) for number, request in enumerate(requests)]
+        cache = self._executor.new_cache(len(rows), max(row.capacity for row in rows))
+        prefiller = self._executor.prefiller()
+        for first in range(0, len(rows), prefiller.max_rows):
+            group = rows[first : first + prefiller.max_rows]
+            made = prefiller.run([row.request for row in group], cache.rows(first, len(group)), cancel)
+            for row, prefilled in zip(group, made, strict=True):
+                yield row.begin(prefilled, began)
+        del prefiller  # gives what it held back before decode
         yield from self._decode(rows, cache, cancel)
 
     def _decode(self, rows: list[_Row], cache: KVCache, cancel: threading.Event) -> Iterator[StreamEvent]:
@@ -169,58 +163,6 @@ class ChunkKVSession:
                 yield row.accept(logits[row.number])
 
 
-class Prefill:
-    """Runs one prompt through the engine and leaves its kept tokens in the first slots of a one-row cache."""
-
-    def __init__(self, executor: OnnxRuntimeExecutor, settings: ChunkKVSettings | None, block: int) -> None:
-        self._executor, self._settings, self._block = executor, settings, block
-        self._window = settings.window if settings else 1
-        self._full: KVCache | None = None  # reused from prompt to prompt of one call
-        self.prefill_s = self.compress_s = 0.0
-
-    def run(self, request: Request, out: KVCache, cancel: threading.Event) -> tuple[np.ndarray | None, Choice | None]:
-        """Return the logits [vocab] after the prompt, None where cancelled, and the choice where one was made.
-
-        A prompt of which every token stays is written straight to `out`.
-        """
-        started = time.perf_counter()
-        self.compress_s = 0.0
-        length = len(request.ids)
-        compresses = request.kept_tokens < length
-        if compresses and (self._full is None or self._full.capacity != length):
-            self._full = None  # free the old one first
-            self._full = self._executor.new_cache(1, length)
-        cache = self._full if compresses else out
-        assert cache is not None
-        logits, queries, filled = None, {}, 0
-        for size in block_sizes(length, self._block, self._window):
-            if cancel.is_set():
-                return None, None
-            logits, queries = self._executor.prefill_block(cache, request.ids[filled : filled + size], filled)
-            filled += size
-        self.prefill_s = time.perf_counter() - started
-        if not compresses:
-            return logits, None
-        started = time.perf_counter()
-        choice = self._executor.compress(cache, queries, request.ids, request.keep_per_10k, request.budget_tokens, out)
-        self.compress_s = time.perf_counter() - started
-        return logits, choice
-
-
-def block_sizes(length: int, block: int, window: int) -> list[int]:
-    """Split a prompt into prefill blocks of at most `block` tokens, the last with at least min(window, length).
-
-    Requires window <= block.
-    """
-    sizes = [block] * (length // block)
-    rest = length % block
-    if rest:
-        sizes.append(rest)
-        if len(sizes) > 1 and rest < window:
-            sizes[-2:] = [block + rest - window, window]
-    return sizes
-
-
 class _Row:
     """One prompt's answer as it grows."""
 
@@ -233,13 +175,24 @@ class _Row:
         self._logprobs: list[float] = []
         self._text = ""
         self.finished = False
-        self.prefill_s = self.compress_s = self.decode_s = self._ttft_s = 0.0
+        self.capacity = session._executor.capacity_for(request.kept_tokens + sampling.max_new_tokens)
+        self._prefilled = Prefilled(None)
+        self.decode_s = self._ttft_s = 0.0
 
-    def accept(self, logits: np.ndarray, began: float | None = None) -> StreamEvent:
-        """Choose the next token from logits [vocab]; `began` marks the first one, whose waiting time is kept."""
-        token, logprob = self._sampler.choose(logits)
-        if began is not None:
-            self._ttft_s = time.perf_counter() - began
+    def begin(self, prefilled: Prefilled, began: float) -> StreamEvent:
+        """Choose the first token after prefill; `began` is when the call came."""
+        self._prefilled = prefilled
+        if prefilled.logits is None:
+            return self.cancelled()
+        token, logprob = self._sampler.choose(prefilled.logits)
+        self._ttft_s = time.perf_counter() - began
+        return self._append(token, logprob)
+
+    def accept(self, logits: np.ndarray) -> StreamEvent:
+        """Choose the next token from logits [vocab]."""
+        return self._append(*self._sampler.choose(logits))
+
+    def _append(self, token: int, logprob: float | None) -> StreamEvent:
         self.tokens.append(token)
         if logprob is not None:
             self._logprobs.append(logprob)
@@ -282,9 +235,10 @@ class _Row:
             new_tokens=new,
             ttft_s=self._ttft_s,
             tpot_s=self.decode_s / (new - 1) if new > 1 else None,
-            prefill_s=self.prefill_s,
-            compress_s=self.compress_s,
+            prefill_s=self._prefilled.prefill_s,
+            compress_s=self._prefilled.compress_s,
             cache_bytes=kept * per_token,
             full_cache_bytes=len(self.request.ids) * per_token,
-            allocated_cache_bytes=(kept + self._sampling.max_new_tokens) * per_token,
+            allocated_cache_bytes=self.capacity * per_token,
+            peak_cache_bytes=self.capacity * per_token + self._prefilled.scratch_cache_bytes,
         )

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from chunkkv import SamplingParams, reference
 from chunkkv.requests import make_requests
-from chunkkv.session import ChunkKVSession, Prefill
+from chunkkv.session import ChunkKVSession
 
 pytestmark = pytest.mark.peers
 TOLERANCE = 1e-4
@@ -44,13 +44,13 @@ def engine_steps(session: ChunkKVSession, ids: np.ndarray, forced: np.ndarray, k
     request = make_requests([ids], None, session.limits, session.settings, keep_ratio, None, len(forced))[0]
     executor = session._executor
     cache = executor.new_cache(1, request.kept_tokens + len(forced))
-    first, choice = Prefill(executor, session.settings, session._block).run(request, cache, threading.Event())
+    (first,) = executor.prefiller().run([request], cache, threading.Event())
     decoder, logits = executor.decoder(cache), []
     for step, token in enumerate(forced):
         decoder.input_ids[0], decoder.position_ids[0] = token, len(ids) + step
         decoder.cache_lengths[0] = request.kept_tokens + step
         logits.append(decoder.run()[0].copy())
-    return first, np.array(logits), choice
+    return first.logits, np.array(logits), first.choice
 
 
 def torch_steps(model, ids: np.ndarray, forced: np.ndarray, kept: dict[int, np.ndarray] | None):

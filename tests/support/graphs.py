@@ -23,6 +23,7 @@ from support import engines
 
 _FOLDER = tempfile.TemporaryDirectory(prefix="chunkkv-test-graphs-")  # kept until the process ends
 PREFILL_FILE = "prefill.onnx"
+BLOCK = 16  # of prefill, as engines.engine_dir builds by default
 
 
 @cache
@@ -60,7 +61,7 @@ def standard_executor(variant: str, session: ChunkKVSession, precision: str | No
     plan = plan_of(variant, session)
     onnx.save_model(StepGraph(plan, locations, attention="standard").build(), folder / STEP_FILE)
     onnx.save_model(compress_graph(plan), folder / COMPRESS_FILE)
-    return OnnxRuntimeExecutor(folder, plan.settings.window if plan.settings else 0, threads=1)
+    return OnnxRuntimeExecutor(folder, BLOCK, plan.settings.window if plan.settings else 0, threads=1)
 
 
 def load(path: Path) -> ort.InferenceSession:

@@ -21,7 +21,7 @@ def select_model(settings: ChunkKVSettings, heads: int, kv_heads: int, opset: in
     """Return a graph of one ChunkKVSelect node; every dimension but the head counts is free."""
     e = GraphEmitter()
     shapes = {"query": ["B", heads, settings.window, "D"], "key": ["B", kv_heads, "S", "D"], "is_delimiter": ["B", "S"]}
-    dtypes = {"query": "float32", "key": "float32", "is_delimiter": "bool"}
+    dtypes = {"query": "float32", "key": "float32"}
     names = functions.select_inputs(settings)
     for name in names:
         e.input(name, dtypes.get(name, "int32"), shapes.get(name, ["B"]))
@@ -87,7 +87,7 @@ def feeds(
         "keep_per_10k": np.asarray(keep_per_10k, np.int32),
         "budget_tokens": np.asarray(np.zeros(rows) if budget_tokens is None else budget_tokens, np.int32),
     }
-    return named if settings.boundaries == "fixed" else {**named, "is_delimiter": is_delimiter}
+    return named if settings.boundaries == "fixed" else {**named, "is_delimiter": is_delimiter.astype(np.int32)}
 
 
 def select(

@@ -12,6 +12,9 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+from chunkkv.executors.blockwise import BlockwisePrefiller
+from chunkkv.executors.interface import Choice
+
 STEP_FILE = "step.onnx"
 COMPRESS_FILE = "compress.onnx"
 
@@ -33,31 +36,24 @@ class KVCache:
         """Bytes allocated for all layers and rows."""
         return sum(array.nbytes for array in (*self.keys, *self.values))
 
-    def row(self, index: int) -> KVCache:
-        """Return row `index` as a cache of one row that shares this cache's memory."""
+    def rows(self, first: int, count: int) -> KVCache:
+        """Return `count` rows from `first` as a cache that shares this cache's memory."""
         return KVCache(
-            tuple(array[index : index + 1] for array in self.keys),
-            tuple(array[index : index + 1] for array in self.values),
+            tuple(array[first : first + count] for array in self.keys),
+            tuple(array[first : first + count] for array in self.values),
         )
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What ChunkKV decided for one row: per leader layer the kept positions (ascending) and the token scores."""
-
-    kept_indices: dict[int, np.ndarray]
-    token_scores: dict[int, np.ndarray]
 
 
 class OnnxRuntimeExecutor:
     """The graphs of one engine directory, ready to run.
 
-    `window` is the observation window, 0 for an engine without ChunkKV; `threads` the number of intra-op threads, None
-    for ONNX Runtime's own choice. Shapes are read from the graphs.
+    `block` is the size of a prefill block, `window` the observation window, 0 for an engine without ChunkKV; `threads`
+    the number of intra-op threads, None for ONNX Runtime's own choice. Shapes are read from the graphs.
     """
 
-    def __init__(self, engine_dir: Path, window: int = 0, threads: int | None = None) -> None:
+    def __init__(self, engine_dir: Path, block: int, window: int = 0, threads: int | None = None) -> None:
         self._dir = engine_dir
+        self._block = block
         self._window = window
         self._threads = threads or 0
         self._step = self._load(STEP_FILE)
@@ -82,6 +78,14 @@ class OnnxRuntimeExecutor:
     def kv_bytes_per_token(self) -> int:
         """Bytes that one cached token takes in all layers together."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * 4
+
+    def capacity_for(self, tokens: int) -> int:
+        """Return the slots that a cache for `tokens` tokens has: as many."""
+        return tokens
+
+    def prefiller(self) -> BlockwisePrefiller:
+        """Return what prefills the prompts of one call, block by block."""
+        return BlockwisePrefiller(self, self._block, self._window or 1)
 
     def new_cache(self, rows: int, capacity: int) -> KVCache:
         """Return an empty cache; memory is touched only where tokens are written."""

@@ -1,0 +1,28 @@
+"""Picks the executor that an engine directory was built for; no engine is imported before it is needed."""
+
+from __future__ import annotations
+
+from chunkkv.engine_files import EngineFiles
+from chunkkv.errors import EngineMismatchError
+from chunkkv.executors.interface import Executor
+
+RUNNABLE = ("onnxruntime", "tensorrt")
+
+
+def load_executor(files: EngineFiles, threads: int | None = None) -> Executor:
+    """Return the executor of a checked engine directory; `threads` is for engines that run on the CPU.
+
+    Raises EngineMismatchError for another backend's engine, BackendUnavailableError where its libraries are missing.
+    """
+    if files.backend == "onnxruntime":
+        from chunkkv.executors.onnxruntime import OnnxRuntimeExecutor
+
+        window = files.settings.window if files.settings else 0
+        return OnnxRuntimeExecutor(files.path, files.build["max_num_tokens"], window, threads)
+    if files.backend == "tensorrt":
+        from chunkkv.executors.tensorrt import TensorRTExecutor
+
+        return TensorRTExecutor(files.path, files.versions, files.settings is not None)
+    raise EngineMismatchError(
+        f"{files.path} was built for backend {files.backend!r}; this session runs {' and '.join(map(repr, RUNNABLE))}"
+    )

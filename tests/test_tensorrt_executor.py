@@ -1,0 +1,224 @@
+"""The TensorRT executor on doubles: ONNX Runtime runs the very graphs that TensorRT would get, on bound addresses.
+
+So the answers must be those of the ONNX Runtime engine, and every address, shape and copy is checked on the way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import engines, tensorrt_double
+from support.checkpoints import VARIANTS
+from support.tensorrt_double import Double, machine_of
+
+from chunkkv import ChunkKVSession, SamplingParams
+from chunkkv.errors import BackendUnavailableError, EngineError, EngineMismatchError, EngineRunError, RequestError
+from chunkkv.executors.tensorrt_contract import CONTRACT_FILE, Contract
+
+machine = pytest.fixture(machine_of)
+PARAMS = SamplingParams(max_new_tokens=8, ignore_eos=True, logprobs=True)
+PROMPTS = [np.random.default_rng([5, length]).integers(3, 300, length) for length in (61, 9, 100, 200)]
+RATIOS = [None, None, 0.7, None]  # the last has more tokens than the cache of the answer has slots
+TOLERANCE = 1e-4
+
+
+def build(output: Path, variant: str = "llama3", chunkkv: bool = True, **flags: object) -> Path:
+    limits = {"max_batch_size": 4, "max_seq_len": 256, "log_level": "error", "dtype": "float32"}
+    settings = {**engines.SMALL_CHUNKKV, "chunkkv": True} if chunkkv else {}
+    named = {"checkpoint_dir": engines.checkpoint_dir(variant), "output_dir": output, "backend": "tensorrt"}
+    engines.build_engine.main(engines.command_line({**named, **limits, **settings, **flags}))
+    return output
+
+
+@pytest.fixture
+def session(machine: Double, tmp_path: Path) -> ChunkKVSession:
+    return ChunkKVSession.from_dir(build(tmp_path / "engine", chunkkv_layer_reuse=2))
+
+
+def assert_same_answers(found: list, expected: list, tolerance: float = TOLERANCE) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert one.token_ids == other.token_ids
+        assert np.abs(np.array(one.logprobs) - np.array(other.logprobs)).max() <= tolerance
+        assert one.statistics.kept_tokens == other.statistics.kept_tokens
+
+
+@pytest.mark.parametrize("boundaries", ["fixed", "delimiter"])
+@pytest.mark.parametrize("variant", sorted(VARIANTS))
+def test_answers_equal_those_of_onnx_runtime(machine: Double, tmp_path: Path, variant: str, boundaries: str) -> None:
+    flags = {"chunkkv_layer_reuse": 2, "chunkkv_boundaries": boundaries}
+    expected = engines.session(variant, **flags).generate(PROMPTS, PARAMS, keep_ratio=RATIOS)
+    session = ChunkKVSession.from_dir(build(tmp_path / "engine", variant, **flags))
+    assert_same_answers(session.generate(PROMPTS, PARAMS, keep_ratio=RATIOS), expected)
+
+
+@pytest.mark.parametrize(("leader", "pooling", "rows"), [("first", 1, 1), ("last", 5, 3), ("first", 5, 4)])
+def test_rows_may_be_prefilled_together(machine: Double, tmp_path: Path, leader: str, pooling: int, rows: int) -> None:
+    flags = {"chunkkv_leader": leader, "chunkkv_pooling": pooling, "chunkkv_layer_reuse": 3}
+    expected = engines.session("llama3", **flags).generate(PROMPTS, PARAMS, keep_ratio=RATIOS)
+    session = ChunkKVSession.from_dir(build(tmp_path / "engine", max_num_tokens=256 * rows, **flags))
+    assert session._executor.prefiller().max_rows == rows
+    assert_same_answers(session.generate(PROMPTS, PARAMS, keep_ratio=RATIOS), expected)
+
+
+def test_an_engine_without_chunkkv_keeps_every_token(machine: Double, tmp_path: Path) -> None:
+    expected = engines.session("llama3", chunkkv=False).generate(PROMPTS, PARAMS)
+    session = ChunkKVSession.from_dir(build(tmp_path / "engine", chunkkv=False))
+    assert_same_answers(session.generate(PROMPTS, PARAMS), expected)
+    assert machine.registry.loaded == []
+
+
+def test_float16_stays_close(machine: Double, tmp_path: Path) -> None:
+    params = dataclasses.replace(PARAMS, max_new_tokens=1)
+    expected = engines.session("llama3").generate(PROMPTS, params, keep_ratio=1.0)
+    session = ChunkKVSession.from_dir(build(tmp_path / "engine", dtype="float16"))
+    for one, other in zip(session.generate(PROMPTS, params, keep_ratio=1.0), expected, strict=True):
+        assert abs(one.logprobs[0] - other.logprobs[0]) < 0.05
+    compressed = session.generate(PROMPTS[0], PARAMS).statistics
+    assert compressed.full_cache_bytes == 61 * 2 * 3 * 2 * 16 * 2  # keys and values, layers, heads, head size, bytes
+
+
+def test_weights_of_any_size_lie_where_tensorrt_accepts_them(machine: Double, tmp_path: Path) -> None:
+    odd = engines.checkpoint_dir("llama3", vocab_size=301)  # in float16 not a multiple of 256 bytes
+    session = ChunkKVSession.from_dir(build(tmp_path / "engine", dtype="float16", checkpoint_dir=odd))
+    sizes = [nbytes for _, nbytes in session._executor.contract.weights.values()]
+    assert any(size % 256 for size in sizes[:-1])
+    assert len(session.generate(PROMPTS[0], PARAMS).token_ids) == PARAMS.max_new_tokens
+
+
+def test_inspection_shows_the_same_choice(session: ChunkKVSession) -> None:
+    expected = engines.session("llama3", chunkkv_layer_reuse=2).inspect(PROMPTS[2])
+    found = session.inspect(PROMPTS[2])
+    for one, other in zip(found.groups, expected.groups, strict=True):
+        assert (one.layers, one.leader) == (other.layers, other.leader)
+        assert np.array_equal(one.kept, other.kept)
+        np.testing.assert_allclose(one.scores, other.scores, rtol=1e-3, atol=1e-7)
+    assert all(len(group.kept) == 61 for group in session.inspect(PROMPTS[0], keep_ratio=1.0).groups)
+
+
+def test_decode_replays_one_graph_and_memory_is_given_back(machine: Double, session: ChunkKVSession) -> None:
+    before = set(machine.cuda.memory)
+    session.generate(PROMPTS, PARAMS)
+    gc.collect()
+    assert machine.cuda.launches == PARAMS.max_new_tokens - 2  # one token comes from prefill, one step has no graph
+    assert set(machine.cuda.memory) == before and not machine.cuda.live_graphs
+
+
+def test_decode_without_a_graph_gives_the_same_tokens(machine: Double, session: ChunkKVSession) -> None:
+    expected = session.generate(PROMPTS, PARAMS)
+    machine.cuda.capturable = False
+    launches = machine.cuda.launches
+    with pytest.warns(RuntimeWarning, match="decode runs without a CUDA graph: cudaStreamBeginCapture failed"):
+        found = session.generate(PROMPTS, PARAMS)
+    assert_same_answers(found, expected, 0.0)
+    assert machine.cuda.launches == launches
+
+
+def test_an_answer_runs_on_the_smallest_engine_that_fits(session: ChunkKVSession) -> None:
+    executor = session._executor
+    assert [executor.capacity_for(tokens) for tokens in (1, 128, 129, 256)] == [128, 128, 256, 256]
+    with pytest.raises(RequestError, match="257 tokens do not fit the largest cache of this engine, 256 slots"):
+        executor.capacity_for(257)
+    short, long = (session.generate(PROMPTS[2], dataclasses.replace(PARAMS, max_new_tokens=n)) for n in (80, 100))
+    per_token = short.statistics.full_cache_bytes // 100
+    assert short.statistics.allocated_cache_bytes == 128 * per_token  # 40 kept and 80 new
+    assert long.statistics.allocated_cache_bytes == 256 * per_token
+    group = 2 * per_token // 3  # two of three layers share a choice and are alive together
+    assert short.statistics.peak_cache_bytes == 128 * per_token + 100 * group
+    assert short.statistics.compress_s == 0 < short.statistics.prefill_s
+
+
+def test_two_runs_give_the_same_bits_and_threads_may_share_a_session(session: ChunkKVSession) -> None:
+    expected = [session.generate(ids, PARAMS) for ids in PROMPTS]
+    with ThreadPoolExecutor(3) as pool, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = list(pool.map(lambda ids: session.generate(ids, PARAMS), PROMPTS * 3))
+    assert_same_answers(found, expected * 3, 0.0)
+
+
+def test_cancel_before_prefill_does_no_work(machine: Double, session: ChunkKVSession) -> None:
+    cancel = threading.Event()
+    cancel.set()
+    results = session.generate(PROMPTS, PARAMS, cancel=cancel)
+    assert [(result.finish_reason, result.token_ids) for result in results] == [("cancelled", ())] * len(PROMPTS)
+    assert machine.cuda.launches == 0
+
+
+def test_a_plugin_that_counts_differently_is_noticed(session: ChunkKVSession) -> None:
+    requests = [dataclasses.replace(session_request(session), kept_tokens=30)]
+    cache = session._executor.new_cache(1, 128)
+    with pytest.raises(EngineRunError, match="the engine kept 24 of 61 tokens, expected 30"):
+        session._executor.prefiller().run(requests, cache, threading.Event())
+
+
+def session_request(session: ChunkKVSession):
+    from chunkkv.requests import make_requests
+
+    return make_requests([PROMPTS[0]], None, session.limits, session.settings, None, None, 8)[0]
+
+
+def test_shapes_outside_the_profile_and_failing_runs_are_errors(
+    session: ChunkKVSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor = session._executor
+    with pytest.raises(
+        EngineRunError, match=r"does not take input_ids of shape \(5, 1\): it is outside the engine's profile"
+    ):
+        executor.decoder(executor.new_cache(5, 128))
+    monkeypatch.setattr(tensorrt_double.Context, "execute_async_v3", lambda self, stream_handle: False)
+    with pytest.raises(EngineRunError, match="TensorRT could not run an engine"):
+        session.generate(PROMPTS[0], PARAMS)
+
+
+def test_caches_that_are_not_updated_in_place_are_refused(session, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt_double.Engine, "get_aliased_input_tensor", lambda self, name: None)
+    with pytest.raises(EngineMismatchError, match=r"present_key\.0 shares memory with None, expected 'past_key\.0'"):
+        session._executor.decoder(session._executor.new_cache(1, 128))
+
+
+def test_an_engine_of_another_tensorrt_or_gpu_is_refused(machine: Double, tmp_path: Path, monkeypatch) -> None:
+    folder = build(tmp_path / "engine")
+    monkeypatch.setattr(tensorrt_double, "MAGIC", b"another magic")
+    with pytest.raises(EngineMismatchError, match=r"prefill\.engine does not load .* on this GPU: magic tag does not"):
+        ChunkKVSession.from_dir(folder)
+    machine.module.__version__ = "11.9.0.1"
+    with pytest.raises(EngineMismatchError, match=r"was built with TensorRT 11\.4\.0\.106, installed is 11\.9\.0\.1"):
+        ChunkKVSession.from_dir(folder)
+
+
+def test_a_machine_without_tensorrt_says_so(machine: Double, tmp_path: Path, monkeypatch) -> None:
+    folder = build(tmp_path / "engine")
+    monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
+    with pytest.raises(BackendUnavailableError, match="was built for TensorRT and needs the Python package 'tensorrt'"):
+        ChunkKVSession.from_dir(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": "int8"},
+        {"num_layers": 0},
+        {"capacities": []},
+        {"capacities": [256, 128]},
+        {"leaders": [7]},
+        {"weights": {"a": [0, 10**9]}},
+        {"weights": {"a": [-1, 4]}},
+        {"weights": []},
+        {"head_dim": True},
+        {"more": 1},
+    ],
+)
+def test_a_contract_that_makes_no_sense_is_refused(machine: Double, tmp_path: Path, change: dict) -> None:
+    folder = build(tmp_path / "engine")
+    values = json.loads((folder / CONTRACT_FILE).read_text())
+    Contract.read(folder)
+    (folder / CONTRACT_FILE).write_text(json.dumps({**values, **change}))
+    with pytest.raises(EngineError, match=r"tensorrt\.json"):
+        Contract.read(folder)
