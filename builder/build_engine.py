@@ -77,6 +77,7 @@ def build_engine(flags: Namespace) -> None:
     backend = load_backend(flags.backend, flags.chunkkv)
     with Progress(flags.log_level) as progress:
         checkpoint, build, plan = read_and_plan(flags, progress)
+        backend.check(plan)
         if not flags.dry_run:
             with staged_output(flags.output_dir, flags.overwrite) as folder:
                 cache = {"timing_cache": Path(flags.timing_cache)} if flags.timing_cache else {}

@@ -79,6 +79,17 @@ class Checkpoint:
         """Return the tensor as a read-only view of its mapped file, in the dtype it is stored in."""
         return self._source(name).tensor(name)
 
+    def converted(self, name: str, dtype: str) -> np.ndarray:
+        """Return the tensor in another dtype; raises CheckpointError where a value is, or becomes, infinite or NaN."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = np.asarray(self.tensor(name)).astype(np.dtype(dtype), copy=False)
+        if not np.isfinite(values).all():
+            raise CheckpointError(
+                f"{self._source(name).path}: tensor {name!r} has a value that is not finite in {dtype}; every answer "
+                "would be lost to it: download the file again or choose a wider dtype"
+            )
+        return values
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the tensor's shape without touching its data."""
         return self._source(name).entries[name].shape

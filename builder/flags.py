@@ -61,6 +61,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     chosen = [name for name, value in vars(flags).items() if name.startswith(_PREFIX) and value is not None]
     if chosen and not flags.chunkkv:
         raise UsageError(f"--{chosen[0]} has no effect without --chunkkv: add it")
+    if flags.chunkkv_budget_tokens and flags.chunkkv_max_keep_ratio is not None:
+        raise UsageError(
+            "--chunkkv_max_keep_ratio bounds a share, --chunkkv_budget_tokens is a number of tokens: give one of them"
+        )
     if flags.chunkkv_budget_tokens == 0:
         raise UsageError("--chunkkv_budget_tokens is 0; give at least 1, or --chunkkv_keep_ratio instead")
     if flags.timing_cache and flags.backend != "tensorrt":

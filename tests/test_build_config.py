@@ -42,9 +42,7 @@ def test_lengths_default_to_the_models_context(given: dict[str, int], expected: 
         ("qwen3", {"max_position_embeddings": 40960}, 40960),
     ],
 )
-def test_the_longest_context_is_what_it_was_trained_for(
-    variant: str, overrides: dict[str, int], longest: int
-) -> None:
+def test_the_longest_context_is_what_it_was_trained_for(variant: str, overrides: dict[str, int], longest: int) -> None:
     model = Checkpoint.open(engines.checkpoint_dir(variant, **overrides)).config
     assert longest_context(model) == longest
     assert BuildConfig.for_model(model).max_seq_len == longest

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from support import engines
 from support.builds import ROOT, SCRIPT, CommandLine, Outcome, on_terminal, python, run_program, tree
-from support.checkpoints import write_checkpoint
+from support.checkpoints import random_tensors, variant_config, write_checkpoint, write_tensors
 
 import chunkkv
 from chunkkv.engine_files import EngineFiles
@@ -238,9 +238,16 @@ def _set(**values: object) -> Callable[[Path], None]:
     return change
 
 
+def _not_finite(folder: Path) -> None:
+    tensors = random_tensors(variant_config("llama3"))
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = np.nan
+    write_tensors(folder, tensors)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (_not_finite, "'model.layers.1.mlp.up_proj.weight' has a value that is not finite in float32"),
         (shutil.rmtree, "does not exist; give the directory of a Hugging Face checkpoint"),
         (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
         (lambda folder: (folder / "config.json").write_text("{\n\n"), "config.json"),
@@ -263,6 +270,14 @@ def test_a_broken_checkpoint_gives_one_line_and_exit_code_1(cli, tmp_path, damag
         done = cli(*flags, "--log_level", level)
         assert done.code == 1 and done.err.splitlines()[-1].startswith("chunkkv-build: error: ")
         assert ("Traceback (most recent call last)" in done.err) == shown
+
+
+@pytest.mark.parametrize("flags", [(), ("--dry_run",)])
+def test_a_head_size_without_a_kernel_is_refused_before_any_work(cli, tmp_path, flags) -> None:
+    folder = write_checkpoint(tmp_path / "model", "llama3", head_dim=20)
+    message = cli("--checkpoint_dir", folder, "--output_dir", tmp_path / "engine", *flags).error(1)
+    assert "head_dim is 20; ONNX Runtime's attention takes multiples of 8" in message
+    assert names(tmp_path) == {"model"}
 
 
 @pytest.mark.parametrize(

@@ -187,7 +187,7 @@ def test_every_flag_arrives(engine, run, monkeypatch) -> None:
         (["--repetition_penalty", "0", "the"], 2, "--repetition_penalty is 0.0"),
         (["--seed", "-1", "the"], 2, "--seed is -1"),
         (["--stop", "", "the"], 2, "--stop contains ''; give non-empty strings"),
-        (["--threads", "0", "the"], 2, "--threads is 0; give a whole number of at least 1, or none"),
+        (["--threads", "0", "the"], 2, "--threads is 0; allowed is 1 to 1024, or none"),
         (["--keep_ratio", "0", "the"], 2, "--keep_ratio is 0.0; allowed is (0, 1]"),
         (["--budget_tokens", "0", "the"], 2, "--budget_tokens is 0"),
         (

@@ -194,6 +194,15 @@ def test_another_format_version_is_a_mismatch(engine: Path, version: object) -> 
         (lambda c: c["chunkkv"].update(window=0), "chunkkv: window is 0; allowed is 1 to 128"),
         (lambda c: c["chunkkv"].update(colour="red"), "chunkkv: unknown chunkkv setting 'colour'"),
         (lambda c: c["chunkkv"].update(layer_groups=[[0, 1]]), r"layer_groups is \(\(0, 1\),\); the model has layers"),
+        (
+            lambda c: c["pretrained_config"].update(eos_token_ids=None),
+            "eos_token_ids is None; it must be a list of ids",
+        ),
+        (lambda c: c["pretrained_config"].update(eos_token_ids=[True]), "eos_token_ids is .True.; it must be a list"),
+        (
+            lambda c: c["build_config"].update(max_num_tokens=3),
+            "max_num_tokens is 3, below the observation window of 4",
+        ),
         (lambda c: c["build_config"].update(backend="tensorrt"), "says backend 'tensorrt', manifest.json says 'onnx"),
     ],
 )
@@ -235,3 +244,28 @@ def test_hashing_reads_in_pieces_and_reports_them(tmp_path: Path) -> None:
     record = hash_file(tmp_path / "file", pieces.append, sync=True)
     assert record == FileRecord(len(data), hashlib.sha256(data).hexdigest())
     assert len(pieces) == 3 and sum(pieces) == len(data)
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "message"),
+    [
+        ("chunkkv", {"sinks": 1}, "config.json says sinks is 1, compress.onnx was built with 2"),
+        ("chunkkv", {"layer_groups": [[0], [1, 2]]}, "config.json says layer_groups is"),
+        ("pretrained_config", {"vocab_size": 99}, "config.json says vocab_size is 99, its graph has 384"),
+    ],
+)
+def test_settings_other_than_the_graphs_own_are_a_mismatch(
+    engine: Path, section: str, change: Values, message: str
+) -> None:
+    rewrite(engine, lambda manifest: None, lambda config: config[section].update(change))
+    with pytest.raises(EngineMismatchError, match=message):
+        ChunkKVSession.from_dir(engine)
+
+
+@pytest.mark.parametrize("content", [b"", b"no graph", b"\x08\x08"])
+def test_a_file_that_is_no_graph_is_an_engine_error(engine: Path, content: bytes) -> None:
+    (engine / "step.onnx").write_bytes(content)
+    record = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    rewrite(engine, lambda manifest: manifest["files"].update({"step.onnx": record}))
+    with pytest.raises(EngineError, match=r"step\.onnx (does not load in ONNX Runtime|is no step graph)"):
+        ChunkKVSession.from_dir(engine)

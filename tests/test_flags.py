@@ -181,6 +181,10 @@ def test_flags_of_trtllm_build_without_a_meaning_here_are_named_as_such(name: st
             "--chunkkv_budget_tokens: give either this or --chunkkv_keep_ratio",
         ),
         (
+            "--chunkkv --chunkkv_budget_tokens 99 --chunkkv_max_keep_ratio 0.3",
+            "--chunkkv_max_keep_ratio bounds a share, --chunkkv_budget_tokens is a number of tokens: give one of them",
+        ),
+        (
             "--chunkkv --chunkkv_keep_ratio 0.5 --chunkkv_max_keep_ratio 0.3",
             "--chunkkv_keep_ratio 0.5 is above max_keep_ratio 0.3: raise max_keep_ratio or lower keep_ratio",
         ),

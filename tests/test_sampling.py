@@ -82,6 +82,9 @@ def test_logprob_is_of_the_model_not_of_the_filtered_distribution():
         ("seed", -1),
         ("stop", ("",)),
         ("stop", (3,)),
+        ("stop", 5),
+        ("ignore_eos", "no"),
+        ("logprobs", 3),
     ],
 )
 def test_bad_parameters_are_named(name, value):

@@ -82,6 +82,34 @@ def test_compression_changes_the_cache_and_the_statistics_say_so(session) -> Non
     assert 0 < stats.compress_s < stats.ttft_s and 0 < stats.prefill_s < stats.ttft_s and stats.tpot_s > 0
 
 
+def test_a_row_counts_the_room_of_its_whole_batch(session) -> None:
+    long, short = (r.statistics for r in session.generate([prompt(100), prompt(8)], GREEDY))
+    per_token = long.full_cache_bytes // 100
+    assert long.allocated_cache_bytes == short.allocated_cache_bytes == (40 + 12) * per_token
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"prompts": None}, "prompts is NoneType"),
+        ({"prompts": 5}, "prompts is int"),
+        ({"prompts": {"a": 1}}, "prompts is dict"),
+        ({"prompts": b"text"}, "prompts is bytes"),
+        ({"prompts": "ok", "sampling": 3}, "sampling is int; give SamplingParams"),
+        ({"prompts": "ok", "cancel": True}, "cancel is bool; give a threading.Event"),
+        ({"prompts": "ok", "keep_ratio": np.array(2.0)}, "keep_ratio is"),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_named(session, arguments: dict, named: str) -> None:
+    with pytest.raises(RequestError, match=named):
+        session.generate(**arguments)
+
+
+def test_a_ratio_may_be_any_real_number(session) -> None:
+    expected = session.generate(prompt(61), GREEDY, keep_ratio=0.5)
+    assert session.generate(prompt(61), GREEDY, keep_ratio=np.float32(0.5)).token_ids == expected.token_ids
+
+
 def test_budgets_per_request(session) -> None:
     ids = prompt(100)
     budgets = [None, 20, 10, 99]

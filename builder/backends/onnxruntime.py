@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from chunkkv.errors import ConfigError
 from chunkkv_builder.checkpoint import Checkpoint
 from chunkkv_builder.config import BuildConfig
 from chunkkv_builder.onnx_graph import quantize
@@ -21,11 +22,21 @@ from chunkkv_builder.progress import Progress
 WEIGHTS_FILE = "weights.safetensors"
 STEP_FILE = "step.onnx"
 COMPRESS_FILE = "compress.onnx"
+HEAD_DIM_STEP = 8
 
 
 def missing(chunkkv: bool) -> list[str]:
     """Return what this machine lacks for building: nothing."""
     return []
+
+
+def check(plan: Plan) -> None:
+    """Raise ConfigError for a model that ONNX Runtime's attention cannot run."""
+    if plan.model.head_dim % HEAD_DIM_STEP:
+        raise ConfigError(
+            f"head_dim is {plan.model.head_dim}; ONNX Runtime's attention takes multiples of {HEAD_DIM_STEP}: "
+            "this model cannot be built for backend onnxruntime"
+        )
 
 
 def build(checkpoint: Checkpoint, plan: Plan, build: BuildConfig, out_dir: Path, progress: Progress) -> dict[str, str]:
@@ -59,7 +70,7 @@ def weight_sources(checkpoint: Checkpoint, weight_only_precision: str | None = N
 
 
 def _float32(checkpoint: Checkpoint, name: str) -> np.ndarray:
-    return np.asarray(checkpoint.tensor(name), dtype=np.float32)
+    return checkpoint.converted(name, "float32")
 
 
 def _packed(checkpoint: Checkpoint, name: str, bits: int) -> list[WeightSource]:

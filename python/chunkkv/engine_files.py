@@ -115,6 +115,7 @@ class EngineFiles:
                 f"{manifest.backend!r}; {_REBUILD}"
             )
         settings = _settings(path, config, model["num_hidden_layers"])
+        _check_values(path, model, build, settings)
         return cls(path, manifest.backend, manifest.versions, model, build, settings)
 
 
@@ -202,6 +203,21 @@ def _count(path: Path, section: str, values: Mapping[str, Any], name: str) -> No
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise EngineError(
             f"{path / CONFIG_FILE}: {section}.{name} is {value!r}; it must be a whole number of at least 1: {_REBUILD}"
+        )
+
+
+def _check_values(
+    path: Path, model: Mapping[str, Any], build: Mapping[str, Any], settings: ChunkKVSettings | None
+) -> None:
+    ends = model.get("eos_token_ids")
+    if not isinstance(ends, list) or not all(isinstance(end, int) and not isinstance(end, bool) for end in ends):
+        raise EngineError(
+            f"{path / CONFIG_FILE}: pretrained_config.eos_token_ids is {ends!r}; it must be a list of ids: {_REBUILD}"
+        )
+    if settings is not None and build["max_num_tokens"] < settings.window:
+        raise EngineError(
+            f"{path / CONFIG_FILE}: build_config.max_num_tokens is {build['max_num_tokens']}, below the observation "
+            f"window of {settings.window} tokens: {_REBUILD}"
         )
 
 

@@ -39,10 +39,6 @@ class RequestError(ChunkKVError, ValueError):
     """A generation request is invalid; it is refused before any work is done."""
 
 
-class SessionBusyError(ChunkKVError, RuntimeError):
-    """A session that serves one call at a time was entered by a second thread."""
-
-
 class NativeError(ChunkKVError, RuntimeError):
     """The native library could not be used, or a launch failed; the message holds its own words."""
 

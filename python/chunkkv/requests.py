@@ -36,9 +36,11 @@ class Request:
 
 
 def is_single(prompts: Prompt | Sequence[Prompt]) -> bool:
-    """Return whether `prompts` is one prompt: a string, or a sequence of token ids."""
+    """Return whether `prompts` is one prompt, text or token ids, or else a list; raises RequestError for neither."""
     if isinstance(prompts, str):
         return True
+    if isinstance(prompts, bytes) or not isinstance(prompts, (Sequence, np.ndarray)):
+        raise RequestError(f"prompts is {type(prompts).__name__}; give text, a list of token ids, or a list of these")
     return isinstance(prompts, np.ndarray) or (len(prompts) > 0 and isinstance(prompts[0], (Integral, np.integer)))
 
 
@@ -73,7 +75,7 @@ def make_requests(
 
 
 def _per_prompt(name: str, value, count: int) -> list:
-    if isinstance(value, (list, tuple, np.ndarray)):
+    if isinstance(value, (list, tuple, np.ndarray)) and np.ndim(value) > 0:
         if len(value) != count:
             raise RequestError(
                 f"{name} has {len(value)} entries for {count} prompts; give one value, or one per prompt"

@@ -18,9 +18,9 @@ class RequestStatistics:
     Times are seconds: `ttft_s` from the call to the first token (compression and the prompts served before it
     included), `tpot_s` the mean decode step this prompt took part in (None for a single token). `cache_bytes` is the
     KV cache of the kept prompt tokens, `full_cache_bytes` that of the whole prompt, `allocated_cache_bytes` what decode
-    holds for this prompt: kept tokens and room for the new ones. `peak_cache_bytes` adds the keys and values that were
-    alive beside it during prefill: the whole prompt's in all layers, or in one layer-reuse group where the engine
-    compacts within prefill. `compress_s` is 0 there, because `prefill_s` includes it.
+    holds for this prompt: kept tokens and room for the new ones, of the longest prompt of its batch. `peak_cache_bytes`
+    adds the keys and values that were alive beside it during prefill: the whole prompt's in all layers, or in one
+    layer-reuse group where the engine compacts within prefill; `compress_s` is 0 there, as `prefill_s` includes it.
     """
 
     prompt_tokens: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 
@@ -34,7 +35,13 @@ class SamplingParams:
     logprobs: bool = False
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
+        if not isinstance(stop, Sequence):
+            raise RequestError(f"stop is {self.stop!r}; give a string or a list of strings")
+        stop = tuple(stop)
+        for name in ("ignore_eos", "logprobs"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name} is {getattr(self, name)!r}; give True or False")
         object.__setattr__(self, "stop", stop)
         self._check("max_new_tokens", Integral, lambda v: v >= 1, f"{_WHOLE} of at least 1")
         self._check("temperature", Real, lambda v: 0 <= v < math.inf, "a number of at least 0 (0 = greedy)")

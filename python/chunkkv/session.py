@@ -22,6 +22,8 @@ from chunkkv.sampling import Sampler, SamplingParams, StopText
 from chunkkv.settings import ChunkKVSettings
 from chunkkv.tokenizer import StreamDecoder, Tokenizer
 
+MAX_THREADS = 1024
+
 
 class ChunkKVSession:
     """An engine directory, loaded and ready to generate.
@@ -50,8 +52,10 @@ class ChunkKVSession:
         `threads` None leaves the choice to the engine. Raises EngineError for a missing, changed or foreign file,
         EngineMismatchError for another backend's engine, BackendUnavailableError where that backend cannot run here.
         """
-        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-            raise RequestError(f"threads is {threads!r}; give a whole number of at least 1, or none")
+        if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int)):
+            raise RequestError(f"threads is {threads!r}; give a whole number, or none")
+        if threads is not None and not 1 <= threads <= MAX_THREADS:
+            raise RequestError(f"threads is {threads}; allowed is 1 to {MAX_THREADS}, or none")
         files = EngineFiles.load(Path(engine_dir))
         executor = load_executor(files, threads)
         model, build = files.model, files.build
@@ -76,7 +80,11 @@ class ChunkKVSession:
         limit. Setting `cancel` ends every answer within one token. Raises RequestError before any work for a
         request that the engine cannot serve.
         """
-        sampling = sampling or SamplingParams()
+        sampling = SamplingParams() if sampling is None else sampling
+        if not isinstance(sampling, SamplingParams):
+            raise RequestError(f"sampling is {type(sampling).__name__}; give SamplingParams")
+        if cancel is not None and not isinstance(cancel, threading.Event):
+            raise RequestError(f"cancel is {type(cancel).__name__}; give a threading.Event")
         single = is_single(prompts)
         listed = [prompts] if single else list(prompts)
         if sampling.stop and self.tokenizer is None:
@@ -134,6 +142,8 @@ class ChunkKVSession:
         began = time.perf_counter()
         rows = [_Row(number, request, sampling, self) for number, request in enumerate(requests)]
         cache = self._executor.new_cache(len(rows), max(row.capacity for row in rows))
+        for row in rows:
+            row.capacity = cache.capacity
         prefiller = self._executor.prefiller()
         for first in range(0, len(rows), prefiller.max_rows):
             group = rows[first : first + prefiller.max_rows]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from chunkkv.errors import ConfigError
@@ -19,11 +20,11 @@ SCORES = ("softmax", "logits")
 
 def keep_ratio_to_per_10k(keep_ratio: float, setting: str = "keep_ratio") -> int:
     """Return round(keep_ratio * 10000); raises ConfigError outside (0, 1] or where it rounds to zero."""
-    if isinstance(keep_ratio, bool) or not isinstance(keep_ratio, (int, float)):
+    if isinstance(keep_ratio, bool) or not isinstance(keep_ratio, Real):
         raise ConfigError(f"{setting} is {keep_ratio!r}; give a number in (0, 1], e.g. 0.2 to keep 20 %")
     if not 0.0 < keep_ratio <= 1.0:  # also refuses NaN
         raise ConfigError(f"{setting} is {keep_ratio}; allowed is (0, 1]: 0.2 keeps 20 % of the prompt")
-    per_10k = round(keep_ratio * KEEP_SCALE)
+    per_10k = round(float(keep_ratio) * KEEP_SCALE)
     if per_10k == 0:
         raise ConfigError(f"{setting} is {keep_ratio}; the smallest keep ratio is {1 / KEEP_SCALE}")
     return per_10k

@@ -21,6 +21,7 @@ from onnx import TensorProto
 
 from chunkkv_builder.onnx_graph import functions
 from support.cuda_double import CudartDouble, array_at
+from support.graphs import skip_without_standard_attention
 from support.tensorrt_graphs import as_plugins, refusal
 
 MAGIC, TIMINGS = b"tensorrt double engine\n", b"tensorrt double timings\n"
@@ -290,6 +291,7 @@ class Engine:
         values = (*self.model.graph.input, *self.model.graph.output)
         self.names = [value.name for value in values]
         self._aliases = {n.output[0]: n.input[0] for n in self.model.graph.node if n.op_type == "TensorScatter"}
+        skip_without_standard_attention()
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = 1, 3
         self.session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])

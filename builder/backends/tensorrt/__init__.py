@@ -19,6 +19,12 @@ from chunkkv_builder.plan import Plan
 from chunkkv_builder.progress import Progress
 
 
+def check(plan: Plan) -> None:
+    """Raise ConfigError for a model that the ChunkKV plugins have no kernel for."""
+    if plan.settings is not None:
+        check_head_sizes(plan.model.head_dim, plan.model.num_heads, plan.model.num_kv_heads)
+
+
 def build(
     checkpoint: Checkpoint,
     plan: Plan,
@@ -30,11 +36,8 @@ def build(
     """Write engines, weights and their contract to `out_dir`; return the versions that made them.
 
     `timing_cache` is read where it exists and written when all engines are built. Raises BackendUnavailableError for a
-    missing library or plugin and ConfigError for a model without kernels before anything slow begins, BuildError for
-    what TensorRT refuses.
+    missing library or plugin before anything slow begins, BuildError for what TensorRT refuses.
     """
-    if plan.settings is not None:
-        check_head_sizes(plan.model.head_dim, plan.model.num_heads, plan.model.num_kv_heads)
     builder = EngineBuilder(build.dtype, progress, timing_cache)
     if plan.settings is not None:
         builder.require_plugins(plan.settings)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import onnx
 
 from chunkkv.executors.tensorrt_contract import Contract
@@ -39,7 +38,7 @@ class Graphs:
         self, checkpoint: Checkpoint, plan: Plan, build: BuildConfig, locations: dict[str, WeightLocation]
     ) -> None:
         self._plan, self._build, self._matrices = plan, build, locations
-        self._load = partial(_converted, checkpoint, build.dtype)
+        self._load = partial(checkpoint.converted, dtype=build.dtype)
         vectors = (name for name in checkpoint.names() if name not in locations)
         inside = {name: WeightLocation(name, "", 0, tuple(checkpoint.shape(name)), build.dtype) for name in vectors}
         self._weights = {**locations, **inside}
@@ -110,7 +109,7 @@ def decode_capacities(max_seq_len: int) -> tuple[int, ...]:
 def weight_sources(checkpoint: Checkpoint, dtype: str) -> list[WeightSource]:
     """Return every matrix of the checkpoint in `dtype`, in layer order."""
     return [
-        WeightSource(name, tuple(checkpoint.shape(name)), dtype, partial(_converted, checkpoint, dtype, name))
+        WeightSource(name, tuple(checkpoint.shape(name)), dtype, partial(checkpoint.converted, name, dtype))
         for name in checkpoint.names()
         if len(checkpoint.shape(name)) > 1
     ]
@@ -133,7 +132,3 @@ def for_parser(model: onnx.ModelProto) -> bytes:
         if node.op_type == "Attention":
             node.attribute.append(onnx.helper.make_attribute("TRT_decomposable", 1))
     return copy.SerializeToString()
-
-
-def _converted(checkpoint: Checkpoint, dtype: str, name: str) -> np.ndarray:
-    return np.asarray(checkpoint.tensor(name)).astype(np.dtype(dtype), copy=False)

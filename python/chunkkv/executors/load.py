@@ -17,8 +17,14 @@ def load_executor(files: EngineFiles, threads: int | None = None) -> Executor:
     if files.backend == "onnxruntime":
         from chunkkv.executors.onnxruntime import OnnxRuntimeExecutor
 
-        window = files.settings.window if files.settings else 0
-        return OnnxRuntimeExecutor(files.path, files.build["max_num_tokens"], window, threads)
+        executor = OnnxRuntimeExecutor(files.path, files.build["max_num_tokens"], files.settings, threads)
+        for name, found in (("vocab_size", executor.vocab_size), ("num_hidden_layers", executor.num_layers)):
+            if files.model[name] != found:
+                raise EngineMismatchError(
+                    f"{files.path}: config.json says {name} is {files.model[name]}, its graph has {found}; "
+                    "build the engine again"
+                )
+        return executor
     if files.backend == "tensorrt":
         from chunkkv.executors.tensorrt import TensorRTExecutor
 

@@ -5,6 +5,7 @@ Sessions are shared and thread-safe; every call binds its own caches, so calls o
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,10 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+from chunkkv.errors import EngineError, EngineMismatchError
 from chunkkv.executors.blockwise import BlockwisePrefiller
 from chunkkv.executors.interface import Choice
+from chunkkv.settings import ChunkKVSettings
 
 STEP_FILE = "step.onnx"
 COMPRESS_FILE = "compress.onnx"
@@ -47,24 +50,31 @@ class KVCache:
 class OnnxRuntimeExecutor:
     """The graphs of one engine directory, ready to run.
 
-    `block` is the size of a prefill block, `window` the observation window, 0 for an engine without ChunkKV; `threads`
-    the number of intra-op threads, None for ONNX Runtime's own choice. Shapes are read from the graphs.
+    `block` is the size of a prefill block, `settings` None for an engine without ChunkKV; `threads` the number of
+    intra-op threads, None for ONNX Runtime's own choice. Shapes are read from the graphs. Raises EngineError for graphs
+    that do not load, EngineMismatchError for graphs built with other settings.
     """
 
-    def __init__(self, engine_dir: Path, block: int, window: int = 0, threads: int | None = None) -> None:
+    def __init__(
+        self, engine_dir: Path, block: int, settings: ChunkKVSettings | None = None, threads: int | None = None
+    ) -> None:
         self._dir = engine_dir
         self._block = block
-        self._window = window
+        self._window = settings.window if settings else 0
         self._threads = threads or 0
         self._step = self._load(STEP_FILE)
         shapes = {value.name: value.shape for value in (*self._step.get_inputs(), *self._step.get_outputs())}
+        if not {"past_key.0", "logits"} <= set(shapes):
+            raise EngineError(f"{engine_dir / STEP_FILE} is no step graph; build the engine again")
         self.num_layers = sum(name.startswith("past_key.") for name in shapes)
         self.num_kv_heads, self.head_dim = int(shapes["past_key.0"][1]), int(shapes["past_key.0"][3])
         self.vocab_size = int(shapes["logits"][2])
         self._query_heads = {
             int(name.split(".")[1]): int(shape[1]) for name, shape in shapes.items() if name.startswith("query.")
         }
-        self._compress = self._load(COMPRESS_FILE) if window else None
+        self._compress = self._load(COMPRESS_FILE) if settings else None
+        if self._compress is not None and settings is not None:
+            self._check_settings(self._compress.get_modelmeta().custom_metadata_map, settings)
 
     def _load(self, name: str) -> ort.InferenceSession:
         options = ort.SessionOptions()
@@ -72,7 +82,22 @@ class OnnxRuntimeExecutor:
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         options.enable_mem_pattern = False  # a plan per prompt length would be made, kept, and hardly met again
-        return ort.InferenceSession(str(self._dir / name), options, providers=["CPUExecutionProvider"])
+        try:
+            return ort.InferenceSession(str(self._dir / name), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # ONNX Runtime's own classes share no base but this one
+            raise EngineError(
+                f"{self._dir / name} does not load in ONNX Runtime {ort.__version__} ({str(error).splitlines()[0]}); "
+                "build the engine again"
+            ) from None
+
+    def _check_settings(self, metadata: Mapping[str, str], settings: ChunkKVSettings) -> None:
+        built = json.loads(metadata.get("chunkkv.settings", "{}"))
+        for name, value in settings.to_dict().items():
+            if built.get(name) != value:
+                raise EngineMismatchError(
+                    f"{self._dir}: config.json says {name} is {value!r}, {COMPRESS_FILE} was built with "
+                    f"{built.get(name)!r}; build the engine again"
+                )
 
     @property
     def kv_bytes_per_token(self) -> int:
