@@ -17,12 +17,11 @@ from chunkkv_builder.config import BuildConfig
 from chunkkv_builder.onnx_graph import functions
 from chunkkv_builder.onnx_graph.weights import write_weights
 from chunkkv_builder.plan import make_plan
-from native.build import emulated_library
 from native.memory import Memory
-from native.plugin_build import host_library, plugin_library
-from native.plugin_host import PluginHost, Range, node_fields, run_node
+from native.plugin_host import Range, node_fields, run_node
 from native.plugin_op import COMPACT, SELECT, profile
 from native.tensorrt_headers import own_headers
+from native.test_plugins import open_host
 
 MODEL = Path(__file__).resolve().parents[2] / "examples" / "needle" / "model"  # its head size has kernels
 LENGTHS, CAPACITY = (150, 20, 97), 64
@@ -59,8 +58,7 @@ def run_graph(boundaries: str, folder: Path) -> tuple[list[onnx.NodeProto], dict
 def test_every_node_gives_in_the_plugin_host_what_its_function_gives(
     boundaries: str, tmp_path: Path, memory: Memory
 ) -> None:
-    headers = own_headers(11)
-    host = PluginHost(host_library(headers), plugin_library(emulated_library(), headers))
+    host = open_host(own_headers(11))  # one per process: a plugin library keeps its first logger
     nodes, values = run_graph(boundaries, tmp_path)
     assert [node.op_type for node in nodes].count(functions.SELECT) == 2 and len(nodes) == 2 + 8
     for node in nodes:
