@@ -21,7 +21,7 @@ class Fields:
 
     def __init__(self, values: Any, source: str) -> None:
         if not isinstance(values, Mapping):
-            raise ConfigError(f"{source} is {_shown(values)}; it must be a JSON object")
+            raise ConfigError(f"{source} is {shown(values)}; it must be a JSON object")
         self.values = values
         self.source = source
 
@@ -33,7 +33,7 @@ class Fields:
         """Return an error that names `key`, its value and what to do."""
         if key not in self.values:
             return ConfigError(f"{self.source}: {key!r} is missing; {advice}")
-        return ConfigError(f"{self.source}: {key!r} is {_shown(self.values[key])}; {advice}")
+        return ConfigError(f"{self.source}: {key!r} is {shown(self.values[key])}; {advice}")
 
     def _absent(self, key: str, default: Any, advice: str) -> bool:
         if self.get(key) is not None:
@@ -85,6 +85,7 @@ class Fields:
         return value
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Return what an error shows of a value from a file: at most 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 
 from chunkkv.errors import CheckpointError
+from chunkkv_builder.fields import shown
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -131,18 +132,18 @@ def _entry(name: str, value: Any, source: str) -> TensorEntry:
         raise CheckpointError(f"{where}: the header must give exactly dtype, shape and data_offsets; {_DAMAGED}")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BITS:
-        raise CheckpointError(f"{where} has the unknown dtype {_short(dtype)}; expected one of {', '.join(READABLE)}")
+        raise CheckpointError(f"{where} has the unknown dtype {shown(dtype)}; expected one of {', '.join(READABLE)}")
     if not _whole_numbers(shape) or len(shape) > MAX_DIMS:
         raise CheckpointError(
-            f"{where} has shape {_short(shape)}; expected at most {MAX_DIMS} whole numbers of at least 0"
+            f"{where} has shape {shown(shape)}; expected at most {MAX_DIMS} whole numbers of at least 0"
         )
     if not _whole_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise CheckpointError(f"{where} has data_offsets {_short(offsets)}; expected a start and an end not before it")
+        raise CheckpointError(f"{where} has data_offsets {shown(offsets)}; expected a start and an end not before it")
     needed, odd_bits = divmod(math.prod(shape) * ITEM_BITS[dtype], 8)
     given = offsets[1] - offsets[0]
     if odd_bits or needed != given:
         raise CheckpointError(
-            f"{where}: shape {_short(shape)} in {dtype} takes {needed} bytes, but its data_offsets span {given}: "
+            f"{where}: shape {shown(shape)} in {dtype} takes {needed} bytes, but its data_offsets span {given}: "
             f"{_DAMAGED}"
         )
     return TensorEntry(dtype, tuple(shape), offsets[0], offsets[1])
@@ -153,8 +154,3 @@ def _whole_numbers(values: Any) -> bool:
     return isinstance(values, list) and all(
         isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63 for value in values
     )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
+from chunkkv.engine_files import COMPRESS_FILE, STEP_FILE
 from chunkkv.errors import ConfigError
 from chunkkv_builder.checkpoint import Checkpoint
 from chunkkv_builder.config import BuildConfig
@@ -20,8 +21,6 @@ from chunkkv_builder.plan import Plan
 from chunkkv_builder.progress import Progress
 
 WEIGHTS_FILE = "weights.safetensors"
-STEP_FILE = "step.onnx"
-COMPRESS_FILE = "compress.onnx"
 HEAD_DIM_STEP = 8
 
 

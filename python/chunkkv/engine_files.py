@@ -18,6 +18,7 @@ from chunkkv.settings import ChunkKVSettings
 
 CONFIG_FILE = "config.json"
 MANIFEST_FILE = "manifest.json"
+STEP_FILE, COMPRESS_FILE = "step.onnx", "compress.onnx"  # of an engine for ONNX Runtime
 FORMAT = "chunkkv-engine"
 FORMAT_VERSION = 1
 PARTIAL_MARK = ".partial-"  # a build writes to <output_dir>.partial-<process id> until it is complete

@@ -11,7 +11,8 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from chunkkv.executors.onnxruntime import COMPRESS_FILE, STEP_FILE, OnnxRuntimeExecutor
+from chunkkv.engine_files import COMPRESS_FILE, STEP_FILE
+from chunkkv.executors.onnxruntime import OnnxRuntimeExecutor
 from chunkkv.session import ChunkKVSession
 from chunkkv_builder.backends.onnxruntime import WEIGHTS_FILE, weight_sources
 from chunkkv_builder.checkpoint import Checkpoint

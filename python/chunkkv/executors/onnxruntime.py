@@ -13,13 +13,11 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+from chunkkv.engine_files import COMPRESS_FILE, STEP_FILE
 from chunkkv.errors import EngineError, EngineMismatchError
 from chunkkv.executors.blockwise import BlockwisePrefiller
 from chunkkv.executors.interface import Choice
 from chunkkv.settings import ChunkKVSettings
-
-STEP_FILE = "step.onnx"
-COMPRESS_FILE = "compress.onnx"
 
 
 @dataclass(frozen=True)
