@@ -36,26 +36,32 @@ def test_copies_go_there_and_back(cuda: CudaRuntime) -> None:
 def test_memory_is_freed_with_its_owner(cuda: CudaRuntime, library: CudartDouble) -> None:
     buffer, pinned = cuda.device_memory(100), cuda.pinned((3, 2), np.float32)
     assert pinned.array.shape == (3, 2) and not pinned.array.any()
-    assert buffer.address % cuda_runtime.ALIGNMENT == 0 and len(library.memory) == 2
+    assert buffer.address % cuda_runtime.ALIGNMENT == 0 and (len(library.memory), len(library.pinned)) == (1, 1)
+    view = pinned.array[1:]
     del buffer, pinned
     gc.collect()
-    assert not library.memory
+    assert not library.memory and library.pinned, "a view keeps pinned memory alive"
+    del view
+    gc.collect()
+    assert not library.pinned
 
 
 def test_a_captured_graph_runs_when_launched_and_as_often(cuda: CudaRuntime, library: CudartDouble) -> None:
-    stream, source, target = cuda.stream(), cuda.pinned((4,), np.float32), np.zeros(4, np.float32)
+    stream, source, target = cuda.stream(), cuda.pinned((4,), np.float32), cuda.pinned((4,), np.float32)
     buffer = cuda.device_memory(16)
 
     def work() -> None:
         stream.upload(buffer.address, source.array)
-        stream.download(target, buffer.address)
+        stream.download(target.array, buffer.address)
 
     graph = stream.capture(work)
-    assert not target.any()
+    stream.synchronize()
+    assert not target.array.any()
     for value in (1, 2):
         source.array[:] = value
         graph.launch(stream)
-        assert (target == value).all()
+        stream.synchronize()
+        assert (target.array == value).all()
     del graph
     gc.collect()
     assert not library.live_graphs

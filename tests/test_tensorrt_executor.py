@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from support import engines, tensorrt_double
 from support.checkpoints import VARIANTS
@@ -222,3 +223,43 @@ def test_a_contract_that_makes_no_sense_is_refused(machine: Double, tmp_path: Pa
     (folder / CONTRACT_FILE).write_text(json.dumps({**values, **change}))
     with pytest.raises(EngineError, match=r"tensorrt\.json"):
         Contract.read(folder)
+
+
+def test_a_plugin_library_that_does_not_load_says_why(machine: Double, tmp_path: Path, monkeypatch) -> None:
+    folder = build(tmp_path / "engine")
+
+    def refuse(self: tensorrt_double.Registry, plugin_path: str) -> None:
+        machine.logger.log(tensorrt_double.Severity.ERROR, "dlopen: undefined symbol: chunkkv_score")
+
+    machine.registry._creators.clear()
+    monkeypatch.setattr(tensorrt_double.Registry, "load_library", refuse)
+    with pytest.raises(BackendUnavailableError, match=r"does not load .*: dlopen: undefined symbol: chunkkv_score"):
+        ChunkKVSession.from_dir(folder)
+
+
+@pytest.mark.parametrize(("leader", "alive"), [("first", 1), ("last", 2)])
+def test_as_many_layers_are_alive_as_the_statistics_say(
+    machine: Double, tmp_path: Path, leader: str, alive: int
+) -> None:
+    folder = build(tmp_path / "engine", chunkkv_layer_reuse=2, chunkkv_leader=leader)
+    nodes = machine.log[0]["network"].model.graph.node  # prefill is built first
+    keys = [node.input[0] for node in nodes if node.name.endswith("compact_key")]
+    made = {name: place for place, node in enumerate(nodes) for name in node.output}
+    used = {name: place for place, node in enumerate(nodes) for name in node.input}
+    overlap = max(sum(made[key] <= place <= used[key] for key in keys) for place in range(len(nodes)))
+    assert overlap == alive == Contract.read(folder).group_layers
+
+
+def test_attention_finds_its_scale_on_the_query(machine: Double, tmp_path: Path) -> None:
+    build(tmp_path / "engine")
+    for entry in machine.log:
+        nodes = entry["network"].model.graph.node
+        made = {node.output[0]: node for node in nodes}
+        attentions = [node for node in nodes if node.op_type == "Attention"]
+        assert len(attentions) == 3
+        for node in attentions:
+            assert [a.f for a in node.attribute if a.name == "scale"] == [1.0]
+            scaled = made[node.input[0]]
+            assert scaled.op_type == "Mul"
+            constant = onnx.numpy_helper.to_array(made[scaled.input[1]].attribute[0].t)
+            assert constant == np.float32(16**-0.5)

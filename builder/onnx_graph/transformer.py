@@ -199,7 +199,18 @@ class StepGraph:
         first, visible = self.lengths
         for old, new, name in zip(past, qkv[1:], present, strict=True):
             e.op("TensorScatter", [old, new, first], [name], name=f"/layers.{index}/store/{name}", axis=2)
-        return self._merge_heads(e.op("Attention", [qkv[0], *present, visible], name=f"/layers.{index}/attention"))
+        return self._merge_heads(self._scaled_attention(index, [qkv[0], *present, visible]))
+
+    def _scaled_attention(self, index: int, inputs: list[str], **attributes: int) -> str:
+        """Emit Attention with 1/sqrt(D) already on the query.
+
+        Left to the operator, TensorRT's parser puts a fourth root, rounded to the graph's type, on queries and keys: in
+        bfloat16 that bends logits by up to half a percent, and it multiplies the whole cache at every step.
+        """
+        e, query = self.e, inputs[0]
+        scaled = e.op("Mul", [query, e.scalar(self.model.head_dim**-0.5, self.dtype)])
+        name = f"/layers.{index}/attention"
+        return e.op("Attention", [scaled, *inputs[1:]], name=name, scale=1.0, **attributes)
 
     def _split_heads(self, qkv: tuple[str, str, str]) -> list[str]:
         """[B,S,H*D] to [B,H,S,D], for query, key and value."""

@@ -1,6 +1,7 @@
 """libcudart played by host memory: what CudaRuntime calls, with streams that can be captured into graphs.
 
-Copies are memmoves and "device" addresses are host addresses, so whatever runs on them can be NumPy.
+Copies are memmoves and "device" addresses are host addresses, so whatever runs on them can be NumPy. What is enqueued
+on a stream runs when that stream is synchronized, not before: what is read too early is not there yet.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ class CudartDouble:
 
     def __init__(self, devices: int = 1, capturable: bool = True) -> None:
         self.devices, self.capturable = devices, capturable
-        self.memory: dict[int, Any] = {}
+        self.memory: dict[int, Any] = {}  # of the device
+        self.pinned: dict[int, Any] = {}  # of the host
+        self._queues: dict[int, list[Callable[[], None]]] = {}
         self.calls: list[str] = []
         self.launches = 0
         self._handles = iter(range(1, 10**9))
@@ -56,50 +59,59 @@ class CudartDouble:
         return call
 
     def enqueue(self, stream: int, action: Callable[[], None]) -> None:
-        """Run `action`, or record it where `stream` is being captured."""
-        if stream in self._recording:
-            self._recording[stream].append(action)
-        else:
-            action()
+        """Queue `action` on `stream`, or record it where the stream is being captured."""
+        self._recording.get(stream, self._queues[stream]).append(action)
 
     def _cudaGetDeviceCount(self, out: Any) -> int:
         out._obj.value = self.devices
         return 0 if self.devices else NO_DEVICE
 
     def _cudaMalloc(self, out: Any, nbytes: int) -> None:
+        self._allocate(self.memory, out, nbytes)
+
+    def _cudaMallocHost(self, out: Any, nbytes: int) -> None:
+        self._allocate(self.pinned, out, nbytes)
+
+    def _allocate(self, table: dict[int, Any], out: Any, nbytes: int) -> None:
         block = (ctypes.c_ubyte * (nbytes + ALIGNMENT))()
         address = -(-ctypes.addressof(block) // ALIGNMENT) * ALIGNMENT
         ctypes.memset(ctypes.addressof(block), PAYLOAD, nbytes + ALIGNMENT)
-        self.memory[address] = (block, nbytes)
+        table[address] = (block, nbytes)
         out._obj.value = address
-
-    _cudaMallocHost = _cudaMalloc
 
     def _cudaFree(self, address: int) -> int:
         return 0 if self.memory.pop(address, None) else INVALID
 
-    _cudaFreeHost = _cudaFree
+    def _cudaFreeHost(self, address: int) -> int:
+        return 0 if self.pinned.pop(address, None) else INVALID
 
     def _cudaMemcpyAsync(self, target: int, source: int, nbytes: int, kind: int, stream: int) -> None:
-        device = target if kind == 1 else source
+        device, host = (target, source) if kind == 1 else (source, target)
         assert self.contains(device, nbytes), "copy outside device memory"
+        if stream in self._recording:
+            assert within(self.pinned, host, nbytes), "a captured copy needs pinned memory on its host side"
         self.enqueue(stream, lambda: ctypes.memmove(target, source, nbytes))
 
     def contains(self, address: int, nbytes: int) -> bool:
-        """Return whether the range lies in one live allocation."""
-        return any(start <= address and address + nbytes <= start + size for start, (_, size) in self.memory.items())
+        """Return whether the range lies in one live allocation on the device."""
+        return within(self.memory, address, nbytes)
 
     def _cudaMemGetInfo(self, free: Any, total: Any) -> None:
         free._obj.value, total._obj.value = 1, 2
 
     def _cudaStreamCreateWithFlags(self, out: Any, flags: int) -> None:
         out._obj.value = next(self._handles)
+        self._queues[out._obj.value] = []
 
     def _cudaStreamDestroy(self, stream: int) -> None:
         pass
 
     def _cudaStreamSynchronize(self, stream: int) -> int:
-        return NOT_CAPTURABLE if stream in self._recording else 0
+        if stream in self._recording:
+            return NOT_CAPTURABLE
+        while self._queues[stream]:
+            self._queues[stream].pop(0)()
+        return 0
 
     def _cudaStreamBeginCapture(self, stream: int, mode: int) -> int:
         if not self.capturable:
@@ -119,8 +131,7 @@ class CudartDouble:
 
     def _cudaGraphLaunch(self, graph: int, stream: int) -> None:
         self.launches += 1
-        for action in self._graphs[graph]:
-            action()
+        self._queues[stream].extend(self._graphs[graph])
 
     def _cudaGraphDestroy(self, graph: int) -> None:
         self.live_graphs.remove(graph)
@@ -129,6 +140,11 @@ class CudartDouble:
 
     def _cudaGetLastError(self) -> None:
         pass
+
+
+def within(table: dict[int, Any], address: int, nbytes: int) -> bool:
+    """Return whether the range lies in one allocation of `table`."""
+    return any(start <= address and address + nbytes <= start + size for start, (_, size) in table.items())
 
 
 def array_at(address: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:

@@ -154,7 +154,7 @@ class BuilderConfig:
     def __init__(self) -> None:
         self.profiles: list[OptimizationProfile] = []
         self.cleared: list[Any] = []
-        self._cache = TimingCache(b"")
+        self._cache: TimingCache | None = None
 
     def add_optimization_profile(self, profile: OptimizationProfile) -> int:
         self.profiles.append(profile)
@@ -165,11 +165,13 @@ class BuilderConfig:
             return None
         return TimingCache(serialized_timing_cache.removeprefix(TIMINGS))
 
-    def set_timing_cache(self, cache: TimingCache, ignore_mismatch: bool) -> bool:
+    def set_timing_cache(self, cache: TimingCache | None, ignore_mismatch: bool) -> bool:
+        if cache is None:
+            return False
         self._cache = cache
         return True
 
-    def get_timing_cache(self) -> TimingCache:
+    def get_timing_cache(self) -> TimingCache | None:
         return self._cache
 
     def clear_flag(self, flag: Any) -> None:
@@ -178,7 +180,7 @@ class BuilderConfig:
 
 class Builder:
     def __init__(self, logger: ILogger) -> None:
-        self._logger = logger
+        self._logger = DOUBLES[-1].logger = logger
         self.log = DOUBLES[-1].log
 
     def create_network(self, flags: int = 0) -> Network:
@@ -256,7 +258,9 @@ class Context:
             raise AssertionError(f"no address for {missing[0]}")
         capacity = None
         if "capacity" in names:  # a host shape input: read now, not when the stream gets there
-            capacity = array_at(self._addresses["capacity"], (1,), np.int64).copy()
+            address = self._addresses["capacity"]
+            assert not DOUBLES[-1].cuda.contains(address, 8), "a host shape input in device memory"
+            capacity = array_at(address, (1,), np.int64).copy()
             low, _, high = self._engine.header["values"]["capacity"]
             if not low[0] <= capacity[0] <= high[0]:
                 return False
@@ -271,6 +275,8 @@ class Context:
             dtype = NUMPY[value.type.tensor_type.elem_type]
             if value.name != "capacity":
                 feeds[value.name] = array_at(self._addresses[value.name], shape, dtype).copy()
+                nbytes = feeds[value.name].nbytes
+                assert DOUBLES[-1].cuda.contains(self._addresses[value.name], nbytes), f"{value.name} is not on the GPU"
         if capacity is not None:
             feeds["capacity"] = capacity
         wanted = [value.name for value in session.get_outputs()]
@@ -312,7 +318,7 @@ class Engine:
 
 class Runtime:
     def __init__(self, logger: ILogger) -> None:
-        self._logger = logger
+        self._logger = DOUBLES[-1].logger = logger
 
     def deserialize_cuda_engine(self, serialized_engine: bytes) -> Engine | None:
         if not serialized_engine.startswith(MAGIC):
@@ -351,6 +357,7 @@ class Double:
 
     def __init__(self, version: str = "11.4.0.106", capturable: bool = True) -> None:
         self.version, self.registry, self.log = version, Registry(), []
+        self.logger: Any = None  # of the Builder or Runtime made last, where the registry complains
         self.cuda = CudartDouble(capturable=capturable)
         module = self.module = types.ModuleType("tensorrt")
         module.__version__ = version

@@ -31,7 +31,7 @@ class EngineBuilder:
 
     def require_plugins(self, settings: ChunkKVSettings) -> None:
         """Register the ChunkKV plugins; raises BackendUnavailableError where one is missing or of another version."""
-        creators = load_plugins(self.trt, self.trt.get_plugin_registry())
+        creators = load_plugins(self.trt, self.trt.get_plugin_registry(), self._messages)
         fields = {field.name for field in creators[functions.SELECT].field_names}
         wanted = set(functions.select_attributes(settings)) - set(functions.plugin_attributes())
         if unknown := sorted(wanted - fields):

@@ -8,6 +8,7 @@ from functools import partial
 import onnx
 
 from chunkkv.executors.tensorrt_contract import Contract
+from chunkkv.settings import ChunkKVSettings
 from chunkkv_builder.checkpoint import Checkpoint
 from chunkkv_builder.config import BuildConfig
 from chunkkv_builder.onnx_graph.emitter import InputWeightsEmitter
@@ -91,11 +92,18 @@ class Graphs:
             vocab_size=model.vocab_size,
             max_input_len=self._build.max_input_len,
             prefill_rows=self.prefill_rows,
-            group_layers=max(len(group) for group in settings.layer_groups) if settings else 1,
+            group_layers=_layers_alive(settings),
             leaders=self._plan.leaders,
             capacities=self.capacities,
             weights={place.name: (place.offset, place.nbytes) for place in self._matrices.values()},
         )
+
+
+def _layers_alive(settings: ChunkKVSettings | None) -> int:
+    """Return how many layers' full keys and values are alive at once: a first leader decides before the others run."""
+    if settings is None or settings.leader == "first":
+        return 1
+    return max(len(group) for group in settings.layer_groups)
 
 
 def decode_capacities(max_seq_len: int) -> tuple[int, ...]:

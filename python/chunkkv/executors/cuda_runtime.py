@@ -175,13 +175,13 @@ class DeviceBuffer:
 
 
 class PinnedArray:
-    """A NumPy array in pinned host memory; `array` must not outlive this object."""
+    """A NumPy array in pinned host memory, which is freed with the last view of it."""
 
     def __init__(self, cuda: CudaRuntime, address: int, nbytes: int, shape: tuple[int, ...], dtype: Any) -> None:
         memory = (ctypes.c_byte * nbytes).from_address(address)
         self.array: np.ndarray = np.frombuffer(memory, dtype=dtype).reshape(shape)
         self.array[...] = 0
-        weakref.finalize(self, _quietly, cuda, "cudaFreeHost", address)
+        weakref.finalize(memory, _quietly, cuda, "cudaFreeHost", address)
 
 
 def _quietly(cuda: CudaRuntime, name: str, handle: int) -> None:

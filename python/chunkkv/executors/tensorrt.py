@@ -69,9 +69,9 @@ class TensorRTExecutor:
             )
         self._messages = Messages()
         self._logger = self._messages.logger(self._trt)
-        if chunkkv:
-            load_plugins(self._trt, self._trt.get_plugin_registry())
         self._runtime = start(self._trt, self._trt.Runtime, self._logger, self._messages)
+        if chunkkv:
+            load_plugins(self._trt, self._trt.get_plugin_registry(), self._messages)
         self._weights, self._weights_buffer = self._load_weights()
         self.prefill_lock = threading.Lock()
         self.prefill_context = self.new_context(self._load(PREFILL_FILE))

@@ -76,13 +76,16 @@ def find_plugin_library(trt: Any) -> Path:
     )
 
 
-def load_plugins(trt: Any, registry: Any) -> dict[str, Any]:
-    """Register the ChunkKV plugins in `registry` unless they are, and return their creators by op name."""
+def load_plugins(trt: Any, registry: Any, messages: Messages) -> dict[str, Any]:
+    """Register the ChunkKV plugins in `registry` unless they are, and return their creators by op name.
+
+    A Builder or Runtime must have started before: TensorRT says to its logger why a library does not load.
+    """
     creators = _creators(registry)
     if None in creators.values():
         path = find_plugin_library(trt)
         if registry.load_library(str(path)) is None:
-            raise BackendUnavailableError(f"TensorRT {trt.__version__} does not load {path}; the log says why")
+            raise BackendUnavailableError(f"TensorRT {trt.__version__} does not load {path}{messages.because()}")
         creators = _creators(registry)
         if absent := [name for name, creator in creators.items() if creator is None]:
             raise BackendUnavailableError(f"{path} has no plugin {absent[0]} version {PLUGIN_VERSION}; build it again")
