@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -73,15 +74,15 @@ class Run:
         words = outcome.get("skipped") or outcome.get("error") or "ok"
         print(f"{step:<24}{outcome.get('seconds', 0):>7.1f} s  {str(words).splitlines()[-1][:120]}", flush=True)
 
-    def child(self, step: str, command: list[str], share: float, parse: bool = False) -> None:
-        """Run one step as a process; `share` is the most seconds it may take."""
+    def child(
+        self, step: str, command: list[str], share: float, parse: bool = False, more: dict[str, str] | None = None
+    ) -> None:
+        """Run one step as a process; `share` is the most seconds it may take, `more` is added to its environment."""
         limit, begin = min(share, self.left), time.monotonic()
         if limit <= 1:
-            return self.record(step, {"skipped": "no time was left"})
+            return self.record(step, {"error": "no time was left"})
         try:
-            done = subprocess.run(
-                command, env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=limit, check=False
-            )
+            done = run_group(command, self.environment | (more or {}), limit)
         except subprocess.TimeoutExpired:
             return self.record(step, {"error": f"took longer than {limit:.0f} s", "seconds": round(limit, 1)})
         outcome: dict[str, Any] = {"seconds": round(time.monotonic() - begin, 1)}
@@ -92,6 +93,26 @@ class Run:
         else:
             outcome["last_line"] = (done.stdout.strip().splitlines() or [""])[-1]
         return self.record(step, outcome)
+
+
+def run_group(command: list[str], environment: dict[str, str], limit: float) -> subprocess.CompletedProcess[str]:
+    """Run a command; where it takes longer than `limit` seconds, end it with everything it started."""
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, errors = process.communicate(timeout=limit)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
 def commit() -> dict[str, Any]:
@@ -135,14 +156,17 @@ def build(run: Run) -> None:
 
 def op_tests(run: Run) -> None:
     """Every op test, on the library that was built."""
-    missing = [name for name in TEST_MODULES if importlib.util.find_spec(name) is None]
-    if missing:
-        run.record(
-            "op tests", {"skipped": f"{', '.join(missing)} not installed; the benchmarks check their results too"}
-        )
+    if reason := missing_modules():
+        run.record("op tests", {"skipped": f"{reason}; the benchmarks check their results too"})
         return
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-o", "addopts="]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts="]
     run.child("op tests", [*command, *OP_TESTS, *(["-k", DRY_TESTS] if run.dry_run else [])], share=180)
+
+
+def missing_modules() -> str | None:
+    """Return what the op tests and the probe lack here, None where they can run."""
+    missing = [name for name in TEST_MODULES if importlib.util.find_spec(name) is None]
+    return f"{', '.join(missing)} not installed" if missing else None
 
 
 def sanitizers(run: Run) -> None:
@@ -154,8 +178,12 @@ def sanitizers(run: Run) -> None:
             reason = "a dry run has no device code" if run.dry_run else "compute-sanitizer was not found"
             run.record(step, {"skipped": reason})
             continue
+        if reason := missing_modules():
+            run.record(step, {"skipped": reason})
+            continue
         command = [tool, "--tool", name, "--error-exitcode", "9", sys.executable, "-m", "native.probe", *PROBES]
-        run.child(step, command, share=50)
+        # Every buffer an allocation of its own: in torch's pool the tool would take a whole segment for one.
+        run.child(step, command, share=50, more={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
 
 
 def summarize(run: Run) -> None:

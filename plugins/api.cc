@@ -241,8 +241,13 @@ bool checkRope(const RopeParams& p) {
           inRange("max_positions", p.max_positions, 1, INT32_MAX) && isFloating("dtype", p.dtype)))
         return false;
     if (p.rotary_dim % 2 != 0) return fail(CHUNKKV_INVALID_ARGUMENT, "rotary_dim is %d; it must be even", p.rotary_dim);
-    return p.num_tokens == 0 || (given("qkv", p.qkv) && given("qkv_out", p.qkv_out) &&
-                                 given("positions", p.positions) && given("cos_sin", p.cos_sin));
+    if (p.num_tokens == 0) return true;
+    if (!(given("qkv", p.qkv) && given("qkv_out", p.qkv_out) && given("positions", p.positions) &&
+          given("cos_sin", p.cos_sin)))
+        return false;
+    if (reinterpret_cast<uintptr_t>(p.cos_sin) % 8 != 0)
+        return fail(CHUNKKV_INVALID_ARGUMENT, "cos_sin is not aligned to 8 bytes, one pair; pass a table that is");
+    return true;
 }
 
 chunkkv_status reported(LaunchStatus status) {

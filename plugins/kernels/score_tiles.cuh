@@ -29,6 +29,7 @@ struct TileShape {
     static constexpr int kStageBytes = kTileTokens * kPitch;
     static constexpr int kFit = 80 * 1024 / kStageBytes;
     static constexpr int kStages = kFit < 1 ? 1 : kFit > 3 ? 3 : kFit;
+    static_assert(kStages * kStageBytes <= 99 * 1024, "what a block may have on every architecture");
     static constexpr int kColumnTiles = kTileTokens / 8;
 };
 

@@ -104,7 +104,7 @@ __device__ void writeChosen(const Ranked& ranked, const Cut& cut, int32_t* kept,
     }
 }
 
-__global__ void selectKernel(const __grid_constant__ SelectParams params) {
+__global__ void __launch_bounds__(kThreads) selectKernel(const __grid_constant__ SelectParams params) {
     SHARED(int32_t, bins, kBins);
     SHARED(int32_t, found, 2);
     SHARED(ScanWord, warp_totals, kThreads / 32);

@@ -104,6 +104,9 @@ def _short_names(usage: Usage) -> Usage:
     return {name: usage[mangled] for name, mangled in sorted(zip(names, usage, strict=True))}
 
 
+MOST_REGISTERS = {"boundariesKernel": 64}  # 1024 threads share 65536; a launch bound would make it spill
+
+
 def complaints(usage: Usage, table: dict[str, Any], release: str) -> list[str]:
     """Return what is worse than the table says, or not in it; the table must be true for its own nvcc release."""
     found = [f"{name}: not in the table" for name in usage if name not in table["kernels"]]
@@ -113,6 +116,8 @@ def complaints(usage: Usage, table: dict[str, Any], release: str) -> list[str]:
             then = table["kernels"][name].get(architecture, {})
             for quantity, value in now.items():
                 known = then.get(quantity, 0)
+                if quantity == "registers" and value > MOST_REGISTERS.get(name, 255):
+                    found.append(f"{name} on {architecture}: {value} registers, its block leaves room for fewer")
                 worse = quantity in ("spills", "stack") and value > known
                 if worse or (release == table["nvcc"] and value != known):
                     found.append(f"{name} on {architecture}: {value} {quantity}, the table says {known}")

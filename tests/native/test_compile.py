@@ -46,6 +46,11 @@ def test_whatever_got_worse_is_named() -> None:
         assert compile_check.complaints(known["kernels"], known, release) == []
         assert compile_check.complaints(spilled, known, release) == [f"{name} on sm_90a: 4 spills, the table says 0"]
     assert len(compile_check.complaints(larger, known, "13.0")) == 1
+    wide = copy.deepcopy(known["kernels"])
+    wide["boundariesKernel"]["sm_86"]["registers"] = 72
+    assert compile_check.complaints(wide, known, "14.1") == [
+        "boundariesKernel on sm_86: 72 registers, its block leaves room for fewer"
+    ]
     assert compile_check.complaints(larger, known, "14.1") == [], "another compiler may use other registers"
     fewer = {other: places for other, places in known["kernels"].items() if other != name}
     assert compile_check.complaints(fewer, known, "14.1") == [f"{name}: in the table, but no longer compiled"]

@@ -122,3 +122,7 @@ def test_no_tokens_and_bad_arguments(library: NativeLibrary, memory: Memory) -> 
     whole_numbers = memory.empty((0, 9 * 64), "int8")
     with pytest.raises(NativeArgumentError, match="dtype is 3"):
         library.rope(whole_numbers, whole_numbers, no_positions, cos_sin, **sizes)
+    one = memory.empty((1, 9 * 64), "float16")
+    crooked = memory.put(table(64), misalign=4)
+    with pytest.raises(NativeArgumentError, match="cos_sin is not aligned to 8 bytes"):
+        library.rope(one, one, memory.put(np.zeros(1, np.int32)), crooked, **sizes)

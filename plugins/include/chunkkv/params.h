@@ -135,6 +135,7 @@ typedef struct chunkkv_layer {
 
 /* compact: move the kept rows of K and V to slots 0..N-1, bytes unchanged, all given layers in one launch.
  * Out of place, source and destination may not overlap; slots from N on are left alone in both modes.
+ * In place, no block may appear in two rows (share no prefix between them) or lie outside the primary pool.
  * Where kept_lengths is NULL (out of place only) every one of the max_kept slots is written and rows.lengths is not
  * read: negative indices repeat the row's first token, so that no slot of the output holds old memory. */
 typedef struct chunkkv_compact_params {
@@ -156,7 +157,8 @@ typedef struct chunkkv_rope_params {
     const void* qkv;          /* [T, (Hq + 2*Hkv) * D] */
     void* qkv_out;            /* same shape; may be qkv itself, may not overlap it otherwise */
     const int32_t* positions; /* [T] logical positions; clamped to [0, max_positions) */
-    const float* cos_sin;     /* [max_positions, rotary_dim / 2, 2] cosine, then sine (TensorRT-LLM's table) */
+    const float* cos_sin;     /* [max_positions, rotary_dim / 2, 2] cosine, then sine (TensorRT-LLM's table); aligned
+                               * to 8 bytes */
     int64_t num_tokens;       /* T >= 0 */
     int32_t max_positions;
     int32_t heads;      /* Hq */

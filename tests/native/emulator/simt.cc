@@ -50,7 +50,7 @@ enum class State { kReady, kAtBarrier, kInCollective, kDone };
 enum Order { kForward, kReverse, kRandom, kGreedy };
 
 constexpr unsigned kMaxThreads = 1024;
-constexpr size_t kMaxSharedBytes = 227 * 1024;
+constexpr size_t kMaxSharedBytes = 99 * 1024;  // of the architectures that have least: sm_86, sm_89, sm_120
 constexpr int kFiberSets = 4;
 
 struct Fiber {
