@@ -137,6 +137,10 @@ class PluginHost:
             self, c_void_p(self._checked(self.lib.host_attach(self.handle, key.encode(), byref(collection))))
         )
 
+    def create_bare(self, key: str) -> None:
+        """Create the plugin without a collection of fields, once for building and once for running."""
+        self._checked(self.lib.host_create_bare(self.handle, key.encode()))
+
     def fuzz(self, key: str, fields: Sequence[Field], seed: int, rounds: int) -> int:
         """Deserialise damaged copies of the fields; returns how many were accepted."""
         collection = _collection(fields)

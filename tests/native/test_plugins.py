@@ -211,6 +211,12 @@ def test_extra_fields_are_refused(host: PluginHost, extra: list[Field], message:
         host.build(COMPACT, extra, [])
 
 
+def test_a_plugin_without_fields_needs_no_collection(host: PluginHost) -> None:
+    host.create_bare(COMPACT)
+    with pytest.raises(HostError, match="createPlugin returned nullptr\n1 ChunkKVSelect: no fields are given"):
+        host.create_bare(SELECT)
+
+
 @pytest.mark.parametrize("changes, message", BAD_VALUES.values(), ids=BAD_VALUES)
 def test_bad_values_are_refused(host: PluginHost, changes: dict[str, Any], message: str) -> None:
     for attempt in (
