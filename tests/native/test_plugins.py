@@ -320,13 +320,25 @@ def test_wrong_shapes(op: PluginOp, place: int | None, part: Any, message: str) 
         op.host.build(SELECT, select_fields(), [Range(v.dtype.name, v.shape, v.shape, v.shape) for v in values])
 
 
-def test_every_corner_of_a_profile_is_checked(host: PluginHost) -> None:
-    query, *others = profile(small_values())
-    for corner in ("min", "opt", "max"):
-        batch, heads, window, head_dim = getattr(query, corner)
-        wrong = query._replace(**{corner: (batch, heads, window - 1, head_dim)})
-        with pytest.raises(HostError, match="configurePlugin\n1 ChunkKVSelect: dimension 2 of query is 3"):
-            host.build(SELECT, select_fields(), [wrong, *others])
+def test_corners_of_a_profile_are_bounds(host: PluginHost, memory: Memory) -> None:
+    """TensorRT bounds each tensor by itself: sizes fit each other at kOPT alone; the workspace suits the largest."""
+    values = small_values()
+    room = profile(values, room=20)
+    tight = host.build(SELECT, select_fields(), room)
+    query, key, lengths, *others = profile(values)
+    query = query._replace(min=(0, 0, 0, 0), max=(1, 9, 3, 48))
+    key = key._replace(min=(-7, 0, -50, 1), max=(room[1].max[0], 9, room[1].max[2], 1000))
+    loose = [query, key, lengths._replace(max=(-1,)), *others]
+    built = host.build(SELECT, select_fields(), loose)
+    assert built.workspace == tight.workspace > 0
+    run_node(built, host.attach(SELECT, built.fields), memory, [np.repeat(value, 11, axis=0) for value in values])
+    unbounded = [query, key._replace(max=(2**40,) * 4), *loose[2:]]
+    assert host.build(SELECT, select_fields(), unbounded).workspace > tight.workspace
+    wrong = ((0, (2, 4, 3, 64), "2 of query is 3"), (0, (3, 4, 4, 64), "0 of key is 2"), (2, (3,), "0 of lengths is 3"))
+    for place, opt, message in wrong:
+        ranges = [*loose[:place], loose[place]._replace(opt=opt), *loose[place + 1 :]]
+        with pytest.raises(HostError, match=f"configurePlugin\n1 ChunkKVSelect: dimension {message}"):
+            host.build(SELECT, select_fields(), ranges)
 
 
 def test_outputs_that_do_not_follow_from_the_inputs(op: PluginOp) -> None:
