@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -377,18 +378,18 @@ def test_zero_sized_tensors(op: PluginOp) -> None:
 
 
 def test_two_contexts_in_two_threads(host: PluginHost, library: NativeLibrary) -> None:
-    """Each thread has its own plugin, made of the same bytes, and its own lengths, shapes and failures."""
+    """The contexts attach to one plugin, each in its thread, and have their own lengths, shapes and failures."""
     cases = [case((60, 31)), case((44,), seed=5)]
     built = host.build(SELECT, select_fields(), profile(small_values(), room=20))
-    contexts = [host.attach(SELECT, built.fields) for _ in cases]
+    engine, start = host.deserialise(SELECT, built.fields), threading.Barrier(2, timeout=60)
 
     def work(which: int) -> None:
-        memory = Memory(library.device)
-        inputs = cases[which].inputs()
+        memory, context, inputs = Memory(library.device), engine.attach(), cases[which].inputs()
         values = select_values(inputs.query, inputs.key, inputs.lengths, SMALL)
         wanted = reference.select_batch(inputs.query, inputs.key, inputs.lengths, SMALL)
+        start.wait()
         for _ in range(8):
-            indices, kept, _ = run_node(built, contexts[which], memory, values)
+            indices, kept, _ = run_node(built, context, memory, values)
             np.testing.assert_array_equal(kept, wanted.kept_lengths)
             np.testing.assert_array_equal(indices[:, : kept.max()], wanted.kept_indices)
             with pytest.raises(HostError):

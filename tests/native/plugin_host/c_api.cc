@@ -87,8 +87,15 @@ HOST_API int32_t host_built_shapes(const Built* built, const Buffer* inputs, int
     });
 }
 
-HOST_API Running* host_attach(Library* library, const char* key, const PluginFieldCollection* stored) {
-    return caught<Running*>(nullptr, [&] { return new Running(*library, key, *stored); });
+HOST_API Engine* host_deserialise(Library* library, const char* key, const PluginFieldCollection* stored) {
+    return caught<Engine*>(nullptr, [&] { return new Engine(*library, key, *stored); });
+}
+
+HOST_API void host_engine_free(Engine* engine) { delete engine; }
+
+/// The engine must outlive what is returned.
+HOST_API Running* host_attach(const Engine* engine) {
+    return caught<Running*>(nullptr, [&] { return new Running(*engine); });
 }
 
 HOST_API void host_running_free(Running* running) { delete running; }
