@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one run of at most nine minutes: build, op tests, sanitizer, benchmarks, one JSON.
+"""Everything that needs a GPU, in one run of at most nine minutes: build, tests, sanitizer, benchmarks, one JSON.
 
     python benchmarks/gpu_check.py                        needs a GPU, nvcc and torch; no network
     python benchmarks/gpu_check.py --dry_run              the same steps on the host: emulated kernels, tiny sizes
@@ -30,8 +30,9 @@ from benchmarks.gpu.build import build_library  # noqa: E402
 
 LIMIT_SECONDS, MARGIN_SECONDS = 540, 15
 OP_TESTS = [f"tests/native/test_{op}.py" for op in ("boundaries", "score", "select", "compact", "rope")]
+PLUGIN_TESTS = ["tests/native/test_plugins.py"]
 TEST_MODULES = ("pytest", "hypothesis", "ml_dtypes")
-DRY_TESTS = "garbage or page or partial or reference_and"  # a sample: the whole is `make test`
+DRY_TESTS = "garbage or page or partial or reference_and or two_contexts"  # a sample: the whole is `make test`
 PROBES = ("score", "select", "compact")
 SANITIZERS = ("memcheck", "racecheck")
 AIMS = {
@@ -157,16 +158,33 @@ def build(run: Run) -> None:
 def op_tests(run: Run) -> None:
     """Every op test, on the library that was built."""
     if reason := missing_modules():
-        run.record("op tests", {"skipped": f"{reason}; the benchmarks check their results too"})
-        return
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts="]
-    run.child("op tests", [*command, *OP_TESTS, *(["-k", DRY_TESTS] if run.dry_run else [])], share=180)
+        return run.record("op tests", {"skipped": f"{reason}; the benchmarks check their results too"})
+    return run.child("op tests", pytest_command(run, OP_TESTS), share=180)
 
 
-def missing_modules() -> str | None:
-    """Return what the op tests and the probe lack here, None where they can run."""
-    missing = [name for name in TEST_MODULES if importlib.util.find_spec(name) is None]
-    return f"{', '.join(missing)} not installed" if missing else None
+def plugin_tests(run: Run) -> None:
+    """The TensorRT plugins over that library, in the plugin host, which hands them the addresses of its memory."""
+    compiler = () if shutil.which(os.environ.get("CXX", "g++")) else ("a C++ compiler",)
+    if reason := missing_modules("onnx", also=compiler):
+        return run.record("plugin tests", {"skipped": reason})
+    link = ROOT / "build" / "gpu_check" / "python" / "chunkkv_builder"  # the package's name differs from its folder's
+    if not link.exists():
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(Path("..", "..", "..", "builder"), target_is_directory=True)
+    run.environment["PYTHONPATH"] += os.pathsep + str(link.parent)
+    return run.child("plugin tests", pytest_command(run, PLUGIN_TESTS), share=60)
+
+
+def pytest_command(run: Run, files: list[str]) -> list[str]:
+    """Return the command for these test files; a dry run takes a sample."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", *files]
+    return [*command, "-k", DRY_TESTS] if run.dry_run else command
+
+
+def missing_modules(*more: str, also: tuple[str, ...] = ()) -> str | None:
+    """Return what the tests and the probe lack here, None where they can run."""
+    missing = [name for name in (*TEST_MODULES, *more) if importlib.util.find_spec(name) is None]
+    return f"{', '.join((*missing, *also))} not installed" if missing or also else None
 
 
 def sanitizers(run: Run) -> None:
@@ -217,6 +235,7 @@ def main() -> int:
     run = Run(args.dry_run, args.output or default)
     build(run)
     op_tests(run)
+    plugin_tests(run)
     sanitizers(run)
     flags = ["--dry_run"] if args.dry_run else []
     for step, share in (("ops", 120), ("peers", 75), ("decode", 75)):

@@ -59,7 +59,7 @@ class Compact final : public Plugin {
         return fail("x holds no tokens, but kept_indices has entries");
     }
 
-    size_t workspaceBytes(const PluginTensorDesc*) const override { return 0; }
+    size_t workspaceBytes(const DynamicPluginTensorDesc*) const override { return 0; }
 
     bool run(const PluginTensorDesc* in, const PluginTensorDesc* out, const Buffers& buffers) const override {
         const int64_t* size = out->dims.d;

@@ -33,6 +33,7 @@ int32_t FieldValues::find(const char* name) const noexcept {
 }
 
 bool FieldValues::parse(const PluginFieldCollection* given, TensorRTPhase phase) noexcept {
+    if (!given && table_->count == 0) return true;
     if (!given || given->nbFields < 0 || (given->nbFields > 0 && !given->fields))
         return report("%s: no fields are given; create it from a node or an engine", table_->plugin);
     uint32_t seen = 0;

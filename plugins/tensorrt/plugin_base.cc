@@ -7,12 +7,11 @@ using namespace nvinfer1;
 namespace chunkkv::trt {
 namespace {
 
-/// The descriptors of a profile's corner.
-void atCorner(const DynamicPluginTensorDesc* from, int32_t count, Dims DynamicPluginTensorDesc::*corner,
-              PluginTensorDesc* to) {
+/// The descriptors at the sizes of a profile's kOPT.
+void atOpt(const DynamicPluginTensorDesc* from, int32_t count, PluginTensorDesc* to) {
     for (int32_t i = 0; i < count; ++i) {
         to[i] = from[i].desc;
-        to[i].dims = from[i].*corner;
+        to[i].dims = from[i].opt;
     }
 }
 
@@ -114,14 +113,14 @@ int32_t Plugin::configurePlugin(const DynamicPluginTensorDesc* in, int32_t nb_in
                                 const DynamicPluginTensorDesc* out, int32_t nb_outputs) noexcept {
     return guarded("configurePlugin", 1, [&] {
         if (!hasCounts(nb_inputs, nb_outputs)) return 1;
+        for (int32_t i = 0; i < nb_inputs; ++i)
+            if (!hasRank(i, in[i].min) || !hasRank(i, in[i].opt) || !hasRank(i, in[i].max)) return 1;
         PluginTensorDesc at[kMaxTensors], at_out[kMaxTensors];
-        atCorner(out, nb_outputs, &DynamicPluginTensorDesc::max, at_out);
-        for (const auto corner :
-             {&DynamicPluginTensorDesc::min, &DynamicPluginTensorDesc::opt, &DynamicPluginTensorDesc::max}) {
-            atCorner(in, nb_inputs, corner, at);
-            if (!hasTypes(at, at_out) || !check(at)) return 1;
-        }
-        return 0;
+        atOpt(in, nb_inputs, at);
+        atOpt(out, nb_outputs, at_out);
+        // Types hold at every corner. Sizes must fit each other at kOPT alone: kMIN and kMAX are bounds that TensorRT
+        // computes for each tensor by itself.
+        return hasTypes(at, at_out) && check(at) ? 0 : 1;
     });
 }
 
@@ -142,11 +141,8 @@ int32_t Plugin::getOutputShapes(const DimsExprs* in, int32_t nb_inputs, const Di
             report("%s: %d shape inputs; it takes none", getPluginName(), nb_shape_inputs);
             return 1;
         }
-        for (int32_t i = 0; i < nb_inputs; ++i) {
-            if (in[i].nbDims == ranks()[i]) continue;
-            report("%s: input %d has %d dimensions; it must have %d", getPluginName(), i, in[i].nbDims, ranks()[i]);
-            return 1;
-        }
+        for (int32_t i = 0; i < nb_inputs; ++i)
+            if (!hasRank(i, in[i])) return 1;
         return shapeExpressions(in, out, builder) ? 0 : 1;
     });
 }
@@ -165,10 +161,7 @@ bool Plugin::supportsFormatCombination(int32_t pos, const DynamicPluginTensorDes
 size_t Plugin::getWorkspaceSize(const DynamicPluginTensorDesc* in, int32_t nb_inputs, const DynamicPluginTensorDesc*,
                                 int32_t nb_outputs) const noexcept {
     return guarded("getWorkspaceSize", size_t{0}, [&]() -> size_t {
-        if (!hasCounts(nb_inputs, nb_outputs)) return 0;
-        PluginTensorDesc at[kMaxTensors];
-        atCorner(in, nb_inputs, &DynamicPluginTensorDesc::max, at);
-        return check(at) ? workspaceBytes(at) : 0;
+        return hasCounts(nb_inputs, nb_outputs) ? workspaceBytes(in) : 0;
     });
 }
 

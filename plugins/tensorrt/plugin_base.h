@@ -105,12 +105,19 @@ class Plugin : public nvinfer1::IPluginV3,
     /// Dims of the outputs for inputs that check() has passed.
     virtual void outputDims(const PluginTensorDesc* in, Dims* out) const = 0;
     virtual bool check(const PluginTensorDesc* in) const = 0;
-    /// Enough for these and for all smaller sizes.
-    virtual size_t workspaceBytes(const PluginTensorDesc* in) const = 0;
+    /// Enough for all sizes within the profile, whose bounds need not fit each other.
+    virtual size_t workspaceBytes(const DynamicPluginTensorDesc* in) const = 0;
     /// Enqueue the work; all of the above has been checked.
     virtual bool run(const PluginTensorDesc* in, const PluginTensorDesc* out, const Buffers& buffers) const = 0;
 
     bool hasCounts(int32_t nb_inputs, int32_t nb_outputs) const noexcept;
+    /// For Dims and DimsExprs.
+    template <class Shape>
+    bool hasRank(int32_t input, const Shape& shape) const noexcept {
+        if (shape.nbDims == ranks()[input]) return true;
+        return report("%s: input %d has %d dimensions; it must have %d", getPluginName(), input, shape.nbDims,
+                      ranks()[input]);
+    }
     bool hasTypes(const PluginTensorDesc* in, const PluginTensorDesc* out) const;
     bool hasOutputDims(const PluginTensorDesc* in, const PluginTensorDesc* out) const;
 

@@ -5,6 +5,8 @@
 //   out  kept_indices [B,K] int32, -1 behind a row's N; kept_lengths [B] int32; token_scores [B,S] float32
 // K = min(S, max_kept), or S where max_kept is 0. N depends on values, which a shape expression cannot; who sets
 // max_kept answers for N <= max_kept, else a row keeps the first max_kept of its list.
+#include <algorithm>
+
 #include "chunkkv/budget.h"
 #include "plugin_base.h"
 
@@ -156,10 +158,20 @@ class Select final : public Plugin {
         return parts;
     }
 
-    size_t workspaceBytes(const PluginTensorDesc* in) const override {
+    size_t workspaceBytes(const DynamicPluginTensorDesc* in) const override {
+        PluginTensorDesc largest[kKey + 1] = {in[kQuery].desc, in[kKey].desc};
+        largest[kQuery].dims = in[kQuery].opt;  // heads and head size are constants of the network
+        largest[kKey].dims = in[kKey].opt;
+        // Of bounds that differ the largest counts: where too little is reserved a kernel would write behind it.
+        int64_t &batch = largest[kQuery].dims.d[0], &tokens = largest[kKey].dims.d[2];
+        for (int32_t i = 0; i < inputs(); ++i) batch = std::max({batch, in[i].opt.d[0], in[i].max.d[0]});
+        tokens = std::max(tokens, in[kKey].max.d[2]);
+        if (isDelimited()) tokens = std::max(tokens, in[kIsDelimiter].max.d[1]);
+        batch = std::min<int64_t>(batch, CHUNKKV_MAX_BATCH);
+        tokens = std::min<int64_t>(tokens, CHUNKKV_MAX_LENGTH);
         ScoreParams params;
         size_t all = 0, row = 0;
-        if (!scoreParams(in, params) || !done(chunkkv_score_workspace(&params, &all))) return 0;
+        if (!scoreParams(largest, params) || !done(chunkkv_score_workspace(&params, &all))) return 0;
         const Parts whole = parts(params, all);
         // A large batch runs in waves of whole rows under a cap, so shorter rows may fill the cap better than the
         // longest do: by less than one row.

@@ -101,6 +101,7 @@ class PluginHost:
         for name, result in (
             ("open", c_void_p),
             ("build", c_void_p),
+            ("deserialise", c_void_p),
             ("attach", c_void_p),
             ("error", c_char_p),
             ("take_log", c_char_p),
@@ -130,12 +131,19 @@ class PluginHost:
         built = self.lib.host_build(self.handle, key.encode(), byref(collection), tensors, c_int32(len(inputs)))
         return Built(self, key, c_void_p(self._checked(built)))
 
-    def attach(self, key: str, fields: Sequence[Field]) -> Running:
-        """Return an execution context's plugin, deserialised from the fields."""
+    def deserialise(self, key: str, fields: Sequence[Field]) -> Engine:
+        """Return an engine's plugin, made of the fields."""
         collection = _collection(fields)
-        return Running(
-            self, c_void_p(self._checked(self.lib.host_attach(self.handle, key.encode(), byref(collection))))
-        )
+        engine = self.lib.host_deserialise(self.handle, key.encode(), byref(collection))
+        return Engine(self, c_void_p(self._checked(engine)))
+
+    def attach(self, key: str, fields: Sequence[Field]) -> Running:
+        """Return the plugin of the one context of an engine of its own."""
+        return self.deserialise(key, fields).attach()
+
+    def create_bare(self, key: str) -> None:
+        """Create the plugin without a collection of fields, once for building and once for running."""
+        self._checked(self.lib.host_create_bare(self.handle, key.encode()))
 
     def fuzz(self, key: str, fields: Sequence[Field], seed: int, rounds: int) -> int:
         """Deserialise damaged copies of the fields; returns how many were accepted."""
@@ -181,11 +189,25 @@ class Built:
         self._host.lib.host_built_free(self._handle)
 
 
-class Running:
-    """The plugin of one execution context."""
+class Engine:
+    """A deserialised plugin, to which any number of contexts may attach."""
 
     def __init__(self, host: PluginHost, handle: c_void_p) -> None:
         self._host, self._handle = host, handle
+
+    def attach(self) -> Running:
+        """Return the plugin of a new execution context."""
+        return Running(self._host, self, c_void_p(self._host._checked(self._host.lib.host_attach(self._handle))))
+
+    def __del__(self) -> None:
+        self._host.lib.host_engine_free(self._handle)
+
+
+class Running:
+    """The plugin of one execution context; it keeps the engine alive."""
+
+    def __init__(self, host: PluginHost, engine: Engine, handle: c_void_p) -> None:
+        self._host, self._engine, self._handle = host, engine, handle
 
     def run(self, inputs: Sequence[RawArray], outputs: Sequence[RawArray], workspace: RawArray | None) -> None:
         """onShapeChange, then enqueue on the default stream."""

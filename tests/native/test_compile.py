@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from chunkkv.settings import ChunkKVSettings
 from native import compile_check
 from native.build import BUILD, ROOT
 
+MAJORS = (10, 11)
 TABLE = json.loads(compile_check.TABLE.read_text(encoding="utf-8"))
 needs_nvcc = pytest.mark.skipif(compile_check.find_nvcc() is None, reason="nvcc is not installed")
 needs_cmake = pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
@@ -72,6 +74,7 @@ def build_with_cmake(folder: Path, *options: str) -> None:
 def test_the_library_loads_and_names_a_missing_driver() -> None:
     """Built for one architecture; without a driver every launch fails with CUDA's own words, and nothing crashes."""
     build_with_cmake(BUILD / "cmake")
+    assert all((BUILD / "cmake" / f"libchunkkv_tensorrt.so.{major}").is_file() for major in MAJORS)
     library = NativeLibrary(BUILD / "cmake" / "libchunkkv.so")
     assert library.device == "cuda"
     settings = ChunkKVSettings()
@@ -84,9 +87,13 @@ def test_the_library_loads_and_names_a_missing_driver() -> None:
 
 @needs_cmake
 def test_cmake_works_without_nvcc(tmp_path: Path) -> None:
-    """What CMake builds there is the emulated library, which answers as the reference does."""
+    """What CMake builds there is the emulated library, which answers as the reference does; no runtime finds it."""
     build_with_cmake(tmp_path, "-DCMAKE_CUDA_COMPILER=NOTFOUND")
-    assert not (tmp_path / "libchunkkv.so").exists()
+    assert [path.name for path in tmp_path.glob("*.so*")] == ["libchunkkv_emulated.so"]
+    plugins = [f"libchunkkv_tensorrt.so.{major}" for major in MAJORS]
+    assert {path.name for path in (tmp_path / "emulated").glob("*.so*")} == {*plugins, "libchunkkv_tensorrt_loader.so"}
+    for name in plugins:
+        assert hasattr(ctypes.CDLL(str(tmp_path / "emulated" / name)), "getCreators")
     library = NativeLibrary(tmp_path / "libchunkkv_emulated.so")
     assert library.device == "emulated"
     lengths, kept = np.array([100], np.int32), np.zeros((1, 64), np.int32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -211,6 +212,12 @@ def test_extra_fields_are_refused(host: PluginHost, extra: list[Field], message:
         host.build(COMPACT, extra, [])
 
 
+def test_a_plugin_without_fields_needs_no_collection(host: PluginHost) -> None:
+    host.create_bare(COMPACT)
+    with pytest.raises(HostError, match="createPlugin returned nullptr\n1 ChunkKVSelect: no fields are given"):
+        host.create_bare(SELECT)
+
+
 @pytest.mark.parametrize("changes, message", BAD_VALUES.values(), ids=BAD_VALUES)
 def test_bad_values_are_refused(host: PluginHost, changes: dict[str, Any], message: str) -> None:
     for attempt in (
@@ -314,13 +321,25 @@ def test_wrong_shapes(op: PluginOp, place: int | None, part: Any, message: str) 
         op.host.build(SELECT, select_fields(), [Range(v.dtype.name, v.shape, v.shape, v.shape) for v in values])
 
 
-def test_every_corner_of_a_profile_is_checked(host: PluginHost) -> None:
-    query, *others = profile(small_values())
-    for corner in ("min", "opt", "max"):
-        batch, heads, window, head_dim = getattr(query, corner)
-        wrong = query._replace(**{corner: (batch, heads, window - 1, head_dim)})
-        with pytest.raises(HostError, match="configurePlugin\n1 ChunkKVSelect: dimension 2 of query is 3"):
-            host.build(SELECT, select_fields(), [wrong, *others])
+def test_corners_of_a_profile_are_bounds(host: PluginHost, memory: Memory) -> None:
+    """TensorRT bounds each tensor by itself: sizes fit each other at kOPT alone; the workspace suits the largest."""
+    values = small_values()
+    room = profile(values, room=20)
+    tight = host.build(SELECT, select_fields(), room)
+    query, key, lengths, *others = profile(values)
+    query = query._replace(min=(0, 0, 0, 0), max=(1, 9, 3, 48))
+    key = key._replace(min=(-7, 0, -50, 1), max=(room[1].max[0], 9, room[1].max[2], 1000))
+    loose = [query, key, lengths._replace(max=(-1,)), *others]
+    built = host.build(SELECT, select_fields(), loose)
+    assert built.workspace == tight.workspace > 0
+    run_node(built, host.attach(SELECT, built.fields), memory, [np.repeat(value, 11, axis=0) for value in values])
+    unbounded = [query, key._replace(max=(2**40,) * 4), *loose[2:]]
+    assert host.build(SELECT, select_fields(), unbounded).workspace > tight.workspace
+    wrong = ((0, (2, 4, 3, 64), "2 of query is 3"), (0, (3, 4, 4, 64), "0 of key is 2"), (2, (3,), "0 of lengths is 3"))
+    for place, opt, message in wrong:
+        ranges = [*loose[:place], loose[place]._replace(opt=opt), *loose[place + 1 :]]
+        with pytest.raises(HostError, match=f"configurePlugin\n1 ChunkKVSelect: dimension {message}"):
+            host.build(SELECT, select_fields(), ranges)
 
 
 def test_outputs_that_do_not_follow_from_the_inputs(op: PluginOp) -> None:
@@ -359,18 +378,18 @@ def test_zero_sized_tensors(op: PluginOp) -> None:
 
 
 def test_two_contexts_in_two_threads(host: PluginHost, library: NativeLibrary) -> None:
-    """Each thread has its own plugin, made of the same bytes, and its own lengths, shapes and failures."""
+    """The contexts attach to one plugin, each in its thread, and have their own lengths, shapes and failures."""
     cases = [case((60, 31)), case((44,), seed=5)]
     built = host.build(SELECT, select_fields(), profile(small_values(), room=20))
-    contexts = [host.attach(SELECT, built.fields) for _ in cases]
+    engine, start = host.deserialise(SELECT, built.fields), threading.Barrier(2, timeout=60)
 
     def work(which: int) -> None:
-        memory = Memory(library.device)
-        inputs = cases[which].inputs()
+        memory, context, inputs = Memory(library.device), engine.attach(), cases[which].inputs()
         values = select_values(inputs.query, inputs.key, inputs.lengths, SMALL)
         wanted = reference.select_batch(inputs.query, inputs.key, inputs.lengths, SMALL)
+        start.wait()
         for _ in range(8):
-            indices, kept, _ = run_node(built, contexts[which], memory, values)
+            indices, kept, _ = run_node(built, context, memory, values)
             np.testing.assert_array_equal(kept, wanted.kept_lengths)
             np.testing.assert_array_equal(indices[:, : kept.max()], wanted.kept_indices)
             with pytest.raises(HostError):

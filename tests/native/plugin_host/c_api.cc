@@ -54,6 +54,17 @@ HOST_API Built* host_build(Library* library, const char* key, const PluginFieldC
         nullptr, [&] { return new Built(*library, key, *fields, std::vector<Tensor>(inputs, inputs + count)); });
 }
 
+/// createPlugin without a collection of fields, in the build and in the runtime phase.
+HOST_API int32_t host_create_bare(Library* library, const char* key) {
+    return caught(-1, [&] {
+        for (const TensorRTPhase phase : {TensorRTPhase::kBUILD, TensorRTPhase::kRUNTIME}) {
+            const PluginPointer plugin(library->creator(key).createPlugin("node", nullptr, phase));
+            require(plugin != nullptr, "createPlugin returned nullptr");
+        }
+        return 0;
+    });
+}
+
 HOST_API void host_built_free(Built* built) { delete built; }
 HOST_API size_t host_built_workspace(const Built* built) { return built->workspace(); }
 HOST_API int32_t host_built_outputs(const Built* built) { return static_cast<int32_t>(built->outputTypes().size()); }
@@ -76,8 +87,15 @@ HOST_API int32_t host_built_shapes(const Built* built, const Buffer* inputs, int
     });
 }
 
-HOST_API Running* host_attach(Library* library, const char* key, const PluginFieldCollection* stored) {
-    return caught<Running*>(nullptr, [&] { return new Running(*library, key, *stored); });
+HOST_API Engine* host_deserialise(Library* library, const char* key, const PluginFieldCollection* stored) {
+    return caught<Engine*>(nullptr, [&] { return new Engine(*library, key, *stored); });
+}
+
+HOST_API void host_engine_free(Engine* engine) { delete engine; }
+
+/// The engine must outlive what is returned.
+HOST_API Running* host_attach(const Engine* engine) {
+    return caught<Running*>(nullptr, [&] { return new Running(*engine); });
 }
 
 HOST_API void host_running_free(Running* running) { delete running; }

@@ -241,12 +241,20 @@ void Built::tryFormats(IPluginV3OneBuild& plugin, std::vector<DynamicPluginTenso
     }
 }
 
-Running::Running(const Library& library, const std::string& key, const PluginFieldCollection& stored) {
-    const PluginPointer engines = library.create(key, stored, TensorRTPhase::kRUNTIME);
+Engine::Engine(const Library& library, const std::string& key, const PluginFieldCollection& stored)
+    : plugin_(library.create(key, stored, TensorRTPhase::kRUNTIME)) {}
+
+PluginPointer Engine::attach() const {
     ResourceContext context;
-    auto& runtime = capability<IPluginV3OneRuntime>(*engines, PluginCapabilityType::kRUNTIME, "PLUGIN_V3ONE_RUNTIME");
-    plugin_.reset(runtime.attachToContext(&context));
-    require(plugin_ != nullptr && plugin_ != engines, "attachToContext");
+    auto& runtime = capability<IPluginV3OneRuntime>(*plugin_, PluginCapabilityType::kRUNTIME, "PLUGIN_V3ONE_RUNTIME");
+    PluginPointer attached(runtime.attachToContext(&context));
+    const bool is_new = attached != plugin_;
+    if (!is_new) attached.release();  // it stays the engine's
+    require(attached && is_new, "attachToContext");
+    return attached;
+}
+
+Running::Running(const Engine& engine) : plugin_(engine.attach()) {
     runtime_ = &capability<IPluginV3OneRuntime>(*plugin_, PluginCapabilityType::kRUNTIME, "PLUGIN_V3ONE_RUNTIME");
     require(runtime_->setTactic(0) == 0, "setTactic");
 }

@@ -115,10 +115,22 @@ class Built {
     Blob blob_;
 };
 
-/// One execution context's plugin, made of the engine's bytes alone.
+/// A deserialised plugin, made of the engine's bytes alone. It outlives the contexts that are made of it.
+class Engine {
+  public:
+    Engine(const Library& library, const std::string& key, const PluginFieldCollection& stored);
+
+    /// attachToContext; any number of contexts may attach, from several threads.
+    PluginPointer attach() const;
+
+  private:
+    PluginPointer plugin_;
+};
+
+/// One execution context's plugin.
 class Running {
   public:
-    Running(const Library& library, const std::string& key, const PluginFieldCollection& stored);
+    explicit Running(const Engine& engine);
 
     /// onShapeChange, then enqueue.
     void run(const std::vector<Buffer>& inputs, const std::vector<Buffer>& outputs, void* workspace, void* stream);
