@@ -13,7 +13,6 @@ from chunkkv.native import Chunks, KVCache, NativeLibrary, RawArray, Rows, conti
 from chunkkv.settings import ChunkKVSettings
 from native.memory import Memory
 
-KV_STORAGE = {"int8": np.int8, "float8_e4m3fn": ml_dtypes.float8_e4m3fn}
 LAYOUTS = ("contiguous", "tokens first", "packed", "paged")
 POOL_LAYERS = 2
 KEY_SCALE = 0.03125 * 1.1

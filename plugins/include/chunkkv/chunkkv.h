@@ -1,5 +1,5 @@
 /* C ABI of libchunkkv. Launch functions enqueue kernels on `stream` (a cudaStream_t) of the current device and return:
- * they never allocate, synchronise or read device data, so every one of them can be captured in a CUDA graph. A
+ * they never allocate, synchronise or read device data, so that they can be captured in a CUDA graph. A
  * parameter struct is copied; the device memory it names must live until the stream is done with it.
  * Thread safe: calls may run on any number of threads; the message is kept per thread. */
 #ifndef CHUNKKV_CHUNKKV_H
