@@ -75,6 +75,19 @@ class Graph:
         """Return the node that writes a tensor; None for inputs and constants."""
         return next((node for node in self.nodes if name in node.outputs), None)
 
+    def widened(self) -> Graph:
+        """Return the network with float32 wherever this one has float16, its cache included: no rounding is left."""
+        made = Graph.from_bytes(self.to_bytes())
+        for value in made.values.values():
+            value.dtype = "float32" if value.dtype == "float16" else value.dtype
+        for name, array in made.constants.items():
+            made.constants[name] = array.astype(np.float32) if array.dtype == np.float16 else array
+        for node in made.of("plugin_v3"):
+            for entry in node.attributes["fields"]:
+                if entry[0] == "kv_bytes" and field_value(*entry[1:]) == 2:
+                    entry[3] = np.int32(4).tobytes().hex()
+        return made
+
     def to_bytes(self) -> bytes:
         """Return the network as bytes."""
         arrays, data = [], []
