@@ -50,17 +50,28 @@ def run(
             tokens[row, : len(values)] = values
     width = library.max_chunks(settings, padded) + 1
     table, counts = memory.empty((len(ids), width + 1), "int32"), memory.empty((len(ids),), "int32")
-    starts = changes.get("row_starts", starts)
+    placed = None if starts is None else memory.put(changes.get("row_starts", starts))
+    if packed:
+        table = memory.empty((len(tokens) + len(ids),), "int32")
     library.boundaries(
         settings,
-        Rows(memory.put(np.array(changes.get("lengths", lengths), np.int32)), padded),
+        Rows(
+            memory.put(np.array(changes.get("lengths", lengths), np.int32)),
+            padded,
+            row_starts=placed,
+            num_tokens=len(tokens),
+        ),
         memory.put(tokens),
         memory.put(bitmap()),
         VOCABULARY,
         Chunks(table, counts),
-        row_starts=None if starts is None else memory.put(starts),
     )
-    return memory.get(table), memory.get(counts)
+    found = memory.get(table)
+    if starts is not None:  # a row's part of [T + B] begins at its first token, one further for every row before it
+        found = np.array(
+            [[found[min(starts[row] + row + i, len(found) - 1)] for i in range(width)] for row in range(len(ids))]
+        )
+    return found, memory.get(counts)
 
 
 def check(library: NativeLibrary, memory: Memory, settings: ChunkKVSettings, ids: Any, packed: bool = False) -> None:

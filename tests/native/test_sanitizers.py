@@ -54,7 +54,7 @@ BUGS = {
     "token bitmap read past its end": (
         "test_boundaries.py",
         "vocabulary",
-        Mutation("kernels/boundaries.cu", "id >= 0 && id < params.vocab_size &&", "id >= 0 &&"),
+        Mutation("kernels/chunks.cuh", "id >= 0 && id < vocab_size &&", "id >= 0 &&"),
         "AddressSanitizer",
     ),
     "positions not clamped": (
