@@ -40,37 +40,28 @@ def run(
     packed: bool = False,
     **changes: Any,
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Return a table of chunk starts, one row per prompt, and the counts; -1 stands behind a packed row's part."""
     lengths = [len(row) for row in ids]
     padded = max(lengths, default=0) + 2
+    width = library.max_chunks(settings, padded) + 1
+    placed = memory.put(np.array(changes.get("lengths", lengths), np.int32))
     if packed:
         tokens, starts = np.concatenate(ids), np.cumsum([0, *lengths[:-1]]).astype(np.int32)
+        rows = Rows(placed, padded, row_starts=memory.put(changes.get("row_starts", starts)), num_tokens=len(tokens))
+        table = memory.empty((len(tokens) + len(ids),), "int32")
     else:
-        tokens, starts = np.zeros((len(ids), padded), np.int32), None  # 0 is a delimiter: padding must not matter
+        tokens = np.zeros((len(ids), padded), np.int32)  # 0 is a delimiter: padding must not matter
         for row, values in enumerate(ids):
             tokens[row, : len(values)] = values
-    width = library.max_chunks(settings, padded) + 1
-    table, counts = memory.empty((len(ids), width + 1), "int32"), memory.empty((len(ids),), "int32")
-    placed = None if starts is None else memory.put(changes.get("row_starts", starts))
-    if packed:
-        table = memory.empty((len(tokens) + len(ids),), "int32")
-    library.boundaries(
-        settings,
-        Rows(
-            memory.put(np.array(changes.get("lengths", lengths), np.int32)),
-            padded,
-            row_starts=placed,
-            num_tokens=len(tokens),
-        ),
-        memory.put(tokens),
-        memory.put(bitmap()),
-        VOCABULARY,
-        Chunks(table, counts),
-    )
+        rows, table = Rows(placed, padded), memory.empty((len(ids), width + 1), "int32")
+    counts = memory.empty((len(ids),), "int32")
+    library.boundaries(settings, rows, memory.put(tokens), memory.put(bitmap()), VOCABULARY, Chunks(table, counts))
     found = memory.get(table)
-    if starts is not None:  # a row's part of [T + B] begins at its first token, one further for every row before it
-        found = np.array(
-            [[found[min(starts[row] + row + i, len(found) - 1)] for i in range(width)] for row in range(len(ids))]
-        )
+    if packed:
+        parts, found = found, np.full((len(ids), width + 1), -1, np.int32)
+        for row, length in enumerate(lengths):  # one entry more than tokens for every row
+            own = min(length, width) + 1
+            found[row, :own] = parts[starts[row] + row : starts[row] + row + own]
     return found, memory.get(counts)
 
 
