@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.gpu.device import Device
-from chunkkv.native import NativeLibrary, Rows, paged_kv
+from chunkkv.native import NativeLibrary, RawArray, Rows, paged_kv
+from chunkkv.native_arrays import as_raw
 from chunkkv.settings import ChunkKVSettings
 
 GENERATING = 64  # rows of one token each, behind the prompts
@@ -30,7 +31,9 @@ class PackedBatch:
         self.outputs = {name: device.empty(len(self.prompts), dtype="int32") for name in PER_ROW}
         self.outputs |= {name: device.empty(self.tokens, dtype="int32") for name in PER_TOKEN}
         self.inputs = [device.int32(values) for values in (self.prompts + self.generated, self.prompts, self.ids)]
-        self.bitmap = device.bitmap(self.words)
+        self.bitmap_words = device.int32(self.words)  # what bitmap points to
+        raw = as_raw(self.bitmap_words)
+        self.bitmap = RawArray(raw.pointer, "uint32", raw.shape, on_device=raw.on_device)
 
     def prepare(self) -> None:
         """Run the op."""
@@ -38,6 +41,11 @@ class PackedBatch:
         options = {"delimiter_bitmap": self.bitmap, "vocab_size": self.device.shapes.vocabulary, "token_ids": ids}
         sizes = {"contexts": 2, "max_length": self.length, "stream": self.device.stream}
         self.library.prepare(self.settings, sequences, prompts, **options, **sizes, **self.outputs)
+
+    @property
+    def moved(self) -> int:
+        """Bytes that prepare reads and writes."""
+        return 12 * self.tokens + 20 * len(self.prompts)
 
     def check_prepare(self) -> None:
         """Compare every output with NumPy's."""
