@@ -102,8 +102,8 @@ class Compress final : public PackedPlugin {
         if (!areSettings() || !isPowerOfTwo(kTokensPerBlock, "tokens_per_block") || !isPowerOfTwo(kKvBytes, "kv_bytes"))
             return false;
         if (places != layers && (places > 0 || value(kMappingRank) == 1))
-            return report("%s: layers has %zu entries, layer_in_pool has %zu; give one for each layer",
-                          getPluginName(), layers, places);
+            return report("%s: layers has %zu entries, layer_in_pool has %zu; give one for each layer", getPluginName(),
+                          layers, places);
         size_t bytes;  // the data type comes with the inputs; any that has kernels checks the rest
         return value(kRole) != kLeader || scoreBytes(heads(), DataType::kHALF, 0, 0, bytes);
     }
@@ -180,8 +180,7 @@ class Compress final : public PackedPlugin {
             return false;
         if (!batch.compresses) return true;
         const Rows rows = contextRows(batch, buffers.inputs[kContextLengths], buffers.inputs[kRowStarts]);
-        if (!selects())
-            return compact(in, rows, batch, static_cast<const int32_t*>(buffers.inputs[kSource]), buffers);
+        if (!selects()) return compact(in, rows, batch, static_cast<const int32_t*>(buffers.inputs[kSource]), buffers);
         auto* kept_indices = static_cast<int32_t*>(buffers.outputs[kKeptIndices]);
         return select(in, rows, batch, kept_indices, buffers) && compact(in, rows, batch, kept_indices, buffers);
     }
@@ -235,7 +234,8 @@ class Compress final : public PackedPlugin {
             Layer layers[kMaxLayers];
             params.num_layers = 0;
             for (int32_t i = 0; i < count; ++i)
-                if (caches[i].pool == pool) layers[params.num_layers++] = {caches[i].base, caches[i].base, nullptr, nullptr};
+                if (caches[i].pool == pool)
+                    layers[params.num_layers++] = {caches[i].base, caches[i].base, nullptr, nullptr};
             if (params.num_layers == 0) continue;
             params.layers = layers;
             params.layout.block_offsets =

@@ -30,8 +30,7 @@ bool PackedPlugin::isPowerOfTwo(int32_t field, const char* name) const {
     return report("%s: %s is %d; it must be a power of two", getPluginName(), name, value(field));
 }
 
-bool PackedPlugin::readBatch(const void* types, const void* lengths, int64_t rows, int64_t tokens,
-                             Batch& batch) const {
+bool PackedPlugin::readBatch(const void* types, const void* lengths, int64_t rows, int64_t tokens, Batch& batch) const {
     constexpr int32_t kContext = 0, kGeneration = 1;
     batch = Batch{static_cast<int32_t>(rows), 0, 0, false, tokens};
     if (rows > 0 && (!types || !lengths)) return fail("host_request_types or host_context_lengths is NULL");
@@ -56,8 +55,7 @@ bool PackedPlugin::readBatch(const void* types, const void* lengths, int64_t row
         ++batch.contexts;
         used += length;
         batch.longest = std::max(batch.longest, length);
-        batch.compresses |=
-            keptTokens(length, given.keep_per_10k, given.budget_tokens, given.min_tokens) < length;
+        batch.compresses |= keptTokens(length, given.keep_per_10k, given.budget_tokens, given.min_tokens) < length;
     }
     if (used == tokens) return true;
     return report(
@@ -119,8 +117,7 @@ PackedPlugin::Parts PackedPlugin::parts(void* workspace, int64_t rows, int64_t t
     return parts;
 }
 
-int64_t PackedPlugin::largest(const DynamicPluginTensorDesc* in, std::initializer_list<int32_t> inputs,
-                              int32_t axis) {
+int64_t PackedPlugin::largest(const DynamicPluginTensorDesc* in, std::initializer_list<int32_t> inputs, int32_t axis) {
     int64_t most = 0;
     for (const int32_t i : inputs) most = std::max({most, in[i].opt.d[axis], in[i].max.d[axis]});
     return std::min<int64_t>(most, INT32_MAX);
@@ -137,8 +134,8 @@ bool PackedPlugin::findChunks(const Rows& rows, const void* is_delimiter, const 
     return done(chunkkv_boundaries(&params, stream));
 }
 
-bool PackedPlugin::scoreChunks(const Heads& heads, DataType type, const void* qkv, const Rows& rows,
-                               const Parts& parts, float* chunk_scores, void* stream) const {
+bool PackedPlugin::scoreChunks(const Heads& heads, DataType type, const void* qkv, const Rows& rows, const Parts& parts,
+                               float* chunk_scores, void* stream) const {
     ScoreParams params = scoreSizes(heads, type, rows.batch, rows.max_length);
     params.rows = rows;
     params.query_layout.row_starts = rows.row_starts;
@@ -154,8 +151,7 @@ bool PackedPlugin::scoreChunks(const Heads& heads, DataType type, const void* qk
         params.num_chunks = parts.num_chunks;
     }
     size_t bytes = 0;
-    return done(chunkkv_score_workspace(&params, &bytes)) &&
-           done(chunkkv_score(&params, parts.score, bytes, stream));
+    return done(chunkkv_score_workspace(&params, &bytes)) && done(chunkkv_score(&params, parts.score, bytes, stream));
 }
 
 }  // namespace chunkkv::trt

@@ -172,9 +172,8 @@ bool Plugin::supportsFormatCombination(int32_t pos, const DynamicPluginTensorDes
 
 size_t Plugin::getWorkspaceSize(const DynamicPluginTensorDesc* in, int32_t nb_inputs, const DynamicPluginTensorDesc*,
                                 int32_t nb_outputs) const noexcept {
-    return guarded("getWorkspaceSize", size_t{0}, [&]() -> size_t {
-        return hasCounts(nb_inputs, nb_outputs) ? workspaceBytes(in) : 0;
-    });
+    return guarded("getWorkspaceSize", size_t{0},
+                   [&]() -> size_t { return hasCounts(nb_inputs, nb_outputs) ? workspaceBytes(in) : 0; });
 }
 
 int32_t Plugin::onShapeChange(const PluginTensorDesc* in, int32_t nb_inputs, const PluginTensorDesc* out,

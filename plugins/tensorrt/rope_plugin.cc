@@ -1,5 +1,6 @@
 // ChunkKVRope: rotate Q and K of packed QKV by logical positions, so that attention need not know positions.
-//   in   qkv [T,(Hq+2*Hkv)*D] float32, float16 or bfloat16; positions [T] int32; rotary_cos_sin [1,P*rotary_dim] float32,
+//   in   qkv [T,(Hq+2*Hkv)*D] float32, float16 or bfloat16; positions [T] int32; rotary_cos_sin [1,P*rotary_dim]
+//   float32,
 //        TensorRT-LLM's table
 //   out  the same as qkv
 #include "plugin_base.h"
@@ -11,8 +12,8 @@ namespace {
 
 enum { kNumHeads, kNumKvHeads, kHeadSize, kRotaryDim, kNeox, kMaxPositions, kFieldCount };
 constexpr Field kFields[kFieldCount] = {
-    {"num_heads", 1, 65535},   {"num_kv_heads", 1, 65535}, {"head_size", 1, 65535},
-    {"rotary_dim", 2, 65535}, {"neox", 0, 1},             {"max_positions", 1, INT32_MAX},
+    {"num_heads", 1, 65535}, {"num_kv_heads", 1, 65535},      {"head_size", 1, 65535}, {"rotary_dim", 2, 65535},
+    {"neox", 0, 1},          {"max_positions", 1, INT32_MAX},
 };
 static_assert(kFieldCount <= kMaxFields, "FieldValues has room for every field");
 constexpr Table kTable{"ChunkKVRope", kFields, kFieldCount};
@@ -63,8 +64,7 @@ class Rope final : public Plugin {
 
     bool check(const PluginTensorDesc* in) const override {
         const int64_t width = (value(kNumHeads) + 2LL * value(kNumKvHeads)) * value(kHeadSize);
-        return hasShape("qkv", in[kQkv], {-1, width}) &&
-               hasShape("positions", in[kPositions], {in[kQkv].dims.d[0]}) &&
+        return hasShape("qkv", in[kQkv], {-1, width}) && hasShape("positions", in[kPositions], {in[kQkv].dims.d[0]}) &&
                hasShape("rotary_cos_sin", in[kCosSin], {1, int64_t{value(kMaxPositions)} * value(kRotaryDim)});
     }
 

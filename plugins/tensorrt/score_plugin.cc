@@ -18,8 +18,8 @@ constexpr auto kFields = withShared({
 constexpr Table kTable{"ChunkKVScore", kFields.data(), static_cast<int32_t>(kFields.size())};
 
 enum { kQkv, kContext, kRowStarts, kHostTypes, kHostContext, kIsDelimiter };
-constexpr const char* kInputs[] = {"qkv",  "context_lengths", "row_starts", "host_request_types", "host_context_lengths",
-                                   "is_delimiter"};
+constexpr const char* kInputs[] = {
+    "qkv", "context_lengths", "row_starts", "host_request_types", "host_context_lengths", "is_delimiter"};
 
 class Score final : public PackedPlugin {
   public:
