@@ -68,7 +68,9 @@ def main() -> None:
     parser.add_argument("--keep_ratios", default="0.5,0.2,0.1", help="shares of the prompt kept (default %(default)s)")
     given = parser.parse_args()
     sizes = (given.pool_tokens, given.tokens_per_block, given.prompt)
-    print(f"{given.pool_tokens} tokens in blocks of {given.tokens_per_block}; prompts of {given.prompt}, {given.new} new")
+    print(
+        f"{given.pool_tokens} tokens in blocks of {given.tokens_per_block}; prompts of {given.prompt}, {given.new} new"
+    )
     print(f"{'keep':>5}  {'prefill':<16}{'sequences':>10}{'blocks after prefill':>22}{'at the end':>12}")
     found = []
     for ratio in map(float, given.keep_ratios.split(",")):

@@ -9,11 +9,11 @@ import weakref
 
 import numpy as np
 import pytest
-from benchmarks.kv_pool_capacity import WAYS, count_sequences
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from benchmarks.kv_pool_capacity import WAYS, count_sequences
 from chunkkv.errors import CacheFullError
 from chunkkv.kv_blocks import BlockManager
 

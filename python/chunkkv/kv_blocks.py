@@ -1,4 +1,4 @@
-"""Who owns which block of a paged KV cache: reserved when a sequence comes, taken as it grows, given back after prefill.
+"""Who owns which block of a paged KV cache: reserved for a sequence, taken as it grows, given back after prefill.
 
 A sequence may grow up to what was reserved for it whatever others do; beyond that, as a prompt does before it is
 compacted, it takes blocks that nobody has reserved. So decoding never runs out of blocks, only prefill may.
