@@ -56,7 +56,8 @@ class ChunkKVSession:
 
         `threads` None leaves the choice to the engine. `max_tokens_in_paged_kv_cache` bounds the KV cache of a
         TensorRT-LLM engine, None takes what the GPU has free. Raises EngineError for a missing, changed or foreign
-        file, EngineMismatchError for another backend's engine, BackendUnavailableError where that backend cannot run here.
+        file, EngineMismatchError for an engine that cannot be driven here, BackendUnavailableError where its backend
+        is missing.
         """
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int)):
             raise RequestError(f"threads is {threads!r}; give a whole number, or none")
