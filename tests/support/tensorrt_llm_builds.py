@@ -1,4 +1,4 @@
-"""Builds TensorRT-LLM engines with ChunkKV against the doubles: converted tiny checkpoints, a stand-in plugin library."""
+"""Builds TensorRT-LLM engines with ChunkKV against the doubles, from converted tiny checkpoints."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from support import engines
 from support.builds import CommandLine, Outcome
 from support.tensorrt_llm_double import Machine, installed
