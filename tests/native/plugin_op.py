@@ -19,7 +19,7 @@ from chunkkv_builder.onnx_graph import functions
 from native.build import emulated_library
 from native.memory import Memory, numpy_dtype
 from native.plugin_build import host_library, plugin_library
-from native.plugin_host import Built, PluginHost, Range, Running, node_fields, run_node
+from native.plugin_host import Built, Field, PluginHost, Range, Running, node_fields, run_node
 from native.tensorrt_headers import Headers, own_headers
 
 FLAVOUR = "asan" if hasattr(ctypes.CDLL(None), "__asan_init") else "plain"
@@ -43,17 +43,22 @@ def _open_host(headers: Headers) -> PluginHost:
 class PluginNode:
     """One node of a network, from its fields through the build phase and the engine's bytes; call run per step.
 
-    `fields` holds ints, strings and integer arrays. Without `memory` arrays are passed by their own addresses, which
+    `fields` holds ints, strings and integer arrays, or is a list of fields as TensorRT passes them. Without `memory` arrays are passed by their own addresses, which
     needs emulated kernels; with it, inputs are copied there, but for the host inputs. Built anew where an input exceeds
     all before it.
     """
 
     def __init__(
-        self, name: str, fields: Mapping[str, Any], *, host: PluginHost | None = None, memory: Memory | None = None
+        self,
+        name: str,
+        fields: Mapping[str, Any] | Sequence[Field],
+        *,
+        host: PluginHost | None = None,
+        memory: Memory | None = None,
     ) -> None:
         self.host, self.memory = host or open_host(), memory
         self.key = f"{functions.PLUGIN_NAMESPACE}::{name}:1"
-        self._fields = node_fields(fields)
+        self._fields = node_fields(fields) if isinstance(fields, Mapping) else list(fields)
         self._host_inputs = HOST_INPUTS.get(name, ())
         self._most: list[tuple[int, ...]] = []
         self._scratch = np.empty(0, np.uint8)

@@ -5,6 +5,7 @@ A slot is all it knows: where the network leaves rotation to it, the slot is the
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from support.tensorrt_llm_double.graph import Node, numpy_dtype
 
 INT8_KV, FP8_KV, FP8_MOST = 1 << 6, 1 << 7, 448.0
 _ROPE_GPTJ, _ROPE_NEOX = 1, 2
+Hidden = Mapping[int, np.ndarray]  # slots by layer
 
 
 class Pools:
@@ -38,8 +40,10 @@ class Pools:
         assert content is self._regions[address]
 
 
-def attend(node: Node, given: dict[str, np.ndarray], pools: Pools) -> np.ndarray:
-    """Return context [T,Hq*D] float32."""
+def attend(
+    node: Node, given: dict[str, np.ndarray], pools: Pools, hidden: Sequence[Hidden] | None = None
+) -> np.ndarray:
+    """Return context [T,Hq*D] float32; `hidden` are, per row and layer, slots that generation must not see."""
     settings = node.attributes
     heads, kv_heads, size = (settings[name] for name in ("num_heads", "num_kv_heads", "hidden_size_per_head"))
     packed = given["qkv"].astype(np.float32).reshape(len(given["qkv"]), heads + 2 * kv_heads, size)
@@ -55,7 +59,11 @@ def attend(node: Node, given: dict[str, np.ndarray], pools: Pools) -> np.ndarray
             positions = np.arange(first, total)
             query, key = (_rotated(x, positions, given["rotary_cos_sin"], settings) for x in (query, key))
         cache.write(row, first, key, value)
-        keys, values = (key, value) if kind == 0 else cache.read(row, total)
+        if kind == 0:
+            keys, values = key, value
+        else:
+            unseen = hidden[row].get(settings["layer_idx"], ()) if hidden else ()
+            keys, values = cache.read(row, np.setdiff1d(np.arange(total), unseen))
         out[at : at + count] = _attention(query, keys, values)
         at += count
     assert at == len(packed), "rows and lengths do not add up to the tokens"
@@ -121,9 +129,8 @@ class _LayerCache:
             blocks = self._offsets[row, kind, slots // self._tokens]
             self._blocks[blocks, :, slots % self._tokens] = self._quantised(content)
 
-    def read(self, row: int, total: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return keys and values [total,Hkv,D] float32 of slots 0 to total - 1."""
-        slots = np.arange(total)
+    def read(self, row: int, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return keys and values [n,Hkv,D] float32 of n slots."""
         blocks = (self._offsets[row, kind, slots // self._tokens] for kind in (0, 1))
         found = [self._blocks[block, :, slots % self._tokens].astype(np.float32) for block in blocks]
         return found[0] * np.float32(self._from_cache), found[1] * np.float32(self._from_cache)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from chunkkv.settings import ChunkKVSettings
+from support.tensorrt_llm_double.attention import Hidden
 from support.tensorrt_llm_double.run import Execution, run_ranks
 
 
@@ -19,6 +20,7 @@ class Row:
     tokens: list[int] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
     slots: int = 0  # of the cache that are filled
+    hidden: Hidden = field(default_factory=dict)  # what attention must not see of the prompt, by layer
 
 
 class Rank:
@@ -78,6 +80,8 @@ class Driver:
         feeds = self._feeds(contexts, generations)
         for stage in self._stages:
             given = [{**feeds, **rank.feeds(rows)} for rank in stage]
+            for rank in stage:
+                rank.execution.hidden = [row.hidden for row in rows]
             found = run_ranks([rank.execution for rank in stage], given)[0]
             feeds["hidden_states_input"] = found.get("hidden_states_output")
         for row in contexts:
@@ -85,9 +89,15 @@ class Driver:
             self._give_back(row)
         return found["logits"].astype(np.float32)
 
-    def generate(self, prompts: Sequence[np.ndarray], tokens: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        tokens: Sequence[Sequence[int]],
+        hidden: Sequence[Hidden] | None = None,
+    ) -> list[np.ndarray]:
         """Prefill one after the other, decode together, all by given tokens; return logits [steps,vocab] per prompt."""
-        rows = [Row(np.asarray(prompt, np.int32)) for prompt in prompts]
+        masks = hidden or [{} for _ in prompts]
+        rows = [Row(np.asarray(prompt, np.int32), hidden=mask) for prompt, mask in zip(prompts, masks, strict=True)]
         logits = [[self.step([row])[0]] for row in rows]
         for place in range(max(map(len, tokens)) - 1):
             open_rows = [number for number in range(len(rows)) if place < len(tokens[number]) - 1]

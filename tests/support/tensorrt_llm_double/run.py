@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from support.tensorrt_llm_double.attention import Pools, attend
+from support.tensorrt_llm_double.attention import Hidden, Pools, attend
 from support.tensorrt_llm_double.graph import Graph, Node, numpy_dtype
 
 Arrays = Sequence[np.ndarray]
@@ -23,6 +23,7 @@ class Execution:
         self.graph, self.pools = graph, pools
         self._plugins = {node.name: plugins(node) for node in graph.of("plugin_v3")}
         self.seen: dict[str, np.ndarray] = {}  # every tensor of the last step
+        self.hidden: Sequence[Hidden] | None = None  # what attention must not see in the next step
 
     def __call__(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run one step on all inputs of the network and return its outputs."""
@@ -53,7 +54,8 @@ class Execution:
         if node.op == "plugin_v3":
             return self._plugins[node.name](given)
         if node.op == "gpt_attention":
-            return [attend(node, dict(zip(node.attributes["keywords"], given, strict=True)), self.pools)]
+            keywords = dict(zip(node.attributes["keywords"], given, strict=True))
+            return [attend(node, keywords, self.pools, self.hidden)]
         if node.op in ("allreduce", "allgather"):
             assert len(gathered) == len(node.attributes["group"])
             if node.op == "allgather":

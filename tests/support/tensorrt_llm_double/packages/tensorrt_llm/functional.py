@@ -46,12 +46,19 @@ class AttentionMaskType(enum.IntEnum):
 
 
 class AllReduceStrategy(enum.IntEnum):
-    NCCL, ONESHOT, TWOSHOT, AUTO = 0, 1, 2, 3
+    NCCL, ONESHOT, TWOSHOT, AUTO = range(4)
 
 
-class AllReduceParams:
-    def __init__(self, strategy: AllReduceStrategy = AllReduceStrategy.AUTO) -> None:
-        self.strategy = strategy
+if _LATE:
+
+    class AllReduceParams:
+        def __init__(self, strategy: AllReduceStrategy = AllReduceStrategy.AUTO) -> None:
+            self.strategy = strategy
+
+else:
+
+    class AllReduceConfig(enum.IntFlag):
+        USE_MEMCPY, PUSH_MODE = 1, 2
 
 
 class Tensor:
@@ -187,8 +194,32 @@ def split_qk_norm(qkv: Tensor, query: Tensor, key: Tensor, eps: float, sizes: Se
     return _like("qk_norm", [qkv, query, key], eps=eps, sizes=list(sizes))
 
 
-def allreduce(tensor: Tensor, group: list[int], all_reduce_params: AllReduceParams | None = None) -> Tensor:
-    return _like("allreduce", [tensor], group=list(group))
+def _allreduce(tensor: Tensor, group: list[int], strategy: AllReduceStrategy | None) -> Tensor:
+    """Sum in the type of the NCCL plugin, whatever the tensor's own."""
+    from tensorrt_llm._utils import str_dtype_to_trt
+
+    dtype = str_dtype_to_trt(default_net().plugin_config.nccl_plugin)
+    given = tensor if dtype is tensor.dtype else cast(tensor, dtype)
+    name = (AllReduceStrategy.AUTO if strategy is None else strategy).name
+    out = _like("allreduce", [given], group=list(group), dtype=dtype.value, strategy=name)
+    return out if dtype is tensor.dtype else cast(out, tensor.dtype)
+
+
+if _LATE:
+
+    def allreduce(tensor: Tensor, group: list[int], all_reduce_params: AllReduceParams | None = None) -> Tensor:
+        return _allreduce(tensor, group, all_reduce_params and all_reduce_params.strategy)
+
+else:
+
+    def allreduce(
+        tensor: Tensor,
+        group: list[int],
+        strategy: AllReduceStrategy | None = None,
+        config: AllReduceConfig = AllReduceConfig(0),  # noqa: B008
+        reduce_fusion_params: Any = None,
+    ) -> Tensor:
+        return _allreduce(tensor, group, strategy)
 
 
 def allgather(tensor: Tensor, group: list[int], gather_dim: int = 0) -> Tensor:

@@ -37,7 +37,7 @@ class RowLinear(Module):
     def forward(self, x: f.Tensor) -> f.Tensor:
         out = f.matmul(x, self.weight.value)
         if self._mapping.has_tp():
-            out = f.allreduce(out, self._mapping.tp_group, all_reduce_params=f.AllReduceParams())
+            out = f.allreduce(out, self._mapping.tp_group)
         return out + self.bias.value if self.bias else out
 
 
