@@ -10,11 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from chunkkv.settings import ChunkKVSettings
-from native.memory import Memory
-from native.plugin_host import Field
-from native.plugin_op import PluginNode
 from support import engines
 from support.tensorrt_llm_double import installed
 from support.tensorrt_llm_double.attention import Hidden, Pools
@@ -22,6 +17,11 @@ from support.tensorrt_llm_double.checkpoints import convert
 from support.tensorrt_llm_double.driver import Driver
 from support.tensorrt_llm_double.graph import Graph, Node
 from support.tensorrt_llm_double.run import Arrays, Execution
+
+from chunkkv.settings import ChunkKVSettings
+from native.memory import Memory
+from native.plugin_host import Field
+from native.plugin_op import PluginNode
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS, TOKENS_PER_BLOCK, MAX_SEQ_LEN = 4, 16, 256
