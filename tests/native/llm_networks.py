@@ -26,6 +26,11 @@ from native.memory import Memory
 from native.plugin_host import Field
 from native.plugin_op import PluginNode
 
+from chunkkv.settings import ChunkKVSettings
+from native.memory import Memory
+from native.plugin_host import Field
+from native.plugin_op import PluginNode
+
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS, TOKENS_PER_BLOCK, MAX_SEQ_LEN = 4, 16, 256
 KV_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "fp8": 1}
