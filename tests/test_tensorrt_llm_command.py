@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support import engines
 from support.builds import CommandLine
-from support.tensorrt_llm_builds import GENERATIONS, LlmBuild, doubles, llm_checkpoint
+from support.tensorrt_llm_builds import GENERATIONS, LlmBuild, doubles
 from support.tensorrt_llm_double import Machine
 
 import chunkkv

@@ -26,11 +26,6 @@ from native.memory import Memory
 from native.plugin_host import Field
 from native.plugin_op import PluginNode
 
-from chunkkv.settings import ChunkKVSettings
-from native.memory import Memory
-from native.plugin_host import Field
-from native.plugin_op import PluginNode
-
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS, TOKENS_PER_BLOCK, MAX_SEQ_LEN = 4, 16, 256
 KV_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "fp8": 1}
@@ -110,6 +105,11 @@ class Machine:
     """Where plugins run: emulated kernels on the host, or a GPU with memory of its own."""
 
     memory: Memory | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether results are those of the host to the last bit."""
+        return self.memory is None or not self.memory.on_device
 
     def execution(self, graph: Graph) -> Execution:
         """Return the network with its plugins in the plugin host."""

@@ -56,10 +56,19 @@ def machine(library: NativeLibrary, memory: Memory) -> llm.Machine:
 
 def assert_same(found: list[np.ndarray], wanted: list[np.ndarray], machine: llm.Machine, kind: str) -> None:
     for a, b in zip(found, wanted, strict=True):
-        if machine.memory is None:
+        if machine.exact:
             np.testing.assert_array_equal(a, b)
         else:
             np.testing.assert_allclose(a, b, atol=DEVICE_TOLERANCE[kind], rtol=0)
+
+
+def test_the_plugins_write_nothing_beside_their_outputs(memory: Memory) -> None:
+    settings = settings_of("last", 2, "delimiter")
+    (graph,), (plain,) = (llm.networks("0.16", **more) for more in (flags_of(settings), {"plain": True}))
+    machine = llm.Machine(memory)  # copied to buffers with guards, as to a GPU
+    found = llm.driven([[machine.execution(graph)]], settings, 2, SHORT)
+    wanted = llm.full_cache_logits(plain, 2, SHORT, found.hidden(SHORT, settings))
+    assert_same(found.logits, wanted, machine, "float16")
 
 
 def wide(graph: Graph) -> Graph:
