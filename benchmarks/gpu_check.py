@@ -31,7 +31,7 @@ from benchmarks.gpu.build import build_library  # noqa: E402
 LIMIT_SECONDS, MARGIN_SECONDS = 540, 15
 OPS = ("boundaries", "score", "select", "compact", "rope", "prepare")
 OP_TESTS = [f"tests/native/test_{name}.py" for name in (*OPS, "packed", "device_memory")]
-PLUGIN_TESTS = ["tests/native/test_plugins.py"]
+PLUGIN_TESTS = [f"tests/native/test_{name}.py" for name in ("plugins", "packed_plugins")]
 NETWORK_TESTS = ["tests/native/test_tensorrt_llm_networks.py"]
 NETWORK_MODULES = ("onnx", "safetensors", "tokenizers", "jinja2", "rich")
 TEST_MODULES = ("pytest", "hypothesis", "ml_dtypes")
