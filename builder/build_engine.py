@@ -106,18 +106,12 @@ def load_backend(name: str, chunkkv: bool = False) -> ModuleType:
     from chunkkv.errors import BackendUnavailableError
 
     name = _AUTO_BACKEND if name == "auto" else name
-    if importlib.util.find_spec(f"chunkkv_builder.backends.{name}") is not None:
-        module = importlib.import_module(f"chunkkv_builder.backends.{name}")
-        if lacking := module.missing(chunkkv):
-            raise BackendUnavailableError(
-                f"--backend {name} needs {'; and '.join(lacking)}. Install that or give --backend {_AUTO_BACKEND}"
-            )
-        return module
-    package = importlib.util.find_spec(name) is not None
-    raise BackendUnavailableError(
-        f"--backend {name} needs the Python package {name!r}, which is {'' if package else 'not '}installed, and a "
-        f"builder for it, which this version of ChunkKV-TRT does not have: give --backend {_AUTO_BACKEND}"
-    )
+    module = importlib.import_module(f"chunkkv_builder.backends.{name}")
+    if lacking := module.missing(chunkkv):
+        raise BackendUnavailableError(
+            f"--backend {name} needs {'; and '.join(lacking)}. Install that or give --backend {_AUTO_BACKEND}"
+        )
+    return module
 
 
 def read_and_plan(flags: Namespace, progress: Progress) -> tuple[Checkpoint, BuildConfig, Plan]:

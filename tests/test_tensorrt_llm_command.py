@@ -108,7 +108,8 @@ def test_the_tokenizer_travels_with_the_engine(machine: Machine, build: LlmBuild
 
 
 def test_delimiters_need_the_tokenizer(machine: Machine, build: LlmBuild) -> None:
-    assert "give --tokenizer_dir" in build(chunkkv_boundaries="delimiter").error(2)
+    said = build(chunkkv_boundaries="delimiter").error(2)
+    assert said == "--chunkkv_boundaries is 'delimiter', which needs the tokenizer: give --tokenizer_dir"
 
 
 def test_agreement_needs_ranks(machine: Machine, build: LlmBuild) -> None:

@@ -5,6 +5,5 @@ is needed, and nothing looks at its version number: what a signature has decides
 """
 
 from chunkkv_builder.backends.tensorrt_llm.api import EngineBuild, build_chunkkv
-from chunkkv_builder.backends.tensorrt_llm.library import missing
 
-__all__ = ["EngineBuild", "build_chunkkv", "missing"]
+__all__ = ["EngineBuild", "build_chunkkv"]

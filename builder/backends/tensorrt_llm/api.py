@@ -73,7 +73,7 @@ class EngineBuild:
                 f"layer_groups is {self.settings.layer_groups}; list the layers 0 to {model.num_layers - 1} in order"
             )
         if self._tp_agree and model.tp_size == 1:
-            raise ConfigError("chunkkv_tp_agree has no effect with one tensor-parallel rank: leave it out")
+            raise ConfigError("tp_agree has no effect with one tensor-parallel rank: leave it out")
         if self.settings.boundaries == "delimiter":
             if model.pp_size > 1:
                 raise ConfigError(

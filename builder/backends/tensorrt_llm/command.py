@@ -32,7 +32,10 @@ def run(flags: argparse.Namespace, progress: Progress) -> None:
     """
     command = library.import_build_command() if library.installed() else None
     if command is None and not flags.dry_run:
-        raise BackendUnavailableError(f"--backend {BACKEND} needs {'; and '.join(library.missing(True))}")
+        raise BackendUnavailableError(
+            f"--backend {BACKEND} needs the Python package 'tensorrt_llm' ({library.VERSIONS}), which is not "
+            "installed; --dry_run checks flags and config.json without it"
+        )
     _check_single_process(command)
     progress.stage("checks", 1)
     given, unknown = read_flags([*flags.passed_on, "--output_dir", flags.output_dir], command)
@@ -40,11 +43,11 @@ def run(flags: argparse.Namespace, progress: Progress) -> None:
     progress.advance()
     if flags.dry_run:
         print_plan(model, build.settings, given)
-        _dry_run(flags, build, command, unknown, progress)
+        _dry_run(flags.passed_on, build, model, command, unknown, progress)
         return
     assert command is not None
     with staged_output(flags.output_dir, flags.overwrite) as folder:
-        _run_trtllm_build(command, build, [*flags.passed_on, "--output_dir", str(folder)], progress, model)
+        _run_trtllm_build(command, build, model, [*flags.passed_on, "--output_dir", str(folder)], progress)
         build.write(folder)
         if nested := [path.name for path in folder.iterdir() if not path.is_file()]:
             raise BuildError(f"trtllm-build wrote a folder, {nested[0]}, which no ChunkKV engine has")
@@ -64,17 +67,19 @@ def _checked(flags: argparse.Namespace, given: argparse.Namespace) -> tuple[Engi
     settings = chunkkv_settings(flags, model.num_layers)
     assert settings is not None  # flags.py insists on --chunkkv
     with _as_usage():
+        preconditions.check_lengths(model, given)
+    with _as_usage("chunkkv_"):
         build = EngineBuild(settings, flags.tokenizer_dir, flags.chunkkv_tp_agree)
         build.check_model(model)
-        preconditions.check_lengths(model, given)
         for number, stage in enumerate(even_stages(model.num_layers, model.pp_size) or []):
             rank_layers(build.settings, stage, number, 0, number)
     return build, model
 
 
 def _dry_run(
-    flags: argparse.Namespace,
+    arguments: Sequence[str],
     build: EngineBuild,
+    model: LlmModel,
     command: ModuleType | None,
     unknown: Sequence[str],
     progress: Progress,
@@ -85,26 +90,24 @@ def _dry_run(
                 progress.warning(f"{text} was not checked: trtllm-build is not installed here")
         print("tensorrt_llm is not installed: config.json and the flags were checked, the network was not built.")
         return
-    model = None
     with tempfile.TemporaryDirectory(prefix="chunkkv-dry-run-") as folder:
-        _run_trtllm_build(command, build, [*flags.passed_on, "--output_dir", folder], progress, model)
+        _run_trtllm_build(command, build, model, [*arguments, "--output_dir", folder], progress)
     build.check_all_built()
     print("The network of every rank was built and checked; no engine was compiled or written.")
 
 
 def _run_trtllm_build(
-    command: ModuleType, build: EngineBuild, arguments: Sequence[str], progress: Progress, model: LlmModel | None
+    command: ModuleType, build: EngineBuild, model: LlmModel, arguments: Sequence[str], progress: Progress
 ) -> None:
     """Run trtllm-build's main with its build() replaced; both argv and build() are put back, whatever happens.
 
     Raises BuildError for what goes wrong inside TensorRT-LLM.
     """
-    ranks = 1 if model is None else model.tp_size * model.pp_size
-    progress.stage("engines", ranks)
+    progress.stage("engines", model.tp_size * model.pp_size)
     original = command.build
 
-    def build_with_chunkkv(model: Any, build_config: Any) -> Any:
-        engine = build.engine(model, build_config, original)
+    def build_with_chunkkv(rank_model: Any, build_config: Any) -> Any:
+        engine = build.engine(rank_model, build_config, original)
         progress.advance()
         return engine
 
@@ -131,8 +134,8 @@ def _check_single_process(command: ModuleType | None) -> None:
 
 
 @contextmanager
-def _as_usage() -> Iterator[None]:
+def _as_usage(prefix: str = "") -> Iterator[None]:
     try:
         yield
     except ConfigError as error:
-        raise UsageError(with_flag_name(str(error))) from None
+        raise UsageError(with_flag_name(str(error), prefix)) from None

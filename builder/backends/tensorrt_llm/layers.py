@@ -20,8 +20,8 @@ def rank_layers(settings: ChunkKVSettings, stage: Sequence[int], rank: int, tp_r
         inside = [layer for layer in group if first <= layer <= last]
         if inside and len(inside) < len(group):
             raise ConfigError(
-                f"layers {group[0]} to {group[-1]} share one choice, but pipeline stage {pp_rank} has the layers "
-                f"{first} to {last}: give --chunkkv_layer_reuse groups that end where a stage ends"
+                f"layer_reuse has layers {group[0]} to {group[-1]} in one group, but pipeline stage {pp_rank} has the "
+                f"layers {first} to {last}: give groups that end where a stage ends"
             )
         if inside:
             groups.append(tuple(layer - first for layer in group))

@@ -18,11 +18,6 @@ def installed() -> bool:
     return importlib.util.find_spec("tensorrt_llm") is not None
 
 
-def missing(chunkkv: bool) -> list[str]:
-    """Return what this machine lacks for building TensorRT-LLM engines with ChunkKV."""
-    return [] if installed() else [f"the Python package 'tensorrt_llm' ({VERSIONS}), which is not installed"]
-
-
 def import_build_command() -> ModuleType:
     """Return the module behind trtllm-build; raises BackendUnavailableError where it is not one we know."""
     try:

@@ -185,7 +185,7 @@ def check_lengths(model: LlmModel, limits: Any) -> None:
     seen = max_seq_len or model.max_positions
     if model.sliding_window is not None and model.sliding_window < seen:
         raise ConfigError(
-            f"sliding_window is {model.sliding_window}, below max_seq_len = {seen}; attention that forgets by itself "
+            f"The model's sliding_window is {model.sliding_window}, below max_seq_len = {seen}; attention that forgets by itself "
             f"is not supported: give --max_seq_len {model.sliding_window} or less"
         )
 
