@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -72,6 +74,12 @@ def networks(
 
 def build(folder: Path, plain: bool, **flags: Any) -> tuple[Graph, ...]:
     """Return the networks of a TensorRT-LLM checkpoint; the double must be installed."""
+    output = build_engine_dir(folder, plain, **flags)
+    return tuple(Graph.from_bytes(file.read_bytes()) for file in sorted(output.glob("rank*.engine")))
+
+
+def build_engine_dir(folder: Path, plain: bool = False, **flags: Any) -> Path:
+    """Return the engine directory of a TensorRT-LLM checkpoint; the double must be installed."""
     output = Path(tempfile.mkdtemp(dir=_FOLDER.name)) / "engine"
     own = {"checkpoint_dir": folder, "output_dir": output, "max_batch_size": 8, "max_seq_len": MAX_SEQ_LEN}
     own |= {"max_input_len": MAX_SEQ_LEN - 64, "tokens_per_block": TOKENS_PER_BLOCK}
@@ -80,7 +88,7 @@ def build(folder: Path, plain: bool, **flags: Any) -> tuple[Graph, ...]:
         _trtllm_build(engines.command_line({**own, **flags}))
     else:
         _chunkkv_build(engines.command_line({**own, "chunkkv": True, **engines.SMALL_CHUNKKV, **flags}))
-    return tuple(Graph.from_bytes(file.read_bytes()) for file in sorted(output.glob("rank*.engine")))
+    return output
 
 
 def _trtllm_build(arguments: list[str]) -> None:
@@ -93,10 +101,17 @@ def _trtllm_build(arguments: list[str]) -> None:
         sys.argv = before
 
 
-def _chunkkv_build(arguments: list[str]) -> None:
-    library = Path(_FOLDER.name) / "libchunkkv_tensorrt.so.10"  # the double takes any file for it
+@contextmanager
+def plugin_library() -> Iterator[None]:
+    """Let a file stand for the plugin library: the double takes any."""
+    library = Path(_FOLDER.name) / "libchunkkv_tensorrt.so.10"
     library.touch()
     with mock.patch.object(tensorrt_library, "_PLACES", (library.parent,)):
+        yield
+
+
+def _chunkkv_build(arguments: list[str]) -> None:
+    with plugin_library():
         build_engine.main(["--backend", "tensorrt_llm", "--log_level", "error", *arguments])
 
 

@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import json
 from functools import cache
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 from support import engines
+from support.cuda_double import CudartDouble
 from support.forced_tokens import forced_logits
+from support.tensorrt_llm_double import installed
+from support.tensorrt_llm_double.checkpoints import convert
 from support.tensorrt_llm_double.graph import Graph
 from support.tensorrt_llm_double.step_engine import RecordedStepEngine
 
 from chunkkv import ChunkKVSession, SamplingParams
+from chunkkv.executors.cuda_runtime import CudaRuntime
 from chunkkv.executors.paged_inputs import PagedGeometry
 from chunkkv.executors.tensorrt_llm import TensorRTLLMExecutor
-from chunkkv.requests import Limits
 from chunkkv.settings import ChunkKVSettings
-from chunkkv.tokenizer import Tokenizer
 from native import llm_networks as llm
 
 pytest.importorskip("onnxruntime")
@@ -138,22 +142,21 @@ def test_coarser_types_err_no_more_than_without_compression(generation: str, dty
     assert 0 < with_chunkkv < 1.5 * without
 
 
-def test_the_needle_is_found_in_a_fifth_of_the_cache() -> None:
+def test_the_needle_is_found_in_a_fifth_of_the_cache(tmp_path: Path) -> None:
+    """From the shipped checkpoint to an engine directory to text, on a machine of doubles."""
     demo = json.loads((NEEDLE / "prompts" / "demo.json").read_text(encoding="utf-8"))
     flags = {"chunkkv_keep_ratio": 0.2, "chunkkv_layer_reuse": 2, "chunkkv_boundaries": "delimiter"}
     flags |= {"chunkkv_chunk_size": 20, "chunkkv_window": 32, "chunkkv_sinks": 4, "chunkkv_min_tokens": 64}
-    limits = Limits(max_batch_size=2, max_input_len=2240, max_seq_len=2304, vocab_size=1024)
-    sizes = {"max_seq_len": limits.max_seq_len, "max_input_len": limits.max_input_len}
-    model = NEEDLE / "model"
-    (graph,) = llm.networks("late", source=model, dtype="bfloat16", tokenizer_dir=model, **sizes, **flags)
-    settings = ChunkKVSettings(
-        keep_per_10k=2000, chunk_size=20, boundaries="delimiter", layer_groups=((0, 1), (2, 3)), leader="last"
-    )
-    tokenizer = Tokenizer.from_dir(model)
-    like = ChunkKVSession(None, settings, limits, tokenizer, tokenizer.eos_token_ids)  # type: ignore[arg-type]
-    session = session_of(graph, 2, settings, like)
-    result = session.generate(demo["text"], SamplingParams(24))
-    assert result.text.strip() == demo["expected"]
-    assert result.statistics.kept_tokens == result.statistics.prompt_tokens // 5
-    manager = session._executor.blocks  # type: ignore[attr-defined]
-    print(result.statistics, manager)
+    sizes = {"max_seq_len": 2304, "max_input_len": 2240, "max_batch_size": 2}
+    checkpoint = convert(NEEDLE / "model", tmp_path / "checkpoint", "bfloat16")
+    with installed("late") as machine, llm.plugin_library():
+        machine.cuda, machine.plugins = CudartDouble(), llm.Machine().plugin
+        cuda = CudaRuntime(machine.cuda)  # type: ignore[arg-type]
+        folder = llm.build_engine_dir(checkpoint, tokenizer_dir=NEEDLE / "model", **sizes, **flags)
+        with mock.patch.object(CudaRuntime, "load", staticmethod(lambda: cuda)):
+            session = ChunkKVSession.from_dir(folder)
+        results = session.generate([demo["text"], demo["text"]], SamplingParams(24))
+    for result in results:
+        assert result.text.strip() == demo["expected"]
+        assert result.statistics.kept_tokens == result.statistics.prompt_tokens // 5
+        assert result.statistics.allocated_cache_bytes < 0.25 * result.statistics.full_cache_bytes

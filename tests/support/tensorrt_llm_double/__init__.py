@@ -28,6 +28,7 @@ class Machine:
     networks: list[Graph] = field(default_factory=list)
     log: list[tuple[Any, str]] = field(default_factory=list)  # what TensorRT's logger was told
     cuda: Any = None  # a CudartDouble, where engines are run by addresses
+    plugins: Any = None  # what runs the plugin nodes of engines, where that is not oracle.py
 
     @property
     def late(self) -> bool:

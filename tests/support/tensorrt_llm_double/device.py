@@ -1,10 +1,11 @@
-"""Runs a recorded network on the addresses of a CUDA double, its plugins by the NumPy of oracle.py."""
+"""Runs a recorded network on the addresses of a CUDA double."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from support.cuda_double import CudartDouble, array_at
+from support.tensorrt_llm_double import machine
 from support.tensorrt_llm_double.attention import Pools
 from support.tensorrt_llm_double.graph import Graph
 from support.tensorrt_llm_double.oracle import oracle_plugins
@@ -26,6 +27,6 @@ class DevicePools(Pools):
 
 
 def execution(graph: Graph, cuda: CudartDouble) -> Execution:
-    """Return the network over pools in the double's memory."""
+    """Return the network over pools in the double's memory, its plugins by the machine's choice or in NumPy."""
     pools = DevicePools(cuda)
-    return Execution(graph, oracle_plugins(pools), pools)
+    return Execution(graph, machine().plugins or oracle_plugins(pools), pools)
