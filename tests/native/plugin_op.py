@@ -43,9 +43,9 @@ def _open_host(headers: Headers) -> PluginHost:
 class PluginNode:
     """One node of a network, from its fields through the build phase and the engine's bytes; call run per step.
 
-    `fields` holds ints, strings and integer arrays, or is a list of fields as TensorRT passes them. Without `memory` arrays are passed by their own addresses, which
-    needs emulated kernels; with it, inputs are copied there, but for the host inputs. Built anew where an input exceeds
-    all before it.
+    `fields` holds ints, strings and integer arrays, or lists fields as TensorRT passes them. Without `memory`
+    arrays are passed by their own addresses, which needs emulated kernels; with it, inputs are copied there, but
+    for the host inputs. Built anew where an input exceeds all before it.
     """
 
     def __init__(

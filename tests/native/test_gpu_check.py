@@ -19,7 +19,7 @@ def test_the_dry_run_goes_through_every_step(tmp_path: Path) -> None:
     result = json.loads(output.read_text(encoding="utf-8"))
     assert json.loads(done.stdout.splitlines()[-1]) == result, "the last line is the JSON"
     steps = result["steps"]
-    for name in ("op tests", "plugin tests"):
+    for name in ("op tests", "plugin tests", "network tests"):
         assert "passed" in steps[name]["last_line"]
     assert {line["op"] for line in steps["ops"]["lines"]} == {
         "score",

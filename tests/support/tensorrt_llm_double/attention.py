@@ -58,6 +58,7 @@ def attend(
         if settings["position_embedding_type"]:
             positions = np.arange(first, total)
             query, key = (_rotated(x, positions, given["rotary_cos_sin"], settings) for x in (query, key))
+            query, key = (x.astype(given["qkv"].dtype).astype(np.float32) for x in (query, key))
         cache.write(row, first, key, value)
         if kind == 0:
             keys, values = key, value

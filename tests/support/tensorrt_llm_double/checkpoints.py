@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +83,22 @@ def _mlp_tensors(model: Any, load: Any, hf: str, own: str, tp: int, tp_size: int
     if model.mlp_bias:
         tensors[own + "mlp.proj.bias"] = load(hf + "mlp.down_proj.bias")
     return tensors
+
+
+def write_gpt(target: Path, **sizes: int) -> Path:
+    """Write a random GPT with learned positions for one rank and return `target`; needs the double installed."""
+    from tensorrt_llm.models import GPTForCausalLM, PretrainedConfig
+
+    config = {"architecture": "GPTForCausalLM", "dtype": "float16", "position_embedding_type": "learned_absolute"}
+    config |= {"hidden_act": "gelu", "attn_bias": True, "dense_bias": True, "mlp_bias": True}
+    config |= {"mapping": {"world_size": 1, "tp_size": 1, "pp_size": 1, "cp_size": 1, "rank": 0}, **sizes}
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    tensors = {}
+    for name, parameter in GPTForCausalLM(PretrainedConfig.from_dict(config)).named_parameters():
+        random = np.random.RandomState(zlib.crc32(name.encode()))
+        spread = 0.3 if "embedding" in name or len(parameter.shape) == 1 else 2 / parameter.shape[-1] ** 0.5
+        values = spread * random.standard_normal(parameter.shape)
+        tensors[name] = (values + name.endswith(("layernorm.weight", "ln_f.weight"))).astype(np.float16)
+    save_file(tensors, str(target / "rank0.safetensors"))
+    return target

@@ -11,6 +11,8 @@ from chunkkv.settings import ChunkKVSettings
 from support.tensorrt_llm_double.attention import Hidden
 from support.tensorrt_llm_double.run import Execution, run_ranks
 
+MAX_BLOCKS = 20  # of one row
+
 
 @dataclass
 class Row:
@@ -42,7 +44,7 @@ class Rank:
 
     def feeds(self, rows: Sequence[Row]) -> dict[str, np.ndarray]:
         """Return what this rank must know of the cache."""
-        offsets = np.zeros((1, len(rows), 2, max(len(row.blocks) for row in rows)), np.int32)
+        offsets = np.zeros((1, len(rows), 2, MAX_BLOCKS), np.int32)
         for number, row in enumerate(rows):
             first = np.array(row.blocks, np.int32) * self.layers * 2
             offsets[0, number, :, : len(first)] = first, first + 1

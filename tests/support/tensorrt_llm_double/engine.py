@@ -132,6 +132,11 @@ class IExecutionContext:
             name for name in self._graph.inputs if name not in self._shapes and -1 in self._graph.values[name].shape
         ]
 
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of an output: as many rows as there are last tokens, or tokens."""
+        rows = self._shapes.get("last_token_ids", self._shapes["input_ids"])[0]
+        return tuple(rows if size == -1 else size for size in self._graph.values[name].shape)
+
     def execute_async_v3(self, stream_handle: int) -> bool:
         missing = [name for name in self.engine.names if name not in self._addresses]
         assert not missing, f"no address for {missing[0]}"
@@ -156,9 +161,9 @@ class IExecutionContext:
 
         feeds = {name: host[name] if name in host else self._read(name).copy() for name in self._graph.inputs}
         if self._execute is None:
-            from support.tensorrt_llm_double.run import execution
+            from support.tensorrt_llm_double.device import execution
 
-            self._execute = execution(self._graph)
+            self._execute = execution(self._graph, machine().cuda)
         for name, found in self._execute(feeds).items():
             assert machine().cuda.contains(self._addresses[name], found.nbytes), f"{name} does not fit its memory"
             array_at(self._addresses[name], found.shape, found.dtype)[...] = found

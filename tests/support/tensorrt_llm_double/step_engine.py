@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,12 +13,13 @@ from support.tensorrt_llm_double.run import Execution
 
 
 class RecordedStepEngine:
-    """Keeps what each context step chose: kept_indices by the name of the leader's node."""
+    """Keeps the inputs of every step, and the tensors named in `watched` after each context step."""
 
-    def __init__(self, execution: Execution, free_bytes: int = 1 << 30) -> None:
+    def __init__(self, execution: Execution, watched: Sequence[str] = (), free_bytes: int = 1 << 30) -> None:
         self.execution, self._free = execution, free_bytes
         self.inputs, self.outputs = self._tensors(execution.graph.inputs), self._tensors(execution.graph.outputs)
         self.steps: list[dict[str, np.ndarray]] = []
+        self._watched, self.contexts = watched, list[list[np.ndarray]]()
 
     def free_memory(self) -> int:
         return self._free
@@ -33,6 +34,8 @@ class RecordedStepEngine:
         assert feeds.keys() == self.inputs.keys(), feeds.keys() ^ self.inputs.keys()
         logits = self.execution(feeds)["logits"]
         self.steps.append({name: array.copy() for name, array in arrays.items()})
+        if not arrays["host_request_types"].all():
+            self.contexts.append([self.execution.seen[name] for name in self._watched])
         return logits
 
     def _tensors(self, names: list[str]) -> dict[str, StepTensor]:
