@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support import engines
-from support.tensorrt_llm_builds import GENERATIONS, LlmBuild, doubles, llm_checkpoint
+from support.tensorrt_llm_builds import GENERATIONS, LlmBuild, build_config, doubles, llm_checkpoint, llm_model
 from support.tensorrt_llm_double import Machine
 from support.tensorrt_llm_double.graph import Graph, Node
 
@@ -186,20 +186,6 @@ def test_a_model_with_learned_positions_needs_no_rope(machine: Machine) -> None:
     for node in attention(graph):
         assert node.attributes["keywords"]["sequence_length"] == prepare.outputs[0]
         assert graph.producer(node.attributes["keywords"]["qkv"]).op == "linear"
-
-
-def llm_model(**conversion: Any) -> Any:
-    from tensorrt_llm.models import MODEL_MAP, PretrainedConfig
-
-    folder = str(llm_checkpoint(**conversion))
-    config = PretrainedConfig.from_json_file(f"{folder}/config.json")
-    return MODEL_MAP[config.architecture].from_checkpoint(folder, config=config)
-
-
-def build_config(**values: Any) -> Any:
-    from tensorrt_llm.builder import BuildConfig
-
-    return BuildConfig(**{"max_input_len": 200, "max_seq_len": 256, "max_batch_size": 4, **values})
 
 
 def test_build_chunkkv_returns_an_engine_and_leaves_the_package_as_it_was(machine: Machine) -> None:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support.tensorrt_llm_builds import GENERATIONS, LlmBuild, doubles, llm_checkpoint
+from support.tensorrt_llm_builds import GENERATIONS, LlmBuild, build_config, doubles, llm_checkpoint, llm_model
 from support.tensorrt_llm_double import Machine
 
 from chunkkv.errors import BuildError, ConfigError
 from chunkkv.settings import ChunkKVSettings
-from chunkkv_builder.backends.tensorrt_llm.model import LlmModel
+from chunkkv_builder.backends.tensorrt_llm.model import POSITION_TYPES, ROPE_SCALINGS, LlmModel
 from chunkkv_builder.backends.tensorrt_llm.preconditions import BUILD, LAYER, values_of
+from chunkkv_builder.backends.tensorrt_llm.trtllm_flags import read_flags
+from chunkkv_builder.flags import parse
 
 SETTINGS = ChunkKVSettings(keep_per_10k=4000, window=4, chunk_size=3, sinks=2, min_tokens=10)
 FLAGS = {
@@ -78,6 +82,25 @@ def test_flags_are_refused_before_anything_is_built(
 
 def test_every_flag_of_the_table_is_tried() -> None:
     assert {precondition.name for precondition in BUILD} <= {flag for flag, _ in FLAGS}
+
+
+def test_the_page_names_every_precondition() -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "tensorrt-llm.md").read_text(encoding="utf-8")
+    assert [each.name for each in (*BUILD, *LAYER) if f"`{each.name}`" not in page] == []
+    for name in (*POSITION_TYPES, *ROPE_SCALINGS):
+        assert f"`{name}`" in page
+
+
+def test_the_commands_of_the_page_are_understood() -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "tensorrt-llm.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^ +(chunkkv-build --backend tensorrt_llm .*)$", page, re.MULTILINE)
+    assert commands
+    for command in commands:
+        flags = parse(shlex.split(command)[1:])
+        given, unknown = read_flags(flags.passed_on, None)
+        assert unknown == []
+        for precondition in BUILD:
+            precondition.check(values_of(given))
 
 
 def config_with(tmp_path: Path, **values: Any) -> Path:
@@ -267,8 +290,6 @@ def test_more_lengths_than_rotary_rows(late: Machine, build: LlmBuild, tmp_path:
         engine.config.build_config.max_seq_len = 4096
         return engine
 
-    from test_tensorrt_llm_backend import build_config, llm_model
-
     with pytest.raises(ConfigError, match="max_seq_len is 4096, beyond the 512 positions of the rotary table"):
         EngineBuild(SETTINGS).engine(llm_model(), build_config(max_seq_len=None), longer)
 
@@ -276,7 +297,6 @@ def test_more_lengths_than_rotary_rows(late: Machine, build: LlmBuild, tmp_path:
 def test_attention_with_two_outputs_is_refused(late: Machine) -> None:
     from tensorrt_llm import builder
     from tensorrt_llm.layers import attention as layers
-    from test_tensorrt_llm_backend import build_config, llm_model
 
     from chunkkv_builder.backends.tensorrt_llm import EngineBuild
 

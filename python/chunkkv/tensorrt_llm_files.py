@@ -20,7 +20,7 @@ from chunkkv.settings import ChunkKVSettings
 
 SIDE_FILE = "chunkkv_config.json"
 SCHEMA_VERSION = 1
-KV_ITEM_BYTES = {"float16": 2, "bfloat16": 2, "int8": 1, "fp8": 1}
+KV_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "fp8": 1}
 _COUNTS = ("tokens_per_block", "num_heads", "num_kv_heads", "head_size", "tp_size", "pp_size", "max_positions")
 
 

@@ -38,6 +38,22 @@ def doubles(generation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         yield machine
 
 
+def llm_model(**conversion: Any) -> Any:
+    """Return rank 0 of the tiny model, as TensorRT-LLM loads it; needs installed doubles."""
+    from tensorrt_llm.models import MODEL_MAP, PretrainedConfig
+
+    folder = str(llm_checkpoint(**conversion))
+    config = PretrainedConfig.from_json_file(f"{folder}/config.json")
+    return MODEL_MAP[config.architecture].from_checkpoint(folder, config=config)
+
+
+def build_config(**values: Any) -> Any:
+    """Return a BuildConfig with small limits; needs installed doubles."""
+    from tensorrt_llm.builder import BuildConfig
+
+    return BuildConfig(**{"max_input_len": 200, "max_seq_len": 256, "max_batch_size": 4, **values})
+
+
 class LlmBuild:
     """Runs chunkkv-build --backend tensorrt_llm; flags are keywords, None leaves a flag out."""
 

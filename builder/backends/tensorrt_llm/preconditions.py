@@ -185,8 +185,8 @@ def check_lengths(model: LlmModel, limits: Any) -> None:
     seen = max_seq_len or model.max_positions
     if model.sliding_window is not None and model.sliding_window < seen:
         raise ConfigError(
-            f"The model's sliding_window is {model.sliding_window}, below max_seq_len = {seen}; attention that forgets by itself "
-            f"is not supported: give --max_seq_len {model.sliding_window} or less"
+            f"The model's sliding_window is {model.sliding_window}, below max_seq_len = {seen}; attention "
+            f"that forgets by itself is not supported: give --max_seq_len {model.sliding_window} or less"
         )
 
 

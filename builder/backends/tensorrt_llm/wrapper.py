@@ -266,7 +266,7 @@ def _shape_of(given: dict[str, Any], plugin_config: Any) -> Shape:
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_size=given["hidden_size_per_head"],
-        kv_dtype=_kv_dtype(given, plugin_config),
+        kv_dtype=_kv_dtype(given),
         tokens_per_block=plugin_config.tokens_per_block,
         mapping_rank=given["host_kv_cache_pool_mapping"].ndim(),
         max_length=given["max_context_length"],
@@ -274,12 +274,17 @@ def _shape_of(given: dict[str, Any], plugin_config: Any) -> Shape:
     )
 
 
-def _kv_dtype(given: dict[str, Any], plugin_config: Any) -> str:
+def _kv_dtype(given: dict[str, Any]) -> str:
+    from tensorrt_llm._utils import trt_dtype_to_str
+
     mode = given["kv_cache_quant_mode"]
     if mode.has_int8_kv_cache():
         return "int8"
     if mode.has_fp8_kv_cache():
         return "fp8"
-    if mode.has_kv_cache_quant():
-        raise ConfigError("the KV cache is quantised to something else than INT8 or FP8: convert the checkpoint again")
-    return plugin_config.gpt_attention_plugin
+    name = "another quantisation" if mode.has_kv_cache_quant() else trt_dtype_to_str(given["qkv"].dtype)
+    if name not in KV_ITEM_BYTES:
+        raise ConfigError(
+            f"the KV cache is of {name}; allowed is {', '.join(KV_ITEM_BYTES)}: convert the checkpoint again"
+        )
+    return name
