@@ -1,7 +1,7 @@
 # ChunkKV-TRT in the last Triton container line that carries TensorRT-LLM 1.2.1 with its engine backend.
 #   docker build -f docs/tensorrt-llm.Dockerfile -t chunkkv-trtllm .
-# This recipe has not been run: neither the containers nor a GPU were at hand. What could be tried of its commands was:
-# the CMake build (g++ 12, nvcc 13.0) and the pip line's packages.
+# This recipe has not been run: neither the containers nor a GPU were at hand. Tried outside of them: CMake's configuration
+# with these targets, and that this backend imports without onnx and onnxruntime.
 ARG CUDA_IMAGE=nvidia/cuda:13.0.1-devel-ubuntu24.04
 ARG TRITON_IMAGE=nvcr.io/nvidia/tritonserver:26.04-trtllm-python-py3
 
