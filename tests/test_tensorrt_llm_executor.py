@@ -67,7 +67,7 @@ def recorded(path: Path, pool_tokens: int | None = None) -> tuple[ChunkKVSession
     graph = Graph.from_bytes((path / engine_file(0)).read_bytes())
     engine = RecordedStepEngine(Execution(graph, oracle_plugins(pools), pools))
     executor = TensorRTLLMExecutor(engine, _geometry(files, side), files.settings, pool_tokens)
-    limits = Limits(4, files.max_input_len, 256, files.model["vocab_size"], files.budget_is_fixed)
+    limits = Limits(4, files.build["max_input_len"], 256, files.model["vocab_size"], files.budget_is_fixed)
     return ChunkKVSession(executor, files.settings, limits), engine
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from support.tensorrt_llm_builds import GENERATIONS
-from support.tensorrt_llm_double import installed
+from support.tensorrt_llm_double import installed, machine
 from support.tensorrt_llm_runtime_double import (
     GenerationSequence,
     PoolsKVCacheManager,
@@ -115,7 +115,7 @@ def test_truncation_of_random_batches_loses_no_block() -> None:
 
 
 def test_a_runner_loads_its_rank_with_the_settings_of_the_directory(devices: list[int]) -> None:
-    path = engine_dir("late", chunkkv_layer_reuse=2)
+    path = engine_dir(machine().generation, chunkkv_layer_reuse=2)
     runner = tensorrt_llm_runner.ChunkKVModelRunner.from_dir(path, rank=0, cuda_graph_mode=True)
     assert isinstance(runner.session, tensorrt_llm_runner.ChunkKVGenerationSession)
     assert runner.session.chunkkv.kept_tokens(100) == 40

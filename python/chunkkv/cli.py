@@ -1,4 +1,4 @@
-"""chunkkv: generate from an engine directory, look at what ChunkKV keeps, print versions."""
+"""chunkkv: generate from an engine directory, look at what ChunkKV keeps, check an engine, print versions."""
 
 from __future__ import annotations
 
@@ -110,6 +110,10 @@ Chat = Annotated[bool, typer.Option("--chat", help="put the prompt into the mode
 KeepRatio = Annotated[float | None, _float_option("keep_ratio", "share of the prompt kept; default: the engine's")]
 BudgetTokens = Annotated[int | None, _int_option("budget_tokens", "tokens kept, instead of a share")]
 Threads = Annotated[int | None, _int_option("threads", "default: one per core")]
+PoolTokens = Annotated[
+    int | None,
+    _int_option("max_tokens_in_paged_kv_cache", "KV cache of a TensorRT-LLM engine; default: the free GPU memory"),
+]
 LogLevel = Annotated[
     str,
     typer.Option(
@@ -143,6 +147,7 @@ def generate(
     logprobs: Annotated[bool, typer.Option("--logprobs", help="with --json: a log probability per token")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object with text, timings and kept tokens")] = False,
     threads: Threads = None,
+    max_tokens_in_paged_kv_cache: PoolTokens = None,
     log_level: LogLevel = "info",
 ) -> None:
     """Answer a prompt, word by word as the text comes."""
@@ -161,7 +166,7 @@ def generate(
             logprobs=logprobs,
         )
         given = read_prompt(prompt, prompt_file, token_ids)
-        session = _load(engine_dir, threads)
+        session = _load(engine_dir, threads, max_tokens_in_paged_kv_cache)
         with _interrupt_as_cancel() as cancel:
             events = session.generate(
                 _chat_ids(session, given) if chat else given,
@@ -202,6 +207,26 @@ def inspect(
         found = session.inspect(_chat_ids(session, given) if chat else given, keep_ratio, budget_tokens)
         write_page(found, output)
         print(f"{output}: {found.kept_tokens} of {len(found.token_ids)} tokens kept")
+
+
+@app.command()
+def doctor(
+    engine_dir: EngineDir,
+    triton_repo: Annotated[
+        Path | None, typer.Option("--triton_repo", metavar="DIR", help="the model repository that is to serve it")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+    log_level: LogLevel = "info",
+) -> None:
+    """Say what would break when this engine runs here, or in a Triton repository; exits with 1 if something would."""
+    with _one_line_errors(log_level):
+        from chunkkv import doctor as checks
+
+        found = checks.diagnose(engine_dir, triton_repo)
+        print(checks.report(found, as_json))
+        sys.stdout.flush()
+    if checks.would_break(found):
+        raise SystemExit(FAILED)
 
 
 @app.command()
@@ -257,10 +282,10 @@ def _parsed_ids(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _load(engine_dir: Path, threads: int | None) -> ChunkKVSession:
+def _load(engine_dir: Path, threads: int | None, pool_tokens: int | None = None) -> ChunkKVSession:
     from chunkkv.session import ChunkKVSession
 
-    return ChunkKVSession.from_dir(engine_dir, threads)
+    return ChunkKVSession.from_dir(engine_dir, threads, pool_tokens)
 
 
 def _chat_ids(session: ChunkKVSession, given: str | list[int]) -> list[int]:

@@ -95,12 +95,6 @@ class EngineFiles:
         """Whether the share that is kept stands in the engine, so that no request may bring its own."""
         return self.backend == TENSORRT_LLM
 
-    @property
-    def max_input_len(self) -> int:
-        """The longest prompt; a TensorRT-LLM engine takes a prompt as one step, so its step must hold it."""
-        longest = self.build["max_input_len"]
-        return min(longest, self.build["max_num_tokens"]) if self.backend == TENSORRT_LLM else longest
-
     @classmethod
     def load(cls, engine_dir: str | os.PathLike[str]) -> EngineFiles:
         """Read an engine directory after checking every byte of it against the manifest.

@@ -66,7 +66,7 @@ class ChunkKVSession:
         files = EngineFiles.load(Path(engine_dir))
         executor = load_executor(files, threads, max_tokens_in_paged_kv_cache)
         model, build = files.model, files.build
-        sizes = (build["max_batch_size"], files.max_input_len, build["max_seq_len"], model["vocab_size"])
+        sizes = (build["max_batch_size"], build["max_input_len"], build["max_seq_len"], model["vocab_size"])
         limits = Limits(*sizes, budget_is_fixed=files.budget_is_fixed)
         tokenizer = Tokenizer.from_dir(files.path) if (files.path / "tokenizer.json").is_file() else None
         return cls(executor, files.settings, limits, tokenizer, model["eos_token_ids"])

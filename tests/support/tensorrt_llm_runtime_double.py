@@ -217,19 +217,6 @@ class ModelRunner:
         self.limits = (max_batch_size, max_input_len, max_seq_len, max_beam_width)
 
 
-class Engine:
-    """tensorrt_llm.builder.Engine: reads a rank's engine of a directory."""
-
-    @classmethod
-    def from_dir(cls, engine_dir: str, rank: int = 0) -> SimpleNamespace:
-        from pathlib import Path
-
-        limits = SimpleNamespace(max_batch_size=4, max_input_len=192, max_seq_len=256, max_beam_width=1)
-        mapping = SimpleNamespace(rank=rank, gpus_per_node=8)
-        config = SimpleNamespace(pretrained_config=SimpleNamespace(mapping=mapping), build_config=limits)
-        return SimpleNamespace(config=config, engine=(Path(engine_dir) / f"rank{rank}.engine").read_bytes())
-
-
 def model_config(tokens_per_block: int = 16, pools: tuple[tuple[int, int], ...] = ((2, 4),)) -> SimpleNamespace:
     """Return what the session reads of its model; pools are (KV heads, layers)."""
     return SimpleNamespace(kv_cache_type="paged", tokens_per_block=tokens_per_block, pools=list(pools))
@@ -237,8 +224,6 @@ def model_config(tokens_per_block: int = 16, pools: tuple[tuple[int, int], ...] 
 
 def install_runtime(monkeypatch: Any, devices: list[int]) -> None:
     """Add the runtime to the package tensorrt_llm that is installed; `devices` gets every GPU that is chosen."""
-    import tensorrt_llm.builder
-
     generation, runner = (types.ModuleType(f"tensorrt_llm.runtime.{name}") for name in ("generation", "model_runner"))
     generation.GenerationSession = GenerationSession
     runner.ModelRunner = ModelRunner
@@ -248,4 +233,3 @@ def install_runtime(monkeypatch: Any, devices: list[int]) -> None:
     package.generation, package.model_runner = generation, runner
     for module in (package, generation, runner):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(tensorrt_llm.builder, "Engine", Engine)

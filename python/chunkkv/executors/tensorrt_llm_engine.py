@@ -157,14 +157,13 @@ class TensorRTLLMStepEngine:
         return found
 
 
-def import_tensorrt_llm(path: Path) -> Any:
+def import_tensorrt_llm(path: Path | str) -> Any:
     """Return the module tensorrt with TensorRT-LLM's plugins registered; `path` is what needs them."""
     try:
         import tensorrt as trt
         import tensorrt_llm  # noqa: F401  importing it loads its plugin library
     except ImportError as error:
         raise BackendUnavailableError(
-            f"{path} was built for TensorRT-LLM and needs the Python packages 'tensorrt' and 'tensorrt_llm', which "
-            f"cannot be imported here ({error})"
+            f"{path} needs the Python packages 'tensorrt' and 'tensorrt_llm', which cannot be imported here ({error})"
         ) from None
     return trt

@@ -56,7 +56,7 @@ def truncate_pools(pools: Any, kept: Sequence[int]) -> int:
 
 @cache
 def _classes() -> SimpleNamespace:
-    import_tensorrt_llm(Path(__name__))
+    import_tensorrt_llm(__name__)
     session = _session_class()
     return SimpleNamespace(ChunkKVGenerationSession=session, ChunkKVModelRunner=_runner_class(session))
 
