@@ -164,7 +164,7 @@ class _Nvtx:
 
     def open(self, name: str, request_id: int, kept_tokens: int, nested: bool) -> Any:
         attributes = self._domain.get_event_attributes(
-            message=self._domain.get_registered_string(name),
+            message=name,
             color=_COLOURS.get(name, _COMPRESSION_COLOUR),
             payload=payload(request_id, kept_tokens),
         )
