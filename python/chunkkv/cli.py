@@ -1,4 +1,4 @@
-"""chunkkv: generate from an engine directory, look at what ChunkKV keeps, print versions."""
+"""chunkkv: generate from an engine directory, look at what ChunkKV keeps, profile, print versions."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ from chunkkv.cli_options import (
     stop_with,
 )
 from chunkkv.errors import EngineError, RequestError
+from chunkkv.profile import command as profile_command
 
 if TYPE_CHECKING:
     from chunkkv.results import GenerationResult, StreamEvent
@@ -52,6 +53,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"token_normalize_func": lambda name: name.replace("-", "_")},  # --engine-dir is --engine_dir
 )
+app.add_typer(profile_command.app, name="profile")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
