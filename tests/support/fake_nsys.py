@@ -25,7 +25,8 @@ if mode == "silent":
 (output,) = (Path(flag.split("=", 1)[1]) for flag in sys.argv if flag.startswith("--output="))
 if command == "profile":
     environment = attached(Path(f"{{output}}.nsys-rep"))
-    sys.exit(subprocess.run(sys.argv[sys.argv.index({python!r}):], env=environment).returncode)
+    program = next(at for at, word in enumerate(sys.argv) if at > 1 and not word.startswith("-"))
+    sys.exit(subprocess.run(sys.argv[program:], env=environment).returncode)
 write_export(output, read_events(Path(sys.argv[-1])), ())
 """
 
