@@ -15,7 +15,7 @@ from chunkkv.executors.cuda_runtime import CudaRuntime
 
 PLUGIN_NAMESPACE, PLUGIN_VERSION = "chunkkv", "1"
 PLUGINS = ("ChunkKVSelect", "ChunkKVCompact")
-PLUGIN_HEAD_SIZES, PLUGIN_MAX_GROUP = (64, 80, 96, 128, 256), 16  # as plugins/api.cc
+PLUGIN_HEAD_SIZES, PLUGIN_MAX_GROUP = (64, 80, 96, 128, 256), 16  # as plugins/checks.h
 FIRST_VERSION = "10.15"
 _PLUGIN_LIBRARY = "libchunkkv_tensorrt.so"
 _PLACES = (Path(__file__).parents[1] / "lib", Path(__file__).parents[3] / "build" / "native")
