@@ -23,6 +23,7 @@ session = ChunkKVSession.from_dir(sys.argv[1], threads=1)
 session.generate(list(range(3, 63)), SamplingParams(max_new_tokens=3, ignore_eos=True))
 """
 STAGES = """
+import dataclasses
 import sys
 import numpy as np
 from chunkkv import native, profiling
@@ -46,6 +47,11 @@ layers = [contiguous_kv(cache, cache)], [contiguous_kv(out, memory.empty((2, 2, 
 library.compact(rows, memory.put(kept), memory.put(counts), *layers)
 qkv, table = memory.put(np.zeros((3, 4 * 64), np.float32)), memory.put(np.zeros((9, 32, 2), np.float32))
 library.rope(qkv, qkv, memory.put(np.arange(3, dtype=np.int32)), table, heads=2, kv_heads=1, head_dim=64)
+lengths = memory.put(np.int32([50]))
+names = ("attention_lengths", "kept_lengths", "row_starts")
+found = {name: memory.empty((1,), "int32") for name in names} | {"positions": memory.empty((50,), "int32")}
+settings = dataclasses.replace(settings, boundaries="fixed")
+library.prepare(settings, lengths, lengths, contexts=1, max_length=50, **found)
 """
 
 
@@ -71,14 +77,14 @@ def test_a_generation_from_python(tmp_path: Path) -> None:
 
 def test_the_native_stages_lie_inside_the_callers_range(tmp_path: Path) -> None:
     events = capture(STAGES, str(emulated_library()), out=tmp_path / "out.jsonl")
-    prefill, *inside, compact, rope = events
+    prefill, *inside, compact, rope, prepare = events
     assert (prefill.name, prefill.payload) == ("prefill", payload(3, 40))
     assert [event.name for event in inside] == ["boundaries", "score", "select"]
     assert all(prefill.start <= event.start <= event.end <= prefill.end for event in inside)
     assert all(one.end <= other.start for one, other in pairwise(inside))
     assert [event.payload for event in inside] == [0, 40, 40]  # two rows that keep 20 of 50
     assert (compact.name, compact.payload) == ("compact", 40) and compact.start >= prefill.end
-    assert (rope.name, rope.payload) == ("rope", 0)
+    assert [(one.name, one.payload) for one in (rope, prepare)] == [("rope", 0), ("prepare", 0)]
     assert {event.thread for event in events} == {prefill.thread}
     assert {event.domain for event in events} == {"chunkkv"}
 
