@@ -275,6 +275,9 @@ def test_mappings(memory: Memory) -> None:
     wide = [*inputs[:9], np.array([[0, -1], [0, 1], [0, 2]], np.int32), *inputs[10:]]
     two = {key: value for key, value in fields.items() if key != "layer_in_pool"} | {"mapping_rank": 2}
     assert "puts layer 0 at place -1 of pool 0" in refused(name, two, wide, memory)
+    text = refused(name, fields | {"layers": [0, 2], "layer_in_pool": [1, 1]}, inputs, memory)
+    assert "layers 0 and 2 have the same place in pool 0; give each its own in layer_in_pool" in text
+    assert "layers 1 and 1 have the same place" in refused(name, fields | {"layers": [1, 1]}, inputs, memory)
 
 
 @pytest.mark.parametrize("node", ["prepare", "score", *ROLES])
