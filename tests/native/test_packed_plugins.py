@@ -128,6 +128,20 @@ def test_leader_and_follower(
     assert_same_pools(pools, [*layers, 4])
 
 
+@pytest.mark.parametrize("name", ["generations alone", "one token", "nothing to compress"])
+@pytest.mark.parametrize("role", ["leader", "ranker", "follower"])
+def test_batches_without_rows_to_compress_only_copy_context(memory: Memory, name: str, role: str) -> None:
+    """Such steps must cost no more than the copy: not even the pools are looked up."""
+    batch = BATCHES[name]
+    pools = Pools(batch, memory)
+    sources = {"leader": batch.qkv, "ranker": np.zeros(batch.tokens, np.float32), "follower": batch.indices()}
+    inputs = pools.inputs(role, pools.context(), sources[role])
+    inputs[8] = np.zeros_like(inputs[8])
+    context, *_ = PluginNode("ChunkKVCompress", pools.fields(role, [0, 1]), memory=memory).run(inputs)
+    np.testing.assert_array_equal(context, pools.context())
+    assert_same_pools(pools, [])
+
+
 @pytest.mark.parametrize("settings", [SETTINGS, DELIMITED])
 def test_ranker_takes_the_scores_it_is_given(memory: Memory, settings: Any) -> None:
     """Each of two ranks scores half of the heads; both rank the sum, which is what one rank with all of them does."""
