@@ -27,6 +27,7 @@ BATCHES = {
     "one token": PackedBatch(prompts=(1,), generations=()),
     "nothing to compress": PackedBatch(prompts=(9, 3), generations=((50, 51),)),
     "many": PackedBatch(prompts=(9, 64, 10, 31, 8, 64, 12, 3), generations=((64, 64), (1, 2), (20, 200))),
+    "more rows than rounding hides": PackedBatch(prompts=(57, *[1] * 7), generations=()),
 }
 KV_TYPES = ["int8", "float8_e4m3fn", "float16", "bfloat16", "float32"]
 
