@@ -99,7 +99,8 @@ def test_entries_do_not_wrap_at_32_bits(probe: ctypes.CDLL) -> None:
     padded = abi.Rows(batch=65_535, max_length=2**22)
     assert probe.probe_first_entry(ctypes.byref(packed), 1, 2**22, 2**22) == INT32.max - 1
     assert probe.probe_first_entry(ctypes.byref(padded), 65_534, 2**22, 2**22) == 65_534 * 2**22
-    assert probe.probe_first_element(ctypes.c_int64(INT32.max - 1), 131_070, 7, 256) == ((2**31 - 2) * 131_070 + 7) * 256
+    last = INT32.max - 1
+    assert probe.probe_first_element(ctypes.c_int64(last), 131_070, 7, 256) == (last * 131_070 + 7) * 256
 
 
 def inside(shape: tuple[int, ...], item: int) -> Callable[[int, int], bool]:
