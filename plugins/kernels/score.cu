@@ -139,8 +139,8 @@ LaunchStatus launchWave(const ScoreArgs& args, int32_t rows, void* stream) {
 
 }  // namespace
 
-// What a batch of rows placed one by one takes, and no more than a wave may: so it grows with batch, S and settings, and
-// what suffices for the largest sizes suffices for all below. Parts of a wave share rounding and never exceed it.
+// What the rows of a batch take one by one, and no more than a wave may. So it grows with batch and S: what suffices
+// for the largest sizes suffices for all below. Rows of a wave share the rounding of their parts and never need more.
 size_t scoreWorkspaceBytes(const ScoreParams& params) {
     ScoreArgs args = argsWithSizes(params);
     const int64_t row = placeParts(args, 1, nullptr), batch = row * params.rows.batch;
