@@ -22,7 +22,7 @@ CHUNKKV_FLAGS = tuple(
     "chunkkv" + end
     for end in (
         *("", "_keep_ratio", "_budget_tokens", "_max_keep_ratio", "_chunk_size", "_window", "_sinks", "_pooling"),
-        *("_min_tokens", "_boundaries", "_score", "_leader", "_layer_reuse"),
+        *("_min_tokens", "_boundaries", "_score", "_gate", "_leader", "_layer_reuse"),
     )
 )
 OWN_FLAGS = ("overwrite", "backend", "dtype", "use_weight_only", "weight_only_precision", "timing_cache")
@@ -115,7 +115,7 @@ def test_every_setting_arrives_in_the_engine_as_given(cli: CommandLine, checkpoi
         "max_seq_len": 200, "max_num_tokens": 40, "log_level": "error", "backend": "onnxruntime", "dtype": "float32",
         "use_weight_only": True, "weight_only_precision": "int4", "chunkkv": True, "chunkkv_keep_ratio": 0.25,
         "chunkkv_max_keep_ratio": 0.75, "chunkkv_chunk_size": 7, "chunkkv_window": 9, "chunkkv_sinks": 2,
-        "chunkkv_boundaries": "delimiter", "chunkkv_pooling": 5, "chunkkv_score": "logits", "chunkkv_gate chunkkv_leader": "first",
+        "chunkkv_boundaries": "delimiter", "chunkkv_pooling": 5, "chunkkv_score": "logits", "chunkkv_leader": "first",
         "chunkkv_min_tokens": 33, "chunkkv_layer_reuse": "0-1,2",
     }  # fmt: skip
     done = cli(*engines.command_line(given))
