@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from chunkkv.errors import ConfigError
+from chunkkv.layer_groups import SYNTAX, layer_groups
 from chunkkv.settings import BOUNDARIES, GATES, LEADERS, MAX_CHUNK_SIZE, MAX_WINDOW, SCORES, ChunkKVSettings
 from chunkkv.settings import keep_ratio_to_per_10k as to_per_10k
 from chunkkv_builder import config
-from chunkkv_builder.layer_groups import SYNTAX, layer_groups
 from chunkkv_builder.progress import LOG_LEVELS
 
 PROGRAM = "chunkkv-build"
