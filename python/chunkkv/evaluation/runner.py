@@ -33,6 +33,10 @@ class PromptRunner:
         vocab_size = session.limits.vocab_size
         self._delimiters = None if tokenizer is None else tokenizer.delimiter_token_table(vocab_size=vocab_size)
 
+    def sees_caches(self) -> bool:
+        """Return whether the engine leaves a prompt's whole cache where a policy can look at it."""
+        return isinstance(self._executor.prefiller(), BlockwisePrefiller)
+
     def prefill(self, ids: np.ndarray, seed: int = 0) -> PrefilledPrompt:
         """Prefill one prompt [L] and keep all of it; raises RequestError for a prompt the engine cannot take."""
         prefiller: Any = self._executor.prefiller()

@@ -15,7 +15,8 @@ from chunkkv.settings import ChunkKVSettings
 
 Cell = dict[str, Any]  # what one group of examples has in common: length, depth, …
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-RECALL_ANSWERS = ("keeper", "home", "code", "sentence", "digits-8", "digits-16", "digits-32")
+RECALL_ANSWERS = ("keeper", "home", "code", "sentence")  # of 2, 3, 5 and 14 words
+DIGITS = (1, 2, 4, 8, 16, 32)
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,14 @@ def _needle(writer: Writer, cell: Cell) -> Example:
 
 def _recall(writer: Writer, cell: Cell) -> Example:
     answer = cell["answer"]
-    if answer.startswith("digits-"):
-        value = " ".join(writer.word("digit") for _ in range(int(answer.partition("-")[2])))
-        facts = [Fact("code", writer.entities(1)[0], value)]
-    else:
-        facts = writer.facts(1, "code" if answer == "sentence" else answer)
+    facts = writer.facts(1, "code" if answer == "sentence" else answer)
     return _lookup(writer, cell, facts, writer.ask(facts[0], sentence=answer == "sentence"))
+
+
+def _digits(writer: Writer, cell: Cell) -> Example:
+    value = " ".join(writer.word("digit") for _ in range(cell["digits"]))
+    facts = [Fact("code", writer.entities(1)[0], value)]
+    return _lookup(writer, cell, facts, writer.ask(facts[0]))
 
 
 def _straddle(settings: ChunkKVSettings) -> Callable[[Writer, Cell], Example]:
@@ -189,7 +192,8 @@ def make_suites(settings: ChunkKVSettings) -> dict[str, Suite]:
     """Return the generated suites by name; `settings` tell the straddle sweep where the engine's chunks begin."""
     suites = (
         Suite("needle", "one fact, by depth and length", _crossed("depth", DEPTHS), _needle),
-        Suite("recall", "answers of 2 to 32 tokens", _crossed("answer", RECALL_ANSWERS), _recall),
+        Suite("recall", "answers of 2 to 14 words", _crossed("answer", RECALL_ANSWERS), _recall),
+        Suite("digits", "answers of 1 to 32 digits", _crossed("digits", DIGITS), _digits),
         Suite("straddle", "a fact by where it begins in a chunk", _straddle_cells, _straddle(settings)),
         Suite("store", "a key-value store without filler", _by_length, _store),
         Suite("questions", "every one of several facts asked for", _crossed("facts", (2, 8)), _questions),
@@ -198,7 +202,7 @@ def make_suites(settings: ChunkKVSettings) -> dict[str, Suite]:
         Suite("arithmetic", "solved sums, then one to solve", lambda *_: [{"shots": n} for n in (8, 24)], _arithmetic),
         Suite("rule", "an instruction at the start", _crossed("about", ("asked", "another")), _rule),
         Suite("count", "how often a sentence occurs", _by_length, _count, general=True),
-        Suite("dense", "many facts of one token: chunks lose", _crossed("facts", (4, 8)), _dense),
+        Suite("dense", "many facts of one token: chunks lose", _crossed("facts", (2, 4)), _dense),
     )
     return {suite.name: suite for suite in suites}
 
