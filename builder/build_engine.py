@@ -133,6 +133,7 @@ def read_and_plan(flags: Namespace, progress: Progress) -> tuple[Checkpoint, Bui
     with _bad_usage():
         build = BuildConfig.for_model(model, **limits, backend=backend, dtype=dtype)
         build.check_window(settings)
+        build.check_gate(settings)
     delimiters = _read_tokenizer(
         checkpoint, progress, wanted=settings is not None and settings.boundaries == "delimiter"
     )

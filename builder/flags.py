@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from chunkkv.errors import ConfigError
-from chunkkv.settings import BOUNDARIES, LEADERS, MAX_CHUNK_SIZE, MAX_WINDOW, SCORES, ChunkKVSettings
+from chunkkv.layer_groups import SYNTAX, layer_groups
+from chunkkv.settings import BOUNDARIES, GATES, LEADERS, MAX_CHUNK_SIZE, MAX_WINDOW, SCORES, ChunkKVSettings
 from chunkkv.settings import keep_ratio_to_per_10k as to_per_10k
 from chunkkv_builder import config
-from chunkkv_builder.layer_groups import SYNTAX, layer_groups
 from chunkkv_builder.progress import LOG_LEVELS
 
 PROGRAM = "chunkkv-build"
@@ -283,6 +283,7 @@ def _add_chunkkv(parser: _Parser) -> argparse._ArgumentGroup:
     choices = (
         ("boundaries", BOUNDARIES, "chunks of one length, or ends at punctuation and line ends"),
         ("score", SCORES, "what a token's attention is measured by"),
+        ("gate", GATES, "entropy: a chunk that scores high by few of its tokens gives only these at first"),
         ("leader", LEADERS, "layer of a group that chooses for it"),
     )
     for name, allowed, text in choices:

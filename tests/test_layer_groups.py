@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chunkkv.errors import ConfigError
-from chunkkv_builder.layer_groups import layer_groups
+from chunkkv.layer_groups import layer_groups
 
 
 @given(num_layers=st.integers(1, 90), data=st.data())

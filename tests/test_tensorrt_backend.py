@@ -274,3 +274,12 @@ def test_a_model_without_kernels_still_builds_without_chunkkv(machine: Double, b
 def test_quantised_weights_are_refused(machine: Double, build) -> None:
     message = build(use_weight_only=True)[0].error(2)
     assert "backend tensorrt has no quantised weights" in message and np.size(machine.log) == 0
+
+
+@pytest.mark.parametrize("backend", ["tensorrt", "onnxruntime"])
+def test_the_entropy_gate_is_an_option_of_onnx_runtime_alone(machine: Double, build, backend: str) -> None:
+    done = build(backend=backend, chunkkv=True, chunkkv_gate="entropy")[0]
+    if backend == "onnxruntime":
+        assert done.code == 0
+    else:
+        assert "--chunkkv_gate is 'entropy', which backend tensorrt has no plugin for" in done.error(2)

@@ -116,6 +116,10 @@ def test_agreement_needs_ranks(machine: Machine, build: LlmBuild) -> None:
     assert "--chunkkv_tp_agree has no effect with one tensor-parallel rank" in build(chunkkv_tp_agree=True).error(2)
 
 
+def test_no_plugin_has_the_entropy_gate(machine: Machine, build: LlmBuild) -> None:
+    assert build(chunkkv_gate="entropy").error(2).startswith("--chunkkv_gate is 'entropy', which no plugin has")
+
+
 def test_a_changed_side_file_or_key_is_refused(machine: Machine, build: LlmBuild) -> None:
     assert build().code == 0
     side, config = build.output / SIDE_FILE, build.output / "config.json"

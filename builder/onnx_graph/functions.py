@@ -13,8 +13,10 @@ import numpy as np
 import onnx
 from onnx import helper
 
+from chunkkv.reference import GATED_BELOW
 from chunkkv.settings import KEEP_SCALE, ChunkKVSettings
 from chunkkv_builder.onnx_graph.emitter import NodeEmitter
+from chunkkv_builder.onnx_graph.gate import ChunkSums, gated_tokens
 
 DOMAIN = "chunkkv"
 DOMAIN_VERSION = 1
@@ -22,7 +24,6 @@ SELECT = "ChunkKVSelect"
 COMPACT = "ChunkKVCompact"
 PLUGIN_VERSION = "1"
 PLUGIN_NAMESPACE = "chunkkv"
-_DOUBLE = onnx.TensorProto.DOUBLE
 
 
 def plugin_attributes() -> dict[str, Any]:
@@ -40,6 +41,7 @@ def select_attributes(settings: ChunkKVSettings) -> dict[str, Any]:
         "pooling": settings.pooling,
         "score": settings.score,
         "min_tokens": settings.min_tokens,
+        **({} if settings.gate == "none" else {"gate": settings.gate}),  # no plugin has one
         **plugin_attributes(),
     }
 
@@ -181,17 +183,13 @@ def _rank_values(
     after_sinks = e.op("GreaterOrEqual", [position, e.const(settings.sinks, "int64")])
     ranked = e.op("And", [after_sinks, before_window])
     start = e.op("Where", [ranked, start, e.const(0, "int64")])  # outside the ranking nothing is read back
-    # Sums of float32 scores are exact in float64, so equal scores give equal means whatever the chunk's size.
-    zero = e.scalar(0.0, "float64")
-    exact = e.op("Cast", [scores], to=_DOUBLE)
-    blank = e.op("ConstantOfShape", [e.op("Shape", [scores])], value=helper.make_tensor("zero", _DOUBLE, [1], [0.0]))
-    total = e.op("ScatterElements", [blank, start, e.op("Where", [ranked, exact, zero])], axis=1, reduction="add")
-    ones = e.op("Cast", [ranked], to=_DOUBLE)
-    count = e.op("ScatterElements", [blank, start, ones], axis=1, reduction="add")
-    mean = e.op("Div", [total, e.op("Max", [count, e.scalar(1.0, "float64")])])
-    mean = e.op("GatherElements", [mean, start], axis=1)
+    chunks = ChunkSums(e, scores, start, ranked)
     lowest, largest = e.scalar(-np.inf, "float64"), e.scalar(np.finfo(np.float64).max, "float64")
+    mean = e.op("GatherElements", [chunks.mean, start], axis=1)
     mean = e.op("Where", [e.op("IsNaN", [mean]), lowest, e.op("Min", [mean, largest])])
+    if settings.gate == "entropy":
+        behind = e.op("Sub", [mean, e.scalar(GATED_BELOW, "float64")])
+        mean = e.op("Where", [gated_tokens(e, chunks), behind, mean])
     untouched = e.op("Equal", [kept, length])
     always = e.op("Or", [e.op("Not", [ranked]), untouched])
     value = e.op("Where", [always, e.scalar(np.inf, "float64"), mean])

@@ -39,6 +39,7 @@ from chunkkv.cli_options import (
     stop_with,
 )
 from chunkkv.errors import EngineError, RequestError
+from chunkkv.evaluation.command import evaluate
 from chunkkv.profile import command as profile_command
 
 if TYPE_CHECKING:
@@ -168,6 +169,9 @@ def inspect(
         found = session.inspect(chat_ids(session, given) if chat else given, keep_ratio, budget_tokens)
         write_page(found, output)
         print(f"{output}: {found.kept_tokens} of {len(found.token_ids)} tokens kept")
+
+
+app.command("eval")(evaluate)
 
 
 @app.command()

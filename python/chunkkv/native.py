@@ -354,6 +354,8 @@ class NativeLibrary:
 
 
 def _settings(settings: ChunkKVSettings) -> abi.Settings:
+    if settings.gate != "none":
+        raise NativeArgumentError(f"gate is {settings.gate!r}, which the native library does not have; give 'none'")
     return abi.Settings(
         window=settings.window,
         sinks=settings.sinks,

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkkv.errors import ConfigError, RequestError
-from chunkkv.settings import ChunkKVSettings
+from chunkkv.settings import GATE_TOKENS, ChunkKVSettings
 
 FloatArray = NDArray[np.floating[Any]]
 IntArray = NDArray[np.integer[Any]]
@@ -22,6 +22,8 @@ BoolArray = NDArray[np.bool_]
 
 NEAR_CUT = 1e-5
 PAD_INDEX = -1
+ENTROPY_STEPS = 2**20  # entropies are compared in steps, so that rounding cannot tell equal ones apart
+GATED_BELOW = 2.0  # above any mean of attention weights: ranks a gated chunk's rest behind every other token
 
 
 class Selection(NamedTuple):
@@ -119,6 +121,39 @@ def chunk_order(means: FloatArray) -> NDArray[np.int64]:
     return np.argsort(-means, kind="stable")  # NaN sorts last, equal scores stay in position order
 
 
+def chunk_entropies(scores: FloatArray, starts: IntArray, end: int) -> NDArray[np.float64]:
+    """Return per chunk the entropy of its tokens' shares of the chunk's score, over that of equal shares.
+
+    In steps of 1 / ENTROPY_STEPS; 1 for a chunk of one token, of no attention, or with NaN or infinity in it.
+    """
+    sizes = chunk_sizes(starts, end)
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        exact = scores[:end].astype(np.float64)
+        total = np.add.reduceat(exact, starts)
+        inner = np.add.reduceat(np.where(exact > 0, exact * np.log(exact), 0.0), starts)
+        entropy = (np.log(total) - inner / total) / np.log(sizes)
+    known = (sizes > 1) & (total > 0) & np.isfinite(entropy)
+    return np.where(known, np.round(np.where(known, entropy, 1.0) * ENTROPY_STEPS) / ENTROPY_STEPS, 1.0)
+
+
+def gated_tokens(scores: FloatArray, starts: IntArray, end: int) -> BoolArray:
+    """Return which tokens of [starts[0], end) a gated chunk gives last, bool: all but its GATE_TOKENS best.
+
+    A chunk is gated where its mean score is at least the lower median of all chunks' and its entropy below the lower
+    median of theirs: it scores high, but by a few of its tokens.
+    """
+    means = np.nan_to_num(chunk_scores(scores, starts, end), nan=-np.inf, posinf=np.inf, neginf=-np.inf)
+    entropies = chunk_entropies(scores, starts, end)
+    middle = (len(starts) - 1) // 2
+    gated = (means >= np.sort(means)[middle]) & (entropies < np.sort(entropies)[middle])
+    sizes = chunk_sizes(starts, end)
+    chunk = np.repeat(np.arange(len(starts)), sizes)
+    by_score = np.lexsort((-scores[starts[0] : end], chunk))  # stable: equal scores stay in position order
+    rank = np.empty(len(chunk), dtype=np.int64)
+    rank[by_score] = np.arange(len(chunk)) - np.repeat(starts - starts[0], sizes)
+    return np.repeat(gated, sizes) & (rank >= GATE_TOKENS)
+
+
 def select_tokens(
     scores: FloatArray,
     length: int,
@@ -135,13 +170,11 @@ def select_tokens(
     stays = np.zeros(length, dtype=bool)
     stays[: settings.sinks] = True
     stays[end:] = True
-    left = kept - settings.window - settings.sinks
-    for chunk in chunk_order(chunk_scores(scores, starts, end)):
-        taken = min(left, int(sizes[chunk]))
-        stays[starts[chunk] : starts[chunk] + taken] = True
-        left -= taken
-        if left == 0:
-            break
+    value = np.repeat(chunk_scores(scores, starts, end), sizes)
+    if settings.gate == "entropy":
+        value[gated_tokens(scores, starts, end)] -= GATED_BELOW
+    best_first = settings.sinks + np.argsort(-value, kind="stable")  # NaN last
+    stays[best_first[: kept - settings.window - settings.sinks]] = True
     return np.flatnonzero(stays).astype(np.int32)
 
 

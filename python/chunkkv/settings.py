@@ -16,6 +16,8 @@ MAX_CHUNK_SIZE = 256
 BOUNDARIES = ("fixed", "delimiter")
 LEADERS = ("first", "last")
 SCORES = ("softmax", "logits")
+GATES = ("none", "entropy")
+GATE_TOKENS = 4  # what a gated chunk gives before every other chunk was asked
 
 
 def keep_ratio_to_per_10k(keep_ratio: float, setting: str = "keep_ratio") -> int:
@@ -48,6 +50,7 @@ class ChunkKVSettings:
     boundaries: str = "fixed"
     pooling: int = 1
     score: str = "softmax"
+    gate: str = "none"
     min_tokens: int = 64
     leader: str = "last"
     layer_groups: tuple[tuple[int, ...], ...] = ()
@@ -68,11 +71,14 @@ class ChunkKVSettings:
                 raise ConfigError(f"{name} is {value!r}; give a whole number from {low} to {high}")
             if not low <= value <= high:
                 raise ConfigError(f"{name} is {value}; allowed is {low} to {high}")
-        for name, allowed in (("boundaries", BOUNDARIES), ("leader", LEADERS), ("score", SCORES)):
+        choices = (("boundaries", BOUNDARIES), ("leader", LEADERS), ("score", SCORES), ("gate", GATES))
+        for name, allowed in choices:
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; allowed is {' or '.join(allowed)}")
         if self.pooling % 2 == 0:
             raise ConfigError(f"pooling is {self.pooling}; allowed are odd values (1 = off, 5 = SnapKV's)")
+        if self.gate == "entropy" and self.score == "logits":
+            raise ConfigError("gate is 'entropy', which needs shares of attention: use score 'softmax' or gate 'none'")
         least = self.window + self.sinks + self.chunk_size
         if self.min_tokens < least:
             raise ConfigError(

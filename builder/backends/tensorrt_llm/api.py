@@ -15,6 +15,7 @@ import numpy as np
 import chunkkv
 from chunkkv.errors import BuildError, ConfigError, EngineError
 from chunkkv.json_files import read_object
+from chunkkv.layer_groups import layer_groups
 from chunkkv.settings import ChunkKVSettings
 from chunkkv.tensorrt_llm_files import SIDE_FILE, RankLayers, SideFile, engine_file
 from chunkkv.tokenizer import TOKENIZER_FILE, Tokenizer
@@ -25,7 +26,6 @@ from chunkkv_builder.backends.tensorrt_llm.model import CONFIG_FILE, LlmModel
 from chunkkv_builder.backends.tensorrt_llm.plugins import delimiter_words
 from chunkkv_builder.backends.tensorrt_llm.wrapper import Rank, Shape, injected
 from chunkkv_builder.checkpoint import TOKENIZER_FILES
-from chunkkv_builder.layer_groups import layer_groups
 
 
 def build_chunkkv(
@@ -72,6 +72,8 @@ class EngineBuild:
             raise ConfigError(
                 f"layer_groups is {self.settings.layer_groups}; list the layers 0 to {model.num_layers - 1} in order"
             )
+        if self.settings.gate != "none":
+            raise ConfigError(f"gate is {self.settings.gate!r}, which no plugin has: give --chunkkv_gate none")
         if self._tp_agree and model.tp_size == 1:
             raise ConfigError("tp_agree has no effect with one tensor-parallel rank: leave it out")
         if self.settings.boundaries == "delimiter":

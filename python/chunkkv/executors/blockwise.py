@@ -7,6 +7,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from chunkkv import profiling
 from chunkkv.executors.interface import Prefilled
 from chunkkv.requests import Request
@@ -35,13 +37,10 @@ class BlockwisePrefiller:
             self._full = self._executor.new_cache(1, length)
         cache = self._full if compresses else out
         assert cache is not None
-        logits, queries, filled = None, {}, 0
         with profiling.range_of("prefill", requests):
-            for size in block_sizes(length, self._block, self._window):
-                if cancel.is_set():
-                    return [Prefilled(None)]
-                logits, queries = self._executor.prefill_block(cache, request.ids[filled : filled + size], filled)
-                filled += size
+            logits, queries = self.fill(request.ids, cache, cancel)
+        if logits is None:
+            return [Prefilled(None)]
         prefill_s = time.perf_counter() - started
         if not compresses:
             return [Prefilled(logits, prefill_s=prefill_s)]
@@ -50,6 +49,22 @@ class BlockwisePrefiller:
         with profiling.range_of("compress", requests):  # score, select and compact of all layers are one graph
             choice = self._executor.compress(cache, queries, request.ids, *budget, out)
         return [Prefilled(logits, choice, prefill_s, time.perf_counter() - started, cache.nbytes)]
+
+    def fill(
+        self, ids: np.ndarray, cache: KVCache, cancel: threading.Event
+    ) -> tuple[np.ndarray | None, dict[int, np.ndarray]]:
+        """Write the keys and values of a whole prompt, ids [L] int64, to the first L slots of a cache of one row.
+
+        Returns the logits [vocab] after its last token, None where cancelled, and per leader layer its last w rotated
+        queries [1,Hq,min(w,L),D].
+        """
+        logits, queries, filled = None, {}, 0
+        for size in block_sizes(len(ids), self._block, self._window):
+            if cancel.is_set():
+                return None, {}
+            logits, queries = self._executor.prefill_block(cache, ids[filled : filled + size], filled)
+            filled += size
+        return logits, queries
 
 
 def block_sizes(length: int, block: int, window: int) -> list[int]:

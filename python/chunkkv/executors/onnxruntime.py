@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnxruntime as ort
@@ -18,6 +19,9 @@ from chunkkv.errors import EngineError, EngineMismatchError
 from chunkkv.executors.blockwise import BlockwisePrefiller
 from chunkkv.executors.interface import Choice
 from chunkkv.settings import ChunkKVSettings
+
+if TYPE_CHECKING:
+    from chunkkv.executors.layer_lengths import LayerLengthsDecoder, LayerLengthsStep
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class OnnxRuntimeExecutor:
         self._window = settings.window if settings else 0
         self._threads = threads or 0
         self._step = self._load(STEP_FILE)
+        self._layer_lengths_step: LayerLengthsStep | None = None
         shapes = {value.name: value.shape for value in (*self._step.get_inputs(), *self._step.get_outputs())}
         if not {"past_key.0", "logits"} <= set(shapes):
             raise EngineError(f"{engine_dir / STEP_FILE} is no step graph; build the engine again")
@@ -123,7 +128,7 @@ class OnnxRuntimeExecutor:
         [1,Hq,min(w,S),D].
         """
         size = len(ids)
-        step = self._bind_step(cache)
+        step = _bound_to(self._step, cache)
         logits = np.empty((1, 1, self.vocab_size), np.float32)
         inputs = {
             "input_ids": np.ascontiguousarray(ids, dtype=np.int64).reshape(1, size),
@@ -135,7 +140,7 @@ class OnnxRuntimeExecutor:
             leader: np.empty((1, heads, min(self._window, size), self.head_dim), np.float32)
             for leader, heads in self._query_heads.items()
         }
-        _bind(
+        bind_arrays(
             step,
             inputs,
             {"logits": logits, **{f"query.{leader}": array for leader, array in queries.items()}},
@@ -173,7 +178,7 @@ class OnnxRuntimeExecutor:
         for layer in range(self.num_layers):
             inputs[f"key.{layer}"], inputs[f"value.{layer}"] = full.keys[layer], full.values[layer]
             outputs[f"kept_key.{layer}"], outputs[f"kept_value.{layer}"] = out.keys[layer], out.values[layer]
-        _bind(binding, {name: array for name, array in inputs.items() if name in wanted}, outputs)
+        bind_arrays(binding, {name: array for name, array in inputs.items() if name in wanted}, outputs)
         names = [f"{kind}.{leader}" for leader in self._query_heads for kind in ("kept_indices", "token_scores")]
         for name in (*names, "kept_lengths"):
             binding.bind_output(name, "cpu")
@@ -186,15 +191,18 @@ class OnnxRuntimeExecutor:
 
     def decoder(self, cache: KVCache) -> Decoder:
         """Return a loop body that appends one token per row to `cache`."""
-        return Decoder(self._step, self._bind_step(cache), cache, self.vocab_size, self._query_heads, self.head_dim)
+        binding = _bound_to(self._step, cache)
+        return Decoder(self._step, binding, cache, self.vocab_size, self._query_heads, self.head_dim)
 
-    def _bind_step(self, cache: KVCache) -> ort.IOBinding:
-        """Bind the caches: past and present are the same memory, so the graph writes in place."""
-        binding = self._step.io_binding()
-        for kind, arrays in (("key", cache.keys), ("value", cache.values)):
-            for layer, array in enumerate(arrays):
-                _bind(binding, {f"past_{kind}.{layer}": array}, {f"present_{kind}.{layer}": array})
-        return binding
+    def layer_lengths_decoder(self, cache: KVCache) -> LayerLengthsDecoder:
+        """Return a loop body for a cache whose layers are filled to different lengths; for evaluation."""
+        from chunkkv.executors.layer_lengths import LayerLengthsDecoder, LayerLengthsStep
+
+        if self._layer_lengths_step is None:
+            self._layer_lengths_step = LayerLengthsStep(self._dir / STEP_FILE, self._threads)
+        step = self._layer_lengths_step
+        binding = _bound_to(step.session, cache)
+        return LayerLengthsDecoder(step, binding, cache, self.vocab_size, self._query_heads)
 
 
 class Decoder:
@@ -229,7 +237,7 @@ class Decoder:
             "cache_lengths": self.cache_lengths,
             "logit_indices": self._places,
         }
-        _bind(binding, inputs, {"logits": self._logits, **self._queries})
+        bind_arrays(binding, inputs, {"logits": self._logits, **self._queries})
 
     def run(self) -> np.ndarray:
         """Run one step and return the logits [B,vocab]; the array is overwritten by the next step."""
@@ -237,7 +245,16 @@ class Decoder:
         return self._logits[:, 0]
 
 
-def _bind(binding: ort.IOBinding, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> None:
+def _bound_to(session: ort.InferenceSession, cache: KVCache) -> ort.IOBinding:
+    """Bind the caches: past and present are the same memory, so the graph writes in place."""
+    binding = session.io_binding()
+    for kind, arrays in (("key", cache.keys), ("value", cache.values)):
+        for layer, array in enumerate(arrays):
+            bind_arrays(binding, {f"past_{kind}.{layer}": array}, {f"present_{kind}.{layer}": array})
+    return binding
+
+
+def bind_arrays(binding: ort.IOBinding, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> None:
     """Bind arrays by address; the caller keeps them alive until the run is over."""
     for bind, arrays in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
         for name, array in arrays.items():

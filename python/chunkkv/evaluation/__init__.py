@@ -1,0 +1,1 @@
+"""What a compressed cache loses: policies compared at equal kept tokens on one engine, suites of questions."""

@@ -1,0 +1,74 @@
+"""Reads a suite from a local file: one JSON object per line, with a context, questions and expected answers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from chunkkv.errors import ConfigError
+from chunkkv.evaluation.questions import SCORINGS, Example, Question
+from chunkkv.evaluation.suites import Cell, Suite
+from chunkkv.evaluation.writing import Frame, Writer
+from chunkkv.json_files import read_text
+from chunkkv.tokenizer import Tokenizer
+
+FILE_SCORINGS = tuple(name for name in SCORINGS if name != "exact")
+DEFAULT_NEW_TOKENS = 64
+
+
+def file_suite(path: Path, tokenizer: Tokenizer, frame: Frame) -> Suite:
+    """Return the examples of a file as a suite named after it; all are in one cell, in the order of the file.
+
+    A line holds "context" (text, may be empty), "question" (text) and "answer" (text, not needed for scoring
+    "refusal"), or "questions": a list of such objects without context; and if wanted "scoring" (one of
+    FILE_SCORINGS) and "max_new_tokens". Raises ConfigError, naming the line, for anything else.
+    """
+    examples = []
+    for number, line in enumerate(read_text(path, ConfigError).splitlines(), 1):
+        if line.strip():
+            examples.append(_example(f"{path} line {number}", line, tokenizer, frame))
+    if not examples:
+        raise ConfigError(f"{path} has no examples; give one JSON object per line")
+
+    def make(writer: Writer, cell: Cell) -> Example:
+        return examples[cell["line"]]
+
+    return Suite(
+        path.stem, f"the examples of {path.name}", lambda *_: [{"line": n} for n in range(len(examples))], make
+    )
+
+
+def _example(place: str, line: str, tokenizer: Tokenizer, frame: Frame) -> Example:
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError) as problem:
+        raise ConfigError(f"{place} is no valid JSON: {problem}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{place} is a JSON {type(values).__name__}; give an object")
+    context = _text(place, values, "context", "")
+    asked = values.get("questions", [values])
+    if not isinstance(asked, list) or not asked or not all(isinstance(entry, dict) for entry in asked):
+        raise ConfigError(f"{place}: questions must be a list of objects, at least one")
+    questions = tuple(_question(place, {**values, **entry}, tokenizer, frame) for entry in asked)
+    ids = (*frame.before, *(tokenizer.encode(context, False) if context else ()))
+    return Example(ids, questions)
+
+
+def _question(place: str, values: dict[str, Any], tokenizer: Tokenizer, frame: Frame) -> Question:
+    scoring = values.get("scoring", "contains")
+    if scoring not in FILE_SCORINGS:
+        raise ConfigError(f"{place}: scoring is {scoring!r}; allowed is {' or '.join(FILE_SCORINGS)}")
+    answer = _text(place, values, "answer", "i must not tell" if scoring == "refusal" else None)
+    room = values.get("max_new_tokens", DEFAULT_NEW_TOKENS)
+    if isinstance(room, bool) or not isinstance(room, int) or room < 1:
+        raise ConfigError(f"{place}: max_new_tokens is {room!r}; give a whole number of at least 1")
+    ids = tokenizer.encode(_text(place, values, "question", None), False)
+    return Question((*ids, *frame.after), answer, tuple(tokenizer.encode(answer, False)), room, scoring)
+
+
+def _text(place: str, values: dict[str, Any], name: str, default: str | None) -> str:
+    value = values.get(name, default)
+    if not isinstance(value, str) or (not value.strip() and default != ""):
+        raise ConfigError(f"{place}: {name} is {value!r}; give text")
+    return value

@@ -1,0 +1,211 @@
+"""Which tokens of a prompt stay: ChunkKV in its variants and what it is compared with, all with as many tokens.
+
+To add a policy: write its choice here, list it in RULES, name it in docs/evaluation.md, and give it an oracle in
+tests/test_evaluation_policies.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from chunkkv import reference
+from chunkkv.errors import ConfigError
+from chunkkv.evaluation.prefilled import PrefilledPrompt, check_queries
+from chunkkv.layer_groups import layer_groups
+from chunkkv.settings import ChunkKVSettings
+
+SNAPKV_POOLING = 5
+PYRAMID_BETA = 20
+_NUMBERS = ("window", "chunk_size", "sinks", "pooling")
+_WORDS = ("boundaries", "score", "gate", "leader")
+
+Choice = list[np.ndarray]  # per layer, ascending positions
+Chooser = Callable[[PrefilledPrompt, ChunkKVSettings, int], Choice]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """One way to choose: `name` is how it was asked for, `settings` what it works with."""
+
+    name: str
+    rule: str
+    settings: ChunkKVSettings
+
+    @property
+    def compresses(self) -> bool:
+        """Whether the policy drops anything at all."""
+        return self.rule != "full"
+
+    @property
+    def least_tokens(self) -> int:
+        """The fewest kept tokens that hold the window, the sinks and one chunk."""
+        return self.settings.window + self.settings.sinks + self.settings.chunk_size
+
+    def keep(self, prompt: PrefilledPrompt, kept: int) -> Choice:
+        """Return per layer the ascending positions that stay: `kept` of them in every layer, or on average over all.
+
+        Raises ConfigError for fewer kept tokens than the policy's window and sinks, or where the engine lacks what the
+        policy looks at.
+        """
+        if not self.compresses or kept >= len(prompt):
+            return [np.arange(len(prompt))] * prompt.num_layers
+        if kept < self.settings.window + self.settings.sinks:
+            raise ConfigError(
+                f"policy {self.name} always keeps {self.settings.window} + {self.settings.sinks} tokens; {kept} were "
+                "allowed: give a larger keep ratio or a smaller window"
+            )
+        return RULES[self.rule].choose(prompt, self.settings, kept)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a policy chooses, in a few words for --help, and the settings in which it differs from the engine's."""
+
+    about: str
+    choose: Chooser
+    settings: dict[str, Any] = field(default_factory=dict)
+    scores: bool = True  # whether it looks at the window's queries
+
+
+def _per_group(prompt: PrefilledPrompt, settings: ChunkKVSettings, choose: Callable[[int], np.ndarray]) -> Choice:
+    """Return per layer what `choose` says for the leader of its group."""
+    chosen: Choice = []
+    for group in settings.layer_groups:
+        chosen += [choose(settings.leader_of(group))] * len(group)
+    return chosen
+
+
+def _chunks(prompt: PrefilledPrompt, settings: ChunkKVSettings, kept: int) -> Choice:
+    flags = prompt.is_delimiter if settings.boundaries == "delimiter" else None
+
+    def choose(leader: int) -> np.ndarray:
+        scores = prompt.token_scores(leader, settings)
+        return reference.select_tokens(scores, len(prompt), kept, settings, flags)
+
+    return _per_group(prompt, settings, choose)
+
+
+def _engine(prompt: PrefilledPrompt, settings: ChunkKVSettings, kept: int) -> Choice:
+    if prompt.engine_choice is None:
+        raise ConfigError("policy engine needs an engine built with --chunkkv")
+    return prompt.engine_choice(kept)
+
+
+def _streaming(prompt: PrefilledPrompt, settings: ChunkKVSettings, kept: int) -> Choice:
+    recent = len(prompt) - (kept - settings.sinks)
+    return [np.concatenate([np.arange(settings.sinks), np.arange(recent, len(prompt))])] * prompt.num_layers
+
+
+def _random(prompt: PrefilledPrompt, settings: ChunkKVSettings, kept: int) -> Choice:
+    def choose(leader: int) -> np.ndarray:
+        scores = np.random.default_rng([prompt.seed, leader]).random(len(prompt), dtype=np.float32)
+        return reference.select_tokens(scores, len(prompt), kept, settings)
+
+    return _per_group(prompt, settings, choose)
+
+
+def pyramid_budgets(layers: int, length: int, kept: int, always: int) -> list[int]:
+    """Return how many of `length` tokens each layer keeps: falling by equal steps, `kept` on average.
+
+    All keep at least `always`. Beyond that the last layer keeps 1/PYRAMID_BETA of the average, or more where the first
+    one would otherwise have to keep more than there is.
+    """
+    share, most = kept - always, length - always
+    last = max(share // PYRAMID_BETA, 2 * share - most)
+    ideal = np.linspace(2 * share - last, last, layers) if layers > 1 else np.array([float(share)])
+    budgets = np.floor(ideal + 1e-9).astype(int)
+    rest = layers * share - int(budgets.sum())
+    budgets[np.argsort(budgets - ideal, kind="stable")[:rest]] += 1  # those that rounding took most from
+    return [always + int(budget) for budget in budgets]
+
+
+def _pyramid(prompt: PrefilledPrompt, settings: ChunkKVSettings, kept: int) -> Choice:
+    budgets = pyramid_budgets(prompt.num_layers, len(prompt), kept, settings.window + settings.sinks)
+    return [
+        reference.select_tokens(prompt.token_scores(layer, settings), len(prompt), budget, settings)
+        for layer, budget in enumerate(budgets)
+    ]
+
+
+def _everything(prompt: PrefilledPrompt, settings: ChunkKVSettings, kept: int) -> Choice:
+    return [np.arange(len(prompt))] * prompt.num_layers
+
+
+_PLAIN: dict[str, Any] = {"boundaries": "fixed", "gate": "none"}
+_TOKENS: dict[str, Any] = {**_PLAIN, "chunk_size": 1, "pooling": SNAPKV_POOLING}
+RULES: dict[str, Rule] = {
+    "full": Rule("every token", _everything, scores=False),
+    "engine": Rule("what the engine's own compress graph keeps", _engine, scores=False),
+    "chunkkv": Rule("chunks of one length", _chunks, _PLAIN),
+    "chunkkv-delimiter": Rule("chunks that end with a clause or a line", _chunks, {"boundaries": "delimiter"}),
+    "chunkkv-entropy": Rule("chunks of one length behind the entropy gate", _chunks, {**_PLAIN, "gate": "entropy"}),
+    "snapkv": Rule("single tokens, scores pooled over 5 neighbours, heads sharing", _chunks, _TOKENS),
+    "pyramidkv": Rule("as snapkv, more in the first layers and less in the last", _pyramid, _TOKENS),
+    "streaming": Rule(
+        "the first tokens and the most recent ones", _streaming, {**_PLAIN, "chunk_size": 1}, scores=False
+    ),
+    "random": Rule("chunks drawn at random", _random, _PLAIN, scores=False),
+}
+
+
+def parse_policies(text: str, engine: ChunkKVSettings) -> list[Policy]:
+    """Return the policies that `text` lists, separated by commas, each a rule's name and changed settings.
+
+    As in "full,chunkkv,snapkv:pooling=7,chunkkv:chunk_size=20:layer_reuse=0-1+2-3:leader=first". Settings that neither
+    the text nor the rule names are the engine's. Raises ConfigError for an unknown rule or setting, an invalid value,
+    and a policy that is listed twice.
+    """
+    policies = [make_policy(part.strip(), engine) for part in text.split(",")]
+    names = [policy.name for policy in policies]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ConfigError(f"policies lists {twice} twice; name each once")
+    return policies
+
+
+def make_policy(text: str, engine: ChunkKVSettings) -> Policy:
+    """Return the policy that one entry of parse_policies describes; raises ConfigError."""
+    rule, *changes = text.split(":")
+    if rule not in RULES:
+        raise ConfigError(f"policies names {rule!r}; there are {', '.join(RULES)}")
+    values: dict[str, Any] = dict(RULES[rule].settings)
+    for change in changes:
+        name, equals, value = change.partition("=")
+        if not equals or name not in (*_NUMBERS, *_WORDS, "layer_reuse"):
+            raise ConfigError(
+                f"policies has {text!r}, where {change!r} is no setting; give name=value, with a name of "
+                f"{', '.join((*_NUMBERS, *_WORDS, 'layer_reuse'))}"
+            )
+        if name == "layer_reuse":
+            count = sum(map(len, engine.layer_groups))
+            values["layer_groups"] = layer_groups(count, value.replace("+", ","))
+        elif name in _NUMBERS:
+            if not value.isdecimal():
+                raise ConfigError(f"policies has {text!r}, where {name} is {value!r}; give a whole number")
+            values[name] = int(value)
+        else:
+            values[name] = value
+    return Policy(text, rule, _settings(text, engine, values))
+
+
+def check_policy(policy: Policy, engine: ChunkKVSettings) -> None:
+    """Raise ConfigError where an engine of these settings does not give the queries that the policy scores with."""
+    if not RULES[policy.rule].scores:
+        return
+    there = [engine.leader_of(group) for group in engine.layer_groups]
+    for group in policy.settings.layer_groups:
+        for layer in group if policy.rule == "pyramidkv" else [policy.settings.leader_of(group)]:
+            check_queries(layer, policy.settings.window, there, engine.window)
+
+
+def _settings(text: str, engine: ChunkKVSettings, values: dict[str, Any]) -> ChunkKVSettings:
+    merged = {**{name: getattr(engine, name) for name in (*_NUMBERS, *_WORDS)}, **values}
+    least = merged["window"] + merged["sinks"] + merged["chunk_size"]
+    try:
+        return dataclasses.replace(engine, **values, min_tokens=max(engine.min_tokens, least), budget_tokens=0)
+    except ConfigError as error:
+        raise ConfigError(f"policies has {text!r}: {error}") from None

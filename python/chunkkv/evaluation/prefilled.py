@@ -1,0 +1,84 @@
+"""One prompt after prefill, with its whole cache: what a policy looks at when it chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from chunkkv import reference
+from chunkkv.errors import ConfigError
+from chunkkv.settings import ChunkKVSettings
+
+if TYPE_CHECKING:
+    from chunkkv.executors.onnxruntime import KVCache
+
+
+@dataclass
+class PrefilledPrompt:
+    """One prompt's token ids [L], logits [vocab] after its last token, full cache (one row) and window queries.
+
+    `queries` holds per layer that has them the last w rotated queries [Hq,w,D]. `delimiter_table` [vocab] says which
+    tokens end a clause, None without a tokenizer. `seed` is for policies that draw. `engine_choice` returns per layer
+    what the engine's own compress graph keeps of N tokens, None for an engine without one.
+    """
+
+    ids: np.ndarray
+    logits: np.ndarray
+    cache: KVCache
+    queries: dict[int, np.ndarray]
+    delimiter_table: np.ndarray | None
+    seed: int
+    engine_choice: Callable[[int], list[np.ndarray]] | None = None
+    _scores: dict[tuple, np.ndarray] = field(default_factory=dict, init=False)
+
+    def __len__(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.ids)
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the model."""
+        return len(self.cache.keys)
+
+    @cached_property
+    def is_delimiter(self) -> np.ndarray:
+        """Which tokens [L] end a clause or a line; raises ConfigError without a tokenizer."""
+        if self.delimiter_table is None:
+            raise ConfigError("boundaries is 'delimiter', which needs an engine with a tokenizer")
+        return self.delimiter_table[self.ids]
+
+    def key(self, layer: int) -> np.ndarray:
+        """Return the rotated keys [Hkv,L,D] of a layer."""
+        return self.cache.keys[layer][0]
+
+    def query(self, layer: int, window: int) -> np.ndarray:
+        """Return the last `window` rotated queries [Hq,w,D]; raises ConfigError where the engine does not give them."""
+        check_queries(layer, window, self.queries, next(iter(self.queries.values())).shape[1])
+        query = self.queries[layer]
+        return query[:, query.shape[1] - window :]
+
+    def token_scores(self, layer: int, settings: ChunkKVSettings) -> np.ndarray:
+        """Return the token scores [L] float32 of a layer (section 2 of the op contract), computed once."""
+        key = (layer, settings.window, settings.pooling, settings.score)
+        if key not in self._scores:
+            query = self.query(layer, settings.window)
+            self._scores[key] = reference.token_scores(query, self.key(layer), *key[1:])
+        return self._scores[key]
+
+
+def check_queries(layer: int, window: int, layers: Collection[int], engine_window: int) -> None:
+    """Raise ConfigError where an engine that gives the last queries of some layers does not give those asked for."""
+    if layer not in layers:
+        raise ConfigError(
+            f"layer {layer} scores for its group, but the engine gives the queries of layers "
+            f"{', '.join(map(str, layers))} only: build it with --chunkkv_layer_reuse 1"
+        )
+    if window > engine_window:
+        raise ConfigError(
+            f"window is {window}, the engine gives the last {engine_window} queries: build it with "
+            f"--chunkkv_window {window} or more, or ask for less"
+        )

@@ -1,0 +1,113 @@
+"""What is asked of a prompt, and how an answer is judged."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+SCORINGS = ("exact", "contains", "number", "refusal")
+REFUSALS = (
+    "must not",
+    "cannot",
+    "can't",
+    "can not",
+    "will not",
+    "won't",
+    "unable to",
+    "not able to",
+    "refuse",
+)
+_NUMBER = re.compile(r"-?\d+(?:[.,]\d+)*")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question as token ids (empty where it stands in the prompt already) and the answer that is expected.
+
+    `scoring` "exact" compares `answer_ids`, and nothing may follow where `ends` says that they hold the end token;
+    "contains" looks for `answer` in the text, "number" compares its last number with `answer`, "refusal" asks for any
+    of REFUSALS. Text behind `stop` does not count.
+    """
+
+    ids: tuple[int, ...]
+    answer: str
+    answer_ids: tuple[int, ...]
+    max_new_tokens: int
+    scoring: str = "exact"
+    stop: str = ""
+
+    def is_settled(self, token_ids: list[int]) -> bool:
+        """Return whether the tokens so far decide the score, so that no more are needed."""
+        if self.scoring != "exact":
+            return False
+        return token_ids != list(self.answer_ids[: len(token_ids)]) or len(token_ids) >= len(self.answer_ids)
+
+    def pieces(self) -> int:
+        """Return of how many parts `right_through` counts: tokens, words, or characters of a single word."""
+        return len(self.answer_ids) if self.scoring == "exact" else len(_parts(self.answer)[0])
+
+    def right_through(self, token_ids: list[int], text: str) -> int:
+        """Return how many parts of the answer, from its first on, are right without a gap; all of them = right."""
+        if self.scoring == "exact":
+            same = [given == wanted for given, wanted in zip(token_ids, self.answer_ids, strict=False)]
+            return same.index(False) if False in same else len(same)
+        text = text.split(self.stop, maxsplit=1)[0] if self.stop else text
+        parts, glue = _parts(self.answer)
+        if self.scoring == "refusal":
+            return len(parts) if any(word in text.lower() for word in REFUSALS) else 0
+        if self.scoring == "number":
+            found = _NUMBER.findall(text)
+            return len(parts) if found and _value(found[-1]) == _value(self.answer) else 0
+        given = _folded(text)
+        return max(count for count in range(len(parts) + 1) if _found(glue.join(parts[:count]), given))
+
+    def is_right(self, token_ids: list[int], text: str) -> bool:
+        """Return whether the answer counts as right."""
+        return self.right_through(token_ids, text) == self.pieces()
+
+
+@dataclass(frozen=True)
+class Example:
+    """A context as token ids [L], questions about it, and the places of the tokens that hold the answers.
+
+    `announcement` ends the prompt in mode "in" instead of the first question: where several are announced together.
+    """
+
+    context: tuple[int, ...]
+    questions: tuple[Question, ...]
+    spans: tuple[tuple[int, int], ...] = ()
+    announcement: tuple[int, ...] = field(default=())
+
+    def prompt(self, mode: str) -> tuple[np.ndarray, tuple[Question, ...]]:
+        """Return the prompt [L] int64 that is compressed, and the questions that follow it.
+
+        Mode "after" compresses the context alone; mode "in" puts the announcement, or else the first question, behind
+        it.
+        """
+        if mode == "after":
+            return np.array(self.context, np.int64), self.questions
+        if self.announcement:
+            return np.array([*self.context, *self.announcement], np.int64), self.questions
+        first, *others = self.questions
+        return np.array([*self.context, *first.ids], np.int64), (replace(first, ids=()), *others)
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def _parts(answer: str) -> tuple[list[str], str]:
+    words = _folded(answer).split()
+    return (words, " ") if len(words) > 1 else (list(words[0]) if words else [], "")
+
+
+def _found(part: str, text: str) -> bool:
+    """Return whether `part` stands in `text`, not inside a longer number."""
+    start = r"(?<!\d)" if part[:1].isdigit() else ""
+    return re.search(start + re.escape(part), text) is not None
+
+
+def _value(text: str) -> float:
+    return float(text.replace(",", "").rstrip("."))
