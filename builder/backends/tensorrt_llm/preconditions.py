@@ -178,8 +178,9 @@ def check_lengths(model: LlmModel, limits: Any) -> None:
         )
     longest = max_seq_len or model.default_max_seq_len
     if longest > model.max_positions:
+        origin = "" if max_seq_len else ", as trtllm-build takes it"
         raise ConfigError(
-            f"max_seq_len is {longest}{'' if max_seq_len else ', as trtllm-build takes it'}; the rotary table of this model has {model.max_positions} positions "
+            f"max_seq_len is {longest}{origin}; the rotary table of this model has {model.max_positions} positions "
             f"(max_position_embeddings): give --max_seq_len {model.max_positions} or less"
         )
     if model.sliding_window is not None and model.sliding_window < longest:
