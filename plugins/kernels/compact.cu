@@ -92,8 +92,6 @@ __global__ void compactKernel(const __grid_constant__ CompactArgs args) {
     }
 }
 
-int64_t ceilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 template <class Vector>
 LaunchStatus launchWith(const CompactParams& params, CompactArgs args, int32_t num_layers, void* stream) {
     const bool in_place = args.layers[0].key_out == nullptr;

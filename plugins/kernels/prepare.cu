@@ -81,7 +81,7 @@ LaunchStatus launchPrepare(const PrepareParams& params, void* stream) {
     if (params.batch == 0) return 0;
     const LaunchStatus status = launch(prepareRowsKernel, dim3(1), dim3(kRowThreads), 0, stream, params);
     if (status != 0) return status;
-    const int64_t blocks = (params.num_tokens + kTokenThreads - 1) / kTokenThreads;
+    const int64_t blocks = ceilDiv(params.num_tokens, kTokenThreads);
     return launch(prepareTokensKernel, dim3(static_cast<unsigned>(blocks)), dim3(kTokenThreads), 0, stream, params);
 }
 

@@ -16,8 +16,6 @@ constexpr int64_t kBlocksPerMultiprocessor = 4;  // two run at a time
 constexpr int64_t kWorkspaceCap = int64_t{512} << 20;  // more rows than fit in it are scored in waves
 constexpr int64_t kAlignment = 256;
 
-int64_t ceilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 /// Chunks that a tile and its neighbourhood can touch, whatever their alignment.
 int32_t slotsPerTile(const Settings& settings) {
     return (kTileTokens + settings.pooling - 3) / settings.chunk_size + 2;
@@ -141,9 +139,13 @@ LaunchStatus launchWave(const ScoreArgs& args, int32_t rows, void* stream) {
 
 }  // namespace
 
+// What the rows of a batch take one by one, and no more than a wave may. So it grows with batch and S: what suffices
+// for the largest sizes suffices for all below. Rows of a wave share the rounding of their parts and never need more.
 size_t scoreWorkspaceBytes(const ScoreParams& params) {
     ScoreArgs args = argsWithSizes(params);
-    return static_cast<size_t>(placeParts(args, rowsPerWave(args), nullptr));
+    const int64_t row = placeParts(args, 1, nullptr), batch = row * params.rows.batch;
+    const int64_t wave = row > kWorkspaceCap ? row : kWorkspaceCap;
+    return static_cast<size_t>(batch < wave ? batch : wave);
 }
 
 LaunchStatus launchScore(const ScoreParams& params, void* workspace, void* stream) {

@@ -216,7 +216,7 @@ class Compress final : public PackedPlugin {
         const int32_t count = static_cast<int32_t>(array(kLayers).size());
         Cache caches[kMaxLayers];
         for (int32_t i = 0; i < count; ++i)
-            if (!findCache(i, pools, buffers, caches[i])) return false;
+            if (!findCache(i, pools, buffers, caches[i]) || !isNew(caches, i)) return false;
         CompactParams params{};
         params.rows = rows;
         params.layout.stride_token = tokenBytes();
@@ -242,6 +242,15 @@ class Compress final : public PackedPlugin {
                 static_cast<const int32_t*>(buffers.inputs[kBlocks]) + pool * batch.rows * 2 * table;
             if (!done(chunkkv_compact(&params, buffers.stream))) return false;
         }
+        return true;
+    }
+
+    /// One launch moves all caches in place, so two of them may not be the same memory.
+    bool isNew(const Cache* caches, int32_t number) const {
+        for (int32_t i = 0; i < number; ++i)
+            if (caches[i].base == caches[number].base)
+                return report("%s: layers %d and %d have the same place in pool %d; give each its own in layer_in_pool",
+                              getPluginName(), array(kLayers)[i], array(kLayers)[number], caches[number].pool);
         return true;
     }
 

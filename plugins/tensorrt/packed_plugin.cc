@@ -89,15 +89,8 @@ ScoreParams PackedPlugin::scoreSizes(const Heads& heads, DataType type, int64_t 
 
 bool PackedPlugin::scoreBytes(const Heads& heads, DataType type, int64_t rows, int64_t tokens, size_t& bytes) const {
     const int64_t longest = std::min<int64_t>(tokens, value(kMaxLength));
-    const ScoreParams all = scoreSizes(heads, type, std::min(rows, tokens), longest);
-    const ScoreParams one = scoreSizes(heads, type, std::min<int64_t>(rows, 1), longest);
-    size_t all_bytes = 0, row_bytes = 0;
-    if (!done(chunkkv_score_workspace(&all, &all_bytes)) || !done(chunkkv_score_workspace(&one, &row_bytes)))
-        return false;
-    // A large batch runs in waves of whole rows under a cap, so shorter rows may fill the cap better than the longest
-    // do: by less than one row.
-    bytes = aligned(all_bytes) + aligned(row_bytes);
-    return true;
+    const ScoreParams params = scoreSizes(heads, type, std::min(rows, tokens), longest);
+    return done(chunkkv_score_workspace(&params, &bytes));
 }
 
 PackedPlugin::Parts PackedPlugin::parts(void* workspace, int64_t rows, int64_t tokens, size_t score_bytes) {

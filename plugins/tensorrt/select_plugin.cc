@@ -162,13 +162,9 @@ class Select final : public Plugin {
         batch = std::min<int64_t>(batch, CHUNKKV_MAX_BATCH);
         tokens = std::min<int64_t>(tokens, CHUNKKV_MAX_LENGTH);
         ScoreParams params;
-        size_t all = 0, row = 0;
-        if (!scoreParams(largest, params) || !done(chunkkv_score_workspace(&params, &all))) return 0;
-        const Parts whole = parts(params, all);
-        // A large batch runs in waves of whole rows under a cap, so shorter rows may fill the cap better than the
-        // longest do: by less than one row.
-        params.rows.batch = params.rows.batch < 1 ? params.rows.batch : 1;
-        return done(chunkkv_score_workspace(&params, &row)) ? whole.bytes + aligned(row) : 0;
+        size_t bytes = 0;
+        const bool known = scoreParams(largest, params) && done(chunkkv_score_workspace(&params, &bytes));
+        return known ? parts(params, bytes).bytes : 0;
     }
 
     bool run(const PluginTensorDesc* in, const PluginTensorDesc* out, const Buffers& buffers) const override {

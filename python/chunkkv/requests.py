@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import count
 from numbers import Integral
 
 import numpy as np
@@ -13,6 +14,7 @@ from chunkkv.settings import KEEP_SCALE, ChunkKVSettings, keep_ratio_to_per_10k
 from chunkkv.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
+_next_id = count(1).__next__
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,13 @@ class Limits:
 
 @dataclass(frozen=True)
 class Request:
-    """One checked prompt: token ids [L] int64, its budget as the graph takes it, and N(L)."""
+    """One checked prompt: token ids [L] int64, its budget as the graph takes it, N(L), and a number of its own."""
 
     ids: np.ndarray
     keep_per_10k: int
     budget_tokens: int
     kept_tokens: int
+    request_id: int = field(default_factory=_next_id)
 
 
 def is_single(prompts: Prompt | Sequence[Prompt]) -> bool:

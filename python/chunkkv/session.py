@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from chunkkv import reference
+from chunkkv import profiling, reference
 from chunkkv.engine_files import EngineFiles
 from chunkkv.errors import EngineMismatchError, RequestError
 from chunkkv.executors.interface import Choice, Executor, KVCache, Prefilled
@@ -63,12 +64,13 @@ class ChunkKVSession:
             raise RequestError(f"threads is {threads!r}; give a whole number, or none")
         if threads is not None and not 1 <= threads <= MAX_THREADS:
             raise RequestError(f"threads is {threads}; allowed is 1 to {MAX_THREADS}, or none")
-        files = EngineFiles.load(Path(engine_dir))
-        executor = load_executor(files, threads, max_tokens_in_paged_kv_cache)
+        with profiling.range("load"):
+            files = EngineFiles.load(Path(engine_dir))
+            executor = load_executor(files, threads, max_tokens_in_paged_kv_cache)
+            tokenizer = Tokenizer.from_dir(files.path) if (files.path / "tokenizer.json").is_file() else None
         model, build = files.model, files.build
         sizes = (build["max_batch_size"], build["max_input_len"], build["max_seq_len"], model["vocab_size"])
         limits = Limits(*sizes, budget_is_fixed=files.budget_is_fixed)
-        tokenizer = Tokenizer.from_dir(files.path) if (files.path / "tokenizer.json").is_file() else None
         return cls(executor, files.settings, limits, tokenizer, model["eos_token_ids"])
 
     def generate(
@@ -106,7 +108,7 @@ class ChunkKVSession:
             budget_tokens,
             sampling.max_new_tokens,
         )
-        events = self._events(requests, sampling, cancel or threading.Event())
+        events = _within_spans(requests, self._events(requests, sampling, cancel or threading.Event()))
         if stream:
             return events
         results = {event.row: event.finished for event in events if event.finished is not None}
@@ -179,11 +181,19 @@ class ChunkKVSession:
                 decoder.input_ids[row.number] = row.tokens[-1]
                 decoder.position_ids[row.number] = len(row.request.ids) + len(row.tokens) - 1
                 decoder.cache_lengths[row.number] = row.request.kept_tokens + len(row.tokens) - 1
-            logits = decoder.run()
+            with profiling.range_of("decode", [row.request for row in open_rows]):
+                logits = decoder.run()
             seconds = time.perf_counter() - started
             for row in open_rows:
                 row.decode_s += seconds
                 yield row.accept(logits[row.number])
+
+
+def _within_spans(requests: list[Request], events: Iterator[StreamEvent]) -> Iterator[StreamEvent]:
+    with ExitStack() as spans:
+        for request in requests:
+            spans.enter_context(profiling.range_of("request", (request,), nested=False))
+        yield from events
 
 
 class _Row:
@@ -207,13 +217,17 @@ class _Row:
         self._prefilled = prefilled
         if prefilled.logits is None:
             return self.cancelled()
-        token, logprob = self._sampler.choose(prefilled.logits)
+        token, logprob = self._choose(prefilled.logits)
         self._ttft_s = time.perf_counter() - began
         return self._append(token, logprob)
 
     def accept(self, logits: np.ndarray) -> StreamEvent:
         """Choose the next token from logits [vocab]."""
-        return self._append(*self._sampler.choose(logits))
+        return self._append(*self._choose(logits))
+
+    def _choose(self, logits: np.ndarray) -> tuple[int, float | None]:
+        with profiling.range_of("sample", (self.request,)):
+            return self._sampler.choose(logits)
 
     def _append(self, token: int, logprob: float | None) -> StreamEvent:
         self.tokens.append(token)

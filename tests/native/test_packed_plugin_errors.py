@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import resource
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ from chunkkv.native import NativeLibrary, RawArray
 from native.memory import Memory
 from native.packed_batch import SETTINGS, PackedBatch, Pools
 from native.plugin_host import CHAR, INT32, Field, HostError, Range, node_fields
-from native.plugin_op import HOST_INPUTS, PluginNode, open_host
+from native.plugin_op import FLAVOUR, HOST_INPUTS, PluginNode, open_host
 from native.test_boundaries import DELIMITERS
 from native.test_packed_plugins import DELIMITED, prepare_fields, prepare_inputs
 
@@ -275,6 +277,9 @@ def test_mappings(memory: Memory) -> None:
     wide = [*inputs[:9], np.array([[0, -1], [0, 1], [0, 2]], np.int32), *inputs[10:]]
     two = {key: value for key, value in fields.items() if key != "layer_in_pool"} | {"mapping_rank": 2}
     assert "puts layer 0 at place -1 of pool 0" in refused(name, two, wide, memory)
+    text = refused(name, fields | {"layers": [0, 2], "layer_in_pool": [1, 1]}, inputs, memory)
+    assert "layers 0 and 2 have the same place in pool 0; give each its own in layer_in_pool" in text
+    assert "layers 1 and 1 have the same place" in refused(name, fields | {"layers": [1, 1]}, inputs, memory)
 
 
 @pytest.mark.parametrize("node", ["prepare", "score", *ROLES])
@@ -324,6 +329,23 @@ def test_contexts_have_bitmaps_of_their_own(library: NativeLibrary, memory: Memo
 
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(work, range(3)))
+
+
+def test_contexts_take_their_bitmaps_with_them(memory: Memory) -> None:
+    if memory.on_device or FLAVOUR == "asan":
+        pytest.skip("the size of the process shows what host memory alone has lost")
+    name, fields, _ = node_of("prepare", memory)
+    fields |= {"vocab_size": 2**22, "delimiter_bitmap": np.ones(2**17, np.int32)}
+    engine = open_host().deserialise(PluginNode(name, fields).key, node_fields(fields))
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * resource.getpagesize()
+
+    engine.attach()
+    before = resident()
+    for _ in range(200):
+        engine.attach()
+    assert resident() - before < 50 * 2**19, "half a megabyte each"
 
 
 def test_words_come_as_text(memory: Memory) -> None:

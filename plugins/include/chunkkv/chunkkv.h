@@ -64,8 +64,8 @@ CHUNKKV_API int64_t chunkkv_kept_tokens(const chunkkv_settings* settings, int64_
 CHUNKKV_API int64_t chunkkv_max_chunks(const chunkkv_settings* settings, int64_t length);
 
 /* Bytes of workspace that chunkkv_score needs for these sizes, types and settings, padded or packed; of the pointers
- * only whether token_scores is NULL counts. The workspace may hold anything on entry, is aligned to 256 bytes, and is
- * free again when the stream has passed the call. */
+ * only whether token_scores is NULL counts. More rows or a larger max_length never need less. The workspace may hold
+ * anything on entry, is aligned to 256 bytes, and is free again when the stream has passed the call. */
 CHUNKKV_API chunkkv_status chunkkv_score_workspace(const chunkkv_score_params* params, size_t* bytes);
 
 CHUNKKV_API chunkkv_status chunkkv_boundaries(const chunkkv_boundaries_params* params, void* stream);

@@ -77,4 +77,9 @@ CHUNKKV_HD RowPart rowPart(const Rows& rows, int32_t row, int32_t length, int32_
 /// [T + B].
 CHUNKKV_HD int64_t firstChunkStart(const RowPart& chunks, int32_t row) { return chunks.first + row; }
 
+/// Of (token, head) in a dense tensor [T, heads, D].
+CHUNKKV_HD int64_t firstElement(int64_t token, int32_t heads, int32_t head, int32_t head_dim) {
+    return (token * heads + head) * head_dim;
+}
+
 }  // namespace chunkkv

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from chunkkv import profiling
 from chunkkv.executors.interface import Prefilled
 from chunkkv.requests import Request
 
@@ -35,16 +36,19 @@ class BlockwisePrefiller:
         cache = self._full if compresses else out
         assert cache is not None
         logits, queries, filled = None, {}, 0
-        for size in block_sizes(length, self._block, self._window):
-            if cancel.is_set():
-                return [Prefilled(None)]
-            logits, queries = self._executor.prefill_block(cache, request.ids[filled : filled + size], filled)
-            filled += size
+        with profiling.range_of("prefill", requests):
+            for size in block_sizes(length, self._block, self._window):
+                if cancel.is_set():
+                    return [Prefilled(None)]
+                logits, queries = self._executor.prefill_block(cache, request.ids[filled : filled + size], filled)
+                filled += size
         prefill_s = time.perf_counter() - started
         if not compresses:
             return [Prefilled(logits, prefill_s=prefill_s)]
         started = time.perf_counter()
-        choice = self._executor.compress(cache, queries, request.ids, request.keep_per_10k, request.budget_tokens, out)
+        budget = request.keep_per_10k, request.budget_tokens
+        with profiling.range_of("compress", requests):  # score, select and compact of all layers are one graph
+            choice = self._executor.compress(cache, queries, request.ids, *budget, out)
         return [Prefilled(logits, choice, prefill_s, time.perf_counter() - started, cache.nbytes)]
 
 

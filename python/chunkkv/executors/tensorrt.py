@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from chunkkv import profiling
 from chunkkv.errors import BackendUnavailableError, EngineError, EngineMismatchError, EngineRunError, RequestError
 from chunkkv.executors.cuda_runtime import ALIGNMENT, CudaRuntime, DeviceBuffer, Graph, Stream
 from chunkkv.executors.interface import Choice, Prefilled
@@ -165,7 +166,7 @@ class TensorRTPrefiller:
         if cancel.is_set():
             return [Prefilled(None) for _ in requests]
         started = time.perf_counter()
-        with self._executor.prefill_lock:
+        with self._executor.prefill_lock, profiling.range_of("prefill", requests):
             found = self._run(requests, out)
         seconds, contract = time.perf_counter() - started, self._contract
         padded = max(len(request.ids) for request in requests)

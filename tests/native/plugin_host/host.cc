@@ -258,6 +258,8 @@ PluginPointer Engine::attach() const {
 Running::Running(const Engine& engine) : plugin_(engine.attach()) {
     runtime_ = &capability<IPluginV3OneRuntime>(*plugin_, PluginCapabilityType::kRUNTIME, "PLUGIN_V3ONE_RUNTIME");
     require(runtime_->setTactic(0) == 0, "setTactic");
+    // Copies of a plugin that is in use come and go as TensorRT likes.
+    require(PluginPointer(plugin_->clone()) != nullptr, "clone of an attached plugin");
 }
 
 void Running::run(const std::vector<Buffer>& inputs, const std::vector<Buffer>& outputs, void* workspace,
