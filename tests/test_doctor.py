@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,12 @@ def test_a_good_engine_and_repository(machine: Path, tmp_path: Path) -> None:
         ({"batch_scheduler_policy": "max_utilization"}, "batch_scheduler_policy", WARNING, "prefilled again"),
         ({"batch_scheduler_policy": None}, "batch_scheduler_policy", WARNING, "not set"),
         ({"max_beam_width": "2"}, "max_beam_width", BREAKS, "2: beams share"),
+        ({"max_beam_width": " 2 "}, "max_beam_width", BREAKS, "2: beams share"),
+        ({"max_beam_width": "²"}, "max_beam_width", BREAKS, "²"),
+        ({"max_beam_width": "${max_beam_width}"}, "max_beam_width", OK, "not set"),
+        ({"enable_kv_cache_reuse": " true "}, "enable_kv_cache_reuse", BREAKS, "second hit of a prefix fails"),
+        ({"kv_cache_host_memory_bytes": "45000000000"}, "kv_cache_host_memory_bytes", BREAKS, "block on the host"),
+        ({"max_attention_window_size": "9" * 5000}, "max_attention_window_size", OK, "999"),
         ({"sink_token_length": "4"}, "sink_token_length", BREAKS, "4"),
         ({"max_attention_window_size": "128"}, "max_attention_window_size", BREAKS, "below max_seq_len 256"),
         ({"max_attention_window_size": "512,128"}, "max_attention_window_size", BREAKS, "512,128"),
@@ -202,9 +209,26 @@ def test_the_reader_of_configurations(tmp_path: Path, text: str, expected: dict)
     assert pbtxt.read_config(path) == expected
 
 
-@pytest.mark.parametrize("text", ["a {", "a: [1", "}", ": 1", "a:", 'a: "x', "a: ]"])
+@pytest.mark.parametrize("text", ["a {", "a: [1", "}", ": 1", "a:", 'a: "x', "a: ]", "a {" * 10**5, " " * (5 << 20)])
 def test_the_reader_refuses_what_does_not_close(tmp_path: Path, text: str) -> None:
     path = tmp_path / "config.pbtxt"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match=r"config\.pbtxt"):
         pbtxt.read_config(path)
+
+
+def test_the_reader_takes_plain_files_only(tmp_path: Path) -> None:
+    path = tmp_path / "config.pbtxt"
+    for make in (os.mkfifo, os.mkdir):
+        make(path)
+        with pytest.raises(ConfigError, match="is no plain file"):
+            pbtxt.read_config(path)
+        path.rmdir() if path.is_dir() else path.unlink()
+
+
+def test_parameters_of_another_shape_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "config.pbtxt"
+    texts = 'parameters: 3 parameters { key: "x" } parameters { key: "y" value: [] } backend: []'
+    path.write_text(texts + "parameters { key: {} value { string_value: {} } }", encoding="utf-8")
+    config = pbtxt.read_config(path)
+    assert pbtxt.parameters(config) == {"": ""} and pbtxt.text_of(config, "backend") == ""

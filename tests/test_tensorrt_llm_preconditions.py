@@ -138,10 +138,12 @@ def test_position_embeddings_that_are_supported(tmp_path: Path, kind: str, scali
         ({"architecture": "DeepseekV2ForCausalLM"}, "multi-head latent attention"),
         ({"architecture": "DecoderModel"}, "cross attention"),
         ({"architecture": "RecurrentGemmaForCausalLM"}, "recurrent layers"),
-        ({"layer_types": ["attention", "recurrent"]}, "'recurrent' layers have no KV cache"),
+        ({"layer_types": ["attention", "recurrent"]}, "recurrent layers have no KV cache"),
         ({"mapping__cp_size": 2}, "convert_checkpoint.py --cp_size 1"),
         ({"mapping__tp_size": 3}, "multiple of tp_size, 3"),
         ({"quantization__kv_cache_quant_algo": "NVFP4"}, "INT8 or FP8"),
+        ({"quantization__kv_cache_quant_algo": ["FP8"]}, "INT8 or FP8"),
+        ({"rotary_scaling": {"type": "linear", "factor": "2"}}, "'factor' is '2'"),
         ({"num_key_value_heads": 3}, "must divide num_attention_heads, 4"),
         ({"head_size": 72}, "kernels for 64, 80, 96, 128, 256"),
         ({"num_attention_heads": 17, "num_key_value_heads": 1}, "at most 16 query heads for one"),
@@ -163,6 +165,45 @@ def test_a_sliding_window_is_refused_unless_it_sees_everything(tmp_path: Path, b
     assert build("--dry_run", checkpoint_dir=checkpoint, max_seq_len=128, max_input_len=100).code == 0
     config_with(tmp_path, sliding_window=128, use_sliding_window=False)
     assert build("--dry_run", checkpoint_dir=checkpoint).code == 0
+
+
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+def test_the_length_that_trtllm_build_stretches_by_itself_is_refused_before_the_build(
+    late: Machine, build: LlmBuild, tmp_path: Path, kind: str
+) -> None:
+    stretched = config_with(tmp_path, rotary_scaling={"type": kind, "factor": 4.0})
+    said = build("--dry_run", checkpoint_dir=stretched, max_seq_len=None).error(2)
+    assert "max_seq_len is 2048, as trtllm-build takes it; the rotary table of this model has 512 positions" in said
+    assert late.networks == []
+    config_with(tmp_path, rotary_scaling={"rope_type": "llama3", "factor": 8.0})
+    assert LlmModel.read(tmp_path).default_max_seq_len == 512
+
+
+@pytest.mark.parametrize(
+    ("limits", "longest"),
+    [
+        ({"max_input_len": 64, "max_seq_len": 256, "max_num_tokens": 200}, 200),
+        ({"max_input_len": 64, "max_seq_len": 256, "max_num_tokens": 8192}, 256),
+        ({"max_input_len": 64, "max_seq_len": None, "max_num_tokens": 8192}, 512),
+    ],
+)
+def test_prompts_may_be_as_long_as_the_cpp_runtime_admits(
+    late: Machine, build: LlmBuild, limits: dict[str, Any], longest: int
+) -> None:
+    assert build("--dry_run", **limits).code == 0
+    (network,) = late.networks
+    nodes = [*network.of("ChunkKVPrepare"), *network.of("ChunkKVCompress")]
+    assert {node.fields()["max_length"] for node in nodes} == {longest}
+
+
+def test_missing_ranks_are_noticed_before_the_first_one_is_built(
+    late: Machine, build: LlmBuild, tmp_path: Path
+) -> None:
+    checkpoint = config_with(tmp_path, mapping__tp_size=2, mapping__world_size=2)
+    (checkpoint / "rank0.safetensors").write_bytes(b"")
+    (checkpoint / "rank1.safetensors").unlink(missing_ok=True)
+    assert "rank1.safetensors is missing of 2 ranks (tp_size 2" in build(checkpoint_dir=checkpoint).error(1)
+    assert late.networks == []
 
 
 def test_a_hugging_face_checkpoint_is_told_apart(tmp_path: Path, build: LlmBuild) -> None:

@@ -120,10 +120,27 @@ def test_a_runner_loads_its_rank_with_the_settings_of_the_directory(devices: lis
     assert isinstance(runner.session, tensorrt_llm_runner.ChunkKVGenerationSession)
     assert runner.session.chunkkv.kept_tokens(100) == 40
     assert runner.session.engine_buffer == (path / "rank0.engine").read_bytes() and runner.session.cuda_graph_mode
+    assert runner.session.streamed == []
     assert runner.limits == (4, 192, 256, 1) and runner.kv_cache_type == "paged" and devices == [0]
     import tensorrt
 
     assert tensorrt.get_plugin_registry().get_creator("ChunkKVCompress", "1", "chunkkv") is not None
+
+
+def test_streamed_weights_get_their_share_of_the_gpu(devices: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    from tensorrt_llm.builder import Engine
+
+    load = Engine.from_dir
+
+    def streamed(*words: Any) -> Any:
+        engine = load(*words)
+        engine.engine = b"streamed"
+        return engine
+
+    monkeypatch.setattr(Engine, "from_dir", streamed)
+    path = engine_dir(machine().generation, chunkkv_layer_reuse=2)
+    runner = tensorrt_llm_runner.ChunkKVModelRunner.from_dir(path, gpu_weights_percent=0.25)
+    assert runner.session.streamed == [0.25]
 
 
 def test_what_is_missing_is_named(devices: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

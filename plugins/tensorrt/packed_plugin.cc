@@ -50,7 +50,7 @@ bool PackedPlugin::readBatch(const void* types, const void* lengths, int64_t row
             return report("%s: row %d is a context row behind a generation row; put context rows first",
                           getPluginName(), row);
         if (length < 1 || length > value(kMaxLength))
-            return report("%s: row %d has a prompt of %d tokens; allowed is 1 to %d, the max_input_len of the engine",
+            return report("%s: row %d has a prompt of %d tokens; allowed is 1 to %d, the max_length of the plugin",
                           getPluginName(), row, length, value(kMaxLength));
         ++batch.contexts;
         used += length;

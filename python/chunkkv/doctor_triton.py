@@ -63,13 +63,15 @@ def _check_engine_model(
         _at_most(model, "max_beam_width", values.get("max_beam_width", ""), 1, "beams share a prompt's blocks")
     )
     found.append(_at_most(model, "sink_token_length", values.get("sink_token_length", ""), 0, "ChunkKV keeps sinks"))
+    name, why = "kv_cache_host_memory_bytes", "a live request's block on the host fails the step"
+    found.append(_at_most(model, name, values.get(name, ""), 0, why))
     found.append(_window(model, values.get("max_attention_window_size", ""), files.build["max_seq_len"]))
     mode = values.get("decoding_mode", "").lower()
     if any(word in mode for word in _SPECULATIVE):
         why = f"{mode}: draft tokens and beams take tokens back by cache length"
         found.append(breaks(f"{model}: decoding_mode", why, "leave it empty, or top_k_top_p"))
     size = pbtxt.text_of(config, "max_batch_size")
-    if size.isdigit() and int(size) > files.build["max_batch_size"]:
+    if (_whole(size) or 0) > files.build["max_batch_size"]:
         limit = files.build["max_batch_size"]
         found.append(breaks(f"{model}: max_batch_size", f"{size}, the engine takes {limit}", f"set it to {limit}"))
     memory = "the C++ runtime keeps allocating by logical length: decode gets faster, no KV memory comes back"
@@ -114,14 +116,18 @@ def _policy(model: str, value: str) -> Finding:
 
 
 def _at_most(model: str, name: str, value: str, most: int, why: str) -> Finding:
-    if value.isdigit() and int(value) > most:
+    if not value or _is_placeholder(value):
+        return ok(f"{model}: {name}", f"not set, {most}")
+    number = _whole(value)
+    if number is None or number > most:
         return breaks(f"{model}: {name}", f"{value}: {why}", f"set it to {most}, or leave it out")
-    return ok(f"{model}: {name}", value if value.isdigit() else f"not set, {most}")
+    return ok(f"{model}: {name}", value)
 
 
 def _window(model: str, value: str, max_seq_len: int) -> Finding:
     check = f"{model}: max_attention_window_size"
-    windows = [int(word) for word in re.findall(r"\d+", value)] if not _is_placeholder(value) else []
+    words = [] if _is_placeholder(value) else re.findall(r"[0-9]+", value)
+    windows = [window for word in words if (window := _whole(word)) is not None]
     if windows and min(windows) < max_seq_len:
         why = f"{value}, below max_seq_len {max_seq_len}: a window that slides overwrites kept tokens"
         return breaks(check, why, f"leave it out, or at least {max_seq_len}")
@@ -139,6 +145,11 @@ def _check_environment(model: str, files: EngineFiles, environment: Mapping[str,
     if not Path(libraries[0]).is_file():
         return [breaks(check, f"{libraries[0]} is no file", change)]
     return [ok(check, libraries[0])]
+
+
+def _whole(text: str) -> int | None:
+    """Return a whole number, None where `text` is none; beyond 18 digits any is too large for a setting."""
+    return int(text[:18]) if re.fullmatch("[0-9]+", text) else None
 
 
 def _is_placeholder(value: str) -> bool:

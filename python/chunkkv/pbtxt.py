@@ -13,6 +13,7 @@ from chunkkv.errors import ConfigError
 from chunkkv.json_files import read_text
 
 CONFIG_FILE = "config.pbtxt"
+_LARGEST_BYTES = 4 << 20  # a configuration has some kilobytes
 Message = dict[str, list[Any]]  # every field as the list of its values: text, or a Message
 _TOKEN = re.compile(
     r"""[\s,;]+ | \#[^\n]* | (?P<text>"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*') | (?P<mark>[{}<>\[\]:])
@@ -23,9 +24,16 @@ _OPENING, _CLOSING = "{<", "}>"
 
 
 def read_config(path: Path) -> Message:
-    """Return the fields of a config.pbtxt; raises ConfigError where braces or quotes do not match."""
+    """Return the fields of a config.pbtxt; raises ConfigError for no plain file and for text that does not close."""
+    if not path.is_file() or path.stat().st_size > _LARGEST_BYTES:
+        raise ConfigError(
+            f"{path} is no plain file of at most {_LARGEST_BYTES} bytes; give a Triton model configuration"
+        )
     tokens = _tokens(read_text(path, ConfigError), path)
-    message, rest = _message(tokens, 0, path)
+    try:
+        message, rest = _message(tokens, 0, path)
+    except RecursionError:
+        raise ConfigError(f"{path} is nested too deeply; this is no Triton model configuration") from None
     if rest != len(tokens):
         raise ConfigError(f"{path}: {tokens[rest][1]!r} closes nothing; this is no Triton model configuration")
     return message
@@ -33,17 +41,17 @@ def read_config(path: Path) -> Message:
 
 def text_of(message: Message, name: str) -> str:
     """Return the last value of a field as text, "" where it is absent."""
-    value = message.get(name, [""])[-1]
-    return value if isinstance(value, str) else ""
+    values = message.get(name) or [""]
+    return values[-1] if isinstance(values[-1], str) else ""
 
 
 def parameters(message: Message) -> dict[str, str]:
     """Return the string parameters of a model configuration."""
     found = {}
     for entry in message.get("parameters", []):
-        value = entry.get("value", [{}])[-1] if isinstance(entry, dict) else {}
-        if isinstance(value, dict):
-            found[text_of(entry, "key")] = text_of(value, "string_value")
+        values = entry.get("value") if isinstance(entry, dict) else None
+        if values and isinstance(values[-1], dict):
+            found[text_of(entry, "key")] = text_of(values[-1], "string_value").strip()
     return found
 
 

@@ -213,7 +213,7 @@ def with_value(array: NDArray[Any], place: Any, value: int) -> NDArray[Any]:
 BAD_BATCHES: dict[str, tuple[int, Any, int, str]] = {
     "type": (2, 1, 2, "host_request_types of row 1 is 2; allowed are 0 (context) and 1 (generation)"),
     "order": (2, 0, 1, "row 1 is a context row behind a generation row; put context rows first"),
-    "no prompt": (3, 1, 0, "row 1 has a prompt of 0 tokens; allowed is 1 to 64, the max_input_len of the engine"),
+    "no prompt": (3, 1, 0, "row 1 has a prompt of 0 tokens; allowed is 1 to 64, the max_length of the plugin"),
     "long prompt": (3, 0, 65, "row 0 has a prompt of 65 tokens; allowed is 1 to 64"),
     "sum": (3, 0, 51, "the rows have 93 tokens, the packed tensors 92; use remove_input_padding"),
 }

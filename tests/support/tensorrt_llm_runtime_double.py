@@ -130,6 +130,12 @@ class GenerationSession:
     stream: Any = None
     steps: list[Step] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        size = 1000 if b"streamed" in self.engine_buffer else 0
+        self.streamed: list[float] = []
+        engine = SimpleNamespace(streamable_weights_size=size)
+        self.runtime = SimpleNamespace(engine=engine, _set_weight_streaming=self.streamed.append)
+
     @property
     def paged_kv_cache(self) -> bool:
         return self.model_config.kv_cache_type == "paged"

@@ -97,7 +97,8 @@ class EngineBuild:
         stage = list(mapping.pp_layers(facts.num_layers))
         layers = rank_layers(self.settings, stage, mapping.rank, mapping.tp_rank, mapping.pp_rank)
         group = tuple(mapping.tp_group) if self._tp_agree else ()
-        rank = Rank(self.settings, layers, self.plugins, facts.vocab_size, self._words(facts), group)
+        longest = preconditions.longest_prompt(facts, build_config)
+        rank = Rank(self.settings, layers, self.plugins, facts.vocab_size, longest, self._words(facts), group)
         with injected(rank) as injection:
             engine = build(model, build_config)
         shape = injection.check_complete(layers)

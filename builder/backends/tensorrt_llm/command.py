@@ -64,6 +64,8 @@ def _checked(flags: argparse.Namespace, given: argparse.Namespace) -> tuple[Engi
     with _as_usage():
         preconditions.check(preconditions.BUILD, preconditions.values_of(given))
     model = LlmModel.read(source)
+    if not flags.dry_run:
+        model.check_weights(source)
     settings = chunkkv_settings(flags, model.num_layers)
     assert settings is not None  # flags.py insists on --chunkkv
     with _as_usage():

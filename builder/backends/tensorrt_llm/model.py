@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,7 @@ class LlmModel:
     head_size: int
     vocab_size: int
     max_positions: int
+    default_max_seq_len: int
     sliding_window: int | None
     kv_quantisation: str | None
     tp_size: int
@@ -82,6 +84,7 @@ class LlmModel:
             head_size=fields.integer("head_size", default=max(fields.integer("hidden_size") // heads, 1)),
             vocab_size=fields.integer("vocab_size"),
             max_positions=fields.integer("max_position_embeddings"),
+            default_max_seq_len=_default_max_seq_len(fields),
             sliding_window=_sliding_window(fields),
             kv_quantisation=_named(quantisation),
             tp_size=mapping.integer("tp_size", default=1),
@@ -89,6 +92,18 @@ class LlmModel:
         )
         _check_attention(model, fields)
         return model
+
+    def check_weights(self, checkpoint_dir: str | Path) -> None:
+        """Raise CheckpointError where a rank's weights are missing; a config.json alone is built without weights."""
+        path = Path(checkpoint_dir)
+        if path.suffix == ".json":
+            return
+        for rank in range(self.tp_size * self.pp_size):
+            if not (path / f"rank{rank}.safetensors").is_file():
+                raise CheckpointError(
+                    f"{path / f'rank{rank}.safetensors'} is missing of {self.tp_size * self.pp_size} ranks (tp_size "
+                    f"{self.tp_size}, pp_size {self.pp_size}): give the whole output directory of {_CONVERT}"
+                )
 
     @property
     def kv_dtype(self) -> str:
@@ -113,11 +128,9 @@ def _check_attention(model: LlmModel, fields: Fields) -> None:
             "position_embedding_type",
             f"allowed is {', '.join(POSITION_TYPES)}: with others the tokens that stay would get wrong positions",
         )
-    scaling = fields.get("rotary_scaling") or {}
-    name = (scaling.get("rope_type") or scaling.get("type") or "none") if isinstance(scaling, Mapping) else scaling
-    if name not in (*ROPE_SCALINGS, "default"):
+    if _scaling_name(fields.get("rotary_scaling")) not in (*ROPE_SCALINGS, "default"):
         raise fields.error("rotary_scaling", f"the rotary scalings allowed are {', '.join(ROPE_SCALINGS)}")
-    if model.kv_quantisation not in KV_QUANTISATIONS:
+    if model.kv_quantisation not in list(KV_QUANTISATIONS):
         raise fields.error("quantization", f"a KV cache may be of {', '.join(DTYPES)}, INT8 or FP8: convert again")
     if model.num_heads % model.num_kv_heads:
         raise fields.error("num_key_value_heads", f"it must divide num_attention_heads, {model.num_heads}")
@@ -127,9 +140,23 @@ def _check_attention(model: LlmModel, fields: Fields) -> None:
         raise fields.error("attn_logit_softcapping", "the scoring kernels cap no logits: this model is not supported")
     if fields.get("query_pre_attn_scalar") not in (None, model.head_size):
         raise fields.error("query_pre_attn_scalar", f"the scoring kernels scale by head_size, {model.head_size}, only")
-    if recurrent := [kind for kind in fields.get("layer_types") or [] if "recurrent" in str(kind)]:
-        raise fields.error("layer_types", f"{recurrent[0]!r} layers have no KV cache: this model is not supported")
+    if "recurrent" in str(fields.get("layer_types")):
+        raise fields.error("layer_types", "recurrent layers have no KV cache: this model is not supported")
     check_head_sizes(model.head_size, *model.heads_per_rank)
+
+
+def _default_max_seq_len(fields: Fields) -> int:
+    """Return what trtllm-build takes for --max_seq_len where it is not given: it stretches by the scaling's factor."""
+    scaling, positions = fields.get("rotary_scaling"), fields.integer("max_position_embeddings")
+    if not isinstance(scaling, Mapping) or _scaling_name(scaling) == "llama3":
+        return positions
+    return math.ceil(positions * Fields(scaling, f"{fields.source}: rotary_scaling").number("factor", default=1.0))
+
+
+def _scaling_name(scaling: Any) -> Any:
+    if isinstance(scaling, Mapping):
+        return scaling.get("rope_type") or scaling.get("type") or "none"
+    return scaling or "none"
 
 
 def _sliding_window(fields: Fields) -> int | None:

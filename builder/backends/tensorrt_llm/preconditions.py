@@ -176,18 +176,27 @@ def check_lengths(model: LlmModel, limits: Any) -> None:
             f"max_num_tokens is {max_num_tokens}, below max_input_len = {max_input_len}; a prompt must run in one "
             f"piece, because chunked context is not supported: give --max_num_tokens {max_input_len} or more"
         )
-    longest = max_seq_len or max_input_len or 0
+    longest = max_seq_len or model.default_max_seq_len
     if longest > model.max_positions:
+        origin = "" if max_seq_len else ", as trtllm-build takes it"
         raise ConfigError(
-            f"max_seq_len is {longest}; the rotary table of this model has {model.max_positions} positions "
+            f"max_seq_len is {longest}{origin}; the rotary table of this model has {model.max_positions} positions "
             f"(max_position_embeddings): give --max_seq_len {model.max_positions} or less"
         )
-    seen = max_seq_len or model.max_positions
-    if model.sliding_window is not None and model.sliding_window < seen:
+    if model.sliding_window is not None and model.sliding_window < longest:
         raise ConfigError(
-            f"The model's sliding_window is {model.sliding_window}, below max_seq_len = {seen}; attention "
+            f"The model's sliding_window is {model.sliding_window}, below max_seq_len = {longest}; attention "
             f"that forgets by itself is not supported: give --max_seq_len {model.sliding_window} or less"
         )
+
+
+def longest_prompt(model: LlmModel, limits: Any) -> int:
+    """Return the tokens of the longest prompt that a runtime admits.
+
+    With packed input TensorRT-LLM's C++ runtime looks at max_seq_len and max_num_tokens only, not at max_input_len.
+    """
+    longest = limits.max_seq_len or model.default_max_seq_len
+    return min(longest, limits.max_num_tokens or longest)
 
 
 def _as_flag(value: Any) -> Any:

@@ -36,13 +36,15 @@ _UNROTATED = {"rotary_embedding_dim": 0, "rotary_embedding_scale": 1.0, "rotary_
 class Rank:
     """What ChunkKV does in one rank's network.
 
-    `delimiter_words` are given with delimiter boundaries only, `tp_group` (ranks) where scores are added up.
+    `max_length` is the longest prompt in tokens that may come; `delimiter_words` are given with delimiter boundaries
+    only, `tp_group` (ranks) where scores are added up.
     """
 
     settings: ChunkKVSettings
     layers: RankLayers
     plugins: Plugins
     vocab_size: int
+    max_length: int
     delimiter_words: np.ndarray | None = None
     tp_group: tuple[int, ...] = ()
 
@@ -57,7 +59,6 @@ class Shape:
     kv_dtype: str
     tokens_per_block: int
     mapping_rank: int
-    max_length: int
     max_positions: int | None
 
     def head_fields(self) -> nodes.Fields:
@@ -218,7 +219,7 @@ class _Network:
         return self._add("ChunkKVCompress", fields, inputs)
 
     def _choice_fields(self) -> nodes.Fields:
-        return {**nodes.settings_fields(self._rank.settings), "max_length": self.shape.max_length}
+        return {**nodes.settings_fields(self._rank.settings), "max_length": self._rank.max_length}
 
     def _prepare_fields(self) -> nodes.Fields:
         words = self._rank.delimiter_words
@@ -269,7 +270,6 @@ def _shape_of(given: dict[str, Any], plugin_config: Any) -> Shape:
         kv_dtype=_kv_dtype(given),
         tokens_per_block=plugin_config.tokens_per_block,
         mapping_rank=given["host_kv_cache_pool_mapping"].ndim(),
-        max_length=given["max_context_length"],
         max_positions=rows,
     )
 

@@ -131,6 +131,8 @@ def _runner_class(session_class: type) -> type:
                 model, engine.engine, mapping, debug_mode=debug_mode, stream=stream, cuda_graph_mode=cuda_graph_mode
             )
             session.chunkkv = settings
+            if session.runtime.engine.streamable_weights_size:  # --weight_streaming: no context exists before
+                session.runtime._set_weight_streaming(gpu_weights_percent)
             runner = cls(
                 session=session,
                 max_batch_size=limits.max_batch_size,
