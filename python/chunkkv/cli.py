@@ -39,6 +39,7 @@ from chunkkv.cli_options import (
 )
 from chunkkv.errors import EngineError, RequestError
 from chunkkv.evaluation.command import evaluate
+from chunkkv.evaluation.lm_eval_command import PASS_ON, lm_eval_command
 
 if TYPE_CHECKING:
     from chunkkv.results import GenerationResult, StreamEvent
@@ -168,6 +169,7 @@ def inspect(
 
 
 app.command("eval")(evaluate)
+app.command("lm_eval", context_settings=PASS_ON)(lm_eval_command)  # lm-eval is found, too
 
 
 @app.command()
