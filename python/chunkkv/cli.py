@@ -38,6 +38,7 @@ from chunkkv.cli_options import (
     stop_with,
 )
 from chunkkv.errors import EngineError, RequestError
+from chunkkv.evaluation.calibrate_command import calibrate
 from chunkkv.evaluation.command import evaluate
 from chunkkv.evaluation.lm_eval_command import PASS_ON, lm_eval_command
 
@@ -169,6 +170,7 @@ def inspect(
 
 
 app.command("eval")(evaluate)
+app.command()(calibrate)
 app.command("lm_eval", context_settings=PASS_ON)(lm_eval_command)  # lm-eval is found, too
 
 
