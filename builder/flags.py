@@ -13,7 +13,16 @@ from typing import Any, NoReturn
 from chunkkv.errors import ConfigError
 from chunkkv.layer_groups import SYNTAX, layer_groups
 from chunkkv.recipe import read_recipe
-from chunkkv.settings import BOUNDARIES, GATES, LEADERS, MAX_CHUNK_SIZE, MAX_WINDOW, SCORES, ChunkKVSettings
+from chunkkv.settings import (
+    BOUNDARIES,
+    DELIMITER_CHUNK_SIZE,
+    GATES,
+    LEADERS,
+    MAX_CHUNK_SIZE,
+    MAX_WINDOW,
+    SCORES,
+    ChunkKVSettings,
+)
 from chunkkv.settings import keep_ratio_to_per_10k as to_per_10k
 from chunkkv_builder import config
 from chunkkv_builder.progress import LOG_LEVELS
@@ -89,6 +98,8 @@ def chunkkv_settings(flags: argparse.Namespace, num_layers: int) -> ChunkKVSetti
                 values[f"{name}_per_10k"] = to_per_10k(ratio, f"{name}_ratio")
         if "max_keep_per_10k" in values and "keep_per_10k" not in values:
             values["keep_per_10k"] = min(_DEFAULTS.keep_per_10k, values["max_keep_per_10k"])
+        if values.get("boundaries") == "delimiter":
+            values.setdefault("chunk_size", DELIMITER_CHUNK_SIZE)
         least = sum(values.get(name, getattr(_DEFAULTS, name)) for name in ("window", "sinks", "chunk_size"))
         values.setdefault("min_tokens", max(_DEFAULTS.min_tokens, least))
         return ChunkKVSettings(**values, layer_groups=layer_groups(num_layers, reuse))
@@ -202,7 +213,7 @@ def _add_chunkkv(parser: _Parser) -> None:
     budget("--chunkkv_budget_tokens", type=_whole, metavar="N", help="tokens kept, instead of a share")
     add("--chunkkv_max_keep_ratio", type=_ratio, metavar="R", help="most a request may ask for; default: 1.0")
     numbers = (
-        ("chunk_size", f"tokens of a chunk, 1 to {MAX_CHUNK_SIZE}"),
+        ("chunk_size", f"tokens of a chunk, 1 to {MAX_CHUNK_SIZE}; {DELIMITER_CHUNK_SIZE} with boundaries delimiter"),
         ("window", f"last tokens, which are kept and score the others, 1 to {MAX_WINDOW}"),
         ("sinks", "first tokens that are always kept"),
         ("pooling", "odd number of neighbours whose scores are averaged, 1 = off"),

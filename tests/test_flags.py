@@ -100,6 +100,8 @@ def test_the_defaults_are_the_documented_ones() -> None:
         ("--chunkkv_budget_tokens 1024", {"budget_tokens": 1024}),
         ("--chunkkv_sinks 0", {"sinks": 0}),
         ("--chunkkv_gate entropy", {"gate": "entropy"}),
+        ("--chunkkv_boundaries delimiter", {"boundaries": "delimiter", "chunk_size": 20}),
+        ("--chunkkv_boundaries delimiter --chunkkv_chunk_size 10", {"boundaries": "delimiter", "chunk_size": 10}),
         ("--chunkkv_layer_reuse 2", {"layer_groups": ((0, 1), (2,))}),
         ("--chunkkv_layer_reuse 0,1-2", {"layer_groups": ((0,), (1, 2))}),
     ],
