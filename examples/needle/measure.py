@@ -15,9 +15,10 @@ from typing import Final
 
 import torch
 from documents import Task, Writer, test_prompt
-from intervals import wilson
 from transformers import LlamaForCausalLM
 from vocabulary import PAD_ID, write_atomically
+
+from chunkkv.evaluation.statistics import wilson
 
 TASKS: Final = {
     "code": Task(),

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Final
 
 from documents import Task, Writer, test_prompt
-from intervals import wilson
 from rich.console import Console
 from rich.progress import Progress
 from vocabulary import write_atomically
 
 from chunkkv import ChunkKVSession, SamplingParams
+from chunkkv.evaluation.statistics import wilson
 from chunkkv_builder.build_engine import main as build_engine
 
 MODEL: Final = Path(__file__).resolve().parent / "model"

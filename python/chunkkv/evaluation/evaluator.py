@@ -13,7 +13,7 @@ import numpy as np
 
 from chunkkv.errors import ConfigError, EngineMismatchError
 from chunkkv.evaluation.agreement import jaccard
-from chunkkv.evaluation.policies import Choice, Policy
+from chunkkv.evaluation.policies import Choice, Policy, check_policy
 from chunkkv.evaluation.questions import Example
 from chunkkv.evaluation.runner import Answers, PromptRunner
 from chunkkv.evaluation.suites import Cell, Suite, check_suite
@@ -96,6 +96,11 @@ class Evaluator:
             raise EngineMismatchError("this engine was built without a tokenizer, and the suites are texts")
         for suite in plan.suites:
             check_suite(suite, plan.wording.general)
+        longest = session.limits.max_input_len
+        if too_long := next((length for length in plan.lengths if length > longest), None):
+            raise ConfigError(f"lengths has {too_long}; this engine takes prompts of at most {longest} tokens")
+        for policy in plan.policies:
+            check_policy(policy, session.settings)
         self._session, self._plan, self._tokenizer = session, plan, session.tokenizer
         self._runner = PromptRunner(session)
         self._frame = Frame(session.tokenizer, plan.chat)
@@ -218,6 +223,8 @@ def _resumed(path: Path, header: Record) -> list[Record]:
     data = path.read_bytes()
     whole = data[: data.rfind(b"\n") + 1]
     records = read_records(path, whole)
+    if len(records) == 1:  # a run that never began
+        records, whole = [], b""
     if records and records[0] != json.loads(json.dumps(header)):
         changed = sorted(name for name in header if records[0].get(name) != json.loads(json.dumps(header[name])))
         raise ConfigError(

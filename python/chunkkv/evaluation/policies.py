@@ -15,7 +15,7 @@ import numpy as np
 
 from chunkkv import reference
 from chunkkv.errors import ConfigError
-from chunkkv.evaluation.prefilled import PrefilledPrompt
+from chunkkv.evaluation.prefilled import PrefilledPrompt, check_queries
 from chunkkv.layer_groups import layer_groups
 from chunkkv.settings import ChunkKVSettings
 
@@ -69,6 +69,7 @@ class Rule:
     about: str
     choose: Chooser
     settings: dict[str, Any] = field(default_factory=dict)
+    scores: bool = True  # whether it looks at the window's queries
 
 
 def _per_group(prompt: PrefilledPrompt, settings: ChunkKVSettings, choose: Callable[[int], np.ndarray]) -> Choice:
@@ -138,15 +139,17 @@ def _everything(prompt: PrefilledPrompt, settings: ChunkKVSettings, kept: int) -
 _PLAIN: dict[str, Any] = {"boundaries": "fixed", "gate": "none"}
 _TOKENS: dict[str, Any] = {**_PLAIN, "chunk_size": 1, "pooling": SNAPKV_POOLING}
 RULES: dict[str, Rule] = {
-    "full": Rule("every token", _everything),
-    "engine": Rule("what the engine's own compress graph keeps", _engine),
+    "full": Rule("every token", _everything, scores=False),
+    "engine": Rule("what the engine's own compress graph keeps", _engine, scores=False),
     "chunkkv": Rule("chunks of one length", _chunks, _PLAIN),
     "chunkkv-delimiter": Rule("chunks that end with a clause or a line", _chunks, {"boundaries": "delimiter"}),
     "chunkkv-entropy": Rule("chunks of one length behind the entropy gate", _chunks, {**_PLAIN, "gate": "entropy"}),
     "snapkv": Rule("single tokens, scores pooled over 5 neighbours, heads sharing", _chunks, _TOKENS),
     "pyramidkv": Rule("as snapkv, more in the first layers and less in the last", _pyramid, _TOKENS),
-    "streaming": Rule("the first tokens and the most recent ones", _streaming, {**_PLAIN, "chunk_size": 1}),
-    "random": Rule("chunks drawn at random", _random, _PLAIN),
+    "streaming": Rule(
+        "the first tokens and the most recent ones", _streaming, {**_PLAIN, "chunk_size": 1}, scores=False
+    ),
+    "random": Rule("chunks drawn at random", _random, _PLAIN, scores=False),
 }
 
 
@@ -187,6 +190,16 @@ def make_policy(text: str, engine: ChunkKVSettings) -> Policy:
         else:
             values[name] = value
     return Policy(text, rule, _settings(text, engine, values))
+
+
+def check_policy(policy: Policy, engine: ChunkKVSettings) -> None:
+    """Raise ConfigError where an engine of these settings does not give the queries that the policy scores with."""
+    if not RULES[policy.rule].scores:
+        return
+    there = [engine.leader_of(group) for group in engine.layer_groups]
+    for group in policy.settings.layer_groups:
+        for layer in group if policy.rule == "pyramidkv" else [policy.settings.leader_of(group)]:
+            check_queries(layer, policy.settings.window, there, engine.window)
 
 
 def _settings(text: str, engine: ChunkKVSettings, values: dict[str, Any]) -> ChunkKVSettings:

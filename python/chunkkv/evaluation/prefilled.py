@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -33,7 +33,7 @@ class PrefilledPrompt:
     delimiter_table: np.ndarray | None
     seed: int
     engine_choice: Callable[[int], list[np.ndarray]] | None = None
-    _scores: dict[tuple, np.ndarray] = field(default_factory=dict)
+    _scores: dict[tuple, np.ndarray] = field(default_factory=dict, init=False)
 
     def __len__(self) -> int:
         """Tokens of the prompt."""
@@ -57,17 +57,8 @@ class PrefilledPrompt:
 
     def query(self, layer: int, window: int) -> np.ndarray:
         """Return the last `window` rotated queries [Hq,w,D]; raises ConfigError where the engine does not give them."""
-        if layer not in self.queries:
-            raise ConfigError(
-                f"layer {layer} scores for its group, but the engine gives the queries of layers "
-                f"{', '.join(map(str, self.queries))} only: build it with --chunkkv_layer_reuse 1"
-            )
+        check_queries(layer, window, self.queries, next(iter(self.queries.values())).shape[1])
         query = self.queries[layer]
-        if window > query.shape[1]:
-            raise ConfigError(
-                f"window is {window}, the engine gives the last {query.shape[1]} queries: build it with "
-                f"--chunkkv_window {window} or more, or ask for less"
-            )
         return query[:, query.shape[1] - window :]
 
     def token_scores(self, layer: int, settings: ChunkKVSettings) -> np.ndarray:
@@ -77,3 +68,17 @@ class PrefilledPrompt:
             query = self.query(layer, settings.window)
             self._scores[key] = reference.token_scores(query, self.key(layer), *key[1:])
         return self._scores[key]
+
+
+def check_queries(layer: int, window: int, layers: Collection[int], engine_window: int) -> None:
+    """Raise ConfigError where an engine that gives the last queries of some layers does not give those asked for."""
+    if layer not in layers:
+        raise ConfigError(
+            f"layer {layer} scores for its group, but the engine gives the queries of layers "
+            f"{', '.join(map(str, layers))} only: build it with --chunkkv_layer_reuse 1"
+        )
+    if window > engine_window:
+        raise ConfigError(
+            f"window is {window}, the engine gives the last {engine_window} queries: build it with "
+            f"--chunkkv_window {window} or more, or ask for less"
+        )
