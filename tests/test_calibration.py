@@ -141,6 +141,17 @@ def test_prompts_with_answers_show_what_is_lost(engine: Path, tmp_path: Path) ->
     assert all(cell["accuracy"] == 1.0 for cell in rows["chunkkv-delimiter:chunk_size=20"])
 
 
+def test_the_examples_of_chunkkv_eval_serve_too(engine: Path, tmp_path: Path) -> None:
+    file = json.loads((PROMPTS / "home.json").read_text(encoding="utf-8"))
+    context = file["text"].removesuffix(file["question"])
+    answer = file["expected"].replace("<eos>", "").rstrip(". ")
+    example = json.dumps({"context": context, "question": file["question"], "answer": answer})
+    (tmp_path / "e.jsonl").write_text(f"{example}\n{example}\n", encoding="utf-8")
+    recipe = calibrate(engine, tmp_path / "r.json", "--data", f"file:{tmp_path / 'e.jsonl'}", "--policies", "")
+    assert recipe["measured"]["prompts"] == 2  # each once, though 64 were wanted
+    assert [cell["accuracy"] for cell in recipe["measured"]["rows"][0]["cells"]] == [1.0] * 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -87,7 +87,7 @@ def _read(session: Any, data: str, wording: str, lengths: tuple[int, ...], count
 
     _, words = served(session, wording)
     path = Path(data)
-    if path.suffix or path.exists():
+    if not data.startswith("file:") and (path.suffix or path.exists()):
         return file_prompts(session, path, count)
     return suite_prompts(session, data, words, lengths, count, seed)
 

@@ -25,7 +25,10 @@ NEW_TOKENS = 64  # of an answer that is looked for in the text
 def suite_prompts(
     session: ChunkKVSession, names: str, wording: Wording, lengths: tuple[int, ...], count: int, seed: int
 ) -> Prompts:
-    """Return `count` prompts of the named suites with their questions, as evenly from all cells as they go round."""
+    """Return `count` prompts of the named suites with their questions, as evenly from all cells as they go round.
+
+    Fewer where the suites are files with fewer examples.
+    """
     assert session.tokenizer is not None and session.settings is not None
     frame = Frame(session.tokenizer, chat=False)
     cells = []
@@ -34,11 +37,12 @@ def suite_prompts(
         cells += [(suite, cell) for cell in suite.cells(lengths, session.settings)]
     prompts: Prompts = []
     for index in itertools.count():
-        for suite, cell in cells:
-            if len(prompts) == count:
-                return prompts
+        there = [(suite, cell) for suite, cell in cells if index == 0 or "line" not in cell]
+        for suite, cell in there[: count - len(prompts)]:
             writer = Writer(session.tokenizer, wording, frame, suite.seed(seed, cell, index))
             prompts.append(suite.make(writer, cell).prompt("in"))
+        if not there or len(prompts) == count:
+            return prompts
     raise AssertionError("count() does not end")
 
 
