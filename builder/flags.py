@@ -7,11 +7,22 @@ import difflib
 import re
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from chunkkv.errors import ConfigError
 from chunkkv.layer_groups import SYNTAX, layer_groups
-from chunkkv.settings import BOUNDARIES, GATES, LEADERS, MAX_CHUNK_SIZE, MAX_WINDOW, SCORES, ChunkKVSettings
+from chunkkv.recipe import read_recipe
+from chunkkv.settings import (
+    BOUNDARIES,
+    DELIMITER_CHUNK_SIZE,
+    GATES,
+    LEADERS,
+    MAX_CHUNK_SIZE,
+    MAX_WINDOW,
+    SCORES,
+    ChunkKVSettings,
+)
 from chunkkv.settings import keep_ratio_to_per_10k as to_per_10k
 from chunkkv_builder import config
 from chunkkv_builder.progress import LOG_LEVELS
@@ -124,18 +135,30 @@ def chunkkv_settings(flags: argparse.Namespace, num_layers: int) -> ChunkKVSetti
     given = {name.removeprefix(_PREFIX): value for name, value in vars(flags).items() if name.startswith(_PREFIX)}
     values: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     values.pop("tp_agree", None)  # says how ranks of an engine work together, not what is kept
-    reuse = values.pop("layer_reuse", "1")
     try:
+        if (recipe := values.pop("recipe", None)) is not None:
+            values = _over_recipe(values, read_recipe(Path(recipe), num_layers))
+        reuse = values.pop("layer_reuse", "1")
         for name in ("keep", "max_keep"):
             if (ratio := values.pop(f"{name}_ratio", None)) is not None:
                 values[f"{name}_per_10k"] = to_per_10k(ratio, f"{name}_ratio")
         if "max_keep_per_10k" in values and "keep_per_10k" not in values:
             values["keep_per_10k"] = min(_DEFAULTS.keep_per_10k, values["max_keep_per_10k"])
+        if values.get("boundaries") == "delimiter":
+            values.setdefault("chunk_size", DELIMITER_CHUNK_SIZE)
         least = sum(values.get(name, getattr(_DEFAULTS, name)) for name in ("window", "sinks", "chunk_size"))
         values.setdefault("min_tokens", max(_DEFAULTS.min_tokens, least))
         return ChunkKVSettings(**values, layer_groups=layer_groups(num_layers, reuse))
     except ConfigError as error:
         raise UsageError(with_flag_name(str(error), _PREFIX)) from None
+
+
+def _over_recipe(given: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe's settings with those given as flags in their place; a share and a number exclude each other."""
+    rest = dict(recipe)
+    if "budget_tokens" in given or "keep_ratio" in given:
+        rest = {name: value for name, value in rest.items() if name not in ("budget_tokens", "keep_ratio")}
+    return {**rest, **given}
 
 
 def with_flag_name(message: str, prefix: str = "") -> str:
@@ -261,13 +284,14 @@ def _add_chunkkv(parser: _Parser) -> argparse._ArgumentGroup:
     add, least = group.add_argument, "window + sinks + chunk size"
     switch = _choice(("enable", "disable"))
     add("--chunkkv", nargs="?", const="enable", default="disable", **switch, help="keep part of a prompt's KV cache")
+    add("--chunkkv_recipe", metavar="FILE", help="settings that chunkkv calibrate wrote; flags given here win")
     budget = group.add_mutually_exclusive_group().add_argument
     budget(
         "--chunkkv_keep_ratio", type=_ratio, metavar="R", help=f"share kept, in (0, 1]; default: {_DEFAULTS.keep_ratio}"
     )
     budget("--chunkkv_budget_tokens", type=_whole, metavar="N", help="tokens kept, instead of a share")
     numbers = (
-        ("chunk_size", f"tokens of a chunk, 1 to {MAX_CHUNK_SIZE}"),
+        ("chunk_size", f"tokens of a chunk, 1 to {MAX_CHUNK_SIZE}; {DELIMITER_CHUNK_SIZE} with boundaries delimiter"),
         ("window", f"last tokens, which are kept and score the others, 1 to {MAX_WINDOW}"),
         ("sinks", "first tokens that are always kept"),
         ("pooling", "odd number of neighbours whose scores are averaged, 1 = off"),

@@ -39,7 +39,9 @@ from chunkkv.cli_options import (
     stop_with,
 )
 from chunkkv.errors import EngineError, RequestError
+from chunkkv.evaluation.calibrate_command import calibrate
 from chunkkv.evaluation.command import evaluate
+from chunkkv.evaluation.lm_eval_command import PASS_ON, lm_eval_command
 from chunkkv.profile import command as profile_command
 
 if TYPE_CHECKING:
@@ -172,6 +174,8 @@ def inspect(
 
 
 app.command("eval")(evaluate)
+app.command()(calibrate)
+app.command("lm_eval", context_settings=PASS_ON)(lm_eval_command)  # lm-eval is found, too
 
 
 @app.command()
