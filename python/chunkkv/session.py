@@ -44,7 +44,7 @@ class ChunkKVSession:
         self.settings = settings
         self.limits = limits
         self.tokenizer = tokenizer
-        self._eos = frozenset(eos_token_ids)
+        self.eos_token_ids = frozenset(eos_token_ids)
 
     @property
     def executor(self) -> Executor:
@@ -231,7 +231,7 @@ class Answer:
         self.tokens.append(token)
         if logprob is not None:
             self._logprobs.append(logprob)
-        ended = token in self._session._eos and not self._sampling.ignore_eos
+        ended = token in self._session.eos_token_ids and not self._sampling.ignore_eos
         text = "" if ended or self._decoder is None else self._stop.push(self._decoder.push(token))
         if ended or self._stop.found:
             return self._finish(text, "stop", token)
