@@ -53,3 +53,7 @@ class NativeError(ChunkKVError, RuntimeError):
 
 class NativeArgumentError(NativeError, ValueError):
     """An argument of a native op is out of range, of the wrong type or shape, or has no kernel."""
+
+
+class ProfileError(ChunkKVError):
+    """A profiler could not run, or its file cannot be read or says nothing about the stages."""
