@@ -131,6 +131,9 @@ def test_first_come_first_served(session) -> None:
         def __init__(self, number):
             self.number, self.ended = number, threading.Event()
 
+        def on_accepted(self, request):
+            assert len(request.ids) == 30 + self.number
+
         def on_event(self, event):
             if event.finished:
                 order.append(self.number)
@@ -210,6 +213,9 @@ def test_a_failing_prefill_ends_its_own_request_only(session, batcher, gate, mon
 
 def test_a_failing_listener_takes_nothing_down(batcher) -> None:
     class Broken:
+        def on_accepted(self, request):
+            pass
+
         def on_event(self, event):
             raise OSError("the client has gone")
 

@@ -51,6 +51,9 @@ class BatchingLimits:
 class Listener(Protocol):
     """Who waits for an answer; called from the batcher's thread, so none of it may block."""
 
+    def on_accepted(self, request: Request) -> None:
+        """Take the checked request, before it waits; called from the thread that submits."""
+
     def on_event(self, event: StreamEvent) -> None:
         """Take new text; the last event carries the result in `finished`."""
 
@@ -99,7 +102,7 @@ class ContinuousBatcher:
         *,
         keep_ratio: float | None = None,
         budget_tokens: int | None = None,
-    ) -> Request:
+    ) -> None:
         """Queue one prompt; its tokens are those that session.generate gives for the same seed.
 
         Raises RequestError or EngineMismatchError for what the engine cannot serve, OverloadedError where the queue is
@@ -112,6 +115,7 @@ class ContinuousBatcher:
                 f"{needed} tokens do not fit kv_bytes {self.limits.kv_bytes}: ask for fewer new tokens or a smaller "
                 "budget, or give the server more memory"
             )
+        listener.on_accepted(request)
         job = _Job(request, sampling, listener, self.limits)
         with self._wake:
             if self._closing or self._draining:
@@ -123,7 +127,6 @@ class ContinuousBatcher:
                 )
             self._queue.append(job)
             self._wake.notify()
-        return request
 
     def stream(
         self,
@@ -343,6 +346,9 @@ class _QueueListener:
     def __init__(self) -> None:
         self._events: queue.SimpleQueue[StreamEvent | ChunkKVError] = queue.SimpleQueue()
         self._cancelled = False
+
+    def on_accepted(self, request: Request) -> None:
+        pass
 
     def on_event(self, event: StreamEvent) -> None:
         self._events.put(event)

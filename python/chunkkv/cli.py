@@ -1,4 +1,4 @@
-"""chunkkv: generate from an engine directory, look at what ChunkKV keeps, profile, print versions."""
+"""chunkkv: generate from an engine directory, look at what ChunkKV keeps, profile, serve, print versions."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ from chunkkv.cli_options import (
 )
 from chunkkv.errors import EngineError, RequestError
 from chunkkv.profile import command as profile_command
+from chunkkv.triton import commands as triton_commands
 
 if TYPE_CHECKING:
     from chunkkv.results import GenerationResult, StreamEvent
@@ -54,6 +55,7 @@ app = typer.Typer(
     context_settings={"token_normalize_func": lambda name: name.replace("-", "_")},  # --engine-dir is --engine_dir
 )
 app.add_typer(profile_command.app, name="profile")
+app.add_typer(triton_commands.app, name="triton")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

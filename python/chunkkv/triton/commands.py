@@ -44,7 +44,7 @@ def init(
     bls_instances: Annotated[int, int_option("bls_instances", "layout trtllm: requests to the BLS model", True)] = 4,
 ) -> None:
     """Write a model repository for an engine."""
-    with one_line_errors():
+    with one_line_errors("info"):
         from chunkkv.triton.repository import ServeOptions, write_repository
 
         given = dict(locals())
@@ -60,7 +60,7 @@ def patch(
     dry_run: Annotated[bool, typer.Option("--dry_run", help="print the diff, change nothing")] = False,
 ) -> None:
     """Set an existing repository so that a ChunkKV engine runs under TensorRT-LLM's own backend; print the diff."""
-    with one_line_errors():
+    with one_line_errors("info"):
         from chunkkv.triton.patch import patch_repository
 
         print(patch_repository(engine_dir, model_repository, dry_run), end="")
@@ -84,7 +84,7 @@ def serve(
     ] = None,
 ) -> None:
     """Run tritonserver on a repository and keep it alive; SIGTERM lets open requests end."""
-    with one_line_errors():
+    with one_line_errors("info"):
         from chunkkv.triton.server_files import ServerFiles
         from chunkkv.triton.supervisor import ServeSettings, Supervisor
 

@@ -8,7 +8,8 @@ import urllib.request
 from collections.abc import Callable
 from typing import Any
 
-CANARY = {"text_input": "a", "max_tokens": 1}
+CANARY_ID = "chunkkv-canary"  # of requests that are in no log and no metric
+CANARY = {"id": CANARY_ID, "text_input": "a", "max_tokens": 1}
 # Words of a model that lives but takes no more work.
 BUSY = ("CHUNKKV_OVERLOADED", "CHUNKKV_TIMEOUT")
 _WANTED = {"text_input", "max_tokens"}

@@ -20,9 +20,10 @@ from chunkkv.errors import (
     RequestError,
     RequestTimeoutError,
 )
-from chunkkv.requests import Prompt
+from chunkkv.requests import Prompt, Request
 from chunkkv.results import GenerationResult, StreamEvent
 from chunkkv.session import ChunkKVSession
+from chunkkv.triton.health import CANARY_ID
 from chunkkv.triton.inputs import Wish
 from chunkkv.triton.logs import LEVELS, Log
 from chunkkv.triton.metrics import Metrics
@@ -125,6 +126,7 @@ class Client:
     """
 
     wish: Wish
+    request: Request
     prompt = ""  # what the first response repeats of the prompt
 
     def __init__(self, serving: Serving, request: Any, pb_utils: Any, tensors: Callable[..., list]) -> None:
@@ -135,6 +137,10 @@ class Client:
         self._arrived = time.perf_counter()
         self._first = 0.0
         self._held: list[StreamEvent] = []
+
+    def on_accepted(self, request: Request) -> None:
+        """Keep the checked request."""
+        self.request = request
 
     def on_event(self, event: StreamEvent) -> None:
         """Send the event's tensors, those of a whole answer at once where the client does not stream."""
@@ -168,6 +174,8 @@ class Client:
         return self.stopped.is_set() or self._sender.is_cancelled()
 
     def _keep_books(self, result: GenerationResult) -> None:
+        if self.name == CANARY_ID:
+            return
         costs, now = result.statistics, time.perf_counter()
         tpot = (now - self._first) / (costs.new_tokens - 1) if costs.new_tokens > 1 else None
         self._serving.metrics.count(result.finish_reason, result, tpot)

@@ -1,4 +1,4 @@
-"""Keeps a tritonserver alive: starts it, asks it for a token now and then, restarts it, and ends all that belongs to it.
+"""Keeps a tritonserver alive: starts it, asks for a token now and then, restarts it, ends all that belongs to it.
 
 Triton never restarts a model process that died: its clients wait for ever, and the server goes on saying that it is
 ready. So the supervisor watches the processes, and a death ends the whole group: open connections break, which every
