@@ -28,7 +28,7 @@ from chunkkv.session import Answer, ChunkKVSession
 class BatchingLimits:
     """What a batcher takes on; raises ConfigError for a value out of range.
 
-    `slots` answers grow at once, `waiting` requests queue behind them. `queue_timeout_s` bounds the wait for a slot,
+    `slots` answers grow at once, `waiting` requests more may queue. `queue_timeout_s` bounds the wait for a slot,
     `request_timeout_s` wait and answer together. `kv_bytes` bounds the memory of all caches (None = as needed).
     """
 
@@ -120,7 +120,7 @@ class ContinuousBatcher:
         with self._wake:
             if self._closing or self._draining:
                 raise self._closing or OverloadedError("the server is going down; ask again later")
-            if len(self._queue) >= self.limits.waiting:
+            if len(self._open) + len(self._queue) >= self.limits.slots + self.limits.waiting:
                 raise OverloadedError(
                     f"the queue is full: {len(self._open)} answers in work, {len(self._queue)} requests waiting; "
                     "ask again later"

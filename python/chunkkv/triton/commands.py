@@ -73,6 +73,7 @@ def serve(
     http_port: Annotated[int, int_option("http_port", "HTTP", True)] = 8000,
     grpc_port: Annotated[int, int_option("grpc_port", "gRPC", True)] = 8001,
     metrics_port: Annotated[int, int_option("metrics_port", "Prometheus metrics", True)] = 8002,
+    restarts: Annotated[int, int_option("restarts", "failures in a row before it gives up", True)] = 5,
     canary_s: Annotated[float, float_option("canary_s", "time between two canary requests", True)] = 5.0,
     canary_timeout_s: Annotated[float, float_option("canary_timeout_s", "longest canary request", True)] = 60.0,
     start_timeout_s: Annotated[float, float_option("start_timeout_s", "longest start", True)] = 300.0,
@@ -95,6 +96,7 @@ def serve(
             host,
             *ports,
             exit_timeout_s=exit_timeout_s,
+            restarts=restarts,
             server_arguments=tuple(server_arg or ()),
             **times,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,10 @@ NEUTRAL = {
     "len_penalty": (0.0, 1.0),
     "return_log_probs": (False,),
 }
+
+
+# Fields of a request that are Triton's own.
+_PROTOCOL = {"id", "sequence_id", "sequence_start", "sequence_end", "priority", "timeout", "binary_data_output"}
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,13 @@ def words(read: Read, name: str) -> tuple[str, ...]:
     array = read(name)
     found = () if array is None else (text(value, name) for value in array.reshape(-1))
     return tuple(word for word in found if word)
+
+
+def refuse_unknown(parameters: str, known: Sequence[str]) -> None:
+    """Raise RequestError for a field that is no input: the server hands it on as a parameter, in JSON, unread."""
+    for name in json.loads(parameters or "{}"):
+        if name not in _PROTOCOL and not name.startswith("triton_"):
+            raise RequestError(f"there is no input {name!r}; known are {', '.join(known)}")
 
 
 def wish(read: Read, stop: Sequence[str], eos_token_ids: frozenset[int], names: dict[str, str] | None = None) -> Wish:

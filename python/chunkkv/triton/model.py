@@ -10,8 +10,11 @@ import triton_python_backend_utils as pb_utils  # its classes exist only after t
 from chunkkv.errors import RequestError
 from chunkkv.requests import Prompt
 from chunkkv.results import StreamEvent
-from chunkkv.triton.inputs import Wish, prompt_text, wish, words
+from chunkkv.triton.inputs import Wish, prompt_text, refuse_unknown, wish, words
+from chunkkv.triton.repository import SINGLE_INPUTS
 from chunkkv.triton.serving import Client, Serving
+
+KNOWN_INPUTS = tuple(name for name, _, _ in SINGLE_INPUTS)
 
 
 class TritonPythonModel:
@@ -36,6 +39,7 @@ class TritonPythonModel:
             tensor = pb_utils.get_input_tensor_by_name(request, name)
             return None if tensor is None else tensor.as_numpy()
 
+        refuse_unknown(request.parameters(), KNOWN_INPUTS)
         session = self._serving.session
         prompt = prompt_text(read, "text_input", self._serving.max_prompt_bytes)
         if bad := words(read, "bad_words"):
