@@ -163,9 +163,7 @@ def test_load_goes_on_through_a_crash(server: Server) -> None:
     def ask(number: int) -> None:
         while not stop.is_set():
             try:
-                calls.append(
-                    server.generate({"text_input": "a b c", "max_tokens": 50, "ignore_eos": True}, timeout=15)[0]
-                )
+                calls.append(server.generate(body, timeout=15)[0])
             except LOST as error:
                 calls.append(type(error).__name__)
                 assert not isinstance(error, TimeoutError), "a client was left waiting"
