@@ -29,11 +29,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "python"), str(ROOT / "tests")]
 from benchmarks.gpu.build import build_library  # noqa: E402
 
 LIMIT_SECONDS, MARGIN_SECONDS = 540, 15
-OP_TESTS = [f"tests/native/test_{op}.py" for op in ("boundaries", "score", "select", "compact", "rope")]
+OPS = ("boundaries", "score", "select", "compact", "rope", "prepare")
+OP_TESTS = [f"tests/native/test_{name}.py" for name in (*OPS, "packed", "device_memory")]
 PLUGIN_TESTS = ["tests/native/test_plugins.py"]
 TEST_MODULES = ("pytest", "hypothesis", "ml_dtypes")
 DRY_TESTS = "garbage or page or partial or reference_and or two_contexts"  # a sample: the whole is `make test`
-PROBES = ("score", "select", "compact")
+PROBES = ("score", "select", "compact", "packed", "prepare")
 SANITIZERS = ("memcheck", "racecheck")
 AIMS = {
     "score_percent_of_copy": "at least 75 at 32k and more",

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 FAILED, BAD_USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 TOKENIZER_FILE = "tokenizer.json"
 _AUTO_BACKEND = "onnxruntime"
+_TENSORRT_LLM = "tensorrt_llm"
 _AUTO_DTYPE = {"onnxruntime": "float32"}  # elsewhere bfloat16: fast attention kernels need 16 bits
 
 
@@ -74,6 +75,12 @@ def build_engine(flags: Namespace) -> None:
 
     with _bad_usage():
         check_target(Path(flags.output_dir), flags.overwrite)
+    if flags.backend == _TENSORRT_LLM:
+        # Its checkpoints, flags and graphs are TensorRT-LLM's own.
+        command = importlib.import_module(f"chunkkv_builder.backends.{_TENSORRT_LLM}.command")
+        with Progress(flags.log_level) as progress:
+            command.run(flags, progress)
+        return
     backend = load_backend(flags.backend, flags.chunkkv)
     with Progress(flags.log_level) as progress:
         checkpoint, build, plan = read_and_plan(flags, progress)

@@ -63,9 +63,9 @@ int64_t placeParts(ScoreArgs& args, int64_t rows, char* base) {
         return used;
     }
     take(args.columns, heads * args.row_groups * params.rows.max_length);
-    const bool pooled = params.settings.pooling > 1;
-    if (pooled || !params.token_scores) take(args.raw_scores, tokens);
-    if (pooled && !params.token_scores) take(args.smooth_scores, tokens);
+    take(args.raw_scores, tokens);
+    args.smooth_scores = args.raw_scores;
+    if (params.settings.pooling > 1) take(args.smooth_scores, tokens);
     return used;
 }
 
@@ -152,10 +152,6 @@ LaunchStatus launchScore(const ScoreParams& params, void* workspace, void* strea
     placeParts(args, wave, static_cast<char*>(workspace));
     for (int64_t first = 0; first < params.rows.batch; first += wave) {
         const int64_t left = params.rows.batch - first;
-        if (params.token_scores)
-            (params.settings.pooling > 1 ? args.smooth_scores : args.raw_scores) =
-                params.token_scores + first * params.rows.max_length;
-        if (params.settings.pooling == 1) args.smooth_scores = args.raw_scores;
         args.first_row = static_cast<int32_t>(first);
         const LaunchStatus status = launchWave(args, static_cast<int32_t>(left < wave ? left : wave), stream);
         if (status != 0) return status;

@@ -85,7 +85,8 @@ class ContinuousBatcher:
                 "give fewer slots, or build with a larger --max_batch_size"
             )
         self.session, self.limits = session, limits
-        self._lanes = Lanes(session.executor, limits.slots, session.limits.max_seq_len, limits.kv_bytes)
+        kv_bytes = _room(session, limits.kv_bytes)
+        self._lanes = Lanes(session.executor, limits.slots, session.limits.max_seq_len, kv_bytes)
         self._queue: deque[_Job] = deque()
         self._open: list[_Job] = []
         self._wake = threading.Condition()
@@ -371,6 +372,17 @@ class _QueueListener:
                     return
         finally:
             self._cancelled = True
+
+
+def _room(session: ChunkKVSession, kv_bytes: int | None) -> int | None:
+    """Return the bytes that lanes may take: of an engine with a pool, what is left beside its longest prompt."""
+    executor = session.executor
+    pool = getattr(executor, "kv_pool_bytes", None)
+    if pool is None:
+        return kv_bytes
+    longest = executor.capacity_for(session.limits.max_input_len) * executor.kv_bytes_per_token
+    room = max(pool - longest, pool // 2)
+    return room if kv_bytes is None else min(room, kv_bytes)
 
 
 def _as_chunkkv_error(error: Exception) -> ChunkKVError:

@@ -1,4 +1,4 @@
-"""chunkkv: generate from an engine directory, look at what ChunkKV keeps, profile, serve, print versions."""
+"""chunkkv: generate from an engine, look at what ChunkKV keeps, check an engine, profile, serve, print versions."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from chunkkv.cli_options import (
     EngineDir,
     KeepRatio,
     LogLevel,
+    PoolTokens,
     Prompt,
     PromptFile,
     Threads,
@@ -109,6 +110,7 @@ def generate(
     logprobs: Annotated[bool, typer.Option("--logprobs", help="with --json: a log probability per token")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object with text, timings and kept tokens")] = False,
     threads: Threads = None,
+    max_tokens_in_paged_kv_cache: PoolTokens = None,
     log_level: LogLevel = "info",
 ) -> None:
     """Answer a prompt, word by word as the text comes."""
@@ -127,7 +129,7 @@ def generate(
             logprobs=logprobs,
         )
         given = read_prompt(prompt, prompt_file, token_ids)
-        session = load(engine_dir, threads)
+        session = load(engine_dir, threads, max_tokens_in_paged_kv_cache)
         with interrupt_as_cancel() as cancel:
             events = session.generate(
                 chat_ids(session, given) if chat else given,
@@ -168,6 +170,26 @@ def inspect(
         found = session.inspect(chat_ids(session, given) if chat else given, keep_ratio, budget_tokens)
         write_page(found, output)
         print(f"{output}: {found.kept_tokens} of {len(found.token_ids)} tokens kept")
+
+
+@app.command()
+def doctor(
+    engine_dir: EngineDir,
+    triton_repo: Annotated[
+        Path | None, typer.Option("--triton_repo", metavar="DIR", help="the model repository that is to serve it")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+    log_level: LogLevel = "info",
+) -> None:
+    """Say what would break when this engine runs here, or in a Triton repository; exits with 1 if something would."""
+    with one_line_errors(log_level):
+        from chunkkv import doctor as checks
+
+        found = checks.diagnose(engine_dir, triton_repo)
+        print(checks.report(found, as_json))
+        sys.stdout.flush()
+    if checks.would_break(found):
+        raise SystemExit(FAILED)
 
 
 @app.command()

@@ -35,6 +35,10 @@ class EngineRunError(ChunkKVError, RuntimeError):
     """An engine or its device failed while it ran."""
 
 
+class CacheFullError(ChunkKVError):
+    """The KV cache has no room now; the same request may fit once others have ended."""
+
+
 class RequestError(ChunkKVError, ValueError):
     """A generation request is invalid; it is refused before any work is done."""
 

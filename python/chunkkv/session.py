@@ -52,11 +52,18 @@ class ChunkKVSession:
         return self._executor
 
     @classmethod
-    def from_dir(cls, engine_dir: str | PathLike[str], threads: int | None = None) -> ChunkKVSession:
+    def from_dir(
+        cls,
+        engine_dir: str | PathLike[str],
+        threads: int | None = None,
+        max_tokens_in_paged_kv_cache: int | None = None,
+    ) -> ChunkKVSession:
         """Load an engine directory after checking every file in it; the directory says which engine runs it.
 
-        `threads` None leaves the choice to the engine. Raises EngineError for a missing, changed or foreign file,
-        EngineMismatchError for another backend's engine, BackendUnavailableError where that backend cannot run here.
+        `threads` None leaves the choice to the engine. `max_tokens_in_paged_kv_cache` bounds the KV cache of a
+        TensorRT-LLM engine, None takes what the GPU has free. Raises EngineError for a missing, changed or foreign
+        file, EngineMismatchError for an engine that cannot be driven here, BackendUnavailableError where its backend
+        is missing.
         """
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int)):
             raise RequestError(f"threads is {threads!r}; give a whole number, or none")
@@ -64,10 +71,11 @@ class ChunkKVSession:
             raise RequestError(f"threads is {threads}; allowed is 1 to {MAX_THREADS}, or none")
         with profiling.range("load"):
             files = EngineFiles.load(Path(engine_dir))
-            executor = load_executor(files, threads)
+            executor = load_executor(files, threads, max_tokens_in_paged_kv_cache)
             tokenizer = Tokenizer.from_dir(files.path) if (files.path / "tokenizer.json").is_file() else None
         model, build = files.model, files.build
-        limits = Limits(build["max_batch_size"], build["max_input_len"], build["max_seq_len"], model["vocab_size"])
+        sizes = (build["max_batch_size"], build["max_input_len"], build["max_seq_len"], model["vocab_size"])
+        limits = Limits(*sizes, budget_is_fixed=files.budget_is_fixed)
         return cls(executor, files.settings, limits, tokenizer, model["eos_token_ids"])
 
     def generate(
@@ -125,6 +133,11 @@ class ChunkKVSession:
         request = make_requests([prompt], self.tokenizer, self.limits, self.settings, keep_ratio, budget_tokens, 0)[0]
         cache = self._executor.new_cache(1, self._executor.capacity_for(request.kept_tokens))
         choice = self._executor.prefiller().run([request], cache, threading.Event())[0].choice
+        if choice is None and request.kept_tokens < len(request.ids):
+            raise EngineMismatchError(
+                "this engine does not tell which tokens it keeps: inspect one built from the same checkpoint with "
+                "--backend onnxruntime"
+            )
         texts = [self.tokenizer.token_text(int(i)) if self.tokenizer else str(i) for i in request.ids]
         return Inspection(
             tokens=tuple(texts),

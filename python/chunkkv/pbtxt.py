@@ -1,0 +1,106 @@
+"""Reads what a check needs of a Triton config.pbtxt: protobuf text as nested lists, template placeholders included.
+
+Tolerant on purpose: a file that still holds ${...} is no valid configuration, but can be checked.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from chunkkv.errors import ConfigError
+from chunkkv.json_files import read_text
+
+CONFIG_FILE = "config.pbtxt"
+Message = dict[str, list[Any]]  # every field as the list of its values: text, or a Message
+_TOKEN = re.compile(
+    r"""[\s,;]+ | \#[^\n]* | (?P<text>"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*') | (?P<mark>[{}<>\[\]:])
+    | (?P<word>(?:\$\{[^}]*\}|[^\s{}<>\[\]:,;\#"'])+)""",
+    re.VERBOSE,
+)
+_OPENING, _CLOSING = "{<", "}>"
+
+
+def read_config(path: Path) -> Message:
+    """Return the fields of a config.pbtxt; raises ConfigError where braces or quotes do not match."""
+    tokens = _tokens(read_text(path, ConfigError), path)
+    message, rest = _message(tokens, 0, path)
+    if rest != len(tokens):
+        raise ConfigError(f"{path}: {tokens[rest][1]!r} closes nothing; this is no Triton model configuration")
+    return message
+
+
+def text_of(message: Message, name: str) -> str:
+    """Return the last value of a field as text, "" where it is absent."""
+    value = message.get(name, [""])[-1]
+    return value if isinstance(value, str) else ""
+
+
+def parameters(message: Message) -> dict[str, str]:
+    """Return the string parameters of a model configuration."""
+    found = {}
+    for entry in message.get("parameters", []):
+        value = entry.get("value", [{}])[-1] if isinstance(entry, dict) else {}
+        if isinstance(value, dict):
+            found[text_of(entry, "key")] = text_of(value, "string_value")
+    return found
+
+
+def _tokens(text: str, path: Path) -> list[tuple[str, str]]:
+    found, at = [], 0
+    while at < len(text):
+        match = _TOKEN.match(text, at)
+        if match is None:
+            line = text.count("\n", 0, at) + 1
+            raise ConfigError(f"{path}: line {line}: a quote is not closed; this is no Triton model configuration")
+        if match.lastgroup is not None:
+            found.append((match.lastgroup, match.group()))
+        at = match.end()
+    return found
+
+
+def _message(tokens: list[tuple[str, str]], at: int, path: Path) -> tuple[Message, int]:
+    """Return the fields from token `at` and the place behind them: a closing brace, or the end."""
+    fields: Message = {}
+    while at < len(tokens) and tokens[at][1] not in _CLOSING:
+        kind, name = tokens[at]
+        if kind != "word":
+            raise ConfigError(f"{path}: {name!r} stands where a field's name is expected")
+        at += 1
+        if at < len(tokens) and tokens[at][1] == ":":
+            at += 1
+        values, at = _values(tokens, at, path)
+        fields.setdefault(name, []).extend(values)
+    return fields, at
+
+
+def _values(tokens: list[tuple[str, str]], at: int, path: Path) -> tuple[list[Any], int]:
+    if at < len(tokens) and tokens[at] == ("mark", "["):
+        values, at = [], at + 1
+        while at < len(tokens) and tokens[at] != ("mark", "]"):
+            value, at = _value(tokens, at, path)
+            values.append(value)
+        if at == len(tokens):
+            raise ConfigError(f"{path}: a list is not closed")
+        return values, at + 1
+    value, at = _value(tokens, at, path)
+    return [value], at
+
+
+def _value(tokens: list[tuple[str, str]], at: int, path: Path) -> tuple[Any, int]:
+    kind, text = tokens[at] if at < len(tokens) else ("end", "the end of the file")
+    if kind == "mark" and text in _OPENING:
+        message, at = _message(tokens, at + 1, path)
+        if at == len(tokens):
+            raise ConfigError(f"{path}: a brace is not closed")
+        return message, at + 1
+    if kind not in ("text", "word"):
+        raise ConfigError(f"{path}: {text!r} stands where a value is expected")
+    if kind == "word":
+        return text, at + 1
+    joined = ""
+    while at < len(tokens) and tokens[at][0] == "text":  # neighbouring texts are one
+        joined += re.sub(r"\\(.)", r"\1", tokens[at][1][1:-1])
+        at += 1
+    return joined, at
