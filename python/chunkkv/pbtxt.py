@@ -24,7 +24,12 @@ _OPENING, _CLOSING = "{<", "}>"
 
 def read_config(path: Path) -> Message:
     """Return the fields of a config.pbtxt; raises ConfigError where braces or quotes do not match."""
-    tokens = _tokens(read_text(path, ConfigError), path)
+    return parse(read_text(path, ConfigError), path)
+
+
+def parse(text: str, path: Path) -> Message:
+    """Return the fields in the text of the file `path`; raises as read_config does."""
+    tokens = _tokens(text, path)
     message, rest = _message(tokens, 0, path)
     if rest != len(tokens):
         raise ConfigError(f"{path}: {tokens[rest][1]!r} closes nothing; this is no Triton model configuration")
