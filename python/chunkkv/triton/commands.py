@@ -38,6 +38,9 @@ def init(
     ] = None,
     kv_bytes: Annotated[int | None, int_option("kv_bytes", "bound of all KV caches; default none")] = None,
     max_prompt_bytes: Annotated[int | None, int_option("max_prompt_bytes", "longest prompt in bytes")] = None,
+    stream_interval_ms: Annotated[
+        float | None, float_option("stream_interval_ms", "tokens that come sooner share a response; default 0")
+    ] = None,
     threads: Annotated[int | None, int_option("threads", "of an engine on the CPU; default: one per core")] = None,
     log_level: Annotated[str | None, typer.Option("--log_level", help="of the model: " + ", ".join(LEVELS))] = None,
     python_env: PythonEnv = None,

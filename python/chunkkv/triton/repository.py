@@ -84,6 +84,7 @@ class ServeOptions:
     request_timeout_s: float | None = None
     kv_bytes: int | None = None
     max_prompt_bytes: int | None = None
+    stream_interval_ms: float | None = None
     threads: int | None = None
     log_level: str | None = None
 

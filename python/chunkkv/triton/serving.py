@@ -86,6 +86,7 @@ class Serving:
         )
         bound = max(_LEAST_PROMPT_BYTES, _BYTES_PER_TOKEN * limits.max_input_len)
         self.max_prompt_bytes = parameters.number("max_prompt_bytes", int, bound)
+        self.stream_interval_s = parameters.number("stream_interval_ms", float, 0.0) / 1e3
         labels = {"model": args["model_name"], "version": args["model_version"]}
         self.metrics = Metrics(pb_utils, labels, self.batcher.load)
         self._numbers = count(1)
@@ -136,6 +137,7 @@ class Client:
         self.stopped = threading.Event()
         self._arrived = time.perf_counter()
         self._first = 0.0
+        self._sent = -serving.stream_interval_s
         self._held: list[StreamEvent] = []
 
     def on_accepted(self, request: Request) -> None:
@@ -144,12 +146,16 @@ class Client:
 
     def on_event(self, event: StreamEvent) -> None:
         """Send the event's tensors, those of a whole answer at once where the client does not stream."""
-        if not self._first:
-            self._first = time.perf_counter()
+        now = time.perf_counter()
+        self._first = self._first or now
         self._held.append(event)
-        if event.finished is None and not (self.wish.stream and event.text):
+        if event.finished is None and not (
+            self.wish.stream
+            and now - self._sent >= self._serving.stream_interval_s
+            and any(held.text for held in self._held)
+        ):
             return
-        held, self._held = self._held, []
+        held, self._held, self._sent = self._held, [], now
         final = event.finished is not None
         if final:
             self._keep_books(event.finished)
