@@ -47,17 +47,10 @@ LOST = (OSError, http.client.HTTPException)
 class Server:
     """`chunkkv triton serve` on an engine of a checkpoint, on free ports of the loopback interface."""
 
-    def __init__(self, folder: Path, slots: int) -> None:
+    def __init__(self, folder: Path, checkpoint: Path, slots: int, *init_flags: str) -> None:
         engine, repository = folder / "engine", folder / "repository"
-        build = [
-            sys.executable,
-            "-m",
-            "chunkkv_builder.build_engine",
-            "--checkpoint_dir",
-            MODEL,
-            "--output_dir",
-            engine,
-        ]
+        build = [sys.executable, "-m", "chunkkv_builder.build_engine", "--checkpoint_dir", checkpoint]
+        build += ["--output_dir", engine, "--max_seq_len", "4096"]
         choice = ["--chunkkv", "--chunkkv_layer_reuse", "2", "--chunkkv_boundaries", "delimiter"]
         subprocess.run(
             [*build, *choice, "--chunkkv_chunk_size", "20", "--max_batch_size", str(slots), "--log_level", "warning"],
