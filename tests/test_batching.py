@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from support import engines
 
-from chunkkv import SamplingParams
+from chunkkv import SamplingParams, profiling
 from chunkkv.batching import BatchingLimits, ContinuousBatcher
 from chunkkv.batching_lanes import Lanes
 from chunkkv.errors import ConfigError, EngineRunError, OverloadedError, RequestError, RequestTimeoutError
@@ -274,6 +274,21 @@ def test_lanes_are_dropped_only_when_idle(session) -> None:
     large = lanes.seat(200)
     assert large.lane.capacity == 256 and large.lane.rows == 1
     assert lanes.seat(60) is None
+
+
+def test_profilers_see_each_request_and_the_steps_they_share(batcher, gate) -> None:
+    with profiling.recording() as recorder:
+        first = batcher.stream(prompt(40), GREEDY)
+        next(first)
+        second = batcher.stream(prompt(50), GREEDY)
+        gate.opened.set()
+        kept = [last(stream).statistics.kept_tokens for stream in (first, second)]
+        wait_for(lambda: batcher.load().active == 0)
+    spans = [found for found in recorder.ranges if found.name == "request"]
+    assert [found.kept_tokens for found in spans] == kept and len({found.request_id for found in spans}) == 2
+    together = [found for found in recorder.ranges if found.name == "decode" and found.request_id == 0]
+    assert together and {found.kept_tokens for found in together} == {sum(kept)}
+    assert all(recorder.of_request(found.request_id)[0] == found for found in spans), "a span holds the whole request"
 
 
 @pytest.mark.parametrize(

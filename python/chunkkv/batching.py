@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -269,9 +270,7 @@ class ContinuousBatcher:
             for held in (self._queue, self._open):
                 if job in held:
                     held.remove(job)
-        if job.seat is not None:
-            job.seat.lane.free(job.seat.row)
-            job.seat = None
+        job.leave()
 
     def _tell(self, job: _Job, call) -> None:
         """Call a listener; one that fails has lost its client and takes nothing else down."""
@@ -292,6 +291,15 @@ class _Job:
         self.seat: Seat | None = None
         self.new_tokens = 0
         self.gone = False
+        self._life = ExitStack()  # a span in profilers, from the wait to the last token
+        self._life.enter_context(profiling.range_of("request", (request,), nested=False))
+
+    def leave(self) -> None:
+        """Give the seat back; the request is over."""
+        if self.seat is not None:
+            self.seat.lane.free(self.seat.row)
+            self.seat = None
+        self._life.close()
 
     @property
     def open_answer(self) -> Answer:

@@ -116,7 +116,7 @@ def trtllm(parameters: Mapping[str, object], bls_instances: int) -> list[Model]:
             "preprocessing",
             (PREPROCESSING_INPUTS, PREPROCESSING_OUTPUTS),
             ("QUERY", "REQUEST_OUTPUT_LEN"),
-            {"tokenizer_dir": engine_dir},
+            {"tokenizer_dir": engine_dir, "max_prompt_bytes": parameters.get("max_prompt_bytes")},
         ),
         _engine(parameters),
         _step(
