@@ -31,7 +31,7 @@ from benchmarks.gpu.build import build_library  # noqa: E402
 LIMIT_SECONDS, MARGIN_SECONDS = 540, 15
 OPS = ("boundaries", "score", "select", "compact", "rope", "prepare")
 OP_TESTS = [f"tests/native/test_{name}.py" for name in (*OPS, "packed", "device_memory")]
-PLUGIN_TESTS = ["tests/native/test_plugins.py"]
+PLUGIN_TESTS = [f"tests/native/test_{name}.py" for name in ("plugins", "packed_plugins")]
 TEST_MODULES = ("pytest", "hypothesis", "ml_dtypes")
 DRY_TESTS = "garbage or page or partial or reference_and or two_contexts"  # a sample: the whole is `make test`
 PROBES = ("score", "select", "compact", "packed", "prepare")

@@ -1,6 +1,7 @@
 // The C ABI: checks parameters, calls the kernels' host side, reports what they say.
 #include "checks.h"
 #include "kernels/ops.h"
+#include "nvtx.h"
 
 using namespace chunkkv;
 
@@ -74,6 +75,7 @@ chunkkv_status chunkkv_score_workspace(const chunkkv_score_params* params, size_
 
 chunkkv_status chunkkv_boundaries(const chunkkv_boundaries_params* params, void* stream) {
     if (!(begin("chunkkv_boundaries", params) && checkBoundaries(*params))) return failure.status;
+    const StageRange range("boundaries", 0);
     return reported(launchBoundaries(*params, stream));
 }
 
@@ -87,26 +89,31 @@ chunkkv_status chunkkv_score(const chunkkv_score_params* params, void* workspace
              workspace_bytes, needed, static_cast<long long>(kWorkspaceAlignment));
         return failure.status;
     }
+    const StageRange range("score", mostKept(params->rows, params->settings));
     return reported(launchScore(*params, workspace, stream));
 }
 
 chunkkv_status chunkkv_select(const chunkkv_select_params* params, void* stream) {
     if (!(begin("chunkkv_select", params) && checkSelect(*params))) return failure.status;
+    const StageRange range("select", int64_t{params->rows.batch} * params->max_kept);
     return reported(launchSelect(*params, stream));
 }
 
 chunkkv_status chunkkv_compact(const chunkkv_compact_params* params, void* stream) {
     if (!(begin("chunkkv_compact", params) && checkCompact(*params))) return failure.status;
+    const StageRange range("compact", int64_t{params->rows.batch} * params->max_kept);
     return reported(launchCompact(*params, stream));
 }
 
 chunkkv_status chunkkv_rope(const chunkkv_rope_params* params, void* stream) {
     if (!(begin("chunkkv_rope", params) && checkRope(*params))) return failure.status;
+    const StageRange range("rope", 0);
     return reported(launchRope(*params, stream));
 }
 
 chunkkv_status chunkkv_prepare(const chunkkv_prepare_params* params, void* stream) {
     if (!(begin("chunkkv_prepare", params) && checkPrepare(*params))) return failure.status;
+    const StageRange range("prepare", 0);
     return reported(launchPrepare(*params, stream));
 }
 

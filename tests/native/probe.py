@@ -43,7 +43,9 @@ def boundaries(library: NativeLibrary, memory: Memory) -> None:
     """Rows of one, several and no tiles."""
     rng = np.random.default_rng(1)
     own = replace(test_boundaries.SETTINGS, chunk_size=7, min_tokens=14)
-    test_boundaries.check(library, memory, own, [test_boundaries.draw_ids(rng, n, 0.2) for n in (9_000, 40, 0)])
+    ids = [test_boundaries.draw_ids(rng, n, 0.2) for n in (9_000, 40, 0)]
+    for packed_ids in (False, True):
+        test_boundaries.check(library, memory, own, ids, packed_ids)
 
 
 def score(library: NativeLibrary, memory: Memory) -> None:

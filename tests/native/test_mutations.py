@@ -129,9 +129,15 @@ BUGS = (
         "packed",
         LAYOUT,
         "return chunks.first + row;",
-        "return chunks.first;",
+        "return chunks.first + 0 * row;",
     ),
-    Bug("packed: a row writes into the next", "packed", LAYOUT, "pitch < length ? pitch : length;", "pitch;"),
+    Bug(
+        "packed: a row writes into the next",
+        "packed",
+        LAYOUT,
+        "pitch < length ? pitch : length;",
+        "pitch < length ? pitch : length + 1;",
+    ),
     Bug(
         "packed: row starts trusted",
         "garbage",

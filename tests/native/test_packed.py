@@ -12,11 +12,11 @@ from support import op_properties
 from support.op_cases import CASES, OpCase, named
 
 from chunkkv import reference
-from chunkkv.native import Chunks, NativeLibrary, Rows, paged_kv
+from chunkkv.native import Chunks, NativeLibrary, Rows, contiguous_kv, paged_kv
 from chunkkv.settings import ChunkKVSettings
 from native.memory import POISON, Memory
 from native.native_op import NativeOp
-from native.test_compact import Pool, check_bytes, choose
+from native.test_compact import Pool, check_bytes, choose, noise
 
 INT32 = np.iinfo(np.int32)
 LENGTHS = (61, 5, 0, 40, 33)
@@ -39,7 +39,11 @@ def ranked(op: NativeOp, tried: OpCase, one_pass: bool) -> tuple[list[bytes], li
         content = op.memory.get(chunks.chunk_starts).reshape(-1)
         for row, count in enumerate(counts):
             first = row * (width + 1) if rows.row_starts is None else op.memory.get(rows.row_starts)[row] + row
-            starts.append(content[first : first + count + 1].tobytes())
+            own = content[first : first + count + 1]
+            length = tried.lengths[row]
+            expected = reference.chunk_starts(length, tried.settings, inputs.is_delimiter[row, :length])
+            np.testing.assert_array_equal(own, [*expected, max(length - tried.settings.window, 0)])
+            starts.append(own.tobytes())
     return [table[row, :count].tobytes() for row, count in enumerate(counts)], starts
 
 
@@ -107,6 +111,22 @@ def test_compact_in_place(library: NativeLibrary, memory: Memory) -> None:
     check_bytes(memory.get(data), pool.data)
 
 
+def test_compact_out_of_place(library: NativeLibrary, memory: Memory) -> None:
+    """Slots behind a row's N keep what they held."""
+    rng = np.random.default_rng(6)
+    indices, counts = choose(rng, LENGTHS, KEPT)
+    key, value = (noise(rng, (len(LENGTHS), 2, max(LENGTHS), 80), "bfloat16") for _ in range(2))
+    given = [memory.put(key), memory.put(value)]
+    out = [memory.empty((len(LENGTHS), 2, max(LENGTHS), 80), "bfloat16") for _ in given]
+    rows, listed = packed_rows(memory, LENGTHS), memory.put(packed_list(indices, LENGTHS, 3))
+    library.compact(rows, listed, memory.put(counts), [contiguous_kv(*given)], [contiguous_kv(*out)])
+    for source, target in zip((key, value), out, strict=True):
+        wanted = np.full((*target.shape[:3], 160), POISON, np.uint8).view(source.dtype)
+        for row, count in enumerate(KEPT):
+            wanted[row, :, :count] = reference.compact(source[row], indices[row, :count])
+        check_bytes(memory.get(target), wanted)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_rows_that_are_kept_whole_are_not_touched_in_place(
     library: NativeLibrary, memory: Memory, packed: bool
@@ -129,7 +149,9 @@ def test_select_leaves_the_next_row_alone(library: NativeLibrary, memory: Memory
     settings = ChunkKVSettings(window=4, chunk_size=3, sinks=2, min_tokens=9, keep_per_10k=4_000)
     rows = replace(packed_rows(memory, LENGTHS), max_length=500)
     scores = np.random.default_rng(5).random(rows.num_tokens, np.float32)
-    kept, counts = memory.empty((rows.num_tokens,), "int32"), memory.empty((len(LENGTHS),), "int32")
+    untouched = 7  # poison reads as -1, which select writes
+    kept = memory.put(np.full(rows.num_tokens, untouched, np.int32))
+    counts = memory.empty((len(LENGTHS),), "int32")
     library.select(settings, rows, memory.put(scores), kept, counts)
     content, start = memory.get(kept), 0
     assert memory.get(counts).tolist() == [settings.kept_tokens(length) for length in LENGTHS]
@@ -142,7 +164,7 @@ def test_select_leaves_the_next_row_alone(library: NativeLibrary, memory: Memory
         np.testing.assert_array_equal(own[:count], reference.select_tokens(tokens, length, count, settings))
         assert (own[count:] == reference.PAD_INDEX).all()
         start += length
-    assert content[start:].tobytes() == bytes([POISON]) * 12
+    assert content[start:].tolist() == [untouched] * 3
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from chunkkv.native import NativeLibrary, RawArray, Rows, contiguous_kv
 from native.memory import Memory, numpy_dtype
 from native.packed_batch import SETTINGS, UNUSED, PackedBatch, Pools, setting_fields
+from native.plugin_host import Range, node_fields
 from native.plugin_op import PluginNode, open_host, run
 from native.tensorrt_headers import Headers, own_headers, real_headers
 from native.test_boundaries import DELIMITERS, VOCABULARY, bitmap
@@ -24,7 +26,7 @@ BATCHES = {
     "generations alone": PackedBatch(prompts=()),
     "one token": PackedBatch(prompts=(1,), generations=()),
     "nothing to compress": PackedBatch(prompts=(9, 3), generations=((50, 51),)),
-    "many": PackedBatch(prompts=(9, 64, 10, 31, 8, 64, 12), generations=((64, 64), (1, 2), (20, 200))),
+    "many": PackedBatch(prompts=(9, 64, 10, 31, 8, 64, 12, 3), generations=((64, 64), (1, 2), (20, 200))),
 }
 KV_TYPES = ["int8", "float8_e4m3fn", "float16", "bfloat16", "float32"]
 
@@ -184,6 +186,30 @@ def test_any_contents_of_device_tensors_stay_inside(memory: Memory) -> None:
         inputs = prepare_inputs(batch, pools, wild[0])
         inputs[0], inputs[1] = wild[1, : batch.rows].copy(), wild[2, : batch.rows].copy()
         PluginNode("ChunkKVPrepare", prepare_fields(batch), memory=memory).run(inputs)
+
+
+def test_workspace_of_the_profile_suffices_below_it(library: NativeLibrary) -> None:
+    """Rows run in waves under a cap, so many shorter prompts may want more than the longest prompts do."""
+    settings = replace(SETTINGS, window=128, min_tokens=140)
+    rows, longest, heads = 64, 100_000, {"num_heads": 64, "num_kv_heads": 8, "head_size": 64}
+    fields = setting_fields(settings) | heads | {"max_length": longest}
+    row = Range("int32", (1,), (1,), (rows,))
+    width = (64 + 2 * 8) * 64
+    qkv = Range("float32", (1, width), (1, width), (rows * longest, width))
+    given = open_host().build("chunkkv::ChunkKVScore:1", node_fields(fields), [qkv, *[row] * 4]).workspace
+
+    def wanted(batch: int, length: int) -> int:
+        def array(*shape: int) -> RawArray:
+            return RawArray(4096, "float32", shape)  # only sizes are looked at
+
+        cache = contiguous_kv(*[array(batch, 8, length, 64)] * 2)
+        lengths = Rows(RawArray(4096, "int32", (batch,)), length)
+        scores = array(batch, library.max_chunks(settings, length))
+        return library.score_workspace(settings, lengths, array(batch, 64, 128, 64), cache, chunk_scores=scores)
+
+    sizes = [wanted(batch, n) for batch in (1, 2, 3, 8, 33, rows) for n in (1, 4096, 30_000, 60_000, longest)]
+    assert max(sizes) > wanted(rows, longest), "this profile shows the case"
+    assert max(sizes) + (rows * longest) * 8 <= given, "and the chunks have room as well"
 
 
 @pytest.mark.parametrize("headers", EVERY_HEADERS, ids=[headers.name for headers in EVERY_HEADERS])

@@ -212,7 +212,7 @@ def _stage_table(report: Report) -> Table:
 
 def _request_table(report: Report, most: int) -> Table:
     table = Table(title="Requests (ms)")
-    for name in ("request", "kept tokens", "first token", "prefill", "compress", "its share", "tokens", "per token"):
+    for name in ("request", "kept", "first token", "prefill", "compress", "share", "tokens", "per token"):
         table.add_column(name, justify="right")
     for one in report.requests[:most]:
         share = one.compress_share

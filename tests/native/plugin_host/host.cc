@@ -236,7 +236,8 @@ void Built::tryFormats(IPluginV3OneBuild& plugin, std::vector<DynamicPluginTenso
         for (const TensorFormat format : {TensorFormat::kCHW2, TensorFormat::kHWC8, TensorFormat::kCHW32, kNoFormat})
             require(!accepts(pos, type, format), "a format that is not linear was accepted" + where);
         for (const DataType other : {DataType::kBOOL, DataType::kUINT8, DataType::kINT64, kNoType})
-            require(other == type || !accepts(pos, other, TensorFormat::kLINEAR), "a wrong data type was accepted" + where);
+            require(other == type || !accepts(pos, other, TensorFormat::kLINEAR),
+                    "a wrong data type was accepted" + where);
         require(accepts(pos, type, TensorFormat::kLINEAR), "linear was refused" + where);
     }
 }
