@@ -233,8 +233,8 @@ def main() -> None:
             ("shipped model, 50 ms per response", MODEL, ("--stream_interval_ms", "50"), given.requests_per_client),
             ("wide model", wide_checkpoint(folder / "wide"), (), max(given.requests_per_client // 2, 2)),
         ):
-            (folder / case).mkdir()
-            server = Server(folder / case, model, max(given.clients), *flags)
+            place = Path(tempfile.mkdtemp(dir=folder))
+            server = Server(place, model, max(given.clients), *flags)
             try:
                 rows = [tool.run(server.grpc, n, requests * n, given.new_tokens) for n in given.clients]
                 if not recoveries:

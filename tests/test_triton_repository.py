@@ -136,6 +136,7 @@ def test_nothing_is_overwritten_and_no_half_repository_stays(engine, tmp_path) -
         ({"layout": "other"}, ConfigError, "layout is 'other'; allowed is single or trtllm"),
         ({"engine_dir": tmp_path}, EngineError, "manifest.json"),
         ({"options": ServeOptions(slots=5)}, ConfigError, "slots is 5; this engine takes 1 to 4 rows"),
+        ({"repository": tmp_path / "my models"}, ConfigError, "my models' has white space in it"),
         ({"python_env": tmp_path}, ConfigError, "python_env .* has no bin/python"),
     ):
         with pytest.raises(error, match=named):

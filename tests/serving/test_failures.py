@@ -90,7 +90,7 @@ def test_a_stuck_model_process_is_replaced(servers) -> None:
 
 def test_sigterm_lets_open_requests_end(servers) -> None:
     server = servers()
-    body = {**LONG, "max_tokens": 3000}
+    body = {**LONG, "max_tokens": 1500}
     pids = [server.server_pid, *server.model_processes()]
     with ThreadPoolExecutor(3) as pool:
         whole = pool.submit(server.generate, body)
@@ -98,11 +98,11 @@ def test_sigterm_lets_open_requests_end(servers) -> None:
         wait_for(lambda: server.metric("chunkkv_requests", state="active") == 3)
         code = server.stop()
         status, answer = whole.result()
-        assert (status, answer["finish_reason"], answer["num_output_tokens"]) == (200, "length", 3000)
+        assert (status, answer["finish_reason"], answer["num_output_tokens"]) == (200, "length", 1500)
         for future in streamed:
             events = future.result()
             assert events[-1]["finish_reason"] == "length"
-            assert sum(np.size(event["output_ids"]) for event in events) == 3000
+            assert sum(np.size(event["output_ids"]) for event in events) == 1500
     assert code == 0 and gone(pids)
     with pytest.raises(OSError):
         server.generate({"text_input": "a"})

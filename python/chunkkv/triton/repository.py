@@ -112,6 +112,7 @@ def write_repository(
     """
     if layout not in LAYOUTS:
         raise ConfigError(f"layout is {layout!r}; allowed is {' or '.join(LAYOUTS)}")
+    check_place(repository)
     if repository.exists() and any(repository.iterdir() if repository.is_dir() else [repository]):
         raise ConfigError(f"model_repository {repository} exists and is not empty; give a new directory")
     if python_env is not None and not (python_env / "bin" / "python").exists():
@@ -131,6 +132,15 @@ def write_repository(
                 set_parameters(model.config, {"EXECUTION_ENV_PATH": os.path.abspath(python_env)})
     _write(repository, models)
     return [model.config.name for model in models]
+
+
+def check_place(repository: Path) -> None:
+    """Raise ConfigError for a path with white space: Triton's python backend splits it and never starts."""
+    if any(letter.isspace() for letter in os.path.abspath(repository)):
+        raise ConfigError(
+            f"model_repository {os.path.abspath(repository)!r} has white space in it, with which Triton's python backend "
+            "does not start: choose another directory"
+        )
 
 
 def single(parameters: Mapping[str, object]) -> Model:

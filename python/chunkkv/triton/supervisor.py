@@ -22,6 +22,7 @@ from chunkkv.errors import ConfigError
 from chunkkv.triton.health import Health
 from chunkkv.triton.logs import Log
 from chunkkv.triton.processes import end_group, is_running, kill_group, model_processes
+from chunkkv.triton.repository import check_place
 from chunkkv.triton.server_files import ServerFiles
 
 POLL_S = 0.1
@@ -58,6 +59,7 @@ class ServeSettings:
     def __post_init__(self) -> None:
         if not self.repository.is_dir():
             raise ConfigError(f"model_repository {self.repository} is no directory; make one with chunkkv triton init")
+        check_place(self.repository)
         ports = {"http_port": self.http_port, "grpc_port": self.grpc_port, "metrics_port": self.metrics_port}
         for name, port in ports.items():
             if not 1 <= port <= 65535:
