@@ -138,8 +138,8 @@ def check_place(repository: Path) -> None:
     """Raise ConfigError for a path with white space: Triton's python backend splits it and never starts."""
     if any(letter.isspace() for letter in os.path.abspath(repository)):
         raise ConfigError(
-            f"model_repository {os.path.abspath(repository)!r} has white space in it, with which Triton's python backend "
-            "does not start: choose another directory"
+            f"model_repository {os.path.abspath(repository)!r} has white space in it, with which Triton's python "
+            "backend does not start: choose another directory"
         )
 
 
