@@ -187,9 +187,9 @@ def recovery(server: Server, victim: str, repeats: int) -> dict[str, Any]:
 
 
 def wide_checkpoint(folder: Path) -> Path:
-    """Write a Llama with random weights of hidden size 1024 that has the shipped model's tokenizer."""
+    """Write a Llama with 2 layers of random weights, hidden size 1024, that has the shipped model's tokenizer."""
     vocabulary = json.loads((MODEL / "config.json").read_text(encoding="utf-8"))["vocab_size"]
-    write_random_checkpoint(folder, {**MEDIUM, "vocab_size": vocabulary})
+    write_random_checkpoint(folder, {**MEDIUM, "vocab_size": vocabulary, "num_hidden_layers": 2})
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(MODEL / name, folder)
     return folder
@@ -218,7 +218,7 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--requests_per_client", type=int, default=8, help="for the wide model, half as many")
+    parser.add_argument("--requests_per_client", type=int, default=4, help="for the wide model, half as many")
     parser.add_argument("--new_tokens", type=int, default=128)
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--output", type=Path)
