@@ -10,6 +10,7 @@ one JSON line; --output also writes it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import http.client
 import json
 import os
@@ -124,7 +125,8 @@ class PerfAnalyzer:
 
     def run(self, port: int, clients: int, requests: int, new_tokens: int) -> dict[str, Any]:
         """Send `requests` requests with `clients` open at a time; return rates and times."""
-        data, export = self._folder / "requests.json", self._folder / f"export-{clients}.json"
+        folder = Path(tempfile.mkdtemp(dir=self._folder))  # the tool refuses a file that exists
+        data, export = folder / "requests.json", folder / "export.json"
         prompt = PROMPT.read_text(encoding="utf-8").rstrip("\n")
         one = {"text_input": [prompt], "max_tokens": [new_tokens], "stream": [True], "ignore_eos": [True]}
         data.write_text(json.dumps({"data": [one]}), encoding="utf-8")
@@ -133,7 +135,7 @@ class PerfAnalyzer:
         command += ["--concurrency-range", str(clients), "--request-count", str(requests)]
         done = subprocess.run(command, env=self._environment, capture_output=True, text=True, check=False)
         if done.returncode or not export.is_file():
-            raise SystemExit(f"perf_analyzer failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+            raise SystemExit(f"perf_analyzer failed:\n{done.stderr[:1000]}\n{done.stdout[:1000]}")
         (experiment,) = json.loads(export.read_text(encoding="utf-8"))["experiments"]
         return _figures(experiment["requests"], clients, new_tokens)
 
@@ -157,33 +159,40 @@ def _figures(requests: list[dict[str, Any]], clients: int, new_tokens: int) -> d
     }
 
 
-def recovery(server: Server, victim: str, repeats: int) -> dict[str, Any]:
-    """Kill a process in the middle of a stream; return when the client was told and when the next answer came."""
+def recovery(folder: Path, victim: str, repeats: int) -> dict[str, Any]:
+    """Kill a process in the middle of a stream; return when the client was told and when the next answer came.
+
+    Each time with a new supervisor, because one waits longer from failure to failure.
+    """
     told, served = [], []
+    body = {"text_input": "a", "max_tokens": 3000, "ignore_eos": True, "stream": True}
     for _ in range(repeats):
-        times = len(server.events("server_ready"))
-        response = server.post(
-            "generate_stream", {"text_input": "a", "max_tokens": 3000, "ignore_eos": True, "stream": True}
-        )
-        response.readline()
-        began = time.monotonic()
-        os.kill(server.pids()[victim == "model process"], signal.SIGKILL)
+        server = Server(Path(tempfile.mkdtemp(dir=folder)), MODEL, 8)
         try:
-            while response.readline():
-                continue
-        except LOST:
-            pass
-        told.append(time.monotonic() - began)
-        while True:
-            try:
-                if server.post("generate", {"text_input": "a", "max_tokens": 1}).status == 200:
-                    break
-            except LOST:
+            response = server.post("generate_stream", body)
+            response.readline()
+            began = time.monotonic()
+            os.kill(server.pids()[victim == "model process"], signal.SIGKILL)
+            with contextlib.suppress(*LOST):
+                while response.readline():
+                    continue
+            told.append(time.monotonic() - began)
+            while not _serves(server):
+                if time.monotonic() - began > 60:
+                    raise SystemExit("the server did not come back within a minute")
                 time.sleep(0.01)
-        served.append(time.monotonic() - began)
-        server.wait_ready(times + 1)
+            served.append(time.monotonic() - began)
+        finally:
+            server.stop()
     seconds = {"client_told_s": told, "serving_again_s": served}
     return {"killed": victim, **{name: [round(value, 3) for value in values] for name, values in seconds.items()}}
+
+
+def _serves(server: Server) -> bool:
+    try:
+        return server.post("generate", {"text_input": "a", "max_tokens": 1}).status == 200
+    except LOST:
+        return False
 
 
 def wide_checkpoint(folder: Path) -> Path:
@@ -224,7 +233,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     facts = {**conditions(), "slots": max(given.clients), "prompt": PROMPT.name, "new_tokens": given.new_tokens}
-    load, recoveries = [], []
+    load = []
     with tempfile.TemporaryDirectory(prefix="chunkkv-load-") as name:
         folder = Path(name)
         tool = PerfAnalyzer(folder)
@@ -237,12 +246,11 @@ def main() -> None:
             server = Server(place, model, max(given.clients), *flags)
             try:
                 rows = [tool.run(server.grpc, n, requests * n, given.new_tokens) for n in given.clients]
-                if not recoveries:
-                    recoveries = [recovery(server, victim, given.kills) for victim in ("model process", "server")]
             finally:
                 server.stop()
             base = rows[0]["tokens_per_s"]
             load += [{"case": case, **row, "speedup": round(row["tokens_per_s"] / base, 2)} for row in rows]
+        recoveries = [recovery(folder, victim, given.kills) for victim in ("model process", "server")]
     table = Table(title="Load on tritonserver")
     for name in load[0]:
         table.add_column(name, justify="right")
