@@ -1,4 +1,4 @@
-"""chunkkv: generate from an engine directory, look at what ChunkKV keeps, profile, check an engine, print versions."""
+"""chunkkv: generate from an engine, see what ChunkKV keeps, evaluate, check, profile, serve, print versions."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ from chunkkv.evaluation.calibrate_command import calibrate
 from chunkkv.evaluation.command import evaluate
 from chunkkv.evaluation.lm_eval_command import PASS_ON, lm_eval_command
 from chunkkv.profile import command as profile_command
+from chunkkv.triton import commands as triton_commands
 
 if TYPE_CHECKING:
     from chunkkv.results import GenerationResult, StreamEvent
@@ -58,6 +59,7 @@ app = typer.Typer(
     context_settings={"token_normalize_func": lambda name: name.replace("-", "_")},  # --engine-dir is --engine_dir
 )
 app.add_typer(profile_command.app, name="profile")
+app.add_typer(triton_commands.app, name="triton")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

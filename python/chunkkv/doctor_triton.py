@@ -18,7 +18,7 @@ _REUSE = "blocks of a compacted prompt hold other tokens than their hash says: t
 _CHUNKED = "a prompt must come in one piece: its second chunk fails"
 # name: what happens with true, what to set
 _MUST_BE_FALSE = {"enable_kv_cache_reuse": _REUSE, "enable_chunked_context": _CHUNKED}
-_SPECULATIVE = ("medusa", "eagle", "lookahead", "redrafter", "explicit_draft_tokens", "beam_search")
+SPECULATIVE = ("medusa", "eagle", "lookahead", "redrafter", "explicit_draft_tokens", "beam_search")
 
 
 def check_repository(repository: Path, files: EngineFiles, environment: Mapping[str, str]) -> list[Finding]:
@@ -67,7 +67,7 @@ def _check_engine_model(
     found.append(_at_most(model, name, values.get(name, ""), 0, why))
     found.append(_window(model, values.get("max_attention_window_size", ""), files.build["max_seq_len"]))
     mode = values.get("decoding_mode", "").lower()
-    if any(word in mode for word in _SPECULATIVE):
+    if any(word in mode for word in SPECULATIVE):
         why = f"{mode}: draft tokens and beams take tokens back by cache length"
         found.append(breaks(f"{model}: decoding_mode", why, "leave it empty, or top_k_top_p"))
     size = pbtxt.text_of(config, "max_batch_size")

@@ -43,6 +43,14 @@ class RequestError(ChunkKVError, ValueError):
     """A generation request is invalid; it is refused before any work is done."""
 
 
+class OverloadedError(ChunkKVError):
+    """A server's queue is full, or it is going down: ask again later."""
+
+
+class RequestTimeoutError(ChunkKVError):
+    """A request waited or ran longer than the server allows."""
+
+
 class NativeError(ChunkKVError, RuntimeError):
     """The native library could not be used, or a launch failed; the message holds its own words."""
 

@@ -29,7 +29,12 @@ def read_config(path: Path) -> Message:
         raise ConfigError(
             f"{path} is no plain file of at most {_LARGEST_BYTES} bytes; give a Triton model configuration"
         )
-    tokens = _tokens(read_text(path, ConfigError), path)
+    return parse(read_text(path, ConfigError), path)
+
+
+def parse(text: str, path: Path) -> Message:
+    """Return the fields in the text of the file `path`; raises as read_config does."""
+    tokens = _tokens(text, path)
     try:
         message, rest = _message(tokens, 0, path)
     except RecursionError:
