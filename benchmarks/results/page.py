@@ -25,6 +25,7 @@ def parts(measured: dict[str, Any]) -> dict[str, str]:
         "questions after": tables.questions(recall, "after"),
         "answers in": tables.answers(recall, "in", 2_000),
         "answers after": tables.answers(recall, "after", 5_000),
+        "answers against tokens": tables.answers_against_tokens(recall, 2_000),
         "positions": tables.positions(recall, 2_000),
         "straddle": tables.straddle(by_name["straddle"]),
         "others in": tables.others(other, "in", 1_250),

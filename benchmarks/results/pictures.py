@@ -12,13 +12,22 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import runs
-from benchmarks.results.tables import NAMES
 from benchmarks.results.trials import summary
 from chunkkv.evaluation.plots import draw_all
 from chunkkv.evaluation.results import write_atomically
 
 FOLDER = runs.ROOT / "docs" / "images"
 _SHOWN = (runs.FIXED, runs.CLAUSES, runs.TOKENS, runs.PYRAMID, runs.STREAMING, runs.RANDOM)
+_NAMES = {
+    "full": "full",
+    runs.FIXED: "ChunkKV, fixed 10",
+    runs.CLAUSES: "ChunkKV, delimiter 20",
+    runs.TOKENS_1: "SnapKV, no pooling",
+    runs.TOKENS: "SnapKV, pooling 5",
+    runs.PYRAMID: "PyramidKV-style",
+    runs.STREAMING: "StreamingLLM",
+    runs.RANDOM: "random chunks",
+}
 _AFTER_HEADER = 33  # bytes: the signature and the first chunk of a PNG
 
 
@@ -45,11 +54,11 @@ def _only(
     cells: Callable[[dict[str, Any]], bool] = lambda row: True,
     keep: float | None = None,
 ) -> dict[str, Any]:
-    """Return the rows of a summary that one picture shows, policies by their readable names."""
+    """Return the rows of a summary that one picture shows, policies by short readable names."""
 
     def named(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         shown = [row for row in rows if row["policy"] in policies]
-        return [{**row, "policy": row["policy"] if row["policy"] == "full" else NAMES[row["policy"]]} for row in shown]
+        return [{**row, "policy": _NAMES[row["policy"]]} for row in shown]
 
     agreement = [row for row in named(whole["agreement"]) if keep is None or row["keep_ratio"] == keep]
     return {

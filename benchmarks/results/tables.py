@@ -54,6 +54,7 @@ SUITES = {
     "store": "key-value store without filler",
 }
 _PARTS = ("keeper", "home", "code", "sentence")
+_PART_NAMES = ("keeper, 2 words", "home, 3 words", "code, 5 digits", "sentence, 14 tokens")
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -113,8 +114,21 @@ def answers(run: Row, mode: str, keep: int) -> str:
         found = [row for row in cells if (row["policy"], row["keep_ratio"]) == (policy, ratio)]
         by_part = {row["cell"]["answer"]: row for row in found}
         lines.append([NAMES[policy], *(percent(by_part[part]) for part in _PARTS)])
-    heads = ("keeper, 2 words", "home, 3 words", "code, 5 digits", "sentence, 14 words")
-    return table([f"question {MODES[mode]}, keep {keep / 100:g} %, n = {cells[0]['n']}", *heads], lines)
+    return table([f"question {MODES[mode]}, keep {keep / 100:g} %, n = {cells[0]['n']}", *_PART_NAMES], lines)
+
+
+def answers_against_tokens(run: Row, keep: int) -> str:
+    """Return the paired differences by what is asked for, the question in the prompt, at one share kept."""
+    pairs = (
+        ("fixed chunks of 10 − SnapKV, pooling 5", runs.FIXED, runs.TOKENS),
+        ("fixed chunks of 20 − SnapKV, pooling 5", runs.FIXED_20, runs.TOKENS),
+        ("delimiter chunks up to 20 − SnapKV, pooling 5", runs.CLAUSES, runs.TOKENS),
+    )
+    lines = [
+        [text, *(signed(difference(run, one, other, keep, "in", answer=part)) for part in _PARTS)]
+        for text, one, other in pairs
+    ]
+    return table([f"question in the prompt, keep {keep / 100:g} %", *_PART_NAMES], lines)
 
 
 def positions(run: Row, keep: int) -> str:
