@@ -8,7 +8,7 @@ TENSORRT_BINDINGS := $(addprefix build/tensorrt-bindings/,10.15.1.29 10.16.1.11 
 BIN    := $(VENV)/bin
 MODEL  := examples/needle/model
 
-.PHONY: demo test test-triton test-peers test-tensorrt-api bench gpu-check lint clean
+.PHONY: demo test test-triton test-peers test-tensorrt-api bench results gpu-check lint clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python examples/demo.py
@@ -35,6 +35,9 @@ build/tensorrt-bindings/%: | $(VENV)/bin/python
 
 bench: $(PEERS)/.installed
 	$(PEERS)/bin/python benchmarks/against_transformers.py --output docs/benchmarks/cpu-against-transformers.json
+
+results: $(VENV)/.installed-demo
+	$(BIN)/python -m benchmarks.results
 
 # Runs in the machine's own Python, the one that has torch; DRY=--dry_run needs no GPU.
 gpu-check:

@@ -13,6 +13,7 @@ from chunkkv.evaluation.results import FULL, Row, write_atomically
 _PANEL = (4.2, 3.2)  # inches
 _DPI = 110
 _COLUMNS = 4
+_COLUMNS_OF_ONE_SHARE = 3
 
 
 def check_plots() -> None:
@@ -163,7 +164,8 @@ def _heat_maps(summary: dict[str, Any]) -> list[tuple[str, bytes]]:
             axes.set(xlabel="prompt tokens", ylabel="depth of the fact")
             axes.set_title("full cache" if policy == FULL else f"{policy}, kept {keep * 100:g} %", fontsize="small")
 
-        files.append((f"{suite}-{mode}.png", _grid(len(panels), draw, legend=False, columns=shares)))
+        columns = shares if shares > 1 else _COLUMNS_OF_ONE_SHARE
+        files.append((f"{suite}-{mode}.png", _grid(len(panels), draw, legend=False, columns=columns)))
     return files
 
 
