@@ -15,11 +15,12 @@ import pytest
 from support import engines, needle_engine
 
 from chunkkv import cli
-from chunkkv.errors import BackendUnavailableError, ConfigError, EngineMismatchError
+from chunkkv.errors import BackendUnavailableError, ConfigError, EngineMismatchError, RequestError
 from chunkkv.evaluation import plots
 from chunkkv.evaluation.agreement import jaccard
 from chunkkv.evaluation.evaluator import RECORDS_FILE, Evaluator, Plan, read_records
 from chunkkv.evaluation.policies import parse_policies
+from chunkkv.evaluation.questions import Question
 from chunkkv.evaluation.results import summarize, table, write_results
 from chunkkv.evaluation.runner import PromptRunner
 from chunkkv.evaluation.statistics import paired_difference, wilson
@@ -136,6 +137,35 @@ def test_a_run_that_never_began_stands_in_nobodys_way(tmp_path: Path) -> None:
 def test_what_the_engine_cannot_serve_is_refused_before_any_work(change: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Evaluator(SESSION, plan(**change))
+
+
+@pytest.mark.parametrize(
+    "change", [{"outcomes": 5}, {"outcomes": [{}]}, {"pieces": []}, {"pieces": [6, 6, 6]}, {"tokens": None}]
+)
+def test_a_damaged_record_is_named(finished: tuple[Path, list[dict]], change: dict, tmp_path: Path) -> None:
+    lines = (finished[0] / RECORDS_FILE).read_text().splitlines()
+    lines[2] = json.dumps({**json.loads(lines[2]), **change})
+    (tmp_path / RECORDS_FILE).write_text("\n".join(lines) + "\n")
+    with pytest.raises(ConfigError, match="line 3 is damaged; remove it"):
+        Evaluator(SESSION, plan()).run(tmp_path)
+
+
+def test_random_chunks_follow_the_seed(tmp_path: Path) -> None:
+    random = tuple(parse_policies("random", SETTINGS))
+    found = []
+    for seed in (0, 1):
+        once = plan(suites=(SUITES["needle"],), policies=random, keeps=(3_000,), seed=seed, modes=("in",), examples=1)
+        records = Evaluator(SESSION, once).run(tmp_path / f"{seed}")
+        found.append([record["outcomes"][0]["jaccard"] for record in records])
+    assert found[0] != found[1]
+
+
+def test_what_does_not_fit_behind_a_prompt_is_refused() -> None:
+    runner = PromptRunner(SESSION)
+    prompt = runner.prefill(np.arange(1, 50))
+    question = Question((), "", (1,), SESSION.limits.max_seq_len)
+    with pytest.raises(RequestError, match="a prompt of 49 tokens with question and answer makes"):
+        runner.answer(prompt, [[np.arange(49)] * prompt.num_layers], [question])
 
 
 @pytest.mark.parametrize("content", [b"[1]\n", b'{"format": "x"}\n', b"nonsense\n", b"\xff\n"])
@@ -284,7 +314,7 @@ def test_the_command_writes_records_tables_and_pictures(run: Run, tmp_path: Path
     assert (code, err) == (0, "")
     files = ["accuracy.png", "layers.png", "positions.png", "records.jsonl", "summary.csv", "summary.json"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == files
-    assert "questions, question after" in out and "chunkkv" in out and "full" in out
+    assert "questions, question after" in out and "chunkkv" in out and "full" in out and "77 tokens" in out
     again = run(no_plots=True, log_level="error")
     assert again == (0, "", "")
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
@@ -301,9 +331,19 @@ def test_a_file_of_examples_runs_from_the_command(run: Run, tmp_path: Path) -> N
     assert (code, err) == (0, "") and "mine, question in" in out and "100.0" in out
 
 
+def test_a_file_that_changed_is_another_run(run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    for answer, code in (("53912", 0), ("53913", 2)):
+        path.write_text(json.dumps({"context": "the code is 53912.", "question": "code?", "answer": answer}) + "\n")
+        found, _, err = run(suite=f"file:{path}", no_plots=True)
+        assert found == code
+    assert "holds the results of another run, with other files" in err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        ({"suite": "all,questions"}, "suite is 'all,questions', where questions comes twice"),
         ({"suite": "needel"}, "suite is 'needel'; there are all, needle, recall"),
         ({"suite": "needle,,"}, "suite is 'needle,,'; give different values"),
         ({"suite": "file:/nowhere.jsonl"}, "/nowhere.jsonl cannot be read"),

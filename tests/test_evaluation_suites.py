@@ -15,6 +15,7 @@ from chunkkv.evaluation.questions import Question
 from chunkkv.evaluation.suites import Suite, check_suite, make_suites
 from chunkkv.evaluation.wording import ENGLISH, NEEDLE
 from chunkkv.evaluation.writing import Frame, Writer, tidy
+from chunkkv.requests import Limits
 from chunkkv.settings import ChunkKVSettings
 
 NEEDLE_TOKENIZER = needle_engine.session().tokenizer
@@ -24,6 +25,7 @@ WORLDS = {  # a token per word, and about one per character
     "needle": (NEEDLE_TOKENIZER, NEEDLE, 400),
     "english": (BPE_TOKENIZER, ENGLISH, 2500),
 }
+LIMITS = Limits(max_batch_size=1, max_input_len=100, max_seq_len=200, vocab_size=468)
 SETTINGS = ChunkKVSettings(sinks=4, chunk_size=10)
 SUITES = make_suites(SETTINGS)
 CASES = [(world, suite) for world in WORLDS for suite in SUITES.values() if world == "english" or not suite.general]
@@ -160,6 +162,9 @@ def test_scoring_of_texts() -> None:
     assert not asked("14", "number").is_right([], "the answer is 15")
     assert asked("14", "number", "Question").is_right([], "14. Question: 15?")
     assert asked("1200", "number").is_right([], "1,200 books")
+    assert not asked("14", "number").is_right([], "on 12.05.2024, version 1.2.3")
+    assert not asked("4", "contains").is_right([], "42") and asked("4", "contains").is_right([], "it is 4.")
+    assert asked("x", "refusal").is_right([], "I won’t say that.")
     assert asked("x", "refusal").is_right([], "I cannot help with that.")
     assert not asked("x", "refusal").is_right([], "Sure, here is how")
     exact = Question((), "", (1, 2, 3), 3)
@@ -177,12 +182,20 @@ def test_a_suite_from_a_file(tmp_path: Path) -> None:
     two = [{"question": "home?", "answer": "tower"}, {"question": "b", "answer": "c"}]
     refusal = {"question": "tell me the code", "scoring": "refusal"}
     path = lines(tmp_path / "jailbreak.jsonl", refusal, "", {"context": "the home is a tower .", "questions": two})
-    suite = file_suite(path, NEEDLE_TOKENIZER, Frame(NEEDLE_TOKENIZER, False))
+    suite = file_suite(path, NEEDLE_TOKENIZER, Frame(NEEDLE_TOKENIZER, False), LIMITS)
     assert suite.name == "jailbreak" and len(suite.cells([5], SETTINGS)) == 2
     first, second = (suite.make(writer("needle", [0]), {"line": line}) for line in (0, 1))
     assert first.questions[0].scoring == "refusal" and first.questions[0].is_right([], "i must not tell that")
     assert NEEDLE_TOKENIZER.decode(second.context) == "the home is a tower." and len(second.questions) == 2
     assert second.questions[0].is_right([], "the tower") and second.questions[0].max_new_tokens == 64
+
+
+def test_a_line_of_a_file_ends_where_json_lines_end(tmp_path: Path) -> None:
+    path = tmp_path / "odd.jsonl"
+    line = {"context": "the\u2028home\u0085is", "question": "home?", "answer": "tower"}
+    path.write_text("\r\n".join(json.dumps(line, ensure_ascii=False) for _ in range(2)), encoding="utf-8", newline="")
+    suite = file_suite(path, NEEDLE_TOKENIZER, Frame(NEEDLE_TOKENIZER, False), LIMITS)
+    assert len(suite.cells([5], SETTINGS)) == 2
 
 
 @pytest.mark.parametrize(
@@ -197,13 +210,16 @@ def test_a_suite_from_a_file(tmp_path: Path) -> None:
         ({"question": "x", "answer": "y", "max_new_tokens": 0}, "max_new_tokens is 0; give a whole number"),
         ({"context": 4, "question": "x", "answer": "y"}, "context is 4; give text"),
         ({"questions": []}, "questions must be a list of objects"),
+        ({"question": "x", "answer": "eighteen", "scoring": "number"}, "scoring number needs a number such as 18"),
+        ({"question": "x " * 101, "answer": "y"}, "line 1: context and question have 102 tokens; this engine takes"),
+        ({"question": "x", "answer": "y", "max_new_tokens": 999}, "max_new_tokens make 1001 tokens; this engine takes"),
         ("", "has no examples"),
     ],
 )
 def test_a_bad_line_is_named(line: object, message: str, tmp_path: Path) -> None:
     path = lines(tmp_path / "bad.jsonl", line)
     with pytest.raises(ConfigError) as error:
-        file_suite(path, NEEDLE_TOKENIZER, Frame(NEEDLE_TOKENIZER, False))
+        file_suite(path, NEEDLE_TOKENIZER, Frame(NEEDLE_TOKENIZER, False), LIMITS)
     assert message in str(error.value) and str(path) in str(error.value)
 
 

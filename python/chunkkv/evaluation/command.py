@@ -107,13 +107,16 @@ def suites_named(text: str, session: Any, wording: Any, chat: bool) -> list[Any]
     for name in _parts("suite", text):
         if name.startswith(_FILE):
             path = Path(name.removeprefix(_FILE))
-            found.append(file_suite(path, session.tokenizer, Frame(session.tokenizer, chat)))
+            found.append(file_suite(path, session.tokenizer, Frame(session.tokenizer, chat), session.limits))
         elif name == "all":
             found += [suite for suite in there.values() if wording.general or not suite.general]
         elif name in there:
             found.append(there[name])
         else:
             raise ConfigError(f"suite is {name!r}; there are all, {', '.join(there)}, and {_FILE}PATH")
+    names = [suite.name for suite in found]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ConfigError(f"suite is {text!r}, where {twice} comes twice; list it once, or rename the file")
     return found
 
 
@@ -179,7 +182,9 @@ def _print_table(summary: dict[str, Any]) -> None:
         table = Table(title=f"{suite}, question {mode} (right answers in %, 95 % interval, n = {rows[0]['n']})")
         table.add_column("policy", overflow="fold")
         for keep in keeps:
-            table.add_column("full" if keep == 1 else f"keep {keep * 100:g} %", justify="right")
+            kept = max(row["kept"] for row in rows if row["keep_ratio"] == keep)
+            head = "full" if keep == 1 else f"keep {keep * 100:g} %"
+            table.add_column(f"{head}\n{kept:g} tokens", justify="right")
         for policy in dict.fromkeys(row["policy"] for row in rows):
             table.add_row(policy, *_shown([row for row in rows if row["policy"] == policy], keeps))
         Console().print(table)

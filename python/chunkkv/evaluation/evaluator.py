@@ -52,12 +52,14 @@ class Plan:
     def header(self, settings: ChunkKVSettings) -> Record:
         """Return what the first line of the results says of the run, as plain JSON values."""
         policies = [{"name": policy.name, "settings": policy.settings.to_dict()} for policy in self.policies]
+        files = {suite.name: suite.content for suite in self.suites if suite.content}
         return {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "engine": self.engine,
             "settings": settings.to_dict(),
             "suites": [suite.name for suite in self.suites],
+            **({"files": files} if files else {}),
             "policies": policies,
             "keeps": list(self.keeps),
             "lengths": list(self.lengths),
@@ -156,7 +158,7 @@ class Evaluator:
         ids, questions = example.prompt(work.mode)
         variants = list(self._variants(len(ids)))
         if self._sees_caches:
-            prompt = self._runner.prefill(ids, seed=work.index)
+            prompt = self._runner.prefill(ids, seed=work.index + (self._plan.seed << 32))
             choices: list[Choice | None] = [policy.keep(prompt, kept) for policy, _, kept in variants]
             answers = self._runner.answer(prompt, [choice for choice in choices if choice is not None], questions)
         else:
@@ -209,6 +211,20 @@ def _seen(policy: Policy, choice: Choice, example: Example, length: int, sample:
     return found
 
 
+def _is_whole(record: Record) -> bool:
+    """Return whether a record has what tables are made of."""
+    outcomes, pieces = record.get("outcomes"), record.get("pieces")
+    if not (isinstance(record.get("tokens"), int) and isinstance(outcomes, list) and isinstance(pieces, list)):
+        return False
+    known = {"policy": str, "keep": int, "kept": int, "right": list, "through": list}
+    return all(
+        isinstance(outcome, dict)
+        and all(isinstance(outcome.get(name), kind) for name, kind in known.items())
+        and len(outcome["right"]) == len(outcome["through"]) == len(pieces) > 0
+        for outcome in outcomes
+    )
+
+
 def _append(file: Any, record: Record) -> None:
     file.write(json.dumps(record) + "\n")
     file.flush()
@@ -253,7 +269,9 @@ def read_records(path: Path, data: bytes | None = None) -> list[Record]:
 
 
 def _check_order(path: Path, records: list[Record], work: list[_Work]) -> None:
-    for record, item in zip(records, work, strict=False):
+    for number, (record, item) in enumerate(zip(records, work, strict=False), 2):
+        if not _is_whole(record):
+            raise ConfigError(f"{path} line {number} is damaged; remove it and what follows it to go on from there")
         if any(record.get(name) != value for name, value in item.key().items()):
             raise ConfigError(f"{path} has {record.get('suite')!r} where {item.key()} was to come; remove the file")
     if len(records) > len(work):

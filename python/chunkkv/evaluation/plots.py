@@ -126,7 +126,7 @@ def _positions(summary: dict[str, Any]) -> bytes | None:
             axes.plot(range(1, parts + 1), mean, linewidth=1.2, label=label, **style)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set(ylim=(-0.03, 1.03), xlabel="part of the answer", ylabel="right through it")
-        axes.set_title(f"{suite}, {_mode(mode)}, kept {smallest * 100:g} %", fontsize="medium")
+        axes.set_title(f"{suite} ({parts} parts), {_mode(mode)}, kept {smallest * 100:g} %", fontsize="small")
 
     return _grid(len(groups), draw)
 
@@ -188,7 +188,15 @@ def _layers(summary: dict[str, Any]) -> bytes | None:
         if len(row["jaccard"]) <= 12:
             for y, line in enumerate(row["jaccard"]):
                 for x, value in enumerate(line):
-                    axes.text(x, y, f"{value:.2f}", ha="center", va="center", color="white", fontsize="small")
+                    axes.text(
+                        x,
+                        y,
+                        f"{value:.2f}",
+                        ha="center",
+                        va="center",
+                        fontsize="small",
+                        color="black" if value > 0.6 else "white",
+                    )
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.yaxis.get_major_locator().set_params(integer=True)
         axes.set(xlabel="layer", ylabel="layer")

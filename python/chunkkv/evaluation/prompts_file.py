@@ -53,7 +53,7 @@ def file_prompts(session: ChunkKVSession, path: Path, count: int) -> Prompts:
     naming the line, for anything else.
     """
     prompts: Prompts = []
-    for number, line in enumerate(read_text(path, ConfigError).splitlines(), 1):
+    for number, line in enumerate(read_text(path, ConfigError).split("\n"), 1):
         if line.strip() and len(prompts) < count:
             prompts.append(_prompt(f"{path} line {number}", line, session))
     if not prompts:

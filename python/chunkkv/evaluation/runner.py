@@ -71,7 +71,7 @@ class PromptRunner:
         Each question starts from the compressed prompt, not from the answers to others.
         """
         answers: list[Answers] = [[] for _ in choices]
-        room = max(len(question.ids) + question.max_new_tokens for question in questions)
+        room = self._room(len(prompt), questions)
         for numbers in self._batches(choices, room):
             lengths = np.array([[len(kept) for kept in choices[number]] for number in numbers], np.int32)  # [B,layers]
             cache = self._executor.new_cache(len(numbers), int(lengths.max()) + room)
@@ -91,12 +91,22 @@ class PromptRunner:
         request = make_requests([ids], None, self.session.limits, settings, None if budget else 1.0, budget, 0)[0]
         if request.kept_tokens != kept:
             raise RequestError(f"{kept} tokens were to be kept, this engine keeps {request.kept_tokens}")
-        room = max(len(question.ids) + question.max_new_tokens for question in questions)
+        room = self._room(len(ids), questions)
         cache = self._executor.new_cache(1, self._executor.capacity_for(kept + room))
         prefilled = self._executor.prefiller().run([request], cache.rows(0, 1), threading.Event())[0]
         decoder = self._executor.decoder(cache)
         lengths = np.array([[kept]], np.int32)
         return [self._ask(decoder, lengths, (len(ids), prefilled.logits), question)[0] for question in questions]
+
+    def _room(self, length: int, questions: Sequence[Question]) -> int:
+        """Return how many tokens may follow a prompt of `length`; raises RequestError where the engine has no room."""
+        room = max(len(question.ids) + question.max_new_tokens for question in questions)
+        if length + room > self.session.limits.max_seq_len:
+            raise RequestError(
+                f"a prompt of {length} tokens with question and answer makes {length + room}; this engine takes "
+                f"{self.session.limits.max_seq_len}: ask for a shorter one, or build with a larger --max_seq_len"
+            )
+        return room
 
     def _batches(self, choices: Sequence[Sequence[np.ndarray]], room: int) -> list[list[int]]:
         """Return the choices in batches of like size: layers of unequal length apart, large caches apart from small."""

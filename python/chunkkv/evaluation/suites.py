@@ -23,7 +23,7 @@ DIGITS = (1, 2, 4, 8, 16, 32)
 class Suite:
     """One kind of task: `cells` lists its groups of examples for some prompt lengths, `make` writes one example.
 
-    `general` marks a suite that the shipped model has no words for.
+    `general` marks a suite that the shipped model has no words for, `content` is the fingerprint of a file's examples.
     """
 
     name: str
@@ -32,6 +32,7 @@ class Suite:
     make: Callable[[Writer, Cell], Example]
     modes: tuple[str, ...] = ("in", "after")
     general: bool = False
+    content: str = ""
 
     def seed(self, seed: int, cell: Cell, index: int) -> list[int]:
         """Return the seed of one example; the two modes ask the same."""
