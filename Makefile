@@ -2,12 +2,13 @@
 PYTHON ?= python3
 VENV   := .venv
 PEERS  := .venv-peers
+TRITON := .venv-triton
 # NVIDIA's Python bindings of TensorRT, alone: which of their names and parameters the code may use.
 TENSORRT_BINDINGS := $(addprefix build/tensorrt-bindings/,10.15.1.29 10.16.1.11 11.0.0.114 11.4.0.106)
 BIN    := $(VENV)/bin
 MODEL  := examples/needle/model
 
-.PHONY: demo test test-peers test-tensorrt-api bench results gpu-check lint clean
+.PHONY: demo test test-triton test-peers test-tensorrt-api bench results gpu-check lint clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python examples/demo.py
@@ -16,6 +17,11 @@ test: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n 2
+	$(MAKE) test-triton
+
+# Against a real tritonserver, in an environment of its own; where none can be installed its tests are skipped by name.
+test-triton: $(TRITON)/.installed
+	$(TRITON)/bin/python -m pytest -o addopts="-ra --strict-markers" -n 2 --dist loadfile tests/serving
 
 test-peers: $(PEERS)/.installed
 	$(PEERS)/bin/python -m pytest -o addopts="-ra --strict-markers" tests/peers
@@ -42,7 +48,7 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) $(PEERS) build engines/needle-*
+	rm -rf $(VENV) $(PEERS) $(TRITON) build engines/needle-*
 
 # Editable installs: the stamp depends on pyproject.toml alone, because code changes need no reinstall.
 $(VENV)/bin/python:
@@ -59,4 +65,10 @@ $(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
 $(PEERS)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --editable '.[peers]'
+	touch $@
+
+$(TRITON)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(TRITON)
+	$(TRITON)/bin/python -m pip install --quiet --editable '.[triton-test]'
+	$(TRITON)/bin/python -m pip install --quiet --no-deps nvidia-pytriton==0.7.0 || echo "no tritonserver for this machine"
 	touch $@

@@ -29,11 +29,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "python"), str(ROOT / "tests")]
 from benchmarks.gpu.build import build_library  # noqa: E402
 
 LIMIT_SECONDS, MARGIN_SECONDS = 540, 15
-OP_TESTS = [f"tests/native/test_{op}.py" for op in ("boundaries", "score", "select", "compact", "rope")]
-PLUGIN_TESTS = ["tests/native/test_plugins.py"]
+OPS = ("boundaries", "score", "select", "compact", "rope", "prepare")
+OP_TESTS = [f"tests/native/test_{name}.py" for name in (*OPS, "packed", "device_memory")]
+PLUGIN_TESTS = [f"tests/native/test_{name}.py" for name in ("plugins", "packed_plugins")]
+NETWORK_TESTS = ["tests/native/test_tensorrt_llm_networks.py"]
+NETWORK_MODULES = ("onnx", "safetensors", "tokenizers", "jinja2", "rich")
 TEST_MODULES = ("pytest", "hypothesis", "ml_dtypes")
-DRY_TESTS = "garbage or page or partial or reference_and or two_contexts"  # a sample: the whole is `make test`
-PROBES = ("score", "select", "compact")
+# A sample: the whole is `make test`.
+DRY_TESTS = "garbage or page or partial or reference_and or two_contexts or beside_their"
+PROBES = ("score", "select", "compact", "packed", "prepare")
 SANITIZERS = ("memcheck", "racecheck")
 AIMS = {
     "score_percent_of_copy": "at least 75 at 32k and more",
@@ -164,15 +168,26 @@ def op_tests(run: Run) -> None:
 
 def plugin_tests(run: Run) -> None:
     """The TensorRT plugins over that library, in the plugin host, which hands them the addresses of its memory."""
+    host_tests(run, "plugin tests", PLUGIN_TESTS, ("onnx",), share=60)
+
+
+def network_tests(run: Run) -> None:
+    """Whole TensorRT-LLM networks: the plugins on that memory, the rest of the network in NumPy."""
+    host_tests(run, "network tests", NETWORK_TESTS, NETWORK_MODULES, share=90)
+
+
+def host_tests(run: Run, step: str, files: list[str], modules: tuple[str, ...], share: float) -> None:
+    """Run tests that build the plugin host and import the builder."""
     compiler = () if shutil.which(os.environ.get("CXX", "g++")) else ("a C++ compiler",)
-    if reason := missing_modules("onnx", also=compiler):
-        return run.record("plugin tests", {"skipped": reason})
+    if reason := missing_modules(*modules, also=compiler):
+        return run.record(step, {"skipped": reason})
     link = ROOT / "build" / "gpu_check" / "python" / "chunkkv_builder"  # the package's name differs from its folder's
     if not link.exists():
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(Path("..", "..", "..", "builder"), target_is_directory=True)
-    run.environment["PYTHONPATH"] += os.pathsep + str(link.parent)
-    return run.child("plugin tests", pytest_command(run, PLUGIN_TESTS), share=60)
+    if str(link.parent) not in run.environment["PYTHONPATH"].split(os.pathsep):
+        run.environment["PYTHONPATH"] += os.pathsep + str(link.parent)
+    return run.child(step, pytest_command(run, files), share=share)
 
 
 def pytest_command(run: Run, files: list[str]) -> list[str]:
@@ -236,6 +251,7 @@ def main() -> int:
     build(run)
     op_tests(run)
     plugin_tests(run)
+    network_tests(run)
     sanitizers(run)
     flags = ["--dry_run"] if args.dry_run else []
     for step, share in (("ops", 120), ("peers", 75), ("decode", 75)):

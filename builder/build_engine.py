@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 FAILED, BAD_USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 TOKENIZER_FILE = "tokenizer.json"
 _AUTO_BACKEND = "onnxruntime"
+_TENSORRT_LLM = "tensorrt_llm"
 _AUTO_DTYPE = {"onnxruntime": "float32"}  # elsewhere bfloat16: fast attention kernels need 16 bits
 
 
@@ -74,6 +75,12 @@ def build_engine(flags: Namespace) -> None:
 
     with _bad_usage():
         check_target(Path(flags.output_dir), flags.overwrite)
+    if flags.backend == _TENSORRT_LLM:
+        # Its checkpoints, flags and graphs are TensorRT-LLM's own.
+        command = importlib.import_module(f"chunkkv_builder.backends.{_TENSORRT_LLM}.command")
+        with Progress(flags.log_level) as progress:
+            command.run(flags, progress)
+        return
     backend = load_backend(flags.backend, flags.chunkkv)
     with Progress(flags.log_level) as progress:
         checkpoint, build, plan = read_and_plan(flags, progress)
@@ -99,18 +106,12 @@ def load_backend(name: str, chunkkv: bool = False) -> ModuleType:
     from chunkkv.errors import BackendUnavailableError
 
     name = _AUTO_BACKEND if name == "auto" else name
-    if importlib.util.find_spec(f"chunkkv_builder.backends.{name}") is not None:
-        module = importlib.import_module(f"chunkkv_builder.backends.{name}")
-        if lacking := module.missing(chunkkv):
-            raise BackendUnavailableError(
-                f"--backend {name} needs {'; and '.join(lacking)}. Install that or give --backend {_AUTO_BACKEND}"
-            )
-        return module
-    package = importlib.util.find_spec(name) is not None
-    raise BackendUnavailableError(
-        f"--backend {name} needs the Python package {name!r}, which is {'' if package else 'not '}installed, and a "
-        f"builder for it, which this version of ChunkKV-TRT does not have: give --backend {_AUTO_BACKEND}"
-    )
+    module = importlib.import_module(f"chunkkv_builder.backends.{name}")
+    if lacking := module.missing(chunkkv):
+        raise BackendUnavailableError(
+            f"--backend {name} needs {'; and '.join(lacking)}. Install that or give --backend {_AUTO_BACKEND}"
+        )
+    return module
 
 
 def read_and_plan(flags: Namespace, progress: Progress) -> tuple[Checkpoint, BuildConfig, Plan]:

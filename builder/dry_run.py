@@ -17,9 +17,7 @@ _PIPE_WIDTH = 120  # wide enough for the table where there is no terminal to ask
 
 def print_plan(plan: Plan, build: BuildConfig, console: Console | None = None) -> None:
     """Print the engine's limits and, per layer, its role, the tokens kept and the KV bytes saved at 2k, 8k and 32k."""
-    console = console or Console(highlight=False)
-    if not console.is_terminal:
-        console.width = max(console.width, _PIPE_WIDTH)
+    console = plan_console(console)
     model = plan.model
     weights = f"weights {build.weight_only_precision}" if build.weight_only_precision else f"weights {build.dtype}"
     console.print(
@@ -30,7 +28,7 @@ def print_plan(plan: Plan, build: BuildConfig, console: Console | None = None) -
         f"backend {build.backend}, {weights}, max_batch_size {build.max_batch_size}, "
         f"max_input_len {build.max_input_len}, max_seq_len {build.max_seq_len}, max_num_tokens {build.max_num_tokens}"
     )
-    console.print(f"ChunkKV: {_described(plan.settings)}")
+    console.print(f"ChunkKV: {described(plan.settings)}")
     console.print(_table(plan, plan.kv_bytes_per_token(build.dtype)))
     beyond = [name for name, length in LENGTHS.items() if length > build.max_input_len]
     if beyond:
@@ -66,7 +64,16 @@ def _role(plan: Plan, layer: LayerPlan) -> str:
     return f"chooses for {group[0]}-{group[-1]}" if layer.is_leader else f"follows {layer.leader}"
 
 
-def _described(settings: ChunkKVSettings | None) -> str:
+def plan_console(console: Console | None = None) -> Console:
+    """Return `console`, or one for standard output, wide enough for a plan where it is no terminal."""
+    console = console or Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, _PIPE_WIDTH)
+    return console
+
+
+def described(settings: ChunkKVSettings | None) -> str:
+    """Return the settings as one line."""
     if settings is None:
         return "off, every prompt token is kept"
     amount = f"keep_ratio {settings.keep_ratio:g} (kvpress compression_ratio {1 - settings.keep_ratio:g})"

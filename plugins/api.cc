@@ -1,258 +1,17 @@
-// The C ABI: validates parameters, calls the kernels' host side, keeps the message of the last failure per thread.
-#include "chunkkv/chunkkv.h"
-
-#include <cstdarg>
-#include <cstdio>
-
-#include "chunkkv/layout.h"
+// The C ABI: checks parameters, calls the kernels' host side, reports what they say.
+#include "checks.h"
 #include "kernels/ops.h"
+#include "nvtx.h"
 
 using namespace chunkkv;
 
 namespace {
 
 constexpr int64_t kWorkspaceAlignment = 256;
-constexpr int32_t kHeadSizes[] = {64, 80, 96, 128, 256};
-constexpr int32_t kMaxGroup = 16;
-
-/// The last failure of this thread; a fixed buffer, so that reporting one cannot fail itself.
-struct Failure {
-    chunkkv_status status = CHUNKKV_OK;
-    char text[512] = "";
-};
-thread_local Failure failure;
-thread_local const char* current_op = "";
-
-__attribute__((format(printf, 2, 3))) bool fail(chunkkv_status status, const char* format, ...) {
-    failure.status = status;
-    const int used = std::snprintf(failure.text, sizeof(failure.text), "%s: ", current_op);
-    va_list arguments;
-    va_start(arguments, format);
-    std::vsnprintf(failure.text + used, sizeof(failure.text) - used, format, arguments);
-    va_end(arguments);
-    return false;
-}
-
-/// Checks return true, or describe the failure and return false.
-bool inRange(const char* name, int64_t value, int64_t low, int64_t high) {
-    if (value >= low && value <= high) return true;
-    return fail(CHUNKKV_INVALID_ARGUMENT, "%s is %lld; allowed is %lld to %lld", name, static_cast<long long>(value),
-                static_cast<long long>(low), static_cast<long long>(high));
-}
-
-bool given(const char* name, const void* pointer) {
-    return pointer ? true : fail(CHUNKKV_INVALID_ARGUMENT, "%s is NULL; pass a device pointer", name);
-}
-
-bool atLeast(const char* name, int64_t value, int64_t least, const char* why) {
-    if (value >= least) return true;
-    return fail(CHUNKKV_INVALID_ARGUMENT, "%s is %lld; it must be at least %lld, %s", name,
-                static_cast<long long>(value), static_cast<long long>(least), why);
-}
-
-bool checkSettings(const Settings& s) {
-    if (!(inRange("window", s.window, 1, 128) && inRange("sinks", s.sinks, 0, 65536) &&
-          inRange("chunk_size", s.chunk_size, 1, 256) && inRange("boundaries", s.boundaries, 0, 1) &&
-          inRange("pooling", s.pooling, 1, 63) && inRange("score", s.score, 0, 1) &&
-          inRange("keep_per_10k", s.keep_per_10k, 1, kKeepScale) &&
-          inRange("budget_tokens", s.budget_tokens, 0, INT32_MAX)))
-        return false;
-    if (s.pooling % 2 == 0)
-        return fail(CHUNKKV_INVALID_ARGUMENT, "pooling is %d; allowed are odd values (1 = off)", s.pooling);
-    return atLeast("min_tokens", s.min_tokens, int64_t{s.window} + s.sinks + s.chunk_size,
-                   "window + sinks + chunk_size");
-}
-
-bool checkRowSizes(const Rows& rows) {
-    return inRange("batch", rows.batch, 0, CHUNKKV_MAX_BATCH) &&
-           inRange("max_length", rows.max_length, 0, CHUNKKV_MAX_LENGTH);
-}
-
-bool checkRows(const Rows& rows) { return checkRowSizes(rows) && (rows.batch == 0 || given("lengths", rows.lengths)); }
-
-/// `tokens` is what a row must have room for; `row_bytes` are the bytes of D elements.
-bool checkLayout(const char* name, const Layout& layout, int64_t tokens, int64_t row_bytes) {
-    char text[64];
-    const auto field = [&](const char* member) {
-        std::snprintf(text, sizeof(text), "%s.%s", name, member);
-        return text;
-    };
-    if (layout.block_offsets && layout.row_starts)
-        return fail(CHUNKKV_INVALID_ARGUMENT,
-                    "%s has block_offsets and row_starts; a layout is paged or packed, not both", name);
-    if (!(atLeast(field("stride_token"), layout.stride_token, row_bytes, "the bytes of one head of one token") &&
-          inRange(field("stride_head"), layout.stride_head, 0, INT64_MAX)))
-        return false;
-    if (layout.row_starts) return inRange(field("extent"), layout.extent, 1, INT64_MAX);
-    if (!layout.block_offsets)
-        return inRange(field("stride_row"), layout.stride_row, 0, INT64_MAX) &&
-               atLeast(field("extent"), layout.extent, tokens > 1 ? tokens : 1, "the tokens a row may hold");
-    const int64_t block = layout.tokens_per_block;
-    if (block < 1 || (block & (block - 1)) != 0)
-        return fail(CHUNKKV_INVALID_ARGUMENT, "%s.tokens_per_block is %d; it must be a power of two", name,
-                    layout.tokens_per_block);
-    return atLeast(field("stride_block"), layout.stride_block, block * layout.stride_token, "one head of one block") &&
-           inRange(field("extent"), layout.extent, 1, INT64_MAX) &&
-           inRange(field("max_blocks"), layout.max_blocks, 1, INT32_MAX) &&
-           atLeast(field("max_blocks * tokens_per_block"), layout.max_blocks * block, tokens,
-                   "the tokens a row may hold");
-}
-
-/// The chunk table and its pitch, which boundaries writes and the other ops read.
-bool checkChunks(const Settings& settings, const Rows& rows, int32_t max_chunks, const int32_t* starts,
-                 const int32_t* counts) {
-    if (!atLeast("max_chunks", max_chunks, maxChunks(settings, rows.max_length), "chunkkv_max_chunks() of max_length"))
-        return false;
-    const bool delimiter = settings.boundaries == CHUNKKV_BOUNDARIES_DELIMITER;
-    if (rows.batch > 0 && delimiter) return given("chunk_starts", starts) && given("num_chunks", counts);
-    if (!delimiter && (starts || counts))
-        return fail(CHUNKKV_INVALID_ARGUMENT,
-                    "boundaries is fixed, but chunk_starts or num_chunks is given; pass NULL for both");
-    return true;
-}
-
-/// What cp.async copies must start at multiples of 16 bytes.
-bool isAligned(const char* name, const void* base, const Layout& layout) {
-    const int64_t outer = layout.block_offsets ? layout.stride_block : layout.row_starts ? 0 : layout.stride_row;
-    if (reinterpret_cast<uintptr_t>(base) % 16 == 0 && (layout.stride_token | layout.stride_head | outer) % 16 == 0)
-        return true;
-    return fail(
-        CHUNKKV_INVALID_ARGUMENT,
-        "%s is at %p with strides %lld (token), %lld (head) and %lld (row or block); all must be multiples of 16", name,
-        base, static_cast<long long>(layout.stride_token), static_cast<long long>(layout.stride_head),
-        static_cast<long long>(outer));
-}
-
-int64_t elementBytes(int32_t dtype) {
-    return dtype == CHUNKKV_FLOAT32 ? 4 : dtype == CHUNKKV_FLOAT16 || dtype == CHUNKKV_BFLOAT16 ? 2 : 1;
-}
-
-bool isFloating(const char* name, int32_t dtype) {
-    if (dtype >= CHUNKKV_FLOAT32 && dtype <= CHUNKKV_BFLOAT16) return true;
-    return fail(CHUNKKV_UNSUPPORTED, "%s is %d; there are kernels for float32 (0), float16 (1) and bfloat16 (2)", name,
-                dtype);
-}
-
-bool isHeadSize(int32_t head_dim) {
-    for (const int32_t size : kHeadSizes)
-        if (head_dim == size) return true;
-    return fail(CHUNKKV_UNSUPPORTED, "head_dim is %d; there are kernels for 64, 80, 96, 128 and 256", head_dim);
-}
-
-bool isScoreKernel(int32_t query_dtype, int32_t key_dtype, int32_t head_dim, int32_t group) {
-    if (!(isFloating("query_dtype", query_dtype) && isHeadSize(head_dim))) return false;
-    if (key_dtype != query_dtype && key_dtype != CHUNKKV_INT8 && key_dtype != CHUNKKV_FP8_E4M3)
-        return fail(CHUNKKV_UNSUPPORTED,
-                    "key_dtype is %d with query_dtype %d; both must be equal, or keys int8 (3) or fp8 (4)", key_dtype,
-                    query_dtype);
-    if (group < 1 || group > kMaxGroup)
-        return fail(CHUNKKV_UNSUPPORTED, "heads / kv_heads is %d; allowed is 1 to %d", group, kMaxGroup);
-    return true;
-}
-
-bool isRopeHead(int32_t head_dim) {
-    if (head_dim >= 2 && head_dim <= 256 && head_dim % 2 == 0) return true;
-    return fail(CHUNKKV_UNSUPPORTED, "head_dim is %d; allowed are even values from 2 to 256", head_dim);
-}
-
-bool checkScoreShape(const ScoreParams& p) {
-    if (!(checkSettings(p.settings) && inRange("batch", p.rows.batch, 0, CHUNKKV_MAX_BATCH) &&
-          inRange("max_length", p.rows.max_length, 0, CHUNKKV_MAX_LENGTH) && inRange("heads", p.heads, 1, 65535) &&
-          inRange("kv_heads", p.kv_heads, 1, p.heads) && inRange("query_is_window", p.query_is_window, 0, 1)))
-        return false;
-    if (p.heads % p.kv_heads != 0)
-        return fail(CHUNKKV_INVALID_ARGUMENT, "heads is %d, kv_heads is %d; heads must be a multiple of kv_heads",
-                    p.heads, p.kv_heads);
-    return atLeast("max_chunks", p.max_chunks, maxChunks(p.settings, p.rows.max_length),
-                   "chunkkv_max_chunks() of max_length") &&
-           isScoreKernel(p.query_dtype, p.key_dtype, p.head_dim, p.heads / p.kv_heads);
-}
-
-bool checkScore(const ScoreParams& p) {
-    if (!(checkScoreShape(p) && checkRows(p.rows) &&
-          checkChunks(p.settings, p.rows, p.max_chunks, p.chunk_starts, p.num_chunks)))
-        return false;
-    if (p.rows.batch == 0) return true;
-    if (p.query_layout.block_offsets)
-        return fail(CHUNKKV_INVALID_ARGUMENT, "query_layout is paged; queries lie in a contiguous or packed tensor");
-    const int64_t queries = p.query_is_window ? p.settings.window : p.rows.max_length;
-    return given("query", p.query) && given("key", p.key) &&
-           (p.max_chunks == 0 || given("chunk_scores", p.chunk_scores)) &&
-           checkLayout("query_layout", p.query_layout, queries, p.head_dim * elementBytes(p.query_dtype)) &&
-           checkLayout("key_layout", p.key_layout, p.rows.max_length, p.head_dim * elementBytes(p.key_dtype)) &&
-           isAligned("query", p.query, p.query_layout) && isAligned("key", p.key, p.key_layout);
-}
-
-bool checkBoundaries(const BoundariesParams& p) {
-    if (!(checkSettings(p.settings) && checkRows(p.rows))) return false;
-    if (p.settings.boundaries != CHUNKKV_BOUNDARIES_DELIMITER)
-        return fail(CHUNKKV_INVALID_ARGUMENT, "boundaries is fixed; this op is for delimiter chunks");
-    return checkChunks(p.settings, p.rows, p.max_chunks, p.chunk_starts, p.num_chunks) &&
-           inRange("vocab_size", p.vocab_size, 0, INT32_MAX) &&
-           (p.vocab_size == 0 || given("delimiter_bitmap", p.delimiter_bitmap)) &&
-           (p.rows.batch == 0 || p.rows.max_length == 0 || given("token_ids", p.token_ids)) &&
-           (!p.row_starts || inRange("num_tokens", p.num_tokens, 1, INT64_MAX));
-}
-
-bool checkSelect(const SelectParams& p) {
-    if (!(checkSettings(p.settings) && checkRows(p.rows) &&
-          checkChunks(p.settings, p.rows, p.max_chunks, p.chunk_starts, p.num_chunks)))
-        return false;
-    // N grows with L. Per-row budgets lie on the device: there the caller answers for max_kept.
-    const bool same_budget = !p.rows.keep_per_10k && !p.rows.budget_tokens;
-    const Settings& s = p.settings;
-    const int64_t most = same_budget ? keptTokens(p.rows.max_length, s.keep_per_10k, s.budget_tokens, s.min_tokens) : 0;
-    return atLeast("max_kept", p.max_kept, most, "N of max_length") &&
-           (p.rows.batch == 0 ||
-            (given("kept_lengths", p.kept_lengths) && (p.max_kept == 0 || given("kept_indices", p.kept_indices)) &&
-             (p.max_chunks == 0 || given("chunk_scores", p.chunk_scores))));
-}
-
-bool checkCompact(const CompactParams& p) {
-    const bool every_slot = p.kept_lengths == nullptr;
-    if (!((every_slot ? checkRowSizes(p.rows) : checkRows(p.rows)) &&
-          inRange("num_layers", p.num_layers, 1, INT32_MAX) && inRange("kv_heads", p.kv_heads, 1, 65535) &&
-          inRange("row_bytes", p.row_bytes, 1, 4096) && inRange("max_kept", p.max_kept, 0, INT32_MAX)))
-        return false;
-    if (!p.layers) return fail(CHUNKKV_INVALID_ARGUMENT, "layers is NULL; pass a host array of num_layers entries");
-    if (p.rows.batch == 0) return true;
-    const bool in_place = p.layers[0].key_out == nullptr;
-    for (int32_t i = 0; i < p.num_layers; ++i) {
-        const Layer& layer = p.layers[i];
-        if (!(given("layers[].key", layer.key) && given("layers[].value", layer.value))) return false;
-        if ((layer.key_out == nullptr) != in_place || (layer.value_out == nullptr) != in_place)
-            return fail(CHUNKKV_INVALID_ARGUMENT,
-                        "layers[%d] sets key_out or value_out unlike layers[0].key_out; "
-                        "pass both for every layer (out of place) or none (in place)",
-                        i);
-    }
-    if (every_slot && in_place)
-        return fail(CHUNKKV_INVALID_ARGUMENT, "kept_lengths is NULL in place; pass it, or outputs of their own");
-    const int64_t most = every_slot || p.max_kept < p.rows.max_length ? p.max_kept : p.rows.max_length;
-    return (p.max_kept == 0 || given("kept_indices", p.kept_indices)) &&
-           checkLayout("layout", p.layout, p.rows.max_length, p.row_bytes) &&
-           (in_place || checkLayout("layout_out", p.layout_out, most, p.row_bytes));
-}
-
-bool checkRope(const RopeParams& p) {
-    if (!(inRange("num_tokens", p.num_tokens, 0, INT32_MAX) && inRange("heads", p.heads, 1, 65535) &&
-          inRange("kv_heads", p.kv_heads, 1, 65535) && isRopeHead(p.head_dim) &&
-          inRange("rotary_dim", p.rotary_dim, 2, p.head_dim) && inRange("style", p.style, 0, 1) &&
-          inRange("max_positions", p.max_positions, 1, INT32_MAX) && isFloating("dtype", p.dtype)))
-        return false;
-    if (p.rotary_dim % 2 != 0) return fail(CHUNKKV_INVALID_ARGUMENT, "rotary_dim is %d; it must be even", p.rotary_dim);
-    if (p.num_tokens == 0) return true;
-    if (!(given("qkv", p.qkv) && given("qkv_out", p.qkv_out) && given("positions", p.positions) &&
-          given("cos_sin", p.cos_sin)))
-        return false;
-    if (reinterpret_cast<uintptr_t>(p.cos_sin) % 8 != 0)
-        return fail(CHUNKKV_INVALID_ARGUMENT, "cos_sin is not aligned to 8 bytes, one pair; pass a table that is");
-    return true;
-}
 
 chunkkv_status reported(LaunchStatus status) {
     if (status == 0) return CHUNKKV_OK;
-    fail(CHUNKKV_CUDA_ERROR, "launch error %d: %s", status, launchErrorText(status));
+    fail(CHUNKKV_CUDA_ERROR, "CUDA error %d: %s", status, launchErrorText(status));
     return failure.status;
 }
 
@@ -274,8 +33,8 @@ const char* chunkkv_last_error(void) { return failure.text; }
 
 size_t chunkkv_params_size(int32_t op) {
     constexpr size_t kSizes[] = {sizeof(BoundariesParams), sizeof(ScoreParams), sizeof(SelectParams),
-                                 sizeof(CompactParams), sizeof(RopeParams)};
-    return op >= CHUNKKV_OP_BOUNDARIES && op <= CHUNKKV_OP_ROPE ? kSizes[op] : 0;
+                                 sizeof(CompactParams),    sizeof(RopeParams),  sizeof(PrepareParams)};
+    return op >= CHUNKKV_OP_BOUNDARIES && op <= CHUNKKV_OP_PREPARE ? kSizes[op] : 0;
 }
 
 chunkkv_status chunkkv_supports(int32_t op, int32_t query_dtype, int32_t kv_dtype, int32_t head_dim, int32_t group) {
@@ -288,7 +47,7 @@ chunkkv_status chunkkv_supports(int32_t op, int32_t query_dtype, int32_t kv_dtyp
     } else if (op == CHUNKKV_OP_ROPE) {
         supported = isFloating("query_dtype", query_dtype) && isRopeHead(head_dim);
     } else {
-        supported = inRange("op", op, CHUNKKV_OP_BOUNDARIES, CHUNKKV_OP_ROPE);
+        supported = inRange("op", op, CHUNKKV_OP_BOUNDARIES, CHUNKKV_OP_PREPARE);
     }
     return supported ? CHUNKKV_OK : CHUNKKV_UNSUPPORTED;
 }
@@ -316,6 +75,7 @@ chunkkv_status chunkkv_score_workspace(const chunkkv_score_params* params, size_
 
 chunkkv_status chunkkv_boundaries(const chunkkv_boundaries_params* params, void* stream) {
     if (!(begin("chunkkv_boundaries", params) && checkBoundaries(*params))) return failure.status;
+    const StageRange range("boundaries", 0);
     return reported(launchBoundaries(*params, stream));
 }
 
@@ -329,22 +89,62 @@ chunkkv_status chunkkv_score(const chunkkv_score_params* params, void* workspace
              workspace_bytes, needed, static_cast<long long>(kWorkspaceAlignment));
         return failure.status;
     }
+    const StageRange range("score", mostKept(params->rows, params->settings));
     return reported(launchScore(*params, workspace, stream));
 }
 
 chunkkv_status chunkkv_select(const chunkkv_select_params* params, void* stream) {
     if (!(begin("chunkkv_select", params) && checkSelect(*params))) return failure.status;
+    const StageRange range("select", int64_t{params->rows.batch} * params->max_kept);
     return reported(launchSelect(*params, stream));
 }
 
 chunkkv_status chunkkv_compact(const chunkkv_compact_params* params, void* stream) {
     if (!(begin("chunkkv_compact", params) && checkCompact(*params))) return failure.status;
+    const StageRange range("compact", int64_t{params->rows.batch} * params->max_kept);
     return reported(launchCompact(*params, stream));
 }
 
 chunkkv_status chunkkv_rope(const chunkkv_rope_params* params, void* stream) {
     if (!(begin("chunkkv_rope", params) && checkRope(*params))) return failure.status;
+    const StageRange range("rope", 0);
     return reported(launchRope(*params, stream));
+}
+
+chunkkv_status chunkkv_prepare(const chunkkv_prepare_params* params, void* stream) {
+    if (!(begin("chunkkv_prepare", params) && checkPrepare(*params))) return failure.status;
+    const StageRange range("prepare", 0);
+    return reported(launchPrepare(*params, stream));
+}
+
+chunkkv_status chunkkv_copy(void* to, const void* from, size_t bytes, void* stream) {
+    current_op = "chunkkv_copy";
+    if (!checkCopy(to, from, bytes)) return failure.status;
+    return to == from || bytes == 0 ? CHUNKKV_OK : reported(copyBytes(to, from, bytes, stream));
+}
+
+chunkkv_status chunkkv_zero(void* to, size_t bytes, void* stream) {
+    current_op = "chunkkv_zero";
+    if (bytes > 0 && !given("to", to)) return failure.status;
+    return bytes == 0 ? CHUNKKV_OK : reported(clearBytes(to, bytes, stream));
+}
+
+chunkkv_status chunkkv_upload(const void* host, size_t bytes, void** device) {
+    current_op = "chunkkv_upload";
+    if (device) *device = nullptr;
+    if (!(device && host && bytes > 0)) {
+        fail(CHUNKKV_INVALID_ARGUMENT,
+             "host is %p, bytes is %zu, device is %p; pass a table of at least one byte, "
+             "and where to write its address",
+             host, bytes, static_cast<void*>(device));
+        return failure.status;
+    }
+    return reported(uploadBytes(host, bytes, device));
+}
+
+chunkkv_status chunkkv_release(void* device) {
+    current_op = "chunkkv_release";
+    return device ? reported(releaseBytes(device)) : CHUNKKV_OK;
 }
 
 }  // extern "C"

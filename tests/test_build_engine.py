@@ -213,19 +213,6 @@ def test_a_checkpoint_is_not_an_output(build: Callable[..., Outcome], model: Pat
     assert tree(model) == before
 
 
-@pytest.mark.parametrize("name", ["tensorrt_llm"])
-@pytest.mark.parametrize("installed", [False, True])
-def test_backends_to_come_say_what_is_missing(build, tmp_path, monkeypatch, name, installed) -> None:
-    if installed:
-        (tmp_path / "site" / name).mkdir(parents=True)
-        (tmp_path / "site" / name / "__init__.py").write_text("raise AssertionError('must not be imported')")
-        monkeypatch.syspath_prepend(tmp_path / "site")
-    message = build(tmp_path / "engine", "--backend", name).error(1)
-    state = "installed" if installed else "not installed"
-    assert f"--backend {name} needs the Python package {name!r}, which is {state}, and a builder" in message
-    assert message.endswith("give --backend onnxruntime") and not (tmp_path / "engine").exists()
-
-
 def _break_weights(folder: Path) -> None:
     os.truncate(folder / "model.safetensors", 5000)
 

@@ -131,8 +131,8 @@ def test_every_flag_arrives(engine, run, monkeypatch) -> None:
     seen = {}
     load, generate = ChunkKVSession.from_dir, ChunkKVSession.generate
 
-    def watching_load(engine_dir, threads=None):
-        seen.update(engine_dir=str(engine_dir), threads=threads)
+    def watching_load(engine_dir, threads=None, max_tokens_in_paged_kv_cache=None):
+        seen.update(engine_dir=str(engine_dir), threads=threads, pool=max_tokens_in_paged_kv_cache)
         return load(engine_dir, threads)
 
     def watching_generate(self, prompts, sampling, **options):
@@ -154,7 +154,9 @@ def test_every_flag_arrives(engine, run, monkeypatch) -> None:
         assert seen["sampling"] == SamplingParams(**values, stop=("END", "x y"), ignore_eos=True, logprobs=True)
         assert (seen["keep_ratio"], seen["threads"], seen["engine_dir"]) == (0.5, 2, engine)
     run("generate", "--engine_dir", engine, "--budget_tokens", "12", "--max_new_tokens", "1", "the")
-    assert seen["budget_tokens"] == 12
+    assert seen["budget_tokens"] == 12 and seen["pool"] is None
+    run("generate", "--engine_dir", engine, "--max_tokens_in_paged_kv_cache", "640", "--max_new_tokens", "1", "the")
+    assert seen["pool"] == 640
 
 
 @pytest.mark.parametrize(

@@ -214,10 +214,10 @@ def test_a_config_that_makes_no_sense_is_refused(engine: Path, change: Callable,
 
 def test_another_backends_engine_is_refused_by_the_session(engine: Path) -> None:
     def other(values: Values) -> None:
-        values.get("build_config", values)["backend"] = "tensorrt_llm"
+        values.get("build_config", values)["backend"] = "onnx_next"
 
     rewrite(engine, other, other)
-    with pytest.raises(EngineMismatchError, match="built for backend 'tensorrt_llm'; this session runs 'onnxruntime'"):
+    with pytest.raises(EngineMismatchError, match="built for backend 'onnx_next'; this session runs 'onnxruntime'"):
         ChunkKVSession.from_dir(engine)
 
 

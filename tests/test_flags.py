@@ -22,7 +22,7 @@ CHUNKKV_FLAGS = tuple(
     "chunkkv" + end
     for end in (
         *("", "_keep_ratio", "_budget_tokens", "_max_keep_ratio", "_chunk_size", "_window", "_sinks", "_pooling"),
-        *("_min_tokens", "_boundaries", "_score", "_gate", "_leader", "_layer_reuse"),
+        *("_min_tokens", "_boundaries", "_score", "_gate", "_leader", "_layer_reuse", "_recipe"),
     )
 )
 OWN_FLAGS = ("overwrite", "backend", "dtype", "use_weight_only", "weight_only_precision", "timing_cache")
@@ -65,7 +65,8 @@ def test_help_names_every_flag_with_its_default_on_a_narrow_terminal(
     shown = done.out.partition("paths:")[2]
     entries = dict(re.findall(r"^  --(\w+)(.*?)(?=^  --|^\S|\Z)", shown, re.MULTILINE | re.DOTALL))
     assert set(entries) == {*TRTLLM_FLAGS, *CHUNKKV_FLAGS, *OWN_FLAGS}
-    without_default = {"checkpoint_dir", "overwrite", "use_weight_only", "dry_run", "chunkkv", "chunkkv_budget_tokens"}
+    without_default = {"checkpoint_dir", "overwrite", "use_weight_only", "dry_run"}
+    without_default |= {"chunkkv", "chunkkv_budget_tokens", "chunkkv_recipe"}
     for name, text in entries.items():
         words = " ".join(text.split())
         assert ("default: " in words) == (name not in without_default), name
@@ -99,6 +100,8 @@ def test_the_defaults_are_the_documented_ones() -> None:
         ("--chunkkv_budget_tokens 1024", {"budget_tokens": 1024}),
         ("--chunkkv_sinks 0", {"sinks": 0}),
         ("--chunkkv_gate entropy", {"gate": "entropy"}),
+        ("--chunkkv_boundaries delimiter", {"boundaries": "delimiter", "chunk_size": 20}),
+        ("--chunkkv_boundaries delimiter --chunkkv_chunk_size 10", {"boundaries": "delimiter", "chunk_size": 10}),
         ("--chunkkv_layer_reuse 2", {"layer_groups": ((0, 1), (2,))}),
         ("--chunkkv_layer_reuse 0,1-2", {"layer_groups": ((0,), (1, 2))}),
     ],

@@ -257,7 +257,7 @@ def test_models_that_the_plugins_have_no_kernel_for_are_refused(sizes: tuple[int
 
 
 def test_the_plugins_have_the_kernels_that_the_builder_thinks_they_have() -> None:
-    source = (ROOT / "plugins" / "api.cc").read_text(encoding="utf-8")
+    source = (ROOT / "plugins" / "checks.h").read_text(encoding="utf-8")
     (sizes,) = re.findall(r"kHeadSizes\[\] = \{([\d, ]+)\}", source)
     (group,) = re.findall(r"kMaxGroup = (\d+);", source)
     assert tuple(map(int, sizes.split(","))) == tensorrt_library.PLUGIN_HEAD_SIZES

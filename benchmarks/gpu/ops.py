@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.gpu.compression import Compression, contiguous, pool
 from benchmarks.gpu.device import Device, measure
+from benchmarks.gpu.packed import PackedBatch
 from chunkkv.native import NativeLibrary, contiguous_kv
 
 REUSE = (1, 2, 4)
@@ -62,6 +63,17 @@ def rope(device: Device, library: NativeLibrary, length: int, copy_gbps: float) 
     return rate("rope", device.microseconds(calls), moved, copy_gbps, batch=1, length=length)
 
 
+def prepare(device: Device, library: NativeLibrary, length: int, copy_gbps: float) -> dict[str, Any]:
+    """Check and measure prepare; at the smallest length also check the ops that take its packed rows."""
+    shapes = device.shapes
+    batch = PackedBatch(device, library, shapes.settings(shapes.windows[0], shapes.keeps[0]), length)
+    batch.check_prepare()
+    if length == min(shapes.lengths):
+        batch.check_choice()
+    sizes = {"batch": len(batch.prompts), "length": length, "tokens": batch.tokens}
+    return rate("prepare", device.microseconds([batch.prepare]), batch.moved, copy_gbps, **sizes)
+
+
 def all_layers(device: Device, library: NativeLibrary, length: int, copy_gbps: float) -> list[dict[str, Any]]:
     """Measure the compression of every layer of a prompt in place in a paged pool, as one graph."""
     shapes, results = device.shapes, []
@@ -93,6 +105,7 @@ def run(device: Device) -> dict[str, Any]:
         for batch in device.shapes.batches:
             lines += single_ops(device, library, batch, length, copy_gbps)
         lines.append(rope(device, library, length, copy_gbps))
+        lines.append(prepare(device, library, length, copy_gbps))
         lines += all_layers(device, library, length, copy_gbps)
     return {"copy_gbps": round(copy_gbps, 1), "lines": lines}
 

@@ -3,7 +3,7 @@
 // A chunk starts at s, after a delimiter, and after c tokens without one. The last rule looks sequential but is not:
 // within a run that begins at position r (s, or behind a delimiter) the starts are r, r + c, r + 2c, ... So a running
 // maximum gives every position its r, and a running sum of "p is a start" gives every start its number.
-#include "chunkkv/layout.h"
+#include "chunks.cuh"
 #include "launch.cuh"
 #include "scan.cuh"
 
@@ -15,13 +15,13 @@ constexpr int kItems = 8;  // consecutive positions per thread
 
 struct TokenIds {
     const BoundariesParams& params;
-    int64_t first;
+    RowPart part;
 
     __device__ bool isDelimiter(int32_t position) const {
-        const int64_t last = (params.row_starts ? params.num_tokens : first + params.rows.max_length) - 1;
-        const int32_t id = params.token_ids[clampTo(first + position, 0, last)];
+        if (position >= part.count) return false;
+        const int32_t id = params.token_ids[part.first + position];
         if (params.delimiter_bitmap == nullptr) return id != 0;
-        return id >= 0 && id < params.vocab_size && (params.delimiter_bitmap[id / 32] >> (id % 32) & 1u) != 0;
+        return isDelimiterId(id, params.delimiter_bitmap, params.vocab_size);
     }
 };
 
@@ -31,9 +31,9 @@ __global__ void boundariesKernel(const __grid_constant__ BoundariesParams params
     const Settings& settings = params.settings;
     const int32_t length = rowLength(params.rows, row);
     const int32_t end = length - settings.window;
-    int32_t* starts = params.chunk_starts + static_cast<int64_t>(row) * (params.max_chunks + 1);
-    const TokenIds ids{params,
-                       params.row_starts ? params.row_starts[row] : static_cast<int64_t>(row) * params.rows.max_length};
+    const RowPart part = rowPart(params.rows, row, length, params.max_chunks);
+    int32_t* starts = params.chunk_starts + firstChunkStart(part, row);
+    const TokenIds ids{params, rowPart(params.rows, row, length, params.rows.max_length)};
 
     ScanWord run_start = 0;  // begin of the run that reaches the tile, known from earlier tiles
     int32_t count = 0;
@@ -64,10 +64,13 @@ __global__ void boundariesKernel(const __grid_constant__ BoundariesParams params
             count + static_cast<int32_t>(exclusiveScan<kThreads>(__popc(is_start), warp_totals, tile_count, Sum()));
         count += static_cast<int32_t>(tile_count);
         for (int i = 0; i < kItems; ++i) {
-            if (is_start >> i & 1u) starts[number++] = first + i;
+            if ((is_start >> i & 1u) == 0) continue;
+            if (number < part.count) starts[number] = first + i;
+            ++number;
         }
     }
     if (threadIdx.x == 0) {
+        if (count > part.count) count = part.count;
         starts[count] = end > 0 ? end : 0;
         params.num_chunks[row] = count;
     }

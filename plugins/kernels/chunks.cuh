@@ -1,7 +1,7 @@
 // The chunks of one row, fixed or by delimiter: the one place that turns a chunk's number into its tokens.
 #pragma once
 
-#include "chunkkv/budget.h"
+#include "chunkkv/layout.h"
 #include "dev.h"
 
 namespace chunkkv {
@@ -24,17 +24,22 @@ struct ChunkSpans {
     }
 };
 
-/// `starts` [B, max_chunks + 1] and `num_chunks` [B] are null for fixed chunks.
+/// `part` is the row's part of chunk_scores; `starts` and `num_chunks` [B] are null for fixed chunks.
 __device__ inline ChunkSpans chunkSpans(const Settings& settings, const int32_t* starts, const int32_t* num_chunks,
-                                        int32_t max_chunks, int32_t row, int32_t length) {
+                                        const RowPart& part, int32_t row, int32_t length) {
     ChunkSpans spans;
-    spans.starts = starts ? starts + static_cast<int64_t>(row) * (max_chunks + 1) : nullptr;
+    spans.starts = starts ? starts + firstChunkStart(part, row) : nullptr;
     spans.first = settings.sinks;
     spans.end = length - settings.window;
     spans.size = settings.chunk_size;
-    const int64_t most = clampTo(maxChunks(settings, length), 0, max_chunks);
+    const int64_t most = clampTo(maxChunks(settings, length), 0, part.count);
     spans.count = static_cast<int32_t>(starts ? clampTo(num_chunks[row], 0, most) : most);
     return spans;
+}
+
+/// Whether a token ends a chunk: bit (id % 32) of word (id / 32) of bitmap [ceil(vocab_size / 32)].
+__device__ inline bool isDelimiterId(int32_t id, const uint32_t* bitmap, int32_t vocab_size) {
+    return id >= 0 && id < vocab_size && (bitmap[id / 32] >> (id % 32) & 1u) != 0;
 }
 
 }  // namespace chunkkv

@@ -53,10 +53,12 @@ __global__ void compactKernel(const __grid_constant__ CompactArgs args) {
     const TokenRows to = in_place ? from : tokenRows(args.out, kv ? layer.value_out : layer.key_out, kv, row, head);
 
     const int32_t length = args.rows.lengths ? rowLength(args.rows, row) : args.rows.max_length;
-    const int32_t most = args.max_kept < length ? args.max_kept : length;
+    const RowPart slots = rowPart(args.rows, row, length, args.max_kept);
+    const int32_t most = slots.count < length ? slots.count : length;
     const bool every_slot = args.kept_lengths == nullptr;
     const int32_t kept = every_slot ? args.max_kept : static_cast<int32_t>(clampTo(args.kept_lengths[row], 0, most));
-    const int32_t* indices = args.kept_indices + static_cast<int64_t>(row) * args.max_kept;
+    const int32_t* indices = args.kept_indices + slots.first;
+    if (in_place && kept == length) return;  // every token is where it belongs
 
     const int32_t first_column = slice * args.slice_vectors;
     const int32_t left = args.row_vectors - first_column;
@@ -89,8 +91,6 @@ __global__ void compactKernel(const __grid_constant__ CompactArgs args) {
         }
     }
 }
-
-int64_t ceilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <class Vector>
 LaunchStatus launchWith(const CompactParams& params, CompactArgs args, int32_t num_layers, void* stream) {

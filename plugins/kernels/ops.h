@@ -15,6 +15,15 @@ LaunchStatus launchScore(const ScoreParams& params, void* workspace, void* strea
 LaunchStatus launchSelect(const SelectParams& params, void* stream);
 LaunchStatus launchCompact(const CompactParams& params, void* stream);
 LaunchStatus launchRope(const RopeParams& params, void* stream);
+LaunchStatus launchPrepare(const PrepareParams& params, void* stream);
+
+/// Enqueue on `stream`; `bytes` may be 0.
+LaunchStatus copyBytes(void* to, const void* from, size_t bytes, void* stream);
+LaunchStatus clearBytes(void* to, size_t bytes, void* stream);
+
+/// Synchronous. *device is NULL on failure.
+LaunchStatus uploadBytes(const void* host, size_t bytes, void** device);
+LaunchStatus releaseBytes(void* device);
 
 /// Bytes that launchScore uses from its workspace; pointers in `params` are not read.
 size_t scoreWorkspaceBytes(const ScoreParams& params);

@@ -4,7 +4,7 @@
 // once. Both styles pair elements that one thread holds:
 //   neox   [ i.. )  with  [ rotary_dim/2 + i.. )        gptj   even with odd, inside [ 2i.. )
 // It reads its two vectors before it writes them, and no other thread touches them: in place is safe.
-#include "chunkkv/params.h"
+#include "chunkkv/layout.h"
 #include "launch.cuh"
 
 namespace chunkkv {
@@ -44,7 +44,7 @@ __global__ void ropeKernel(const __grid_constant__ RopeParams params) {
     for (int32_t head = threadIdx.x / items; head < all_heads; head += heads_per_pass) {
         const bool copies = !rotates || head >= rotated_heads;
         if (copies && in_place) continue;
-        const int64_t offset = (token * all_heads + head) * params.head_dim;
+        const int64_t offset = firstElement(token, all_heads, head, params.head_dim);
         const T* from = static_cast<const T*>(params.qkv) + offset;
         T* to = static_cast<T*>(params.qkv_out) + offset;
         Elements pair[2];

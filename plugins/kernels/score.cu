@@ -16,8 +16,6 @@ constexpr int64_t kBlocksPerMultiprocessor = 4;  // two run at a time
 constexpr int64_t kWorkspaceCap = int64_t{512} << 20;  // more rows than fit in it are scored in waves
 constexpr int64_t kAlignment = 256;
 
-int64_t ceilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 /// Chunks that a tile and its neighbourhood can touch, whatever their alignment.
 int32_t slotsPerTile(const Settings& settings) {
     return (kTileTokens + settings.pooling - 3) / settings.chunk_size + 2;
@@ -63,9 +61,9 @@ int64_t placeParts(ScoreArgs& args, int64_t rows, char* base) {
         return used;
     }
     take(args.columns, heads * args.row_groups * params.rows.max_length);
-    const bool pooled = params.settings.pooling > 1;
-    if (pooled || !params.token_scores) take(args.raw_scores, tokens);
-    if (pooled && !params.token_scores) take(args.smooth_scores, tokens);
+    take(args.raw_scores, tokens);
+    args.smooth_scores = args.raw_scores;
+    if (params.settings.pooling > 1) take(args.smooth_scores, tokens);
     return used;
 }
 
@@ -141,9 +139,13 @@ LaunchStatus launchWave(const ScoreArgs& args, int32_t rows, void* stream) {
 
 }  // namespace
 
+// What the rows of a batch take one by one, and no more than a wave may. So it grows with batch and S: what suffices
+// for the largest sizes suffices for all below. Rows of a wave share the rounding of their parts and never need more.
 size_t scoreWorkspaceBytes(const ScoreParams& params) {
     ScoreArgs args = argsWithSizes(params);
-    return static_cast<size_t>(placeParts(args, rowsPerWave(args), nullptr));
+    const int64_t row = placeParts(args, 1, nullptr), batch = row * params.rows.batch;
+    const int64_t wave = row > kWorkspaceCap ? row : kWorkspaceCap;
+    return static_cast<size_t>(batch < wave ? batch : wave);
 }
 
 LaunchStatus launchScore(const ScoreParams& params, void* workspace, void* stream) {
@@ -152,10 +154,6 @@ LaunchStatus launchScore(const ScoreParams& params, void* workspace, void* strea
     placeParts(args, wave, static_cast<char*>(workspace));
     for (int64_t first = 0; first < params.rows.batch; first += wave) {
         const int64_t left = params.rows.batch - first;
-        if (params.token_scores)
-            (params.settings.pooling > 1 ? args.smooth_scores : args.raw_scores) =
-                params.token_scores + first * params.rows.max_length;
-        if (params.settings.pooling == 1) args.smooth_scores = args.raw_scores;
         args.first_row = static_cast<int32_t>(first);
         const LaunchStatus status = launchWave(args, static_cast<int32_t>(left < wave ? left : wave), stream);
         if (status != 0) return status;

@@ -80,7 +80,8 @@ __global__ void __launch_bounds__(kReduceThreads) slotMeansKernel(const __grid_c
     const int32_t row = args.first_row + blockIdx.y;
     const int32_t length = rowLength(params.rows, row);
     if (skipsRow(args, row, length)) return;
-    const ChunkSpans spans = chunkSpans(params.settings, nullptr, nullptr, params.max_chunks, row, length);
+    const RowPart part = rowPart(params.rows, row, length, params.max_chunks);
+    const ChunkSpans spans = chunkSpans(params.settings, nullptr, nullptr, part, row, length);
     const int32_t chunk = blockIdx.x * kReduceThreads + threadIdx.x;
     if (chunk >= spans.count) return;
     const int32_t reach = params.settings.pooling / 2;
@@ -93,7 +94,15 @@ __global__ void __launch_bounds__(kReduceThreads) slotMeansKernel(const __grid_c
         sum += args.slot_sums[slots + chunk - firstChunkOf(params.settings, tile)];
     }
     const float weight = static_cast<float>(params.settings.window) * params.heads * params.settings.pooling;
-    params.chunk_scores[static_cast<int64_t>(row) * params.max_chunks + chunk] = sum / weight / spans.length(chunk);
+    params.chunk_scores[part.first + chunk] = sum / weight / spans.length(chunk);
+}
+
+/// Write a[t] where the caller has asked for it.
+__device__ inline void giveTokenScore(const ScoreParams& params, int32_t row, int32_t length, int32_t token,
+                                      float score) {
+    if (params.token_scores == nullptr) return;
+    const RowPart part = rowPart(params.rows, row, length, params.rows.max_length);
+    if (token < part.count) params.token_scores[part.first + token] = score;
 }
 
 /// raw_scores: a[t] before pooling, 0 where nothing is ranked. grid: x = tokens, y = row.
@@ -113,12 +122,14 @@ __global__ void __launch_bounds__(kReduceThreads) rawScoresKernel(const __grid_c
             sum /= static_cast<float>(params.settings.window) * params.heads;
     }
     args.raw_scores[static_cast<int64_t>(blockIdx.y) * params.rows.max_length + token] = sum;
+    if (params.settings.pooling == 1) giveTokenScore(params, row, length, token, sum);
 }
 
 /// smooth_scores: the average over the neighbourhood in [0, L-w), the divisor always `pooling`.
 __global__ void __launch_bounds__(kReduceThreads) smoothKernel(const __grid_constant__ ScoreArgs args) {
     const ScoreParams& params = args.params;
-    const int32_t length = rowLength(params.rows, args.first_row + blockIdx.y);
+    const int32_t row = args.first_row + blockIdx.y;
+    const int32_t length = rowLength(params.rows, row);
     const int32_t token = blockIdx.x * kReduceThreads + threadIdx.x;
     if (token >= params.rows.max_length) return;
     const int32_t ranked_end = length - params.settings.window, reach = params.settings.pooling / 2;
@@ -129,7 +140,9 @@ __global__ void __launch_bounds__(kReduceThreads) smoothKernel(const __grid_cons
         const int32_t high = token + reach < ranked_end ? token + reach : ranked_end - 1;
         for (int32_t other = low; other <= high; ++other) sum += args.raw_scores[first + other];
     }
-    args.smooth_scores[first + token] = sum / static_cast<float>(params.settings.pooling);
+    const float score = sum / static_cast<float>(params.settings.pooling);
+    args.smooth_scores[first + token] = score;
+    giveTokenScore(params, row, length, token, score);
 }
 
 /// chunk_scores from smooth_scores, for any boundaries. grid: x = chunks, y = row.
@@ -138,8 +151,8 @@ __global__ void __launch_bounds__(kReduceThreads) tokenMeansKernel(const __grid_
     const int32_t row = args.first_row + blockIdx.y;
     const int32_t length = rowLength(params.rows, row);
     if (skipsRow(args, row, length)) return;
-    const ChunkSpans spans =
-        chunkSpans(params.settings, params.chunk_starts, params.num_chunks, params.max_chunks, row, length);
+    const RowPart part = rowPart(params.rows, row, length, params.max_chunks);
+    const ChunkSpans spans = chunkSpans(params.settings, params.chunk_starts, params.num_chunks, part, row, length);
     const int32_t chunk = blockIdx.x * kReduceThreads + threadIdx.x;
     if (chunk >= spans.count) return;
     const int32_t tokens = spans.length(chunk);
@@ -147,7 +160,7 @@ __global__ void __launch_bounds__(kReduceThreads) tokenMeansKernel(const __grid_
         args.smooth_scores + static_cast<int64_t>(blockIdx.y) * params.rows.max_length + spans.start(chunk);
     float sum = 0.0f;
     for (int32_t i = 0; i < tokens; ++i) sum += scores[i];
-    params.chunk_scores[static_cast<int64_t>(row) * params.max_chunks + chunk] = tokens > 0 ? sum / tokens : 0.0f;
+    params.chunk_scores[part.first + chunk] = tokens > 0 ? sum / tokens : 0.0f;
 }
 
 }  // namespace chunkkv

@@ -111,13 +111,14 @@ __global__ void __launch_bounds__(kThreads) selectKernel(const __grid_constant__
     const int32_t row = blockIdx.x, thread = threadIdx.x;
     const int32_t length = rowLength(params.rows, row);
     const int32_t wanted = rowKept(params.rows, params.settings, row, length);
-    const int32_t stored = wanted < params.max_kept ? wanted : params.max_kept;
-    int32_t* kept = params.kept_indices + static_cast<int64_t>(row) * params.max_kept;
+    const RowPart slots = rowPart(params.rows, row, length, params.max_kept);
+    const int32_t stored = wanted < slots.count ? wanted : slots.count;
+    int32_t* kept = params.kept_indices + slots.first;
 
     // Everything that does not depend on scores: sinks, window and what is behind N; or the whole row.
     const int32_t head = wanted == length ? length : params.settings.sinks;
     const int32_t tail = wanted == length ? length : wanted - params.settings.window;
-    for (int32_t slot = thread; slot < params.max_kept; slot += kThreads) {
+    for (int32_t slot = thread; slot < slots.count; slot += kThreads) {
         if (slot >= stored)
             kept[slot] = -1;
         else if (slot < head)
@@ -129,12 +130,13 @@ __global__ void __launch_bounds__(kThreads) selectKernel(const __grid_constant__
     if (wanted == length) return;
 
     // min_tokens >= w + s + c, so at least c tokens are left to give, and fewer than there are.
+    const RowPart chunks = rowPart(params.rows, row, length, params.max_chunks);
     const Ranked ranked{
-        chunkSpans(params.settings, params.chunk_starts, params.num_chunks, params.max_chunks, row, length),
-        params.chunk_scores + static_cast<int64_t>(row) * params.max_chunks,
+        chunkSpans(params.settings, params.chunk_starts, params.num_chunks, chunks, row, length),
+        params.chunk_scores + chunks.first,
     };
     const Cut cut = findCut(ranked, tail - head, bins, found, warp_totals);
-    writeChosen(ranked, cut, kept, tail < params.max_kept ? tail : params.max_kept, warp_totals);
+    writeChosen(ranked, cut, kept, tail < slots.count ? tail : slots.count, warp_totals);
 }
 
 }  // namespace

@@ -25,7 +25,7 @@ class Compact final : public Plugin {
     Plugin* copy() const override { return new Compact(*this); }
     int32_t inputs() const noexcept override { return 2; }
     int32_t outputs() const noexcept override { return 1; }
-    const int32_t* ranks() const noexcept override { return kRanks; }
+    int32_t rank(int32_t input) const noexcept override { return kRanks[input]; }
     bool checkFields() const override { return true; }
 
     bool isInputType(int32_t place, const DataType* types) const override {

@@ -42,7 +42,8 @@ bool isRightMajor() noexcept {
 using namespace chunkkv::trt;
 
 CHUNKKV_EXPORT IPluginCreatorInterface* const* getCreators(int32_t& count) {
-    static IPluginCreatorInterface* const creators[] = {selectCreator(), compactCreator()};
+    static IPluginCreatorInterface* const creators[] = {selectCreator(), compactCreator(), prepareCreator(),
+                                                        ropeCreator(),   scoreCreator(),   compressCreator()};
     count = 0;
     if (!isRightMajor()) return nullptr;
     if (chunkkv_abi_version() != CHUNKKV_ABI_VERSION) {
@@ -50,7 +51,7 @@ CHUNKKV_EXPORT IPluginCreatorInterface* const* getCreators(int32_t& count) {
                chunkkv_abi_version(), CHUNKKV_ABI_VERSION);
         return nullptr;
     }
-    count = 2;
+    count = sizeof(creators) / sizeof(creators[0]);
     return creators;
 }
 

@@ -2,6 +2,7 @@
 
 #include <cstdio>
 #include <cstring>
+#include <utility>
 
 #include "log.h"
 
@@ -13,6 +14,16 @@ namespace {
 constexpr int32_t kTextBytes = 256;
 
 PluginFieldType typeOf(const Field& field) { return field.words ? PluginFieldType::kCHAR : PluginFieldType::kINT32; }
+
+bool isLength(const Field& field, int32_t length) {
+    return length >= 1 && (field.words || length <= (field.most > 0 ? field.most : 1));
+}
+
+const char* kind(const Field& field) {
+    if (field.words) return "a STRING (kCHAR)";
+    return field.most > 0 ? "INTS (kINT32), at least one and no more than the plugin has room for"
+                          : "one INT (kINT32, length 1)";
+}
 
 /// "a, b, c" for messages.
 template <class NameOf>
@@ -32,7 +43,7 @@ int32_t FieldValues::find(const char* name) const noexcept {
     return -1;
 }
 
-bool FieldValues::parse(const PluginFieldCollection* given, TensorRTPhase phase) noexcept {
+bool FieldValues::parse(const PluginFieldCollection* given, TensorRTPhase phase) {
     if (!given && table_->count == 0) return true;
     if (!given || given->nbFields < 0 || (given->nbFields > 0 && !given->fields))
         return report("%s: no fields are given; create it from a node or an engine", table_->plugin);
@@ -42,7 +53,7 @@ bool FieldValues::parse(const PluginFieldCollection* given, TensorRTPhase phase)
     for (int32_t i = 0; i < table_->count; ++i) {
         if (seen >> i & 1u) continue;
         const Field& field = table_->fields[i];
-        if (field.fallback == kRequired || phase != TensorRTPhase::kBUILD)
+        if (field.fallback == kRequired || (phase != TensorRTPhase::kBUILD && field.most == 0))
             return report("%s: %s is missing; %s", table_->plugin, field.name,
                           phase == TensorRTPhase::kBUILD ? "set it as an attribute of the node"
                                                          : "the engine is damaged, build it again");
@@ -51,7 +62,7 @@ bool FieldValues::parse(const PluginFieldCollection* given, TensorRTPhase phase)
     return true;
 }
 
-bool FieldValues::take(const PluginField& given, uint32_t& seen) noexcept {
+bool FieldValues::take(const PluginField& given, uint32_t& seen) {
     const int32_t place = find(given.name);
     if (place < 0) {
         char names[kTextBytes];
@@ -61,21 +72,23 @@ bool FieldValues::take(const PluginField& given, uint32_t& seen) noexcept {
     const Field& field = table_->fields[place];
     if (seen >> place & 1u) return report("%s: %s is given twice", table_->plugin, field.name);
     seen |= 1u << place;
-    if (given.type != typeOf(field) || !given.data || given.length < 1 || (!field.words && given.length != 1))
+    if (given.type != typeOf(field) || !given.data || !isLength(field, given.length))
         return report("%s: %s has field type %d and length %d%s; it must be %s", table_->plugin, field.name,
-                      static_cast<int>(given.type), given.length, given.data ? "" : " without data",
-                      field.words ? "a STRING (kCHAR)" : "one INT (kINT32, length 1)");
-    int32_t value = 0;
-    if (field.words) {
-        if (!takeWord(field, given, value)) return false;
-    } else {
-        std::memcpy(&value, given.data, sizeof(value));  // a serialised field need not be aligned
-        if (value < field.low || value > field.high)
-            return report("%s: %s is %d; allowed is %d to %d", table_->plugin, field.name, value, field.low,
-                          field.high);
-    }
-    values_[place] = value;
+                      static_cast<int>(given.type), given.length, given.data ? "" : " without data", kind(field));
+    if (field.words) return takeWord(field, given, values_[place]);
+    if (field.most == 0) return takeNumber(field, given.data, values_[place]);
+    const char* data = static_cast<const char*>(given.data);
+    std::vector<int32_t> numbers(given.length);
+    for (size_t i = 0; i < numbers.size(); ++i)
+        if (!takeNumber(field, data + i * sizeof(int32_t), numbers[i])) return false;
+    arrays_[place] = std::move(numbers);
     return true;
+}
+
+bool FieldValues::takeNumber(const Field& field, const void* data, int32_t& value) const noexcept {
+    std::memcpy(&value, data, sizeof(value));  // a serialised field need not be aligned
+    if (value >= field.low && value <= field.high) return true;
+    return report("%s: %s is %d; allowed is %d to %d", table_->plugin, field.name, value, field.low, field.high);
 }
 
 bool FieldValues::takeWord(const Field& field, const PluginField& given, int32_t& value) const noexcept {
@@ -92,14 +105,22 @@ bool FieldValues::takeWord(const Field& field, const PluginField& given, int32_t
 }
 
 const PluginFieldCollection* FieldValues::serialize() noexcept {
+    int32_t count = 0;
     for (int32_t i = 0; i < table_->count; ++i) {
         const Field& field = table_->fields[i];
-        const char* word = field.words ? field.words[values_[i]] : nullptr;
-        const int32_t length = word ? static_cast<int32_t>(std::strlen(word)) + 1 : 1;
-        const void* data = word ? static_cast<const void*>(word) : &values_[i];
-        fields_[i] = PluginField(field.name, data, typeOf(field), length);
+        const std::vector<int32_t>& numbers = arrays_[i];
+        if (field.most > 0 && numbers.empty()) continue;
+        PluginField& stored = fields_[count++];
+        if (field.words) {
+            const char* word = field.words[values_[i]];
+            stored = PluginField(field.name, word, typeOf(field), static_cast<int32_t>(std::strlen(word)) + 1);
+        } else if (field.most > 0) {
+            stored = PluginField(field.name, numbers.data(), typeOf(field), static_cast<int32_t>(numbers.size()));
+        } else {
+            stored = PluginField(field.name, &values_[i], typeOf(field), 1);
+        }
     }
-    collection_ = PluginFieldCollection{table_->count, fields_.data()};
+    collection_ = PluginFieldCollection{count, fields_.data()};
     return &collection_;
 }
 

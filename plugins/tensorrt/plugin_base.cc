@@ -1,6 +1,7 @@
 #include "plugin_base.h"
 
 #include <algorithm>
+#include <memory>
 
 using namespace nvinfer1;
 
@@ -38,6 +39,10 @@ int32_t storageType(DataType type) noexcept {
     }
 }
 
+bool isFloating(DataType type) noexcept {
+    return type == DataType::kFLOAT || type == DataType::kHALF || type == DataType::kBF16;
+}
+
 int64_t elementBytes(DataType type) noexcept {
     return type == DataType::kFLOAT ? 4 : type == DataType::kHALF || type == DataType::kBF16 ? 2 : 1;
 }
@@ -60,6 +65,13 @@ IPluginCapability* Plugin::getCapabilityInterface(PluginCapabilityType type) noe
 
 IPluginV3* Plugin::clone() noexcept {
     return guarded("clone", static_cast<IPluginV3*>(nullptr), [this]() -> IPluginV3* { return copy(); });
+}
+
+IPluginV3* Plugin::attachToContext(IPluginResourceContext*) noexcept {
+    return guarded("attachToContext", static_cast<IPluginV3*>(nullptr), [this]() -> IPluginV3* {
+        std::unique_ptr<Plugin> attached(copy());
+        return attached->attach() ? attached.release() : nullptr;
+    });
 }
 
 bool Plugin::hasCounts(int32_t nb_inputs, int32_t nb_outputs) const noexcept {
@@ -160,9 +172,8 @@ bool Plugin::supportsFormatCombination(int32_t pos, const DynamicPluginTensorDes
 
 size_t Plugin::getWorkspaceSize(const DynamicPluginTensorDesc* in, int32_t nb_inputs, const DynamicPluginTensorDesc*,
                                 int32_t nb_outputs) const noexcept {
-    return guarded("getWorkspaceSize", size_t{0}, [&]() -> size_t {
-        return hasCounts(nb_inputs, nb_outputs) ? workspaceBytes(in) : 0;
-    });
+    return guarded("getWorkspaceSize", size_t{0},
+                   [&]() -> size_t { return hasCounts(nb_inputs, nb_outputs) ? workspaceBytes(in) : 0; });
 }
 
 int32_t Plugin::onShapeChange(const PluginTensorDesc* in, int32_t nb_inputs, const PluginTensorDesc* out,

@@ -21,7 +21,13 @@ using nvinfer1::PluginTensorDesc;
 
 constexpr char kVersion[] = "1";
 constexpr char kNamespace[] = "chunkkv";
-constexpr int32_t kMaxTensors = 9;  // inputs and outputs together
+constexpr int32_t kMaxTensors = 13;  // inputs and outputs together
+constexpr size_t kAlignment = 256;   // of a workspace and its parts
+
+inline constexpr const char* kBoundaryWords[] = {"fixed", "delimiter"};  // in the order of CHUNKKV_BOUNDARIES_*
+inline constexpr const char* kScoreWords[] = {"softmax", "logits"};      // in the order of CHUNKKV_SCORE_*
+
+constexpr size_t aligned(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
 /// Device addresses of one enqueue.
 struct Buffers {
@@ -44,8 +50,9 @@ Result guarded(const char* where, Result failure, Body body) noexcept {
     return failure;
 }
 
-/// A plugin with one format (linear), one tactic and no state but its field values: an object belongs to one execution
-/// context, and objects share nothing. Functions of derived classes report what is wrong and return false.
+/// A plugin with one format (linear), one tactic and no state but its field values and what attach() makes: an object
+/// belongs to one execution context, and objects share nothing. Functions of derived classes report what is wrong and
+/// return false.
 class Plugin : public nvinfer1::IPluginV3,
                public nvinfer1::IPluginV3OneCore,
                public nvinfer1::IPluginV3OneBuild,
@@ -79,11 +86,12 @@ class Plugin : public nvinfer1::IPluginV3,
                           int32_t nb_outputs) noexcept override;
     int32_t enqueue(const PluginTensorDesc* in, const PluginTensorDesc* out, const void* const* inputs,
                     void* const* outputs, void* workspace, cudaStream_t stream) noexcept override;
-    nvinfer1::IPluginV3* attachToContext(nvinfer1::IPluginResourceContext*) noexcept override { return clone(); }
+    nvinfer1::IPluginV3* attachToContext(nvinfer1::IPluginResourceContext*) noexcept override;
     const nvinfer1::PluginFieldCollection* getFieldsToSerialize() noexcept override { return values_.serialize(); }
 
   protected:
     int32_t value(int32_t field) const noexcept { return values_[field]; }
+    const std::vector<int32_t>& array(int32_t field) const noexcept { return values_.array(field); }
     bool fail(const char* what) const noexcept { return report("%s: %s", getPluginName(), what); }
     bool done(chunkkv_status status) const noexcept { return status == CHUNKKV_OK || fail(chunkkv_last_error()); }
 
@@ -99,14 +107,15 @@ class Plugin : public nvinfer1::IPluginV3,
     /// Whether input `place` may have types[place]; earlier types are settled.
     virtual bool isInputType(int32_t place, const DataType* types) const = 0;
     virtual DataType outputType(int32_t place, const DataType* input_types) const = 0;
-    /// Ranks of the inputs, in order.
-    virtual const int32_t* ranks() const noexcept = 0;
+    virtual int32_t rank(int32_t input) const noexcept = 0;
     virtual bool shapeExpressions(const DimsExprs* in, DimsExprs* out, IExprBuilder& builder) const = 0;
     /// Dims of the outputs for inputs that check() has passed.
     virtual void outputDims(const PluginTensorDesc* in, Dims* out) const = 0;
     virtual bool check(const PluginTensorDesc* in) const = 0;
     /// Enough for all sizes within the profile, whose bounds need not fit each other.
     virtual size_t workspaceBytes(const DynamicPluginTensorDesc* in) const = 0;
+    /// Make what the context of this object needs beside its fields; the destructor takes it down.
+    virtual bool attach() { return true; }
     /// Enqueue the work; all of the above has been checked.
     virtual bool run(const PluginTensorDesc* in, const PluginTensorDesc* out, const Buffers& buffers) const = 0;
 
@@ -114,9 +123,9 @@ class Plugin : public nvinfer1::IPluginV3,
     /// For Dims and DimsExprs.
     template <class Shape>
     bool hasRank(int32_t input, const Shape& shape) const noexcept {
-        if (shape.nbDims == ranks()[input]) return true;
+        if (shape.nbDims == rank(input)) return true;
         return report("%s: input %d has %d dimensions; it must have %d", getPluginName(), input, shape.nbDims,
-                      ranks()[input]);
+                      rank(input));
     }
     bool hasTypes(const PluginTensorDesc* in, const PluginTensorDesc* out) const;
     bool hasOutputDims(const PluginTensorDesc* in, const PluginTensorDesc* out) const;
@@ -124,6 +133,8 @@ class Plugin : public nvinfer1::IPluginV3,
     FieldValues values_;
 };
 
+/// float32, float16 or bfloat16.
+bool isFloating(DataType type) noexcept;
 /// CHUNKKV_FLOAT32 and the like, or -1.
 int32_t storageType(DataType type) noexcept;
 /// Bytes of one element of a storageType.
@@ -152,5 +163,9 @@ class Creator : public nvinfer1::IPluginCreatorV3One {
 
 nvinfer1::IPluginCreatorInterface* selectCreator();
 nvinfer1::IPluginCreatorInterface* compactCreator();
+nvinfer1::IPluginCreatorInterface* prepareCreator();
+nvinfer1::IPluginCreatorInterface* ropeCreator();
+nvinfer1::IPluginCreatorInterface* scoreCreator();
+nvinfer1::IPluginCreatorInterface* compressCreator();
 
 }  // namespace chunkkv::trt

@@ -16,8 +16,6 @@ namespace chunkkv::trt {
 namespace {
 
 enum { kWindow, kChunkSize, kSinks, kBoundaries, kPooling, kScore, kMinTokens, kMaxKept, kFieldCount };
-constexpr const char* kBoundaryWords[] = {"fixed", "delimiter"};  // in the order of CHUNKKV_BOUNDARIES_*
-constexpr const char* kScoreWords[] = {"softmax", "logits"};      // in the order of CHUNKKV_SCORE_*
 
 constexpr Field kFields[kFieldCount] = {
     {"window", 1, 128},           {"chunk_size", 1, 256},
@@ -32,10 +30,6 @@ enum { kQuery, kKey, kLengths, kKeep, kBudget, kIsDelimiter };
 enum { kKeptIndices, kKeptLengths, kTokenScores };
 constexpr const char* kInputs[] = {"query", "key", "lengths", "keep_per_10k", "budget_tokens", "is_delimiter"};
 constexpr int32_t kRanks[] = {4, 4, 1, 1, 1, 2};
-
-constexpr size_t kAlignment = 256;
-
-size_t aligned(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
 Layout contiguous(const Dims& dims, int64_t element_bytes) {
     Layout layout{};
@@ -55,7 +49,7 @@ class Select final : public Plugin {
     Plugin* copy() const override { return new Select(*this); }
     int32_t inputs() const noexcept override { return isDelimited() ? kIsDelimiter + 1 : kIsDelimiter; }
     int32_t outputs() const noexcept override { return kTokenScores + 1; }
-    const int32_t* ranks() const noexcept override { return kRanks; }
+    int32_t rank(int32_t input) const noexcept override { return kRanks[input]; }
     bool isDelimited() const noexcept { return value(kBoundaries) == CHUNKKV_BOUNDARIES_DELIMITER; }
 
     /// The fields; the budget comes with every row.
@@ -81,9 +75,7 @@ class Select final : public Plugin {
     }
 
     bool isInputType(int32_t place, const DataType* types) const override {
-        if (place == kQuery)
-            return types[kQuery] == DataType::kFLOAT || types[kQuery] == DataType::kHALF ||
-                   types[kQuery] == DataType::kBF16;
+        if (place == kQuery) return isFloating(types[kQuery]);
         return types[place] == (place == kKey ? types[kQuery] : DataType::kINT32);
     }
 
@@ -170,13 +162,9 @@ class Select final : public Plugin {
         batch = std::min<int64_t>(batch, CHUNKKV_MAX_BATCH);
         tokens = std::min<int64_t>(tokens, CHUNKKV_MAX_LENGTH);
         ScoreParams params;
-        size_t all = 0, row = 0;
-        if (!scoreParams(largest, params) || !done(chunkkv_score_workspace(&params, &all))) return 0;
-        const Parts whole = parts(params, all);
-        // A large batch runs in waves of whole rows under a cap, so shorter rows may fill the cap better than the
-        // longest do: by less than one row.
-        params.rows.batch = params.rows.batch < 1 ? params.rows.batch : 1;
-        return done(chunkkv_score_workspace(&params, &row)) ? whole.bytes + aligned(row) : 0;
+        size_t bytes = 0;
+        const bool known = scoreParams(largest, params) && done(chunkkv_score_workspace(&params, &bytes));
+        return known ? parts(params, bytes).bytes : 0;
     }
 
     bool run(const PluginTensorDesc* in, const PluginTensorDesc* out, const Buffers& buffers) const override {

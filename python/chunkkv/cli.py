@@ -1,4 +1,4 @@
-"""chunkkv: generate from an engine directory, look at what ChunkKV keeps, print versions."""
+"""chunkkv: generate from an engine, see what ChunkKV keeps, evaluate, check, profile, serve, print versions."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from chunkkv.cli_options import (
     EngineDir,
     KeepRatio,
     LogLevel,
+    PoolTokens,
     Prompt,
     PromptFile,
     Threads,
@@ -38,7 +39,11 @@ from chunkkv.cli_options import (
     stop_with,
 )
 from chunkkv.errors import EngineError, RequestError
+from chunkkv.evaluation.calibrate_command import calibrate
 from chunkkv.evaluation.command import evaluate
+from chunkkv.evaluation.lm_eval_command import PASS_ON, lm_eval_command
+from chunkkv.profile import command as profile_command
+from chunkkv.triton import commands as triton_commands
 
 if TYPE_CHECKING:
     from chunkkv.results import GenerationResult, StreamEvent
@@ -53,6 +58,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"token_normalize_func": lambda name: name.replace("-", "_")},  # --engine-dir is --engine_dir
 )
+app.add_typer(profile_command.app, name="profile")
+app.add_typer(triton_commands.app, name="triton")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -106,6 +113,7 @@ def generate(
     logprobs: Annotated[bool, typer.Option("--logprobs", help="with --json: a log probability per token")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object with text, timings and kept tokens")] = False,
     threads: Threads = None,
+    max_tokens_in_paged_kv_cache: PoolTokens = None,
     log_level: LogLevel = "info",
 ) -> None:
     """Answer a prompt, word by word as the text comes."""
@@ -124,7 +132,7 @@ def generate(
             logprobs=logprobs,
         )
         given = read_prompt(prompt, prompt_file, token_ids)
-        session = load(engine_dir, threads)
+        session = load(engine_dir, threads, max_tokens_in_paged_kv_cache)
         with interrupt_as_cancel() as cancel:
             events = session.generate(
                 chat_ids(session, given) if chat else given,
@@ -168,6 +176,28 @@ def inspect(
 
 
 app.command("eval")(evaluate)
+app.command()(calibrate)
+app.command("lm_eval", context_settings=PASS_ON)(lm_eval_command)  # lm-eval is found, too
+
+
+@app.command()
+def doctor(
+    engine_dir: EngineDir,
+    triton_repo: Annotated[
+        Path | None, typer.Option("--triton_repo", metavar="DIR", help="the model repository that is to serve it")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
+    log_level: LogLevel = "info",
+) -> None:
+    """Say what would break when this engine runs here, or in a Triton repository; exits with 1 if something would."""
+    with one_line_errors(log_level):
+        from chunkkv import doctor as checks
+
+        found = checks.diagnose(engine_dir, triton_repo)
+        print(checks.report(found, as_json))
+        sys.stdout.flush()
+    if checks.would_break(found):
+        raise SystemExit(FAILED)
 
 
 @app.command()

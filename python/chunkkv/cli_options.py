@@ -68,6 +68,10 @@ Chat = Annotated[bool, typer.Option("--chat", help="put the prompt into the mode
 KeepRatio = Annotated[float | None, float_option("keep_ratio", "share of the prompt kept; default: the engine's")]
 BudgetTokens = Annotated[int | None, int_option("budget_tokens", "tokens kept, instead of a share")]
 Threads = Annotated[int | None, int_option("threads", "default: one per core")]
+PoolTokens = Annotated[
+    int | None,
+    int_option("max_tokens_in_paged_kv_cache", "KV cache of a TensorRT-LLM engine; default: the free GPU memory"),
+]
 LogLevel = Annotated[
     str,
     typer.Option(
@@ -120,11 +124,11 @@ def _parsed_ids(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def load(engine_dir: Path, threads: int | None) -> ChunkKVSession:
+def load(engine_dir: Path, threads: int | None, pool_tokens: int | None = None) -> ChunkKVSession:
     """Return a session; engine libraries are not imported before."""
     from chunkkv.session import ChunkKVSession
 
-    return ChunkKVSession.from_dir(engine_dir, threads)
+    return ChunkKVSession.from_dir(engine_dir, threads, pool_tokens)
 
 
 def chat_ids(session: ChunkKVSession, given: str | list[int]) -> list[int]:

@@ -15,10 +15,12 @@ from typing import Any
 from chunkkv.errors import ConfigError, EngineError, EngineMismatchError
 from chunkkv.json_files import read_object
 from chunkkv.settings import ChunkKVSettings
+from chunkkv.tensorrt_llm_files import SIDE_FILE, SideFile
 
 CONFIG_FILE = "config.json"
 MANIFEST_FILE = "manifest.json"
 STEP_FILE, COMPRESS_FILE = "step.onnx", "compress.onnx"  # of an engine for ONNX Runtime
+TENSORRT_LLM = "tensorrt_llm"  # the backend whose config.json is not ours
 FORMAT = "chunkkv-engine"
 FORMAT_VERSION = 1
 PARTIAL_MARK = ".partial-"  # a build writes to <output_dir>.partial-<process id> until it is complete
@@ -88,6 +90,11 @@ class EngineFiles:
     build: dict[str, Any]
     settings: ChunkKVSettings | None
 
+    @property
+    def budget_is_fixed(self) -> bool:
+        """Whether the share that is kept stands in the engine, so that no request may bring its own."""
+        return self.backend == TENSORRT_LLM
+
     @classmethod
     def load(cls, engine_dir: str | os.PathLike[str]) -> EngineFiles:
         """Read an engine directory after checking every byte of it against the manifest.
@@ -106,6 +113,13 @@ class EngineFiles:
             raise EngineError(f"{error.filename or path} cannot be read: {error.strerror or error}") from None
         config = read_object(path / CONFIG_FILE, EngineError)
         model, build = (_section(path, config, name) for name in ("pretrained_config", "build_config"))
+        if manifest.backend == TENSORRT_LLM:
+            # TensorRT-LLM writes and reads these two sections: what it does not know stands in the side file.
+            side = SideFile.read(path)
+            model = {**model, "eos_token_ids": list(side.eos_token_ids)}
+            build = {**build, "backend": TENSORRT_LLM}
+            if config.get("chunkkv") != side.settings.to_dict():
+                raise EngineError(f"{path}: 'chunkkv' in {CONFIG_FILE} differs from {SIDE_FILE}; {_REBUILD}")
         for name in ("max_batch_size", "max_input_len", "max_seq_len", "max_num_tokens"):
             _count(path, "build_config", build, name)
         for name in ("vocab_size", "num_hidden_layers"):

@@ -35,8 +35,20 @@ class EngineRunError(ChunkKVError, RuntimeError):
     """An engine or its device failed while it ran."""
 
 
+class CacheFullError(ChunkKVError):
+    """The KV cache has no room now; the same request may fit once others have ended."""
+
+
 class RequestError(ChunkKVError, ValueError):
     """A generation request is invalid; it is refused before any work is done."""
+
+
+class OverloadedError(ChunkKVError):
+    """A server's queue is full, or it is going down: ask again later."""
+
+
+class RequestTimeoutError(ChunkKVError):
+    """A request waited or ran longer than the server allows."""
 
 
 class NativeError(ChunkKVError, RuntimeError):
@@ -45,3 +57,7 @@ class NativeError(ChunkKVError, RuntimeError):
 
 class NativeArgumentError(NativeError, ValueError):
     """An argument of a native op is out of range, of the wrong type or shape, or has no kernel."""
+
+
+class ProfileError(ChunkKVError):
+    """A profiler could not run, or its file cannot be read or says nothing about the stages."""

@@ -11,35 +11,39 @@ import ctypes
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from chunkkv import native_structs as abi
-from chunkkv.errors import BackendUnavailableError, NativeArgumentError, NativeError
+from chunkkv.errors import NativeArgumentError, NativeError
 from chunkkv.native_arrays import ITEM_BYTES, RawArray, as_raw, expect
 from chunkkv.native_kv import KVCache, contiguous_kv, packed_kv, paged_kv, strided_layout
+from chunkkv.native_loader import load_library
 from chunkkv.settings import ChunkKVSettings
 
 __all__ = ["Chunks", "KVCache", "NativeLibrary", "RawArray", "Rows", "contiguous_kv", "packed_kv", "paged_kv"]
 
-LIBRARY_NAME = "libchunkkv.so"
-_PLACES = (Path(__file__).parent / "lib", Path(__file__).parents[2] / "build" / "native")
 _BAD_ARGUMENT = (1, 2, 3)  # CHUNKKV_INVALID_ARGUMENT, CHUNKKV_UNSUPPORTED, CHUNKKV_WORKSPACE
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a batch: lengths int32 [B], the padded length S, and optional int32 [B] ratios and budgets."""
+    """The rows of a batch: lengths int32 [B], the padded length S, and optional int32 [B] ratios and budgets.
+
+    With row_starts int32 [B], arrays that have entries per row are packed: [T], T = num_tokens, where they are else
+    [B, S], [B, max_chunks] or [B, max_kept], and [T + B] where they are else [B, max_chunks + 1].
+    """
 
     lengths: Any
     max_length: int
     keep_per_10k: Any = None
     budget_tokens: Any = None
+    row_starts: Any = None
+    num_tokens: int = 0
 
 
 @dataclass(frozen=True)
 class Chunks:
-    """Delimiter chunks of a batch: chunk_starts int32 [B, max_chunks + 1] and num_chunks int32 [B]."""
+    """Delimiter chunks of a batch: chunk_starts int32 [B, max_chunks + 1] or [T + B], and num_chunks int32 [B]."""
 
     chunk_starts: Any
     num_chunks: Any
@@ -50,22 +54,7 @@ class NativeLibrary:
 
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
         """Load `path`, else what CHUNKKV_LIB names, else the built library; raises BackendUnavailableError."""
-        self.path = _find(path)
-        try:
-            self._lib = ctypes.CDLL(str(self.path))
-            self._lib.chunkkv_abi_version.restype = ctypes.c_int32
-            version = self._lib.chunkkv_abi_version()
-        except (OSError, AttributeError) as error:
-            raise BackendUnavailableError(f"{self.path} cannot be loaded as libchunkkv: {error}") from error
-        if version != abi.ABI_VERSION:
-            raise BackendUnavailableError(
-                f"{self.path} has ABI version {version}, this package needs {abi.ABI_VERSION}: build the library again"
-            )
-        self._lib.chunkkv_last_error.restype = ctypes.c_char_p
-        self._lib.chunkkv_device.restype = ctypes.c_char_p
-        self._lib.chunkkv_params_size.restype = ctypes.c_size_t
-        self._lib.chunkkv_kept_tokens.restype = ctypes.c_int64
-        self._lib.chunkkv_max_chunks.restype = ctypes.c_int64
+        self.path, self._lib = load_library(path)
         self.device: str = self._lib.chunkkv_device().decode()
 
     def params_size(self, op: str) -> int:
@@ -95,22 +84,21 @@ class NativeLibrary:
         vocab_size: int,
         chunks: Chunks,
         *,
-        row_starts: Any = None,
         stream: Any = 0,
     ) -> None:
-        """Write the delimiter chunks of token_ids int32 [B, S] ([T] with row_starts int32 [B]) into `chunks`.
+        """Write the delimiter chunks of token_ids int32 [B, S] or [T] into `chunks`.
 
         delimiter_bitmap uint32 [ceil(vocab_size / 32)]: bit id % 32 of word id // 32 marks a delimiter;
         None with vocab_size 0: token_ids are flags, and what is not 0 is a delimiter.
         """
         p = abi.BoundariesParams(settings=_settings(settings), rows=self._rows(rows), vocab_size=vocab_size)
-        shape = (p.rows.batch, rows.max_length) if row_starts is None else (None,)
-        ids = self._array(token_ids, "token_ids", "int32", shape)
-        p.token_ids, p.num_tokens = ids.pointer, ids.shape[0] if row_starts is not None else 0
-        p.row_starts = self._optional(row_starts, "row_starts", "int32", (p.rows.batch,))
+        p.token_ids = self._array(token_ids, "token_ids", "int32", _per_token(p.rows)).pointer
         words = (vocab_size + 31) // 32
         p.delimiter_bitmap = self._optional(delimiter_bitmap, "delimiter_bitmap", "uint32", (words,))
-        p.max_chunks, p.chunk_starts, p.num_chunks = self._chunks(chunks, p.rows.batch)
+        widest = self.max_chunks(settings, rows.max_length)
+        # A padded table may be wider than it must be.
+        p.max_chunks = widest if rows.row_starts is not None else as_raw(chunks.chunk_starts).shape[-1] - 1
+        p.chunk_starts, p.num_chunks = self._chunks(chunks, p.rows, p.max_chunks)
         self._call("boundaries", p, _stream(stream))
 
     def score_workspace(self, settings: ChunkKVSettings, rows: Rows, query: Any, key: KVCache, **options: Any) -> int:
@@ -133,8 +121,8 @@ class NativeLibrary:
     ) -> None:
         """Write the mean score of every chunk: query [B, Hq, w, D], rotated, or [B, Hq, S, D] or packed [T, Hq, D].
 
-        Options: chunk_scores float32 [B, max_chunks] (required), token_scores float32 [B, S], chunks (delimiter
-        boundaries), key_scale float32 [1] (int8 and fp8 keys), query_row_starts int32 [B] (packed queries).
+        Options: chunk_scores float32 [B, max_chunks] or [T] (required), token_scores float32 [B, S] or [T], chunks
+        (delimiter boundaries), key_scale float32 [1] (int8 and fp8 keys), query_row_starts int32 [B] (packed queries).
         workspace: uint8 [score_workspace(...)], aligned to 256 bytes.
         """
         p = self._score_params(settings, rows, query, key, **options)
@@ -154,16 +142,14 @@ class NativeLibrary:
         chunks: Chunks | None = None,
         stream: Any = 0,
     ) -> None:
-        """Write the kept positions int32 [B, max_kept] (ascending, -1 behind N) and N int32 [B] of every row."""
+        """Write the kept positions int32 [B, max_kept] or [T] (ascending, -1 behind N) and N int32 [B] of every row."""
         p = abi.SelectParams(settings=_settings(settings), rows=self._rows(rows))
-        batch = p.rows.batch
-        scores = self._array(chunk_scores, "chunk_scores", "float32", (batch, None))
-        kept = self._array(kept_indices, "kept_indices", "int32", (batch, None))
-        p.chunk_scores, p.max_chunks = scores.pointer, scores.shape[1]
-        p.kept_indices, p.max_kept = kept.pointer, kept.shape[1]
-        p.kept_lengths = self._array(kept_lengths, "kept_lengths", "int32", (batch,)).pointer
+        widest = self.max_chunks(settings, rows.max_length)
+        p.chunk_scores, p.max_chunks = self._per_row(chunk_scores, "chunk_scores", "float32", p.rows, widest)
+        p.kept_indices, p.max_kept = self._per_row(kept_indices, "kept_indices", "int32", p.rows, rows.max_length)
+        p.kept_lengths = self._array(kept_lengths, "kept_lengths", "int32", (p.rows.batch,)).pointer
         if chunks is not None:
-            _, p.chunk_starts, p.num_chunks = self._chunks(chunks, batch, p.max_chunks)
+            p.chunk_starts, p.num_chunks = self._chunks(chunks, p.rows, p.max_chunks)
         self._call("select", p, _stream(stream))
 
     def compact(
@@ -178,6 +164,7 @@ class NativeLibrary:
     ) -> None:
         """Move the kept rows of all `layers` to slots 0..N-1 in one launch: in place, or into `outputs`.
 
+        kept_indices int32 [B, max_kept] or [T], ascending; kept_lengths int32 [B].
         kept_lengths None, with outputs: every slot is written, negative indices repeat the row's first token.
         """
         if not layers or (outputs is not None and len(outputs) != len(layers)):
@@ -191,8 +178,7 @@ class NativeLibrary:
         if targets[0].geometry[-3:] != layers[0].geometry[-3:]:
             raise NativeArgumentError("layers and outputs differ in heads, head size or bytes of an element")
         p = abi.CompactParams(rows=self._rows(rows), layout=layers[0].layout, layout_out=targets[0].layout)
-        kept = self._array(kept_indices, "kept_indices", "int32", (p.rows.batch, None))
-        p.kept_indices, p.max_kept = kept.pointer, kept.shape[1]
+        p.kept_indices, p.max_kept = self._per_row(kept_indices, "kept_indices", "int32", p.rows, rows.max_length)
         p.kept_lengths = self._optional(kept_lengths, "kept_lengths", "int32", (p.rows.batch,))
         entries = (abi.Layer * len(layers))()
         for entry, cache, target in zip(entries, layers, targets, strict=True):
@@ -233,6 +219,45 @@ class NativeLibrary:
         p.cos_sin, p.max_positions, p.rotary_dim = table.pointer, table.shape[0], 2 * table.shape[1]
         self._call("rope", p, _stream(stream))
 
+    def prepare(
+        self,
+        settings: ChunkKVSettings,
+        sequence_lengths: Any,
+        context_lengths: Any,
+        *,
+        contexts: int,
+        max_length: int,
+        attention_lengths: Any,
+        kept_lengths: Any,
+        row_starts: Any,
+        positions: Any,
+        token_ids: Any = None,
+        delimiter_bitmap: Any = None,
+        vocab_size: int = 0,
+        is_delimiter: Any = None,
+        stream: Any = 0,
+    ) -> None:
+        """Write what a packed batch of `contexts` prompts, then rows of one generated token needs to know of itself.
+
+        In, int32 [B]: sequence_lengths (logical, this batch's tokens included), context_lengths (L, at most
+        max_length). Out: attention_lengths, kept_lengths, row_starts int32 [B] and positions int32 [T].
+        With token_ids int32 [T] and delimiter_bitmap uint32 [ceil(vocab_size / 32)]: is_delimiter int32 [T], 0 or 1.
+        """
+        p = abi.PrepareParams(settings=_settings(settings), contexts=contexts, max_length=max_length)
+        sequences = self._array(sequence_lengths, "sequence_lengths", "int32", (None,))
+        places = self._array(positions, "positions", "int32", (None,))
+        p.sequence_lengths, p.batch = sequences.pointer, sequences.shape[0]
+        p.positions, p.num_tokens, p.vocab_size = places.pointer, places.shape[0], vocab_size
+        p.context_lengths = self._array(context_lengths, "context_lengths", "int32", sequences.shape).pointer
+        p.attention_lengths = self._array(attention_lengths, "attention_lengths", "int32", sequences.shape).pointer
+        p.kept_lengths = self._array(kept_lengths, "kept_lengths", "int32", sequences.shape).pointer
+        p.row_starts = self._array(row_starts, "row_starts", "int32", sequences.shape).pointer
+        p.token_ids = self._optional(token_ids, "token_ids", "int32", places.shape)
+        p.is_delimiter = self._optional(is_delimiter, "is_delimiter", "int32", places.shape)
+        words = ((vocab_size + 31) // 32,)
+        p.delimiter_bitmap = self._optional(delimiter_bitmap, "delimiter_bitmap", "uint32", words)
+        self._call("prepare", p, _stream(stream))
+
     def _score_params(
         self,
         settings: ChunkKVSettings,
@@ -265,12 +290,12 @@ class NativeLibrary:
         p.query, p.heads, p.kv_heads, p.head_dim = queries.pointer, queries.shape[1], key.kv_heads, key.head_dim
         p.query_dtype = abi.DTYPE_CODES.get(queries.dtype, -1)
         p.key_dtype = abi.DTYPE_CODES.get(key.dtype, -1)
-        scores = self._array(chunk_scores, "chunk_scores", "float32", (batch, None))
-        p.chunk_scores, p.max_chunks = scores.pointer, scores.shape[1]
-        p.token_scores = self._optional(token_scores, "token_scores", "float32", (batch, rows.max_length))
+        widest = self.max_chunks(settings, rows.max_length)
+        p.chunk_scores, p.max_chunks = self._per_row(chunk_scores, "chunk_scores", "float32", p.rows, widest)
+        p.token_scores = self._optional(token_scores, "token_scores", "float32", _per_token(p.rows))
         p.key_scale = self._optional(key_scale, "key_scale", "float32", (1,))
         if chunks is not None:
-            _, p.chunk_starts, p.num_chunks = self._chunks(chunks, batch, p.max_chunks)
+            p.chunk_starts, p.num_chunks = self._chunks(chunks, p.rows, p.max_chunks)
         return p
 
     def _rows(self, rows: Rows) -> abi.Rows:
@@ -280,16 +305,25 @@ class NativeLibrary:
             lengths=lengths.pointer,
             keep_per_10k=self._optional(rows.keep_per_10k, "keep_per_10k", "int32", (batch,)),
             budget_tokens=self._optional(rows.budget_tokens, "budget_tokens", "int32", (batch,)),
+            row_starts=self._optional(rows.row_starts, "row_starts", "int32", (batch,)),
+            num_tokens=rows.num_tokens,
             batch=batch,
             max_length=rows.max_length,
         )
 
-    def _chunks(self, chunks: Chunks, batch: int, max_chunks: int | None = None) -> tuple[int, int, int]:
-        """Return max_chunks and the two addresses."""
-        width = None if max_chunks is None else max_chunks + 1
-        starts = self._array(chunks.chunk_starts, "chunk_starts", "int32", (batch, width))
-        counts = self._array(chunks.num_chunks, "num_chunks", "int32", (batch,))
-        return starts.shape[1] - 1, starts.pointer, counts.pointer
+    def _per_row(self, array: Any, name: str, dtype: str, rows: abi.Rows, packed_width: int) -> tuple[int, int]:
+        """Return the address of an array [B, width] or [T], and the most entries that a row may use of it."""
+        if rows.row_starts is not None:
+            return self._array(array, name, dtype, (rows.num_tokens,)).pointer, packed_width
+        raw = self._array(array, name, dtype, (rows.batch, None))
+        return raw.pointer, raw.shape[1]
+
+    def _chunks(self, chunks: Chunks, rows: abi.Rows, max_chunks: int) -> tuple[int, int]:
+        """Return the two addresses."""
+        padded = rows.row_starts is None
+        shape = (rows.batch, max_chunks + 1) if padded else (rows.num_tokens + rows.batch,)
+        starts = self._array(chunks.chunk_starts, "chunk_starts", "int32", shape)
+        return starts.pointer, self._array(chunks.num_chunks, "num_chunks", "int32", (rows.batch,)).pointer
 
     def _array(self, array: Any, name: str, dtype: str | None, shape: tuple[int | None, ...]) -> RawArray:
         raw = expect(array, name, dtype, shape)
@@ -335,19 +369,11 @@ def _settings(settings: ChunkKVSettings) -> abi.Settings:
     )
 
 
+def _per_token(rows: abi.Rows) -> tuple[int, ...]:
+    """Return the shape of an array with one entry per token."""
+    return (rows.batch, rows.max_length) if rows.row_starts is None else (rows.num_tokens,)
+
+
 def _stream(stream: Any) -> ctypes.c_void_p:
     """Return a cudaStream_t from an integer, a torch stream or a CuPy stream; 0 is the default stream."""
     return ctypes.c_void_p(getattr(stream, "cuda_stream", getattr(stream, "ptr", stream)))
-
-
-def _find(path: str | os.PathLike[str] | None) -> Path:
-    named = path or os.environ.get("CHUNKKV_LIB")
-    candidates = [Path(named)] if named else [place / LIBRARY_NAME for place in _PLACES]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate.resolve()
-    looked = ", ".join(str(candidate) for candidate in candidates)
-    raise BackendUnavailableError(
-        f"libchunkkv was not found at {looked}; build it (cmake -S . -B build/native && cmake --build build/native) "
-        "or let CHUNKKV_LIB name it"
-    )

@@ -7,12 +7,12 @@ from ctypes import c_int32 as i32
 from ctypes import c_int64 as i64
 from ctypes import c_void_p as pointer
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 DTYPE_CODES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3, "float8_e4m3fn": 4}
 BOUNDARIES_CODES = {"fixed": 0, "delimiter": 1}
 SCORE_CODES = {"softmax": 0, "logits": 1}
 ROPE_CODES = {"neox": 0, "gptj": 1}
-OP_CODES = {"boundaries": 0, "score": 1, "select": 2, "compact": 3, "rope": 4}
+OP_CODES = {"boundaries": 0, "score": 1, "select": 2, "compact": 3, "rope": 4, "prepare": 5}
 
 
 class Settings(ctypes.Structure):
@@ -39,6 +39,8 @@ class Rows(ctypes.Structure):
         ("lengths", pointer),
         ("keep_per_10k", pointer),
         ("budget_tokens", pointer),
+        ("row_starts", pointer),
+        ("num_tokens", i64),
         ("batch", i32),
         ("max_length", i32),
     )
@@ -73,8 +75,6 @@ class BoundariesParams(ctypes.Structure):
         ("settings", Settings),
         ("rows", Rows),
         ("token_ids", pointer),
-        ("row_starts", pointer),
-        ("num_tokens", i64),
         ("delimiter_bitmap", pointer),
         ("vocab_size", i32),
         ("max_chunks", i32),
@@ -162,4 +162,33 @@ class RopeParams(ctypes.Structure):
     )
 
 
-PARAMS = (BoundariesParams, ScoreParams, SelectParams, CompactParams, RopeParams)  # in the order of OP_CODES
+class PrepareParams(ctypes.Structure):
+    """chunkkv_prepare_params."""
+
+    _fields_ = (
+        ("settings", Settings),
+        ("sequence_lengths", pointer),
+        ("context_lengths", pointer),
+        ("token_ids", pointer),
+        ("delimiter_bitmap", pointer),
+        ("attention_lengths", pointer),
+        ("kept_lengths", pointer),
+        ("row_starts", pointer),
+        ("positions", pointer),
+        ("is_delimiter", pointer),
+        ("num_tokens", i64),
+        ("batch", i32),
+        ("contexts", i32),
+        ("max_length", i32),
+        ("vocab_size", i32),
+    )
+
+
+PARAMS = (
+    BoundariesParams,
+    ScoreParams,
+    SelectParams,
+    CompactParams,
+    RopeParams,
+    PrepareParams,
+)  # in the order of OP_CODES

@@ -156,6 +156,19 @@ def recording(limit: int = 1_000_000) -> Iterator[Recorder]:
         _remove(recorder)
 
 
+@contextmanager
+def muted() -> Iterator[None]:
+    """Begin no ranges in the whole process while the context is open; those open already go on."""
+    global _sinks  # noqa: PLW0603 - as in _install
+    with _lock:
+        before, _sinks = _sinks, ()
+    try:
+        yield
+    finally:
+        with _lock:
+            _sinks = (*before, *_sinks)
+
+
 class _Nvtx:
     """Hands ranges to the tool that listens to NVTX."""
 

@@ -19,12 +19,13 @@ _next_id = count(1).__next__
 
 @dataclass(frozen=True)
 class Limits:
-    """What an engine was built for."""
+    """What an engine was built for; `budget_is_fixed`: a request may not bring a budget of its own."""
 
     max_batch_size: int
     max_input_len: int
     max_seq_len: int
     vocab_size: int
+    budget_is_fixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,14 @@ def make_requests(
     for number, (prompt, ratio, budget) in enumerate(zip(prompts, ratios, budgets, strict=True)):
         ids = _token_ids(prompt, number, tokenizer, limits.vocab_size)
         _check_length(len(ids), number, limits, max_new_tokens)
-        requests.append(Request(ids, *_budget(len(ids), settings, ratio, budget)))
+        made = Request(ids, *_budget(len(ids), settings, ratio, budget))
+        if limits.budget_is_fixed and settings and made.kept_tokens != settings.kept_tokens(len(ids)):
+            raise RequestError(
+                f"prompt {number} was to keep {made.kept_tokens} of {len(ids)} tokens; this engine keeps "
+                f"{settings.kept_tokens(len(ids))}, which is fixed when it is built: leave keep_ratio and "
+                "budget_tokens out, or build with another --chunkkv_keep_ratio"
+            )
+        requests.append(made)
     return requests
 
 

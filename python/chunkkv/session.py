@@ -15,7 +15,7 @@ import numpy as np
 from chunkkv import profiling, reference
 from chunkkv.engine_files import EngineFiles
 from chunkkv.errors import EngineMismatchError, RequestError
-from chunkkv.executors.interface import Choice, Executor, KVCache, Prefilled
+from chunkkv.executors.interface import Choice, Decoder, Executor, KVCache, Prefilled
 from chunkkv.executors.load import load_executor
 from chunkkv.requests import Limits, Prompt, Request, is_single, make_requests
 from chunkkv.results import GenerationResult, GroupChoice, Inspection, RequestStatistics, StreamEvent
@@ -44,14 +44,26 @@ class ChunkKVSession:
         self.settings = settings
         self.limits = limits
         self.tokenizer = tokenizer
-        self._eos = frozenset(eos_token_ids)
+        self.eos_token_ids = frozenset(eos_token_ids)
+
+    @property
+    def executor(self) -> Executor:
+        """The engine's graphs, for who schedules requests on them (chunkkv.batching)."""
+        return self._executor
 
     @classmethod
-    def from_dir(cls, engine_dir: str | PathLike[str], threads: int | None = None) -> ChunkKVSession:
+    def from_dir(
+        cls,
+        engine_dir: str | PathLike[str],
+        threads: int | None = None,
+        max_tokens_in_paged_kv_cache: int | None = None,
+    ) -> ChunkKVSession:
         """Load an engine directory after checking every file in it; the directory says which engine runs it.
 
-        `threads` None leaves the choice to the engine. Raises EngineError for a missing, changed or foreign file,
-        EngineMismatchError for another backend's engine, BackendUnavailableError where that backend cannot run here.
+        `threads` None leaves the choice to the engine. `max_tokens_in_paged_kv_cache` bounds the KV cache of a
+        TensorRT-LLM engine, None takes what the GPU has free. Raises EngineError for a missing, changed or foreign
+        file, EngineMismatchError for an engine that cannot be driven here, BackendUnavailableError where its backend
+        is missing.
         """
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int)):
             raise RequestError(f"threads is {threads!r}; give a whole number, or none")
@@ -59,10 +71,11 @@ class ChunkKVSession:
             raise RequestError(f"threads is {threads}; allowed is 1 to {MAX_THREADS}, or none")
         with profiling.range("load"):
             files = EngineFiles.load(Path(engine_dir))
-            executor = load_executor(files, threads)
+            executor = load_executor(files, threads, max_tokens_in_paged_kv_cache)
             tokenizer = Tokenizer.from_dir(files.path) if (files.path / "tokenizer.json").is_file() else None
         model, build = files.model, files.build
-        limits = Limits(build["max_batch_size"], build["max_input_len"], build["max_seq_len"], model["vocab_size"])
+        sizes = (build["max_batch_size"], build["max_input_len"], build["max_seq_len"], model["vocab_size"])
+        limits = Limits(*sizes, budget_is_fixed=files.budget_is_fixed)
         return cls(executor, files.settings, limits, tokenizer, model["eos_token_ids"])
 
     def generate(
@@ -88,23 +101,25 @@ class ChunkKVSession:
         if cancel is not None and not isinstance(cancel, threading.Event):
             raise RequestError(f"cancel is {type(cancel).__name__}; give a threading.Event")
         single = is_single(prompts)
-        listed = [prompts] if single else list(prompts)
-        if sampling.stop and self.tokenizer is None:
-            raise RequestError("stop strings need a tokenizer; this engine was built without one")
-        requests = make_requests(
-            listed,
-            self.tokenizer,
-            self.limits,
-            self.settings,
-            keep_ratio,
-            budget_tokens,
-            sampling.max_new_tokens,
-        )
+        requests = self.requests([prompts] if single else list(prompts), sampling, keep_ratio, budget_tokens)
         events = _within_spans(requests, self._events(requests, sampling, cancel or threading.Event()))
         if stream:
             return events
         results = {event.row: event.finished for event in events if event.finished is not None}
         return results[0] if single else [results[row] for row in range(len(requests))]
+
+    def requests(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        keep_ratio: float | Sequence[float | None] | None = None,
+        budget_tokens: int | Sequence[int | None] | None = None,
+    ) -> list[Request]:
+        """Return the checked requests of `prompts`; raises as generate does, before any work."""
+        if sampling.stop and self.tokenizer is None:
+            raise RequestError("stop strings need a tokenizer; this engine was built without one")
+        limits, new = self.limits, sampling.max_new_tokens
+        return make_requests(prompts, self.tokenizer, limits, self.settings, keep_ratio, budget_tokens, new)
 
     def inspect(self, prompt: Prompt, keep_ratio: float | None = None, budget_tokens: int | None = None) -> Inspection:
         """Prefill one prompt and return what every layer-reuse group would keep, and why.
@@ -118,6 +133,11 @@ class ChunkKVSession:
         request = make_requests([prompt], self.tokenizer, self.limits, self.settings, keep_ratio, budget_tokens, 0)[0]
         cache = self._executor.new_cache(1, self._executor.capacity_for(request.kept_tokens))
         choice = self._executor.prefiller().run([request], cache, threading.Event())[0].choice
+        if choice is None and request.kept_tokens < len(request.ids):
+            raise EngineMismatchError(
+                "this engine does not tell which tokens it keeps: inspect one built from the same checkpoint with "
+                "--backend onnxruntime"
+            )
         texts = [self.tokenizer.token_text(int(i)) if self.tokenizer else str(i) for i in request.ids]
         return Inspection(
             tokens=tuple(texts),
@@ -142,7 +162,7 @@ class ChunkKVSession:
         self, requests: list[Request], sampling: SamplingParams, cancel: threading.Event
     ) -> Iterator[StreamEvent]:
         began = time.perf_counter()
-        rows = [_Row(number, request, sampling, self) for number, request in enumerate(requests)]
+        rows = [Answer(number, request, sampling, self) for number, request in enumerate(requests)]
         cache = self._executor.new_cache(len(rows), max(row.capacity for row in rows))
         for row in rows:
             row.capacity = cache.capacity
@@ -155,7 +175,7 @@ class ChunkKVSession:
         del prefiller  # gives what it held back before decode
         yield from self._decode(rows, cache, cancel)
 
-    def _decode(self, rows: list[_Row], cache: KVCache, cancel: threading.Event) -> Iterator[StreamEvent]:
+    def _decode(self, rows: list[Answer], cache: KVCache, cancel: threading.Event) -> Iterator[StreamEvent]:
         """Append a token to every open row until all are finished; finished rows ride along without effect."""
         decoder = None
         while open_rows := [row for row in rows if not row.finished]:
@@ -165,9 +185,7 @@ class ChunkKVSession:
             decoder = decoder or self._executor.decoder(cache)
             started = time.perf_counter()
             for row in open_rows:
-                decoder.input_ids[row.number] = row.tokens[-1]
-                decoder.position_ids[row.number] = len(row.request.ids) + len(row.tokens) - 1
-                decoder.cache_lengths[row.number] = row.request.kept_tokens + len(row.tokens) - 1
+                row.feed(decoder)
             with profiling.range_of("decode", [row.request for row in open_rows]):
                 logits = decoder.run()
             seconds = time.perf_counter() - started
@@ -183,8 +201,8 @@ def _within_spans(requests: list[Request], events: Iterator[StreamEvent]) -> Ite
         yield from events
 
 
-class _Row:
-    """One prompt's answer as it grows."""
+class Answer:
+    """One prompt's answer as it grows; `number` is its row of the cache that it decodes in."""
 
     def __init__(self, number: int, request: Request, sampling: SamplingParams, session: ChunkKVSession) -> None:
         self.number, self.request, self._sampling, self._session = number, request, sampling, session
@@ -208,6 +226,12 @@ class _Row:
         self._ttft_s = time.perf_counter() - began
         return self._append(token, logprob)
 
+    def feed(self, decoder: Decoder) -> None:
+        """Put the last token, its logical position and its cache slot where the next decode step reads them."""
+        decoder.input_ids[self.number] = self.tokens[-1]
+        decoder.position_ids[self.number] = len(self.request.ids) + len(self.tokens) - 1
+        decoder.cache_lengths[self.number] = self.request.kept_tokens + len(self.tokens) - 1
+
     def accept(self, logits: np.ndarray) -> StreamEvent:
         """Choose the next token from logits [vocab]."""
         return self._append(*self._choose(logits))
@@ -220,7 +244,7 @@ class _Row:
         self.tokens.append(token)
         if logprob is not None:
             self._logprobs.append(logprob)
-        ended = token in self._session._eos and not self._sampling.ignore_eos
+        ended = token in self._session.eos_token_ids and not self._sampling.ignore_eos
         text = "" if ended or self._decoder is None else self._stop.push(self._decoder.push(token))
         if ended or self._stop.found:
             return self._finish(text, "stop", token)

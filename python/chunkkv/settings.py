@@ -17,6 +17,7 @@ BOUNDARIES = ("fixed", "delimiter")
 LEADERS = ("first", "last")
 SCORES = ("softmax", "logits")
 GATES = ("none", "entropy")
+DELIMITER_CHUNK_SIZE = 20  # where delimiters cut and no size is given: 10 would cut most sentences once more
 GATE_TOKENS = 4  # what a gated chunk gives before every other chunk was asked
 
 

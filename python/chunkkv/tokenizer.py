@@ -95,6 +95,11 @@ class Tokenizer:
         """Return what a token adds inside a text, leading space included; special tokens by their name."""
         return self._token_texts(_checked_ids([token_id]))[0]
 
+    @property
+    def chat_template(self) -> str | None:
+        """The text of the chat template, None where there is none."""
+        return self._template_text[0] if self._template_text else None
+
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],

@@ -10,6 +10,7 @@ import fcntl
 import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -67,6 +68,33 @@ def runtime(name: str) -> str:
     ).stdout.strip()
 
 
+@functools.cache
+def nvtx_include() -> Path | None:
+    """Return the folder of the CUDA toolkit's headers if nvtx3 is among them, or None."""
+    if (nvcc := shutil.which("nvcc")) is None:
+        return None
+    told = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True, check=False)
+    found = re.search(r"^#\$ INCLUDES=\"-I(.+?)\"", told.stderr, re.MULTILINE)
+    folder = Path(found[1]).resolve() if found else None
+    return folder if folder and (folder / "nvtx3" / "nvtx3.hpp").is_file() else None
+
+
+def nvtx_flags() -> list[str]:
+    """Return what lets a source see nvtx3, behind every other folder, so that the emulator's headers stay first."""
+    return ["-idirafter", str(nvtx_include())] if nvtx_include() else []
+
+
+def nvtx_recorder() -> Path:
+    """Return the NVTX injection library of nvtx_recorder.cc; raises BuildError without nvtx3 headers."""
+    if nvtx_include() is None:
+        raise BuildError("no nvtx3 headers were found; install the CUDA toolkit, with nvcc on PATH")
+    source = Path(__file__).with_name("nvtx_recorder.cc")
+    flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-fvisibility=hidden"]
+    key = repr((_compiler_version(), flags, source.read_bytes()))
+    target = BUILD / "nvtx" / hashlib.sha256(key.encode()).hexdigest()[:20] / "libnvtx_recorder.so"
+    return _make(target, [compiler(), *flags, *nvtx_flags(), str(source), "-lpthread"])
+
+
 def emulated_library(flavour: str = "plain", mutations: tuple[Mutation, ...] = ()) -> Path:
     """Return the library of a flavour of FLAVOURS, built unless it exists; raises BuildError where it cannot be."""
     tree = _source_tree(mutations)
@@ -76,7 +104,8 @@ def emulated_library(flavour: str = "plain", mutations: tuple[Mutation, ...] = (
     )
     flags = [*COMMON, *FLAVOURS[flavour]]
     scheduler = [*COMMON, *UNINSTRUMENTED.get(flavour, FLAVOURS[flavour])]
-    jobs = [(source, flags) for source in sources] + [(EMULATOR / "simt.cc", scheduler)]
+    jobs = [(source, [*flags, *(nvtx_flags() if source.name == "api.cc" else [])]) for source in sources]
+    jobs.append((EMULATOR / "simt.cc", scheduler))
     with ThreadPoolExecutor(JOBS) as pool:
         objects = list(pool.map(lambda job: _compile(job[0], job[1], tree, headers), jobs))
     return _link(flavour, objects)
@@ -128,7 +157,7 @@ def _link(flavour: str, objects: list[Path]) -> Path:
     key = repr((flavour, [path.name for path in objects], exports.read_bytes()))
     target = BUILD / flavour / hashlib.sha256(key.encode()).hexdigest()[:20] / "libchunkkv_emulated.so"
     flags = ["-shared", *FLAVOURS[flavour], f"-Wl,--version-script={exports}"]
-    return _make(target, [compiler(), *flags, *map(str, objects), "-lpthread"])
+    return _make(target, [compiler(), *flags, *map(str, objects), "-lpthread", "-ldl"])
 
 
 def _make(target: Path, command: list[str]) -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ml_dtypes
@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from chunkkv.native import Chunks, KVCache, NativeLibrary, RawArray, Rows, contiguous_kv, packed_kv, paged_kv
 from chunkkv.settings import ChunkKVSettings
-from native.memory import Memory
+from native.memory import POISON, Memory
 
 LAYOUTS = ("contiguous", "tokens first", "packed", "paged")
+TRAILING = 3  # tokens behind the last row of packed arrays, as generation rows are
 POOL_LAYERS = 2
 KEY_SCALE = 0.03125 * 1.1
 
@@ -70,6 +71,43 @@ class NativeOp:
     block: int = 16
     one_pass: bool = False  # indices from chunk scores alone, which fixed chunks get in one pass over K
     whole_query: bool = False  # hand over queries of all tokens, the last w of which count
+    packed_rows: bool = False  # arrays with entries per row are packed
+
+    def rows(
+        self,
+        lengths: NDArray[np.int32],
+        padded: int,
+        keep_per_10k: NDArray[np.int32] | None = None,
+        budget_tokens: NDArray[np.int32] | None = None,
+    ) -> Rows:
+        """Return the rows on the device; packed ones lie back to back in TRAILING tokens more than they need."""
+        ratios, budgets = (
+            None if values is None else self.memory.put(values) for values in (keep_per_10k, budget_tokens)
+        )
+        rows = Rows(self.memory.put(lengths), padded, ratios, budgets)
+        if not self.packed_rows:
+            return rows
+        starts = np.cumsum([0, *lengths[:-1]]).astype(np.int32)
+        return replace(rows, row_starts=self.memory.put(starts), num_tokens=int(lengths.sum()) + TRAILING)
+
+    def empty(self, rows: Rows, width: int, dtype: str) -> RawArray:
+        """Return poisoned memory for an array [B, width] or [T]."""
+        shape = (rows.lengths.shape[0], width) if rows.row_starts is None else (rows.num_tokens,)
+        return self.memory.empty(shape, dtype)
+
+    def padded(self, array: RawArray, rows: Rows, width: int, filler: float) -> NDArray[Any]:
+        """Return what an array of `empty` holds as [B, width]; `filler` behind a packed row's own L entries."""
+        content = self.memory.get(array)
+        if rows.row_starts is None:
+            return content
+        lengths, starts = self.memory.get(rows.lengths), self.memory.get(rows.row_starts)
+        table = np.full((len(lengths), width), filler, content.dtype)
+        for row, (length, start) in enumerate(zip(lengths, starts, strict=True)):
+            own = min(width, length)
+            table[row, :own] = content[start : start + own]
+        poison = np.full(TRAILING * content.itemsize, POISON, np.uint8)
+        assert content[-TRAILING:].tobytes() == poison.tobytes(), "entries behind the last row were written"
+        return table
 
     def score(
         self,
@@ -81,11 +119,11 @@ class NativeOp:
         with_tokens: bool = True,
         wild_table: np.random.Generator | None = None,
     ) -> tuple[RawArray, RawArray | None]:
-        """Return chunk_scores [B, max_chunks] and token_scores [B, S] as the library's memory.
+        """Return chunk_scores [B, max_chunks] and token_scores [B, S], or both [T], as the library's memory.
 
         `wild_table` fills the block table of a paged cache with random numbers.
         """
-        memory, batch = self.memory, query.shape[0]
+        memory = self.memory
         if self.key_storage:
             key = quantize(key, self.key_storage)
         cache = make_cache(memory, key, self.layout, self.block)
@@ -93,8 +131,8 @@ class NativeOp:
             table = cache.arrays[1]
             memory.write(table, wild_table.integers(-(2**31), 2**31 - 1, table.shape, np.int32))
         width = max(1, self.library.max_chunks(settings, rows.max_length))
-        options: dict[str, Any] = {"chunk_scores": memory.empty((batch, width), "float32"), "chunks": chunks}
-        options["token_scores"] = memory.empty((batch, rows.max_length), "float32") if with_tokens else None
+        options: dict[str, Any] = {"chunk_scores": self.empty(rows, width, "float32"), "chunks": chunks}
+        options["token_scores"] = self.empty(rows, rows.max_length, "float32") if with_tokens else None
         options["key_scale"] = memory.put(np.float32([KEY_SCALE])) if self.key_storage else None
         queries = memory.put(self._all_queries(query, rows) if self.whole_query else query)
         size = self.library.score_workspace(settings, rows, queries, cache, **options)
@@ -122,9 +160,7 @@ class NativeOp:
         is_delimiter: NDArray[np.bool_] | None = None,
     ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]:
         """Return kept_indices, kept_lengths and token_scores as chunkkv.reference.select_batch does."""
-        put = self.memory.put
-        ratios, budgets = (None if values is None else put(values) for values in (keep_per_10k, budget_tokens))
-        rows = Rows(put(lengths), key.shape[2], ratios, budgets)
+        rows = self.rows(lengths, key.shape[2], keep_per_10k, budget_tokens)
         chunks = None if is_delimiter is None else self.chunks(is_delimiter, rows, settings)
         chunk_scores, token_scores = self.score(query, key, rows, settings, chunks)
         if self.one_pass:
@@ -139,20 +175,26 @@ class NativeOp:
         ]
         # Per-row budgets lie on the device: the host sizes the list by what it knows, here the settings' own N.
         width = max([*wanted, self.library.kept_tokens(settings, key.shape[2])])
-        kept = self.memory.empty((len(lengths), width), "int32")
+        kept = self.empty(rows, width, "int32")
         counts = self.memory.empty((len(lengths),), "int32")
         self.library.select(settings, rows, chunk_scores, kept, counts, chunks=chunks)
         assert token_scores is not None
-        kept_lengths, indices = self.memory.get(counts), self.memory.get(kept)
+        kept_lengths, indices = self.memory.get(counts), self.padded(kept, rows, width, -1)
         assert (indices[:, max(wanted) :] == -1).all()
-        return indices[:, : max(wanted)], kept_lengths, self.memory.get(token_scores)
+        return indices[:, : max(wanted)], kept_lengths, self.padded(token_scores, rows, rows.max_length, 0.0)
 
     def chunks(self, is_delimiter: NDArray[np.bool_], rows: Rows, settings: ChunkKVSettings) -> Chunks:
         """Return the chunks that the boundaries op finds."""
         batch = is_delimiter.shape[0]
         width = max(1, self.library.max_chunks(settings, rows.max_length))
-        chunks = Chunks(self.memory.empty((batch, width + 1), "int32"), self.memory.empty((batch,), "int32"))
-        ids = self.memory.put(is_delimiter.astype(np.int32))  # token 1 is the delimiter
+        ids = is_delimiter.astype(np.int32)  # token 1 is the delimiter
+        shape: tuple[int, ...] = (batch, width + 1)
+        if rows.row_starts is not None:
+            lengths = self.memory.get(rows.lengths)
+            own = [ids[row, :length] for row, length in enumerate(lengths)]
+            ids = np.concatenate([*own, np.ones(TRAILING, np.int32)])
+            shape = (rows.num_tokens + batch,)
+        chunks = Chunks(self.memory.empty(shape, "int32"), self.memory.empty((batch,), "int32"))
         bitmap = self.memory.put(np.array([0b10], dtype=np.uint32))
-        self.library.boundaries(settings, rows, ids, bitmap, 2, chunks)
+        self.library.boundaries(settings, rows, self.memory.put(ids), bitmap, 2, chunks)
         return chunks

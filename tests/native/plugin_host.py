@@ -59,12 +59,19 @@ def text_field(name: str, value: str) -> Field:
     return Field(name, CHAR, value.encode() + b"\0", len(value) + 1)
 
 
+def ints_field(name: str, values: Any) -> Field:
+    """Return what an array of 32-bit integers becomes."""
+    array = np.asarray(values, np.int32)
+    return Field(name, INT32, array.tobytes(), array.size)
+
+
 def node_fields(attributes: Mapping[str, Any]) -> list[Field]:
     """Return the fields of a node: its attributes but for those by which the plugin is found."""
     made = []
     for name, value in attributes.items():
         if name not in ("plugin_version", "plugin_namespace"):
-            made.append(text_field(name, value) if isinstance(value, str) else int_field(name, value))
+            make = text_field if isinstance(value, str) else int_field if np.ndim(value) == 0 else ints_field
+            made.append(make(name, value))
     return made
 
 

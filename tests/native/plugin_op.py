@@ -1,19 +1,124 @@
-"""The op as the two TensorRT plugins, driven by the plugin host and callable like chunkkv.reference."""
+"""TensorRT plugins driven by the plugin host: the op callable like chunkkv.reference, and any node on any arrays."""
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from chunkkv.native_arrays import RawArray, as_raw
 from chunkkv.settings import ChunkKVSettings
 from chunkkv_builder.onnx_graph import functions
-from native.memory import Memory
-from native.plugin_host import Built, PluginHost, Range, Running, node_fields, run_node
+from native.build import emulated_library
+from native.memory import Memory, numpy_dtype
+from native.plugin_build import host_library, plugin_library
+from native.plugin_host import Built, Field, PluginHost, Range, Running, node_fields, run_node
+from native.tensorrt_headers import Headers, own_headers
 
+FLAVOUR = "asan" if hasattr(ctypes.CDLL(None), "__asan_init") else "plain"
 SELECT, COMPACT = (f"{functions.PLUGIN_NAMESPACE}::{name}:1" for name in (functions.SELECT, functions.COMPACT))
+
+# Tensors that TensorRT-LLM binds to host memory, by the plugin that reads them.
+HOST_INPUTS = {"ChunkKVPrepare": (2, 3, 4, 5), "ChunkKVScore": (3, 4), "ChunkKVCompress": (5, 6, 8, 9)}
+
+
+def open_host(headers: Headers | None = None) -> PluginHost:
+    """Return the one host of this process for these headers (None: the project's own)."""
+    return _open_host(headers or own_headers(11))
+
+
+@functools.cache  # a library keeps its first logger, as it would in TensorRT
+def _open_host(headers: Headers) -> PluginHost:
+    kernels = Path(os.environ.get("CHUNKKV_LIB") or emulated_library())
+    return PluginHost(host_library(headers, FLAVOUR), plugin_library(kernels, headers, FLAVOUR))
+
+
+class PluginNode:
+    """One node of a network, from its fields through the build phase and the engine's bytes; call run per step.
+
+    `fields` holds ints, strings and integer arrays, or lists fields as TensorRT passes them. Without `memory`
+    arrays are passed by their own addresses, which needs emulated kernels; with it, inputs are copied there, but
+    for the host inputs. Built anew where an input exceeds all before it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        fields: Mapping[str, Any] | Sequence[Field],
+        *,
+        host: PluginHost | None = None,
+        memory: Memory | None = None,
+    ) -> None:
+        self.host, self.memory = host or open_host(), memory
+        self.key = f"{functions.PLUGIN_NAMESPACE}::{name}:1"
+        self._fields = node_fields(fields) if isinstance(fields, Mapping) else list(fields)
+        self._host_inputs = HOST_INPUTS.get(name, ())
+        self._most: list[tuple[int, ...]] = []
+        self._scratch = np.empty(0, np.uint8)
+        self.built: Built
+        self.running: Running
+
+    def run(self, inputs: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+        """Return the outputs for these inputs; raises HostError with what the plugin logged where a step fails."""
+        arrays = [np.ascontiguousarray(value).reshape(np.shape(value)) for value in inputs]
+        self._fit(arrays)
+        if self.memory is None:
+            given = [as_raw(array) for array in arrays]
+            made = [np.empty(shape, numpy_dtype(dtype)) for dtype, shape in self.built.output_shapes(given)]
+            self.running.run(given, [as_raw(array) for array in made], self._workspace())
+            return made
+        places = enumerate(arrays)
+        given = [as_raw(array) if i in self._host_inputs else self.memory.put(array) for i, array in places]
+        outputs = [self.memory.empty(shape, dtype) for dtype, shape in self.built.output_shapes(given)]
+        size = self.built.workspace
+        self.running.run(given, outputs, self.memory.empty((size,), "int8") if size else None)
+        return [self.memory.get(output) for output in outputs]
+
+    def _fit(self, arrays: Sequence[NDArray[Any]]) -> None:
+        shapes = [array.shape for array in arrays]
+        known = self._most or shapes
+        if [len(shape) for shape in known] == [len(shape) for shape in shapes]:
+            most = [tuple(map(max, a, b)) for a, b in zip(known, shapes, strict=True)]
+        else:
+            most = shapes
+        if most == self._most:
+            return
+        ranges = [
+            Range(array.dtype.name, (0,) * array.ndim, array.shape, sizes)
+            for array, sizes in zip(arrays, most, strict=True)
+        ]
+        self.built = self.host.build(self.key, self._fields, ranges)
+        self.running = self.host.attach(self.key, self.built.fields)
+        self._most = most
+
+    def _workspace(self) -> RawArray | None:
+        size = self.built.workspace
+        if size == 0:
+            return None
+        if len(self._scratch) < size + 256:
+            self._scratch = np.empty(size + 256, np.uint8)
+        address = self._scratch.ctypes.data
+        return RawArray(address + -address % 256, "int8", (size,))
+
+
+@functools.cache
+def _shared_node(name: str, fields: tuple[tuple[str, Any], ...]) -> PluginNode:
+    return PluginNode(name, dict(fields))
+
+
+def run(name: str, fields: Mapping[str, Any], inputs: Sequence[NDArray[Any]]) -> list[NDArray[Any]]:
+    """Run plugin `name` on NumPy arrays with emulated kernels; a node is made once per name and fields."""
+    hashable = tuple(
+        (key, value if np.ndim(value) == 0 else tuple(np.asarray(value).tolist())) for key, value in fields.items()
+    )
+    return _shared_node(name, hashable).run(inputs)
 
 
 def select_values(

@@ -21,7 +21,7 @@ import numpy as np
 
 from chunkkv import reference
 from chunkkv.native import NativeLibrary, contiguous_kv
-from native import test_boundaries, test_compact, test_rope, test_score, test_select
+from native import test_boundaries, test_compact, test_packed, test_prepare, test_rope, test_score, test_select
 from native.build import ROOT, runtime
 from native.memory import Memory
 from native.native_op import NativeOp
@@ -43,7 +43,9 @@ def boundaries(library: NativeLibrary, memory: Memory) -> None:
     """Rows of one, several and no tiles."""
     rng = np.random.default_rng(1)
     own = replace(test_boundaries.SETTINGS, chunk_size=7, min_tokens=14)
-    test_boundaries.check(library, memory, own, [test_boundaries.draw_ids(rng, n, 0.2) for n in (9_000, 40, 0)])
+    ids = [test_boundaries.draw_ids(rng, n, 0.2) for n in (9_000, 40, 0)]
+    for packed_ids in (False, True):
+        test_boundaries.check(library, memory, own, ids, packed_ids)
 
 
 def score(library: NativeLibrary, memory: Memory) -> None:
@@ -93,14 +95,42 @@ def rope(library: NativeLibrary, memory: Memory) -> None:
         test_rope.check(library, memory, "float16", 64, 64, style, in_place=True)
 
 
+def packed(library: NativeLibrary, memory: Memory) -> None:
+    """Packed rows give the bits of padded ones, in every op."""
+    for pooling in (1, 3):
+        own = test_score.settings(5, 4, 2, boundaries="delimiter", pooling=pooling)
+        test_packed.check_against_padded(library, memory, test_score.case(own, (150, 30, 97)), one_pass=False)
+    test_packed.check_against_padded(library, memory, test_score.case(test_score.settings(), (150, 97)), one_pass=True)
+    test_packed.test_select_leaves_the_next_row_alone(library, memory)
+    test_packed.test_compact_in_place(library, memory)
+
+
+def whole(library: NativeLibrary, memory: Memory) -> None:
+    """In place, rows that are kept whole are not touched."""
+    test_packed.test_rows_that_are_kept_whole_are_not_touched_in_place(library, memory, True)
+
+
+def prepare(library: NativeLibrary, memory: Memory) -> None:
+    """More rows than a tile of the scan, with and without tokens."""
+    test_prepare.Batch.draw(1, 1100, 700, longest=3, trailing=2).check(library, memory)
+    test_prepare.Batch.draw(2, 3, 2).check(library, memory)
+
+
 def garbage(library: NativeLibrary, memory: Memory) -> None:
     """Nothing leaves the buffers; AddressSanitizer and the guard bytes watch."""
     for one_pass in (True, False):
         test_score.test_garbage_stays_inside(library, memory, "float16", one_pass)
     test_compact.test_garbage_is_memory_safe(library, memory, 1)
+    for boundaries_kind in ("fixed", "delimiter"):
+        for seed in range(3):
+            test_packed.test_garbage_stays_inside(library, memory, boundaries_kind, seed)
+    test_prepare.test_garbage_stays_inside(library, memory, 1)
 
 
-CHECKS = {check.__name__: check for check in (boundaries, score, score_types, select, compact, rope, garbage)}
+CHECKS = {
+    check.__name__: check
+    for check in (boundaries, score, score_types, select, compact, rope, packed, whole, prepare, garbage)
+}
 
 
 def run(library: Path, *checks: str, order: str = "forward", copies: str = "late", preload: str = "") -> Outcome:

@@ -40,27 +40,29 @@ def run(
     packed: bool = False,
     **changes: Any,
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Return a table of chunk starts, one row per prompt, and the counts; -1 stands behind a packed row's part."""
     lengths = [len(row) for row in ids]
     padded = max(lengths, default=0) + 2
+    width = library.max_chunks(settings, padded) + 1
+    placed = memory.put(np.array(changes.get("lengths", lengths), np.int32))
     if packed:
         tokens, starts = np.concatenate(ids), np.cumsum([0, *lengths[:-1]]).astype(np.int32)
+        rows = Rows(placed, padded, row_starts=memory.put(changes.get("row_starts", starts)), num_tokens=len(tokens))
+        table = memory.empty((len(tokens) + len(ids),), "int32")
     else:
-        tokens, starts = np.zeros((len(ids), padded), np.int32), None  # 0 is a delimiter: padding must not matter
+        tokens = np.zeros((len(ids), padded), np.int32)  # 0 is a delimiter: padding must not matter
         for row, values in enumerate(ids):
             tokens[row, : len(values)] = values
-    width = library.max_chunks(settings, padded) + 1
-    table, counts = memory.empty((len(ids), width + 1), "int32"), memory.empty((len(ids),), "int32")
-    starts = changes.get("row_starts", starts)
-    library.boundaries(
-        settings,
-        Rows(memory.put(np.array(changes.get("lengths", lengths), np.int32)), padded),
-        memory.put(tokens),
-        memory.put(bitmap()),
-        VOCABULARY,
-        Chunks(table, counts),
-        row_starts=None if starts is None else memory.put(starts),
-    )
-    return memory.get(table), memory.get(counts)
+        rows, table = Rows(placed, padded), memory.empty((len(ids), width + 1), "int32")
+    counts = memory.empty((len(ids),), "int32")
+    library.boundaries(settings, rows, memory.put(tokens), memory.put(bitmap()), VOCABULARY, Chunks(table, counts))
+    found = memory.get(table)
+    if packed:
+        parts, found = found, np.full((len(ids), width + 1), -1, np.int32)
+        for row, length in enumerate(lengths):  # one entry more than tokens for every row
+            own = min(length, width) + 1
+            found[row, :own] = parts[starts[row] + row : starts[row] + row + own]
+    return found, memory.get(counts)
 
 
 def check(library: NativeLibrary, memory: Memory, settings: ChunkKVSettings, ids: Any, packed: bool = False) -> None:

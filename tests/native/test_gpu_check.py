@@ -19,9 +19,16 @@ def test_the_dry_run_goes_through_every_step(tmp_path: Path) -> None:
     result = json.loads(output.read_text(encoding="utf-8"))
     assert json.loads(done.stdout.splitlines()[-1]) == result, "the last line is the JSON"
     steps = result["steps"]
-    for name in ("op tests", "plugin tests"):
+    for name in ("op tests", "plugin tests", "network tests"):
         assert "passed" in steps[name]["last_line"]
-    assert {line["op"] for line in steps["ops"]["lines"]} == {"score", "select", "compact", "rope", "all layers"}
+    assert {line["op"] for line in steps["ops"]["lines"]} == {
+        "score",
+        "select",
+        "compact",
+        "rope",
+        "prepare",
+        "all layers",
+    }
     assert result["dry_run"] and result["measured"] is None, "times of an emulator are no measurement"
     for name in ("peers", "decode"):
         assert "skipped" in steps[name] or steps[name].get("one_layer") or steps[name].get("lines")

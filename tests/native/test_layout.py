@@ -33,7 +33,8 @@ def probe(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         [compiler(), *flags, f"-I{ROOT / 'plugins' / 'include'}", str(source), "-o", str(output)], check=True
     )
     library = ctypes.CDLL(str(output))
-    library.probe_address.restype = ctypes.c_int64
+    for name in ("address", "first_entry", "first_element"):
+        getattr(library, f"probe_{name}").restype = ctypes.c_int64
     return library
 
 
@@ -90,6 +91,16 @@ def test_addresses_do_not_wrap_at_32_bits(probe: ctypes.CDLL) -> None:
     pool = paged_kv(RawArray(BASE, "float32", (100_000, 32, 2, 8, 128, 256)), offsets, 31)
     last = ((99_999 * 32 + 31) * 2 * 8 + 7) * 128 + 127
     assert address(probe, pool.layout, pool.key, 0, 0, 7, 8192 * 128 - 1) == BASE + last * 1024
+
+
+def test_entries_do_not_wrap_at_32_bits(probe: ctypes.CDLL) -> None:
+    starts = host([0, INT32.max - 1])
+    packed = abi.Rows(row_starts=starts.ctypes.data, num_tokens=INT32.max, batch=2, max_length=2**22)
+    padded = abi.Rows(batch=65_535, max_length=2**22)
+    assert probe.probe_first_entry(ctypes.byref(packed), 1, 2**22, 2**22) == INT32.max - 1
+    assert probe.probe_first_entry(ctypes.byref(padded), 65_534, 2**22, 2**22) == 65_534 * 2**22
+    last = INT32.max - 1
+    assert probe.probe_first_element(ctypes.c_int64(last), 131_070, 7, 256) == (last * 131_070 + 7) * 256
 
 
 def inside(shape: tuple[int, ...], item: int) -> Callable[[int, int], bool]:

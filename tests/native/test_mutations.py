@@ -20,6 +20,7 @@ SELECT, COMPACT, SCAN, LAYOUT = (
     "kernels/scan.cuh",
     "include/chunkkv/layout.h",
 )
+PREPARE = "kernels/prepare.cu"
 RACE = 66
 
 # Most bugs lie in score, whose kernels for one type and head size show them; the others need not be compiled.
@@ -121,6 +122,44 @@ BUGS = (
         "size_t{Shape::kStages} * Shape::kStageBytes - 32",
         flavour="asan",
     ),
+    # Packed rows.
+    Bug("packed: rows overlap", "packed", LAYOUT, "{first, static_cast", "{first > 0 ? first - 1 : 0, static_cast"),
+    Bug(
+        "packed: chunk starts of two rows share an entry",
+        "packed",
+        LAYOUT,
+        "return chunks.first + row;",
+        "return chunks.first + 0 * row;",
+    ),
+    Bug(
+        "packed: a row writes into the next",
+        "packed",
+        LAYOUT,
+        "pitch < length ? pitch : length;",
+        "pitch < length ? pitch : length + 1;",
+    ),
+    Bug(
+        "packed: row starts trusted",
+        "garbage",
+        LAYOUT,
+        "clampTo(rows.row_starts[row], 0, rows.num_tokens)",
+        "rows.row_starts[row]",
+        flavour="asan",
+    ),
+    Bug(
+        "packed: end of the array trusted",
+        "garbage",
+        LAYOUT,
+        "clampTo(rows.num_tokens - first, 0, most)",
+        "most",
+        flavour="asan",
+    ),
+    Bug("compact: what is kept whole is moved", "whole", COMPACT, "if (in_place && kept == length) return;", ""),
+    # prepare.
+    Bug("prepare: rows before the tile forgotten", "prepare", PREPARE, "tokens_before += tile_tokens;", ""),
+    Bug("prepare: wrong row", "prepare", PREPARE, "row_starts[middle] <= token", "row_starts[middle] < token"),
+    Bug("prepare: attention sees what was dropped", "prepare", PREPARE, "- (length - kept)", "- 0 * (length - kept)"),
+    Bug("prepare: sum trusted", "garbage", PREPARE, "clampTo(start, 0, params.num_tokens)", "start"),
     # What only the emulator or ThreadSanitizer can see.
     Bug("blocks do the same tiles", "compact", COMPACT, "+= args.splits * tile", "+= tile", flavour="tsan"),
     Bug("tiles split in place", "compact", COMPACT, "args.splits = in_place ? 1 :", "args.splits =", flavour="tsan"),

@@ -19,9 +19,8 @@ from chunkkv_builder.onnx_graph.weights import write_weights
 from chunkkv_builder.plan import make_plan
 from native.memory import Memory
 from native.plugin_host import Range, node_fields, run_node
-from native.plugin_op import COMPACT, SELECT, profile
+from native.plugin_op import COMPACT, SELECT, open_host, profile
 from native.tensorrt_headers import own_headers
-from native.test_plugins import open_host
 
 MODEL = Path(__file__).resolve().parents[2] / "examples" / "needle" / "model"  # its head size has kernels
 LENGTHS, CAPACITY = (150, 20, 97), 64

@@ -36,6 +36,7 @@ class CudartDouble:
 
     def __init__(self, devices: int = 1, capturable: bool = True) -> None:
         self.devices, self.capturable = devices, capturable
+        self.free = 1 << 30  # bytes that cudaMemGetInfo tells
         self.memory: dict[int, Any] = {}  # of the device
         self.pinned: dict[int, Any] = {}  # of the host
         self._queues: dict[int, list[Callable[[], None]]] = {}
@@ -97,7 +98,7 @@ class CudartDouble:
         return within(self.memory, address, nbytes)
 
     def _cudaMemGetInfo(self, free: Any, total: Any) -> None:
-        free._obj.value, total._obj.value = 1, 2
+        free._obj.value, total._obj.value = self.free, 2 << 30
 
     def _cudaStreamCreateWithFlags(self, out: Any, flags: int) -> None:
         out._obj.value = next(self._handles)

@@ -1,4 +1,4 @@
-// Where a token's bytes lie: the only place that computes KV offsets. Host and device, 64-bit.
+// Where a token's bytes and a row's entries lie: the only place that computes their offsets. Host and device, 64-bit.
 #pragma once
 
 #include "chunkkv/budget.h"
@@ -56,6 +56,30 @@ CHUNKKV_HD TokenRows tokenRows(const Layout& layout, const void* base, int32_t k
         rows.base += row * layout.stride_row;
     }
     return rows;
+}
+
+/// A row's own entries in an array that has some per row: `count` of them, the first at number `first`.
+struct RowPart {
+    int64_t first;
+    int32_t count;
+};
+
+/// The part of a row of `length` tokens: of a padded array [B, pitch] all its entries; of a packed one [T] up to
+/// `pitch` of its L, the others are the next row's. Inside the array whatever row_starts holds.
+CHUNKKV_HD RowPart rowPart(const Rows& rows, int32_t row, int32_t length, int32_t pitch) {
+    if (rows.row_starts == nullptr) return {static_cast<int64_t>(row) * pitch, pitch};
+    const int64_t first = clampTo(rows.row_starts[row], 0, rows.num_tokens);
+    const int64_t most = pitch < length ? pitch : length;
+    return {first, static_cast<int32_t>(clampTo(rows.num_tokens - first, 0, most))};
+}
+
+/// Where a row's part of chunk_starts begins: a row with n chunks has n + 1 entries there, [B, max_chunks + 1] or
+/// [T + B].
+CHUNKKV_HD int64_t firstChunkStart(const RowPart& chunks, int32_t row) { return chunks.first + row; }
+
+/// Of (token, head) in a dense tensor [T, heads, D].
+CHUNKKV_HD int64_t firstElement(int64_t token, int32_t heads, int32_t head, int32_t head_dim) {
+    return (token * heads + head) * head_dim;
 }
 
 }  // namespace chunkkv

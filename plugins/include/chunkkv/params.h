@@ -1,7 +1,7 @@
 /* One plain struct per op, shared by the C ABI and the kernels. Valid C; nothing here has a constructor.
  *
  * Letters: B rows of the batch, Hq query heads, Hkv KV heads, D head size, L prompt length of a row, S padded length,
- * w observation window, s sinks, c chunk size, N kept tokens of a row, T tokens of a packed tensor.
+ * w observation window, s sinks, c chunk size, N kept tokens of a row, T entries of a packed array.
  *
  * How per-row values arrive. The host knows B, S and the settings; everything that differs between rows lies in
  * device arrays that only kernels read: lengths [B] and, optionally, keep_per_10k [B] and budget_tokens [B]. Kernels
@@ -14,6 +14,16 @@
  *   delimiter  the boundaries op writes chunk_starts and num_chunks once per prompt; chunk i spans chunk_starts[i] to
  *              chunk_starts[i+1], and chunk_starts[num_chunks] == L-w. score and select of all layers read the same.
  * max_chunks is the row pitch of chunk_scores; chunkkv_max_chunks() gives the smallest that every row fits in.
+ *
+ * Padded and packed. Arrays with an entry per token of a row come in two forms, for all arrays of a call alike:
+ *                                    padded (rows.row_starts is NULL)      packed (rows.row_starts is given)
+ *   token_ids, token_scores          [B, S]                                [T], row r from row_starts[r] on, L entries
+ *   chunk_scores                     [B, max_chunks]                       [T], row r from row_starts[r] on
+ *   kept_indices                     [B, max_kept]                         [T], row r from row_starts[r] on
+ *   chunk_starts                     [B, max_chunks + 1]                   [T + B], row r from row_starts[r] + r on
+ * Packed rows lie back to back and T may exceed their sum: tokens behind them belong to nobody. A row of L tokens has
+ * at most L chunks and keeps at most L tokens, so it never needs more than its own entries; max_chunks and max_kept
+ * only bound what one row may use of them. Whatever row_starts holds, kernels stay inside [0, T).
  *
  * Pointers are device pointers unless a comment says host. Sizes in [brackets] are row-major and dense. Strides are in
  * bytes. Contents of device arrays may be anything: kernels stay inside the given sizes for every value.
@@ -49,6 +59,8 @@ typedef struct chunkkv_rows {
     const int32_t* lengths;       /* [B] L of each row */
     const int32_t* keep_per_10k;  /* [B] or NULL: settings.keep_per_10k */
     const int32_t* budget_tokens; /* [B], 0 = ratio mode, or NULL: 0 where keep_per_10k is given, else the settings' */
+    const int32_t* row_starts;    /* [B] first entry of each row in packed arrays, or NULL: padded arrays */
+    int64_t num_tokens;           /* T, 1..INT32_MAX; not read where row_starts is NULL */
     int32_t batch;                /* B, 0..CHUNKKV_MAX_BATCH */
     int32_t max_length;           /* S, 0..CHUNKKV_MAX_LENGTH */
 } chunkkv_rows;
@@ -77,14 +89,12 @@ typedef struct chunkkv_layout {
 typedef struct chunkkv_boundaries_params {
     chunkkv_settings settings;
     chunkkv_rows rows;
-    const int32_t* token_ids;  /* [B, S], or [T] where row_starts is given; flags where delimiter_bitmap is NULL */
-    const int32_t* row_starts; /* [B] first token of each row in [T], or NULL */
-    int64_t num_tokens;        /* T, where row_starts is given */
+    const int32_t* token_ids;         /* [B, S] or [T]; flags where delimiter_bitmap is NULL */
     const uint32_t* delimiter_bitmap; /* [ceil(vocab_size / 32)] bit (id % 32) of word (id / 32) is set: delimiter;
                                        * NULL with vocab_size 0: token_ids that are not 0 are delimiters */
     int32_t vocab_size;               /* ids outside [0, vocab_size) delimit nothing */
     int32_t max_chunks;               /* at least chunkkv_max_chunks() */
-    int32_t* chunk_starts;            /* out [B, max_chunks + 1] */
+    int32_t* chunk_starts;            /* out [B, max_chunks + 1] or [T + B] */
     int32_t* num_chunks;              /* out [B] */
 } chunkkv_boundaries_params;
 
@@ -98,10 +108,10 @@ typedef struct chunkkv_score_params {
     const void* query;           /* [B, Hq, w or L, D] rotated */
     const void* key;             /* [B, Hkv, L, D] rotated */
     const float* key_scale;      /* [1] multiplies int8 and fp8 keys, or NULL: 1 */
-    const int32_t* chunk_starts; /* [B, max_chunks + 1] where boundaries is delimiter, else NULL */
+    const int32_t* chunk_starts; /* [B, max_chunks + 1] or [T + B] where boundaries is delimiter, else NULL */
     const int32_t* num_chunks;   /* [B] likewise */
-    float* chunk_scores;         /* out [B, max_chunks] */
-    float* token_scores;         /* out [B, S] a[t], zero from L-w on and for L < w, or NULL */
+    float* chunk_scores;         /* out [B, max_chunks] or [T]; entries behind a row's chunks are left alone */
+    float* token_scores;         /* out [B, S] or [T] a[t], zero from L-w on and for L < w, or NULL */
     int32_t heads;               /* Hq */
     int32_t kv_heads;            /* Hkv; Hq / Hkv is a whole number from 1 to 16 */
     int32_t head_dim;            /* D: 64, 80, 96, 128 or 256 */
@@ -116,10 +126,10 @@ typedef struct chunkkv_score_params {
 typedef struct chunkkv_select_params {
     chunkkv_settings settings;
     chunkkv_rows rows;
-    const float* chunk_scores;   /* [B, max_chunks] */
-    const int32_t* chunk_starts; /* [B, max_chunks + 1] where boundaries is delimiter, else NULL */
+    const float* chunk_scores;   /* [B, max_chunks] or [T] */
+    const int32_t* chunk_starts; /* [B, max_chunks + 1] or [T + B] where boundaries is delimiter, else NULL */
     const int32_t* num_chunks;   /* [B] likewise */
-    int32_t* kept_indices;       /* out [B, max_kept] ascending; -1 behind a row's N */
+    int32_t* kept_indices;       /* out [B, max_kept] or [T] ascending; -1 behind a row's N (packed: up to its L) */
     int32_t* kept_lengths;       /* out [B] N(L), at most max_kept */
     int32_t max_chunks;          /* at least chunkkv_max_chunks() */
     int32_t max_kept;            /* at least the largest N; a longer list is cut here */
@@ -135,14 +145,15 @@ typedef struct chunkkv_layer {
 
 /* compact: move the kept rows of K and V to slots 0..N-1, bytes unchanged, all given layers in one launch.
  * Out of place, source and destination may not overlap; slots from N on are left alone in both modes.
- * In place, no block may appear in two rows (share no prefix between them) or lie outside the primary pool.
- * Where kept_lengths is NULL (out of place only) every one of the max_kept slots is written and rows.lengths is not
- * read: negative indices repeat the row's first token, so that no slot of the output holds old memory. */
+ * In place, no block may appear in two rows (share no prefix between them) or lie outside the primary pool; a row whose
+ * kept length is L is not touched, nor are slots that already hold their token.
+ * Where kept_lengths is NULL (padded and out of place only) every one of the max_kept slots is written and rows.lengths
+ * is not read: negative indices repeat the row's first token, so that no slot of the output holds old memory. */
 typedef struct chunkkv_compact_params {
-    chunkkv_rows rows;           /* lengths only; the budget arrays are not read */
+    chunkkv_rows rows;           /* the budget arrays are not read */
     chunkkv_layout layout;       /* of key and value */
     chunkkv_layout layout_out;   /* of key_out and value_out; not read in place */
-    const int32_t* kept_indices; /* [B, max_kept] strictly ascending, in [0, L) */
+    const int32_t* kept_indices; /* [B, max_kept] or [T] strictly ascending, in [0, L) */
     const int32_t* kept_lengths; /* [B] N; clamped to [0, min(max_kept, L)]; or NULL */
     const chunkkv_layer* layers; /* host [num_layers]; copied before the call returns */
     int32_t num_layers;          /* more than CHUNKKV_MAX_LAYERS take one launch per CHUNKKV_MAX_LAYERS */
@@ -170,6 +181,29 @@ typedef struct chunkkv_rope_params {
     int32_t reserved;   /* 0 */
 } chunkkv_rope_params;
 
+/* prepare: everything that a packed batch of context rows (whole prompts), then generation rows (one token each) needs
+ * to know per row and per token, once for all layers. L of a row is clamped to [0, max_length]; tokens behind the last
+ * row get position 0. */
+typedef struct chunkkv_prepare_params {
+    chunkkv_settings settings;
+    const int32_t* sequence_lengths;  /* [B] logical: what a row has seen, the tokens of this batch included */
+    const int32_t* context_lengths;   /* [B] L, the prompt length, of generation rows as well */
+    const int32_t* token_ids;         /* [T], or NULL: then delimiter_bitmap and is_delimiter are NULL, vocab_size 0 */
+    const uint32_t* delimiter_bitmap; /* [ceil(vocab_size / 32)] as in boundaries */
+    int32_t* attention_lengths;       /* out [B] slots that attention reads: context rows sequence_length as it is,
+                                       * generation rows sequence_length - (L - N(L)), at least 1 */
+    int32_t* kept_lengths;            /* out [B] N(L) */
+    int32_t* row_starts;              /* out [B] sum of the tokens of the rows before: L each, 1 of a generation row;
+                                       * clamped to [0, T] */
+    int32_t* positions;               /* out [T] logical: 0..L-1, of a generation row sequence_length - 1, at least 0 */
+    int32_t* is_delimiter;            /* out [T] 1 for delimiters, else 0; or NULL */
+    int64_t num_tokens;               /* T, 1..INT32_MAX, where batch is not 0 */
+    int32_t batch;                    /* B */
+    int32_t contexts;                 /* leading rows in their context phase, 0..B */
+    int32_t max_length;               /* 0..CHUNKKV_MAX_LENGTH */
+    int32_t vocab_size;               /* ids outside [0, vocab_size) are no delimiters */
+} chunkkv_prepare_params;
+
 #ifdef __cplusplus
 #include <type_traits>
 
@@ -183,13 +217,14 @@ using ScoreParams = chunkkv_score_params;
 using SelectParams = chunkkv_select_params;
 using CompactParams = chunkkv_compact_params;
 using RopeParams = chunkkv_rope_params;
+using PrepareParams = chunkkv_prepare_params;
 
 /* Kernels take these by value: trivially copyable, and without padding that would carry undefined bytes. */
 template <class P>
 constexpr bool isPlain = std::is_trivially_copyable_v<P> && std::has_unique_object_representations_v<P>;
 static_assert(isPlain<Settings> && isPlain<Rows> && isPlain<Layout> && isPlain<Layer>);
 static_assert(isPlain<BoundariesParams> && isPlain<ScoreParams> && isPlain<SelectParams>);
-static_assert(isPlain<CompactParams> && isPlain<RopeParams>);
+static_assert(isPlain<CompactParams> && isPlain<RopeParams> && isPlain<PrepareParams>);
 }  // namespace chunkkv
 #endif
 

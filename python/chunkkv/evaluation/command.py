@@ -51,17 +51,17 @@ def evaluate(
 
         if not no_plots:
             check_plots()
-        numbers = {"lengths": _whole("lengths", lengths), "keeps": _shares(keep), "modes": _modes(modes)}
+        numbers = {"lengths": whole_numbers("lengths", lengths), "keeps": shares(keep), "modes": _modes(modes)}
         for name, value in (("examples", examples), ("seed", seed + 1)):
             if value < 1:
                 raise ConfigError(f"{name} is {value if name == 'examples' else seed}; give a larger whole number")
         session = load(engine_dir, threads)
-        settings, words = _served(session, wording)
+        settings, words = served(session, wording)
         chosen = parse_policies(policies, settings)
         if FULL not in [policy.name for policy in chosen]:
             chosen = [make_policy(FULL, settings), *chosen]  # its accuracy stands beside every other
         plan = Plan(
-            suites=tuple(_suites(suite, session, words, chat)),
+            suites=tuple(suites_named(suite, session, words, chat)),
             policies=tuple(chosen),
             examples=examples,
             seed=seed,
@@ -80,7 +80,7 @@ def evaluate(
             print(f"{output_dir}: {', '.join(path.name for path in files)}")
 
 
-def _served(session: Any, wording: str) -> tuple[Any, Any]:
+def served(session: Any, wording: str) -> tuple[Any, Any]:
     """Return the engine's settings and the wording that suits its tokenizer."""
     from chunkkv.errors import EngineMismatchError
     from chunkkv.evaluation.wording import ENGLISH, NEEDLE, WORDINGS
@@ -96,7 +96,8 @@ def _served(session: Any, wording: str) -> tuple[Any, Any]:
     return session.settings, WORDINGS[wording]
 
 
-def _suites(text: str, session: Any, wording: Any, chat: bool) -> list[Any]:
+def suites_named(text: str, session: Any, wording: Any, chat: bool) -> list[Any]:
+    """Return the suites that a list names; raises ConfigError for one that there is not."""
     from chunkkv.evaluation.examples_file import file_suite
     from chunkkv.evaluation.suites import make_suites
     from chunkkv.evaluation.writing import Frame
@@ -123,14 +124,16 @@ def _parts(name: str, text: str) -> list[str]:
     return parts
 
 
-def _whole(name: str, text: str) -> tuple[int, ...]:
+def whole_numbers(name: str, text: str) -> tuple[int, ...]:
+    """Return a list of whole numbers of at least 1; raises ConfigError that names the flag."""
     parts = _parts(name, text)
     if wrong := next((part for part in parts if not part.isdecimal() or len(part) > 9 or int(part) < 1), None):
         raise ConfigError(f"{name} has {wrong!r}; give whole numbers of at least 1")
     return tuple(int(part) for part in parts)
 
 
-def _shares(text: str) -> tuple[int, ...]:
+def shares(text: str) -> tuple[int, ...]:
+    """Return a list of keep ratios as shares of 10,000, the largest first; raises ConfigError."""
     found = []
     for part in _parts("keep", text):
         try:

@@ -60,7 +60,7 @@ class Decoder(Protocol):
     """One decode step for all rows of a cache.
 
     Before run(), fill input_ids [B,1] int64, position_ids [B,1] int64 (logical) and cache_lengths [B] int32 (the slot
-    to write).
+    to write). A row without an answer rides along; where all three are 0 it may write its slot 0, and nothing else.
     """
 
     input_ids: np.ndarray

@@ -127,14 +127,28 @@ class OnnxRuntimeExecutor:
         Returns the logits [vocab] after the last token and, per leader layer, the block's last w rotated queries
         [1,Hq,min(w,S),D].
         """
+        logits, queries = self._append(cache, ids, filled, filled, np.array([len(ids) - 1]))
+        return logits[0], queries
+
+    def score_block(self, cache: KVCache, ids: np.ndarray, slot: int, position: int) -> np.ndarray:
+        """Append the tokens `ids` [S] int64 of one row at slots from `slot` and positions from `position`.
+
+        Returns the logits [S,vocab] after each of them.
+        """
+        return self._append(cache, ids, slot, position, np.arange(len(ids)))[0]
+
+    def _append(
+        self, cache: KVCache, ids: np.ndarray, slot: int, position: int, places: np.ndarray
+    ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+        """Append a block of one row; returns the logits [P,vocab] after its tokens at `places` [P], and queries."""
         size = len(ids)
         step = _bound_to(self._step, cache)
-        logits = np.empty((1, 1, self.vocab_size), np.float32)
+        logits = np.empty((1, len(places), self.vocab_size), np.float32)
         inputs = {
             "input_ids": np.ascontiguousarray(ids, dtype=np.int64).reshape(1, size),
-            "position_ids": np.arange(filled, filled + size, dtype=np.int64).reshape(1, size),
-            "cache_lengths": np.array([filled], np.int32),
-            "logit_indices": np.array([[size - 1]], np.int64),
+            "position_ids": np.arange(position, position + size, dtype=np.int64).reshape(1, size),
+            "cache_lengths": np.array([slot], np.int32),
+            "logit_indices": np.ascontiguousarray(places, dtype=np.int64).reshape(1, -1),
         }
         queries = {
             leader: np.empty((1, heads, min(self._window, size), self.head_dim), np.float32)
@@ -146,7 +160,7 @@ class OnnxRuntimeExecutor:
             {"logits": logits, **{f"query.{leader}": array for leader, array in queries.items()}},
         )
         self._step.run_with_iobinding(step)
-        return logits[0, 0], queries
+        return logits[0], queries
 
     def compress(
         self,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from chunkkv.executors.cuda_runtime import CudaRuntime
 
 PLUGIN_NAMESPACE, PLUGIN_VERSION = "chunkkv", "1"
 PLUGINS = ("ChunkKVSelect", "ChunkKVCompact")
-PLUGIN_HEAD_SIZES, PLUGIN_MAX_GROUP = (64, 80, 96, 128, 256), 16  # as plugins/api.cc
+TENSORRT_LLM_PLUGINS = ("ChunkKVPrepare", "ChunkKVRope", "ChunkKVScore", "ChunkKVCompress")
+PLUGIN_HEAD_SIZES, PLUGIN_MAX_GROUP = (64, 80, 96, 128, 256), 16  # as plugins/checks.h
 FIRST_VERSION = "10.15"
 _PLUGIN_LIBRARY = "libchunkkv_tensorrt.so"
 _PLACES = (Path(__file__).parents[1] / "lib", Path(__file__).parents[3] / "build" / "native")
@@ -76,17 +78,17 @@ def find_plugin_library(trt: Any) -> Path:
     )
 
 
-def load_plugins(trt: Any, registry: Any, messages: Messages) -> dict[str, Any]:
-    """Register the ChunkKV plugins in `registry` unless they are, and return their creators by op name.
+def load_plugins(trt: Any, registry: Any, messages: Messages, names: Sequence[str] = PLUGINS) -> dict[str, Any]:
+    """Register the ChunkKV plugins in `registry` unless they are, and return the creators of `names` by name.
 
     A Builder or Runtime must have started before: TensorRT says to its logger why a library does not load.
     """
-    creators = _creators(registry)
+    creators = _creators(registry, names)
     if None in creators.values():
         path = find_plugin_library(trt)
         if registry.load_library(str(path)) is None:
             raise BackendUnavailableError(f"TensorRT {trt.__version__} does not load {path}{messages.because()}")
-        creators = _creators(registry)
+        creators = _creators(registry, names)
         if absent := [name for name, creator in creators.items() if creator is None]:
             raise BackendUnavailableError(f"{path} has no plugin {absent[0]} version {PLUGIN_VERSION}; build it again")
     return creators
@@ -105,8 +107,8 @@ def check_head_sizes(head_dim: int, num_heads: int, num_kv_heads: int) -> None:
         )
 
 
-def _creators(registry: Any) -> dict[str, Any]:
-    return {name: registry.get_creator(name, PLUGIN_VERSION, PLUGIN_NAMESPACE) for name in PLUGINS}
+def _creators(registry: Any, names: Sequence[str]) -> dict[str, Any]:
+    return {name: registry.get_creator(name, PLUGIN_VERSION, PLUGIN_NAMESPACE) for name in names}
 
 
 class Messages:

@@ -236,7 +236,8 @@ void Built::tryFormats(IPluginV3OneBuild& plugin, std::vector<DynamicPluginTenso
         for (const TensorFormat format : {TensorFormat::kCHW2, TensorFormat::kHWC8, TensorFormat::kCHW32, kNoFormat})
             require(!accepts(pos, type, format), "a format that is not linear was accepted" + where);
         for (const DataType other : {DataType::kBOOL, DataType::kUINT8, DataType::kINT64, kNoType})
-            require(!accepts(pos, other, TensorFormat::kLINEAR), "a wrong data type was accepted" + where);
+            require(other == type || !accepts(pos, other, TensorFormat::kLINEAR),
+                    "a wrong data type was accepted" + where);
         require(accepts(pos, type, TensorFormat::kLINEAR), "linear was refused" + where);
     }
 }
@@ -257,6 +258,8 @@ PluginPointer Engine::attach() const {
 Running::Running(const Engine& engine) : plugin_(engine.attach()) {
     runtime_ = &capability<IPluginV3OneRuntime>(*plugin_, PluginCapabilityType::kRUNTIME, "PLUGIN_V3ONE_RUNTIME");
     require(runtime_->setTactic(0) == 0, "setTactic");
+    // Copies of a plugin that is in use come and go as TensorRT likes.
+    require(PluginPointer(plugin_->clone()) != nullptr, "clone of an attached plugin");
 }
 
 void Running::run(const std::vector<Buffer>& inputs, const std::vector<Buffer>& outputs, void* workspace,

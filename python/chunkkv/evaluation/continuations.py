@@ -1,0 +1,75 @@
+"""Scores given continuations behind a compressed prompt: the log probability of each token, as decode would give it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from chunkkv.requests import make_requests
+from chunkkv.session import ChunkKVSession
+
+BLOCK = 64  # tokens whose logits are held at once
+
+
+class CompressedPrompt:
+    """One prompt's kept cache with room for `room` tokens behind it, on any executor.
+
+    Every call of `score` starts anew behind the prompt. Raises RequestError for a prompt or budget that the engine
+    cannot serve.
+    """
+
+    def __init__(
+        self,
+        session: ChunkKVSession,
+        ids: Sequence[int],
+        room: int,
+        keep_ratio: float | None = None,
+        budget_tokens: int | None = None,
+    ) -> None:
+        executor: Any = session._executor
+        request = make_requests(
+            [ids], None, session.limits, session.settings, keep_ratio, budget_tokens, max_new_tokens=room
+        )[0]
+        self._executor = executor
+        self._length, self.kept_tokens = len(request.ids), request.kept_tokens
+        self._cache = executor.new_cache(1, executor.capacity_for(self.kept_tokens + room))
+        (self._prefilled,) = executor.prefiller().run([request], self._cache.rows(0, 1), threading.Event())
+
+    def score(self, tokens: Sequence[int], skipped: int = 0) -> tuple[float, bool]:
+        """Feed `tokens`; return the log probability of those after the first `skipped`, and whether all are greedy.
+
+        The first token's comes from prefill, with the full cache, as in generation; all others see the kept cache.
+        """
+        total, greedy, place = 0.0, True, 0
+        for logits in self._logits(np.asarray(tokens[:-1], np.int64)):
+            wanted = np.asarray(tokens[place : place + len(logits)], np.int64)
+            counted = np.arange(place, place + len(logits)) >= skipped
+            total += float(log_probabilities(logits, wanted)[counted].sum())
+            greedy = greedy and bool((logits.argmax(axis=1) == wanted)[counted].all())
+            place += len(logits)
+        return total, greedy
+
+    def _logits(self, fed: np.ndarray) -> Iterator[np.ndarray]:
+        """Yield the logits [n,vocab] after the prompt, then after each token of `fed`."""
+        assert self._prefilled.logits is not None
+        yield self._prefilled.logits[None]
+        if hasattr(self._executor, "score_block"):
+            for first in range(0, len(fed), BLOCK):
+                slot, position = self.kept_tokens + first, self._length + first
+                yield self._executor.score_block(self._cache, fed[first : first + BLOCK], slot, position)
+            return
+        decoder = self._executor.decoder(self._cache) if len(fed) else None
+        for step, token in enumerate(fed):
+            decoder.input_ids[0], decoder.position_ids[0] = token, self._length + step
+            decoder.cache_lengths[0] = self.kept_tokens + step
+            yield decoder.run()
+
+
+def log_probabilities(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Return the natural logarithm of the probability of tokens [n] under logits [n,vocab], in float64."""
+    wide = logits.astype(np.float64)
+    wide -= wide.max(axis=1, keepdims=True)
+    return wide[np.arange(len(tokens)), tokens] - np.log(np.exp(wide).sum(axis=1))

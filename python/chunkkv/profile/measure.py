@@ -1,0 +1,130 @@
+"""Measures generations: with the recorder, for a profiler that is attached, or in a process of its own under nsys.
+
+As a program, `python -m chunkkv.profile.measure JOB.json`, it is that process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import chunkkv
+from chunkkv import profiling
+from chunkkv.cli_options import chat_ids
+from chunkkv.errors import ChunkKVError, ProfileError, RequestError
+from chunkkv.json_files import read_object
+from chunkkv.profile.nsys_export import read_export
+from chunkkv.profile.trace import Trace, from_recorder, write_json
+from chunkkv.sampling import SamplingParams
+from chunkkv.session import ChunkKVSession
+
+# Ranges inside a replayed CUDA graph exist only node by node; sampling the CPU would slow what is measured.
+NSYS_FLAGS = ("--trace=cuda,nvtx,osrt", "--sample=none", "--cpuctxsw=none", "--cuda-graph-trace=node")
+NSYS_FLAGS += ("--trace-fork-before-exec=true", "--force-overwrite=true")
+MAX_REPEATS = 1000
+_LAST_LINES = 5
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is measured: a prompt, text or token ids, answered once to warm up and then `repeats` times."""
+
+    engine_dir: str
+    prompt: str | list[int]
+    chat: bool = False
+    max_new_tokens: int = 32
+    repeats: int = 3
+    keep_ratio: float | None = None
+    budget_tokens: int | None = None
+    threads: int | None = None
+
+    def run(self) -> None:
+        """Do it; the warm-up is one range without stages inside."""
+        if not 1 <= self.repeats <= MAX_REPEATS:
+            raise RequestError(f"--repeats is {self.repeats}; allowed is 1 to {MAX_REPEATS}")
+        sampling = SamplingParams(max_new_tokens=self.max_new_tokens, ignore_eos=True)
+        session = ChunkKVSession.from_dir(self.engine_dir, self.threads)
+        prompt = chat_ids(session, self.prompt) if self.chat else self.prompt
+        budget = {"keep_ratio": self.keep_ratio, "budget_tokens": self.budget_tokens}
+        with profiling.range("warmup"), profiling.muted():
+            session.generate(prompt, sampling, **budget)
+        for _ in range(self.repeats):
+            session.generate(prompt, sampling, **budget)
+
+
+def record(job: Job) -> Trace:
+    """Return what the recorder saw of the job; needs no tool, and sees no GPU kernels."""
+    with profiling.recording() as recorder:
+        job.run()
+    trace = from_recorder(recorder.ranges, tool="recorder", chunkkv=chunkkv.__version__)
+    if not recorder.dropped:
+        return trace
+    return dataclasses.replace(trace, notes=(f"{recorder.dropped} ranges were dropped; ask for fewer repeats",))
+
+
+def run_for_attached_tool(job: Job) -> None:
+    """Run the job with NVTX ranges; raises ProfileError where no profiler listens to them."""
+    if not profiling.enable_nvtx():
+        raise ProfileError(
+            "no profiler listens to NVTX in this process; start chunkkv under one, or use --tool recorder"
+        )
+    job.run()
+
+
+def find_nsys() -> str | None:
+    """Return the path of Nsight Systems' command line, or None."""
+    return shutil.which("nsys")
+
+
+def run_under_nsys(nsys: str, job: Job, output: Path) -> Trace:
+    """Run the job under nsys and return its export; leaves .nsys-rep and .sqlite beside `output`.
+
+    Raises ProfileError where nsys or the job fails, with the last lines that were written.
+    """
+    if importlib.util.find_spec("nvtx") is None:
+        raise ProfileError("nsys sees the stages through the Python package 'nvtx': pip install 'chunkkv-trt[profile]'")
+    with tempfile.TemporaryDirectory(prefix=".chunkkv-profile-", dir=output.absolute().parent) as folder:
+        plan, report, export = (Path(folder, name) for name in ("job.json", "trace.nsys-rep", "trace.sqlite"))
+        write_json(plan, dataclasses.asdict(job))
+        program = [sys.executable, "-m", "chunkkv.profile.measure", str(plan)]
+        _run([nsys, "profile", f"--output={report.with_suffix('')}", *NSYS_FLAGS, *program], report)
+        _run([nsys, "export", "--type=sqlite", "--force-overwrite=true", f"--output={export}", str(report)], export)
+        trace = read_export(export)
+        for path in (report, export):
+            path.replace(output.with_suffix(path.suffix))
+    return trace
+
+
+def _run(command: Sequence[str], written: Path) -> None:
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
+        )
+    except OSError as error:
+        raise ProfileError(f"{command[0]} cannot be run: {error.strerror}; try --tool recorder") from None
+    told = "; ".join((done.stderr.strip() or done.stdout.strip()).splitlines()[-_LAST_LINES:]) or "it said nothing"
+    if done.returncode:
+        raise ProfileError(f"nsys {command[1]} failed with {done.returncode}: {told}; --tool recorder needs no nsys")
+    if not written.is_file():
+        raise ProfileError(f"nsys {command[1]} wrote no {written.suffix} file: {told}; --tool recorder needs no nsys")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the job of a file for the profiler around this process; return an exit code."""
+    try:
+        run_for_attached_tool(Job(**read_object(Path(arguments[0]), ProfileError)))
+    except ChunkKVError as error:
+        print(f"chunkkv: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,182 @@
+"""Layout `trtllm` on a real server: TensorRT-LLM's names, the library's own tokens, and where a cancel arrives."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+
+import numpy as np
+import pytest
+import tritonclient.grpc as grpc_client
+from tritonclient.utils import InferenceServerException
+
+from .server import GrpcStream, gone, sse, tensor, text_request, wait_for
+from .test_single import own_answer
+
+LONG = {"text_input": "the access code", "max_tokens": 20_000, "temperature": 1.0, "seed": 1}
+TEXT_MODELS = ("ensemble", "tensorrt_llm_bls")
+CASES = [
+    {},
+    {"keep_ratio": 0.2},
+    {"budget_tokens": 300},
+    {"temperature": 0.9, "top_k": 9, "top_p": 0.9, "seed": 4},
+    {"repetition_penalty": 1.3},
+    {"stop_words": ["9", "6"]},
+]
+
+
+@pytest.fixture(scope="module")
+def server(servers):
+    return servers("--layout", "trtllm", "--bls_instances", "2")
+
+
+@pytest.mark.parametrize("model", TEXT_MODELS)
+@pytest.mark.parametrize("case", CASES, ids=json.dumps)
+def test_the_answer_is_the_librarys_own(server, session, document, case, model) -> None:
+    status, found = server.generate({"text_input": document, "max_tokens": 12, **case}, model)
+    own = own_answer(session, document, case)
+    assert status == 200, found
+    assert (found["text_output"], found["num_output_tokens"]) == (own.text, len(own.token_ids))
+    costs = own.statistics
+    assert (found["num_input_tokens"], found["kept_tokens"]) == (costs.prompt_tokens, costs.kept_tokens)
+    assert found["finish_reason"] == own.finish_reason
+
+
+@pytest.mark.parametrize("model", TEXT_MODELS)
+def test_streams(server, session, short, model) -> None:
+    events = server.stream({"text_input": short, "max_tokens": 10, "temperature": 1.1, "seed": 3}, model)
+    own = own_answer(session, short, {"max_tokens": 10, "temperature": 1.1, "seed": 3})
+    assert "".join(event["text_output"] for event in events) == own.text
+    assert events[-1]["finish_reason"] == own.finish_reason and len(events) > 2
+
+
+def ids_request(ids: list[int], new: int, **more) -> list:
+    """Return the tensors that TensorRT-LLM clients send to tensorrt_llm."""
+    inputs = [tensor("input_ids", ids, "INT32"), tensor("input_lengths", [len(ids)], "INT32")]
+    inputs.append(tensor("request_output_len", [new], "INT32"))
+    kinds = {float: "FP32", int: "INT32", bool: "BOOL"}
+    for name, value in more.items():
+        kind = "UINT64" if name == "seed" else kinds.get(type(value), "INT32")
+        inputs.append(tensor(name, value if isinstance(value, list) else [value], kind))
+    return inputs
+
+
+def test_token_ids_in_and_out(server, session, short) -> None:
+    ids = session.tokenizer.encode(short)
+    stream = GrpcStream(server, ids_request(ids, 20, streaming=True, temperature=0.8, seed=9), "tensorrt_llm", "direct")
+    results = stream.all()
+    stream.close()
+    own = own_answer(session, short, {"max_tokens": 20, "temperature": 0.8, "seed": 9})
+    pieces = [result.as_numpy("output_ids") for result in results]
+    assert tuple(int(t) for piece in pieces if piece is not None for t in piece[0, 0]) == own.token_ids
+    lengths = [
+        result.as_numpy("sequence_length")[0, 0] for result in results if result.as_numpy("output_ids") is not None
+    ]
+    assert lengths == [piece.shape[-1] for piece in pieces if piece is not None]
+
+
+def test_the_input_comes_back_where_asked_for(server, session, short) -> None:
+    ids = session.tokenizer.encode(short)
+    stream = GrpcStream(server, ids_request(ids, 5, exclude_input_in_output=False), "tensorrt_llm")
+    (result, *_) = stream.all()
+    stream.close()
+    assert result.as_numpy("output_ids")[0, 0].tolist()[: len(ids)] == ids
+
+
+def test_stop_words_as_ids(server, session, document) -> None:
+    ids = session.tokenizer.encode(document)
+    plain = session.generate(document, None).text
+    word = session.tokenizer.encode(plain[2], add_special_tokens=False)
+    words = np.array([[word, list(range(1, len(word) + 1))[-1:] + [-1] * (len(word) - 1)]], np.int32)
+    stream = GrpcStream(server, [*ids_request(ids, 20), tensor("stop_words_list", words, "INT32")], "tensorrt_llm")
+    (result, *_) = stream.all()
+    stream.close()
+    assert result.as_numpy("chunkkv_text")[0, 0].decode() == plain[: plain.index(plain[2])]
+
+
+def active(server) -> float:
+    return server.metric("chunkkv_requests", state="active")
+
+
+def test_a_stop_request_ends_the_one_of_its_id(server) -> None:
+    stream = GrpcStream(server, ids_request([1, 5, 9], 20_000, streaming=True, temperature=1.0), "tensorrt_llm", "it")
+    stream.next()
+    stop = GrpcStream(server, ids_request([1], 1, stop=True), "tensorrt_llm", "it")
+    stop.all()
+    stop.close()
+    last = [result for result in stream.all() if result.as_numpy("finish_reason") is not None][-1]
+    assert last.as_numpy("finish_reason")[0, 0] == b"cancelled"
+    stream.close()
+    wait_for(lambda: active(server) == 0, 5)
+
+
+def test_a_client_that_leaves_is_noticed_through_bls(server) -> None:
+    before = server.metric("chunkkv_requests_total", outcome="cancelled")
+    response = server.open_stream(LONG, "tensorrt_llm_bls")
+    next(sse(response))
+    response.fp.raw._sock.shutdown(socket.SHUT_RDWR)
+    response.close()
+    wait_for(lambda: server.metric("chunkkv_requests_total", outcome="cancelled") == before + 1, 5)
+    wait_for(lambda: active(server) == 0, 5)
+
+
+BAD = [
+    ({"text_input": "a"}, "missing required input"),
+    ({"text_input": "", "max_tokens": 4}, "prompt 0 is empty"),
+    ({"text_input": "a", "max_tokens": 0}, "max_new_tokens is 0"),
+    ({"text_input": "a", "max_tokens": 4, "temperature": -1}, "temperature is -1"),
+    ({"text_input": "a", "max_tokens": 4, "keep_ratio": 7}, "keep_ratio is 7"),
+    ({"text_input": "a", "max_tokens": 4, "beam_width": 2}, "beam_width is 2"),
+    ({"text_input": "a", "max_tokens": 4, "bad_words": ["b"]}, "cannot forbid words"),
+    ({"text_input": "a", "max_tokens": 4, "end_id": 50256}, "end_id is 50256"),
+    ({"text_input": "word " * 3000, "max_tokens": 1}, "this engine takes at most 2048"),
+    ({"text_input": "x" * 10_000_000, "max_tokens": 1}, "QUERY has 10000000 bytes"),
+]
+
+
+@pytest.mark.parametrize("model", TEXT_MODELS)
+@pytest.mark.parametrize(("body", "named"), BAD, ids=[str(body)[:60] for body, _ in BAD])
+def test_bad_input_is_refused_by_name(server, model, body, named) -> None:
+    status, answer = server.generate(body, model)
+    assert status == 400 and re.search(named, answer["error"]), answer
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        ({"input_ids": [5, 1024]}, "token id 1024 at position 1"),
+        ({"input_ids": [5], "input_lengths": [9]}, "input_lengths is 9; input_ids has 1"),
+        ({"stop_words_list": np.array([[[5, 6], [3, -1]]])}, "stop_words_list has ends"),
+        ({"bad_words_list": np.array([[[5], [1]]])}, "cannot forbid words"),
+    ],
+)
+def test_bad_ids_are_refused_by_name(server, more, named) -> None:
+    values = {"input_ids": [1, 2], "request_output_len": [3], **more}
+    values.setdefault("input_lengths", [len(values["input_ids"])])
+    stream = GrpcStream(server, [tensor(name, value, "INT32") for name, value in values.items()], "tensorrt_llm")
+    with pytest.raises(InferenceServerException, match=named):
+        stream.all()
+    stream.close()
+
+
+def test_postprocessing_alone_turns_ids_into_text(server, session) -> None:
+    ids = session.tokenizer.encode("the access code", add_special_tokens=False)
+    client = grpc_client.InferenceServerClient(f"127.0.0.1:{server.grpc}")
+    inputs = [tensor("TOKENS_BATCH", [[[*ids, 7]]], "INT32"), tensor("SEQUENCE_LENGTH", [[len(ids)]], "INT32")]
+    assert client.infer("postprocessing", inputs).as_numpy("OUTPUT")[0, 0].decode() == session.tokenizer.decode(ids)
+    client.close()
+
+
+def test_the_ensemble_over_grpc(server, session, short) -> None:
+    stream = GrpcStream(server, text_request(short, 8), "ensemble")
+    texts = [result.as_numpy("text_output") for result in stream.all()]
+    stream.close()
+    text = b"".join(found.reshape(-1)[0] for found in texts if found is not None).decode()
+    assert text == own_answer(session, short, {"max_tokens": 8}).text
+
+
+def test_all_five_stop_together(server) -> None:
+    pids = [server.server_pid, *server.model_processes()]
+    assert len(pids) == 1 + 3 + 2
+    assert server.stop() == 0 and gone(pids)

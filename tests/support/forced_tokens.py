@@ -1,0 +1,74 @@
+"""Runs a session on given tokens instead of its own choices, and keeps the logits of every step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from chunkkv import SamplingParams
+from chunkkv.session import ChunkKVSession
+
+_CERTAIN = 1e4
+
+
+def forced_logits(
+    session: ChunkKVSession, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]
+) -> list[np.ndarray]:
+    """Return logits [steps,vocab] per prompt; an answer shorter than the longest must end with an end token."""
+    executor, recorder = session._executor, _Recorder(tokens)
+    session._executor = _Forced(executor, recorder)  # type: ignore[assignment]
+    try:
+        results = session.generate([list(prompt) for prompt in prompts], SamplingParams(max(map(len, tokens))))
+    finally:
+        session._executor = executor
+    assert [list(result.token_ids) for result in results] == [list(row) for row in tokens]
+    return [np.array(row) for row in recorder.logits]
+
+
+class _Recorder:
+    def __init__(self, tokens: Sequence[Sequence[int]]) -> None:
+        self._tokens = tokens
+        self.logits: list[list[np.ndarray]] = [[] for _ in tokens]
+
+    def take(self, row: int, logits: np.ndarray) -> np.ndarray:
+        """Keep the logits of an open row; return logits that leave no choice but the next given token."""
+        certain = np.zeros(logits.shape, np.float32)
+        if (step := len(self.logits[row])) < len(self._tokens[row]):
+            self.logits[row].append(np.array(logits, np.float32))
+            certain[self._tokens[row][step]] = _CERTAIN
+        return certain
+
+
+class _Wrapped:
+    def __init__(self, inner: Any, recorder: _Recorder) -> None:
+        self.inner, self.recorder = inner, recorder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+class _Forced(_Wrapped):
+    def prefiller(self) -> Any:
+        return _Prefiller(self.inner.prefiller(), self.recorder)
+
+    def decoder(self, cache: Any) -> Any:
+        return _Decoder(self.inner.decoder(cache), self.recorder)
+
+
+class _Prefiller(_Wrapped):
+    row = 0
+
+    def run(self, *arguments: Any) -> Any:
+        made = self.inner.run(*arguments)
+        for prefilled in made:
+            object.__setattr__(prefilled, "logits", self.recorder.take(self.row, prefilled.logits))
+            self.row += 1
+        return made
+
+
+class _Decoder(_Wrapped):
+    def run(self) -> np.ndarray:
+        logits = self.inner.run()
+        return np.array([self.recorder.take(row, logits[row]) for row in range(len(logits))])

@@ -1,0 +1,64 @@
+"""The packages tensorrt and tensorrt_llm, played by recorders: same names and signatures, nothing else.
+
+`installed("0.16")` or `installed("late")` puts them where `import tensorrt_llm` finds them. A built "engine" is the
+recorded network (graph.py), which run.py executes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from support.tensorrt_llm_double.graph import Graph
+
+PACKAGES = Path(__file__).parent / "packages"
+VERSIONS = {"0.16": ("0.16.0", "10.7.0.23"), "late": ("1.2.1", "10.14.1.48")}
+_DOUBLED = ("tensorrt", "tensorrt_llm")
+
+
+@dataclass
+class Machine:
+    """One machine: which generation it has, and every network that was built on it."""
+
+    generation: str
+    networks: list[Graph] = field(default_factory=list)
+    log: list[tuple[Any, str]] = field(default_factory=list)  # what TensorRT's logger was told
+    cuda: Any = None  # a CudartDouble, where engines are run by addresses
+    plugins: Any = None  # what runs the plugin nodes of engines, where that is not oracle.py
+
+    @property
+    def late(self) -> bool:
+        """Whether this is the 1.0 to 1.2 line."""
+        return self.generation == "late"
+
+
+_MACHINES: list[Machine] = []
+
+
+def machine() -> Machine:
+    """Return the machine whose packages are installed."""
+    return _MACHINES[-1]
+
+
+@contextlib.contextmanager
+def installed(generation: str) -> Iterator[Machine]:
+    """Make `import tensorrt` and `import tensorrt_llm` find fresh doubles of one generation, "0.16" or "late"."""
+    before = _taken_out()
+    _MACHINES.append(Machine(generation))
+    sys.path.insert(0, str(PACKAGES))
+    try:
+        yield _MACHINES[-1]
+    finally:
+        sys.path.remove(str(PACKAGES))
+        _MACHINES.pop()
+        _taken_out()
+        sys.modules.update(before)
+
+
+def _taken_out() -> dict[str, Any]:
+    names = [name for name in sys.modules if name.split(".")[0] in _DOUBLED]
+    return {name: sys.modules.pop(name) for name in names}

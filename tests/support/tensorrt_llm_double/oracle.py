@@ -1,0 +1,142 @@
+"""The ChunkKV plugins of a TensorRT-LLM network in NumPy, from the reference op alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from chunkkv import reference
+from chunkkv.settings import ChunkKVSettings
+from support.tensorrt_llm_double.attention import Pools
+from support.tensorrt_llm_double.graph import Node
+
+Arrays = list[np.ndarray]
+_SHARED = ("window", "chunk_size", "sinks", "boundaries", "pooling", "score", "min_tokens", "budget_tokens")
+
+
+def oracle_plugins(pools: Pools) -> Callable[[Node], Callable[[Arrays], Arrays]]:
+    """Return what makes a runner for a plugin node; `pools` is the memory that pool pointers mean."""
+
+    def runner(node: Node) -> Callable[[Arrays], Arrays]:
+        run = {"ChunkKVPrepare": _prepare, "ChunkKVRope": _rope, "ChunkKVCompress": partial(_compress, pools)}
+        run["ChunkKVScore"] = _score
+        return partial(run[node.plugin or ""], node.fields())
+
+    return runner
+
+
+def _settings(fields: dict[str, Any]) -> ChunkKVSettings:
+    return ChunkKVSettings(keep_per_10k=fields["keep_per_10k"] or 10_000, **{name: fields[name] for name in _SHARED})
+
+
+def _prepare(fields: dict[str, Any], given: Arrays) -> Arrays:
+    sequence, context, types, host_context, host_past, _, qkv = given[:7]
+    settings = _settings(fields)
+    kept = np.array([settings.kept_tokens(int(length)) for length in context], np.int32)
+    prompt = types == 0
+    assert (host_past[prompt] == host_context[prompt]).all(), "a prompt in parts, or blocks used again"
+    attention = np.where(prompt, sequence, sequence - (context - kept)).astype(np.int32)
+    counts = np.where(prompt, host_context, 1)
+    starts = (np.cumsum(counts) - counts).astype(np.int32)
+    rows = [np.arange(n) if p else np.array([s - 1]) for p, n, s in zip(prompt, host_context, sequence, strict=True)]
+    positions = np.concatenate(rows).astype(np.int32)
+    assert len(positions) == len(qkv)
+    made = [attention, kept, starts, positions]
+    if fields["boundaries"] == "delimiter":
+        words = np.atleast_1d(np.array(fields["delimiter_bitmap"], np.int32)).view(np.uint32)
+        ids = given[7]
+        made.append((words[ids // 32] >> (ids % 32).astype(np.uint32) & 1).astype(np.int32))
+    return made
+
+
+def _rope(fields: dict[str, Any], given: Arrays) -> Arrays:
+    qkv, positions, table = given
+    size, half = fields["head_size"], fields["rotary_dim"] // 2
+    heads = fields["num_heads"] + fields["num_kv_heads"]
+    out = qkv.astype(np.float32).reshape(len(qkv), -1, size)
+    cos, sin = np.moveaxis(table.reshape(-1, half, 2)[positions][:, None], 3, 0)
+    pairs = (
+        (slice(0, half), slice(half, 2 * half)) if fields["neox"] else (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
+    )
+    a, b = (out[:, :heads, pair].copy() for pair in pairs)
+    out[:, :heads, pairs[0]], out[:, :heads, pairs[1]] = a * cos - b * sin, b * cos + a * sin
+    return [out.reshape(qkv.shape).astype(qkv.dtype)]
+
+
+def _token_scores(fields: dict[str, Any], settings: ChunkKVSettings, qkv: np.ndarray) -> np.ndarray:
+    heads, kv_heads = fields["num_heads"], fields["num_kv_heads"]
+    rows = qkv.astype(np.float32).reshape(len(qkv), -1, fields["head_size"]).transpose(1, 0, 2)
+    query, key = rows[:heads, -settings.window :], rows[heads : heads + kv_heads]
+    return reference.token_scores(query, key, settings.window, settings.pooling, settings.score)
+
+
+def _prompts(settings: ChunkKVSettings, types: np.ndarray, host_context: np.ndarray, starts: np.ndarray) -> Any:
+    """Yield row, first token, length and N of every prompt that is compressed."""
+    for row in np.flatnonzero(types == 0):
+        length = int(host_context[row])
+        if (kept := settings.kept_tokens(length)) < length:
+            yield row, int(starts[row]), length, kept
+
+
+def _score(fields: dict[str, Any], given: Arrays) -> Arrays:
+    qkv, _, starts, types, host_context = given[:5]
+    settings, out = _settings(fields), np.zeros(len(qkv), np.float32)
+    for _, at, length, _ in _prompts(settings, types, host_context, starts):
+        flags = given[5][at : at + length] != 0 if len(given) > 5 else None
+        scores = _token_scores(fields, settings, qkv[at : at + length])
+        chunks = reference.chunk_starts(length, settings, flags)
+        means = reference.chunk_scores(scores, chunks, length - settings.window)
+        out[at : at + len(means)] = means
+    return [out]
+
+
+def _ranked(means: np.ndarray, chunks: np.ndarray, end: int) -> np.ndarray:
+    """Return token scores whose chunk means are `means`."""
+    scores = np.zeros(end, np.float32)
+    sizes = reference.chunk_sizes(chunks, end)
+    scores[chunks[0] :] = np.repeat(means[: len(chunks)], sizes)
+    return scores
+
+
+def _compress(pools: Pools, fields: dict[str, Any], given: Arrays) -> Arrays:
+    context, source, kept_lengths, starts, _, types, host_context = given[:7]
+    settings, role = _settings(fields), fields["role"]
+    indices = np.zeros(len(context), np.int32)
+    for row, at, length, kept in _prompts(settings, types, host_context, starts):
+        assert kept_lengths[row] == kept
+        flags = given[10][at : at + length] != 0 if len(given) > 10 else None
+        if role == "follower":
+            chosen = source[at : at + kept]
+        else:
+            if role == "leader":
+                scores = _token_scores(fields, settings, source[at : at + length])
+            else:
+                chunks, end = reference.chunk_starts(length, settings, flags), length - settings.window
+                scores = np.pad(_ranked(source[at:], chunks, end), (0, settings.window))
+            chosen = reference.select_tokens(scores, length, kept, settings, flags)
+        indices[at : at + kept] = chosen
+        for place in range(len(np.atleast_1d(fields["layers"]))):
+            _compact(pools, fields, given, row, place, chosen)
+    return [context.copy(), *([] if role == "follower" else [indices])]
+
+
+def _compact(pools: Pools, fields: dict[str, Any], given: Arrays, row: int, place: int, chosen: np.ndarray) -> None:
+    offsets, pointers, mapping = given[7:10]
+    layer = int(np.atleast_1d(fields["layers"])[place])
+    if fields["mapping_rank"] == 1:
+        pool, in_pool = int(mapping[layer]), int(np.atleast_1d(fields["layer_in_pool"])[place])
+    else:
+        pool, in_pool = (int(number) for number in mapping[layer])
+    tokens, heads = fields["tokens_per_block"], fields["num_kv_heads"]
+    row_bytes = fields["head_size"] * fields["kv_bytes"]
+    raw = pools.load(int(pointers[pool, 0]))
+    block_bytes = heads * tokens * row_bytes
+    blocks = raw[: len(raw) // block_bytes * block_bytes].reshape(-1, heads, tokens, row_bytes)[2 * in_pool :]
+    for kind in (0, 1):
+        own, slots = offsets[pool, row, kind], np.arange(len(chosen))
+        moved = blocks[own[chosen // tokens], :, chosen % tokens]
+        blocks[own[slots // tokens], :, slots % tokens] = moved
+    pools.store(int(pointers[pool, 0]), raw)

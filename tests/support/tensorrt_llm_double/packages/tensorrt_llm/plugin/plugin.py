@@ -1,0 +1,76 @@
+"""The plugin configuration: fixed names, values by the flags of trtllm-build."""
+
+from __future__ import annotations
+
+import argparse
+import enum
+from typing import Any
+
+from support.tensorrt_llm_double import machine
+
+_DTYPES = ("auto", "float16", "float32", "bfloat16", "int32")
+_DTYPE_FLAGS = {"gpt_attention_plugin": "auto", "gemm_plugin": None, "nccl_plugin": "auto", "lora_plugin": None}
+_DTYPE_FLAGS |= {"moe_plugin": "auto", "bert_attention_plugin": "auto"}
+_SWITCHES = {"context_fmha": True, "remove_input_padding": True, "multiple_profiles": False, "reduce_fusion": False}
+_SWITCHES |= {"user_buffer": False, "norm_quant_fusion": False, "bert_context_fmha_fp32_acc": False}
+_SWITCHES |= {"use_paged_context_fmha": machine().late, "use_fp8_context_fmha": machine().late}
+_SWITCHES |= {"fuse_fp4_quant": False} if machine().late else {"streamingllm": False}
+_PLAIN = {"dtype": "float16", "paged_kv_cache": None, "tokens_per_block": 32 if machine().late else 64}
+
+ContextFMHAType = enum.Enum("ContextFMHAType", "disabled enabled enabled_with_fp32_acc")
+
+
+class PluginConfig:
+    """0.16: slots; late: pydantic. Neither takes an attribute it does not know."""
+
+    def __init__(self, **values: Any) -> None:
+        known = {**_DTYPE_FLAGS, **_SWITCHES, **_PLAIN}
+        object.__setattr__(self, "_values", known)
+        for name, value in values.items():
+            setattr(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        values = object.__getattribute__(self, "__dict__").get("_values", {})
+        if name not in values:
+            raise AttributeError(f"'PluginConfig' object has no attribute '{name}'")
+        return values["dtype"] if values[name] == "auto" else values[name]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in self._values:
+            kind = ValueError if machine().late else AttributeError
+            raise kind(f"'PluginConfig' object has no field '{name}'")
+        self._values[name] = value
+
+    @property
+    def context_fmha_type(self) -> ContextFMHAType:
+        return ContextFMHAType.enabled if self.context_fmha else ContextFMHAType.disabled
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self._values)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PluginConfig:
+        return cls(**values)
+
+    @classmethod
+    def from_arguments(cls, args: argparse.Namespace) -> PluginConfig:
+        config, given = cls(), vars(args)
+        for name in (*_DTYPE_FLAGS, *_SWITCHES, "tokens_per_block"):
+            value = given.get(name)
+            if value is not None:
+                setattr(
+                    config, name, {"enable": True, "disable": False}.get(value, value) if name in _SWITCHES else value
+                )
+                if name in _DTYPE_FLAGS and value == "disable":
+                    setattr(config, name, None)
+        return config
+
+
+def add_plugin_argument(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    group = parser.add_argument_group("Plugin config")
+    for name, default in _DTYPE_FLAGS.items():
+        group.add_argument(f"--{name}", choices=[*_DTYPES, "disable"], default=default)
+    for name, default in _SWITCHES.items():
+        group.add_argument(f"--{name}", choices=["enable", "disable"], default="enable" if default else "disable")
+    group.add_argument("--tokens_per_block", type=int, default=_PLAIN["tokens_per_block"])
+    return parser

@@ -1,0 +1,234 @@
+"""chunkkv doctor on good and broken engine directories and Triton repositories."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import engines
+from support.cuda_double import CudartDouble
+from support.tensorrt_llm_builds import llm_checkpoint
+from test_tensorrt_llm_executor import engine_dir
+
+from chunkkv import cli, doctor, pbtxt
+from chunkkv.doctor_triton import LOADER
+from chunkkv.engine_files import EngineFiles
+from chunkkv.errors import ConfigError
+from chunkkv.executors import tensorrt_library
+from chunkkv.executors.cuda_runtime import CudaRuntime
+from chunkkv.findings import BREAKS, OK, WARNING, Finding
+
+GOOD = {
+    "gpt_model_path": "",  # the engine's own
+    "enable_kv_cache_reuse": "false",
+    "enable_chunked_context": "false",
+    "batching_strategy": "inflight_fused_batching",
+    "batch_scheduler_policy": "guaranteed_no_evict",
+    "max_beam_width": "1",
+    "decoding_mode": "top_k_top_p",
+}
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A machine that has all a late engine needs; returns the loader library that tritonserver preloads."""
+    runtime = CudaRuntime(CudartDouble())  # type: ignore[arg-type]
+    monkeypatch.setattr(CudaRuntime, "load", staticmethod(lambda: runtime))
+    monkeypatch.setattr(tensorrt_library, "_PLACES", (tmp_path,))
+    versions = {"tensorrt": "10.14.1.48", "tensorrt_llm": "1.2.1"}
+    monkeypatch.setattr(doctor, "_installed", versions.get)
+    (tmp_path / "libchunkkv_tensorrt.so.10").touch()
+    (tmp_path / LOADER).touch()
+    return tmp_path / LOADER
+
+
+def repository(folder: Path, backend: str = "tensorrtllm", **changes: Any) -> Path:
+    """Write a repository of one engine model and one that runs none; a value of None leaves a parameter out."""
+    values = {**GOOD, "gpt_model_path": str(engine_dir("late")), **changes}
+    entries = "\n".join(
+        f'parameters: {{\n  key: "{name}"\n  value: {{ string_value: "{value}" }}\n}}'
+        for name, value in values.items()
+        if value is not None
+    )
+    text = f'name: "tensorrt_llm" # the engine\nbackend: "{backend}"\nmax_batch_size: 4\n'
+    text += f'input [ {{ name: "input_ids" data_type: TYPE_INT32 dims: [ -1 ] }} ]\n{entries}\n'
+    for name, content in (("tensorrt_llm", text), ("preprocessing", 'name: "preprocessing"\nbackend: "python"\n')):
+        (folder / "repository" / name).mkdir(parents=True, exist_ok=True)
+        (folder / "repository" / name / "config.pbtxt").write_text(content, encoding="utf-8")
+    return folder / "repository"
+
+
+def checked(path: Path, repo: Path | None = None, preload: str | Path = "") -> list[Finding]:
+    return doctor.diagnose(path, repo, {"LD_PRELOAD": str(preload)})
+
+
+def named(findings: list[Finding], check: str) -> Finding:
+    (found,) = [finding for finding in findings if finding.check.endswith(check)]
+    return found
+
+
+def test_a_good_engine_and_repository(machine: Path, tmp_path: Path) -> None:
+    found = checked(engine_dir("late"), repository(tmp_path), machine)
+    states = {finding.check: finding.state for finding in found}
+    assert not doctor.would_break(found)
+    assert {check for check, state in states.items() if state != OK} == {"tensorrt_llm: memory"}
+    assert "keeps 0.4 of a prompt, fixed in the engine" in named(found, "ChunkKV").found
+    assert named(found, "LD_PRELOAD").found == str(machine)
+    (machine.parent / "libchunkkv_tensorrt.so.10").write_bytes(b"built later")
+    assert "another build than the engine's" in named(checked(engine_dir("late")), "plugin library").found
+
+
+@pytest.mark.parametrize(
+    ("changes", "check", "state", "words"),
+    [
+        ({"enable_kv_cache_reuse": "true"}, "enable_kv_cache_reuse", BREAKS, "second hit of a prefix fails"),
+        ({"enable_kv_cache_reuse": "True"}, "enable_kv_cache_reuse", BREAKS, "True"),
+        ({"enable_kv_cache_reuse": None}, "enable_kv_cache_reuse", WARNING, "not set: the default differs"),
+        ({"enable_kv_cache_reuse": "${enable_kv_cache_reuse}"}, "enable_kv_cache_reuse", WARNING, "${enable"),
+        ({"enable_chunked_context": "true"}, "enable_chunked_context", BREAKS, "second chunk fails"),
+        ({"batching_strategy": "V1"}, "batching_strategy", WARNING, "V1; looked at was inflight_fused_batching"),
+        ({"batch_scheduler_policy": "max_utilization"}, "batch_scheduler_policy", WARNING, "prefilled again"),
+        ({"batch_scheduler_policy": None}, "batch_scheduler_policy", WARNING, "not set"),
+        ({"max_beam_width": "2"}, "max_beam_width", BREAKS, "2: beams share"),
+        ({"max_beam_width": " 2 "}, "max_beam_width", BREAKS, "2: beams share"),
+        ({"max_beam_width": "²"}, "max_beam_width", BREAKS, "²"),
+        ({"max_beam_width": "${max_beam_width}"}, "max_beam_width", OK, "not set"),
+        ({"enable_kv_cache_reuse": " true "}, "enable_kv_cache_reuse", BREAKS, "second hit of a prefix fails"),
+        ({"kv_cache_host_memory_bytes": "45000000000"}, "kv_cache_host_memory_bytes", BREAKS, "block on the host"),
+        ({"max_attention_window_size": "9" * 5000}, "max_attention_window_size", OK, "999"),
+        ({"sink_token_length": "4"}, "sink_token_length", BREAKS, "4"),
+        ({"max_attention_window_size": "128"}, "max_attention_window_size", BREAKS, "below max_seq_len 256"),
+        ({"max_attention_window_size": "512,128"}, "max_attention_window_size", BREAKS, "512,128"),
+        ({"max_attention_window_size": "256"}, "max_attention_window_size", OK, "256"),
+        ({"decoding_mode": "medusa"}, "decoding_mode", BREAKS, "medusa"),
+        ({"gpt_model_path": "/nowhere/engine"}, "gpt_model_path", WARNING, "not on this machine"),
+        ({"gpt_model_path": "/"}, "gpt_model_path", BREAKS, "/ is another engine"),
+        ({"gpt_model_path": None}, "gpt_model_path", BREAKS, "nothing is set"),
+    ],
+)
+def test_each_setting_of_a_repository(
+    machine: Path, tmp_path: Path, changes: dict[str, Any], check: str, state: str, words: str
+) -> None:
+    found = checked(engine_dir("late"), repository(tmp_path, **changes), machine)
+    finding = named(found, f": {check}")
+    assert finding.state == state and words in finding.found
+    assert bool(finding.change) == (state != OK)
+    assert doctor.would_break(found) == (state == BREAKS)
+
+
+def test_what_a_server_needs_around_the_repository(machine: Path, tmp_path: Path) -> None:
+    path, repo = engine_dir("late"), repository(tmp_path)
+    assert "finds no ChunkKV plugins" in named(checked(path, repo), "LD_PRELOAD").found
+    gone = tmp_path / "gone" / LOADER
+    assert named(checked(path, repo, gone), "LD_PRELOAD").state == BREAKS
+    both = f"/usr/lib/libother.so:{machine}"
+    assert named(checked(path, repo, both), "LD_PRELOAD").state == OK
+    assert named(checked(path, tmp_path / "gone"), "triton repository").state == BREAKS
+    (tmp_path / "empty").mkdir()
+    assert "no model that runs an engine" in named(checked(path, tmp_path / "empty"), "triton repository").found
+    (repo / "tensorrt_llm" / "config.pbtxt").write_text('name: "open')
+    (refused,) = [finding for finding in checked(path, repo, machine) if finding.check == "tensorrt_llm"]
+    assert refused.state == BREAKS and "a quote is not closed" in refused.found
+    plain = engines.engine_dir("llama3")
+    other = checked(plain, repository(tmp_path, gpt_model_path=str(plain)), machine)
+    assert "runs no engine of backend onnxruntime" in named(other, ": backend").found
+    own = checked(plain, repository(tmp_path, "python", engine_dir=str(plain)))
+    assert named(own, ": engine_dir").state == OK
+
+
+def test_what_this_machine_lacks(monkeypatch: pytest.MonkeyPatch, machine: Path) -> None:
+    path = engine_dir("0.16")
+    found = checked(path)
+    assert "10.14.1.48 is installed, the engine was built with 10.7.0.23" in named(found, "package tensorrt").found
+    monkeypatch.setattr(doctor, "_installed", lambda name: None)
+    monkeypatch.setattr(tensorrt_library, "_PLACES", ())
+    monkeypatch.setattr(CudaRuntime, "load", staticmethod(lambda: CudaRuntime(CudartDouble(devices=0))))
+    found = checked(path)
+    assert named(found, "package tensorrt_llm").found == "is not installed here"
+    assert named(found, "GPU").state == named(found, "plugin library").state == BREAKS
+
+
+def test_directories_that_are_damaged_or_not_whole(machine: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(engine_dir("late"), broken)
+    (broken / "rank0.engine").write_bytes(b"other")
+    (finding,) = checked(broken)
+    assert finding.state == BREAKS and "rank0.engine was changed" in finding.found
+    ranks = named(checked(engine_dir("late", checkpoint_dir=llm_checkpoint(tp_size=2))), "ranks")
+    assert ranks.state == WARNING and "mpirun -n 2" in ranks.change
+
+
+def test_an_engine_whose_build_settings_do_not_hold(machine: Path) -> None:
+    files = EngineFiles.load(engine_dir("late"))
+    files.build["plugin_config"] |= {"multiple_profiles": True, "tokens_per_block": 64}
+    files.build["max_beam_width"] = 4
+    found = {finding.check: finding for finding in doctor._tensorrt_llm(files)}
+    assert found["multiple_profiles"].change == "build again with --multiple_profiles disable"
+    assert found["max_beam_width"].found == "4; ChunkKV needs 1"
+    assert found["tokens_per_block"].state == BREAKS
+
+
+def test_the_command(machine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["doctor", "--engine_dir", str(engine_dir("late")), "--triton_repo", str(repository(tmp_path))]
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*words, "--json"])
+    values = json.loads(capsys.readouterr().out)
+    assert ended.value.code == 1 and values["would_break"] == 1
+    assert {tuple(sorted(entry)) for entry in values["findings"]} == {("change", "check", "found", "state")}
+    with pytest.raises(SystemExit):
+        cli.main(words)
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("would break  tensorrt_llm: LD_PRELOAD") for line in lines)
+    assert any("-> start tritonserver with LD_PRELOAD=" in line for line in lines)
+    assert lines[-1].endswith("1 would break, 1 to note")
+
+
+def test_an_engine_for_onnx_runtime(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["doctor", "--engine_dir", str(engines.engine_dir("llama3"))])
+    assert capsys.readouterr().out.splitlines()[-1] == "3 checks: 0 would break, 0 to note"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('a: "x" "y\\"z"', {"a": ['xy"z']}),
+        ("a: 1 a: 2", {"a": ["1", "2"]}),
+        ("a [1, 2,]", {"a": ["1", "2"]}),
+        ("a < b: TYPE_X; > # c", {"a": [{"b": ["TYPE_X"]}]}),
+        ("n: ${max_batch_size}", {"n": ["${max_batch_size}"]}),
+        ("", {}),
+    ],
+)
+def test_the_reader_of_configurations(tmp_path: Path, text: str, expected: dict) -> None:
+    path = tmp_path / "config.pbtxt"
+    path.write_text(text, encoding="utf-8")
+    assert pbtxt.read_config(path) == expected
+
+
+@pytest.mark.parametrize("text", ["a {", "a: [1", "}", ": 1", "a:", 'a: "x', "a: ]", "a {" * 10**5, " " * (5 << 20)])
+def test_the_reader_refuses_what_does_not_close(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "config.pbtxt"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"config\.pbtxt"):
+        pbtxt.read_config(path)
+
+
+def test_the_reader_takes_plain_files_only(tmp_path: Path) -> None:
+    path = tmp_path / "config.pbtxt"
+    for make in (os.mkfifo, os.mkdir):
+        make(path)
+        with pytest.raises(ConfigError, match="is no plain file"):
+            pbtxt.read_config(path)
+        path.rmdir() if path.is_dir() else path.unlink()
+
+
+def test_parameters_of_another_shape_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "config.pbtxt"
+    texts = 'parameters: 3 parameters { key: "x" } parameters { key: "y" value: [] } backend: []'
+    path.write_text(texts + "parameters { key: {} value { string_value: {} } }", encoding="utf-8")
+    config = pbtxt.read_config(path)
+    assert pbtxt.parameters(config) == {"": ""} and pbtxt.text_of(config, "backend") == ""

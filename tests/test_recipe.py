@@ -1,0 +1,102 @@
+"""Recipes: what chunkkv calibrate writes is what chunkkv-build reads, flags win over it, and files are only data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import engines
+from support.builds import CommandLine
+
+from chunkkv.engine_files import EngineFiles
+from chunkkv.errors import ConfigError
+from chunkkv.recipe import read_recipe, write_recipe
+from chunkkv_builder.flags import UsageError, chunkkv_settings, parse
+
+LAYERS = 3
+SETTINGS = {"keep_ratio": 0.3, "window": 16, "chunk_size": 8, "boundaries": "fixed", "leader": "first"}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    write_recipe(tmp_path / "r.json", {**SETTINGS, "layer_reuse": "0-1,2"}, LAYERS, {"prompts": 4})
+    return tmp_path / "r.json"
+
+
+def settings(recipe: Path, line: str = "") -> Any:
+    return chunkkv_settings(
+        parse(["--checkpoint_dir", "c", "--chunkkv", "--chunkkv_recipe", str(recipe), *line.split()]), LAYERS
+    )
+
+
+def test_a_recipe_sets_what_it_names_and_nothing_else(recipe: Path) -> None:
+    found = settings(recipe)
+    assert (found.keep_per_10k, found.window, found.chunk_size, found.leader) == (3000, 16, 8, "first")
+    assert found.layer_groups == ((0, 1), (2,))
+    plain = chunkkv_settings(parse(["--checkpoint_dir", "c", "--chunkkv"]), LAYERS)
+    assert plain is not None and (found.sinks, found.pooling) == (plain.sinks, plain.pooling)
+    assert [path.name for path in recipe.parent.iterdir()] == ["r.json"]
+
+
+def test_flags_win_over_a_recipe(recipe: Path) -> None:
+    found = settings(recipe, "--chunkkv_window 8 --chunkkv_layer_reuse 1 --chunkkv_leader last")
+    assert (found.window, found.leader, len(found.layer_groups), found.chunk_size) == (8, "last", LAYERS, 8)
+    by_number = settings(recipe, "--chunkkv_budget_tokens 512")
+    assert by_number.budget_tokens == 512 and by_number.keep_per_10k != 3000
+    write_recipe(recipe, {"budget_tokens": 512}, LAYERS, {})
+    by_share = settings(recipe, "--chunkkv_keep_ratio 0.1")
+    assert by_share.budget_tokens == 0 and by_share.keep_per_10k == 1000
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": "other"}, "format is 'other' version 1; this program reads 'chunkkv-recipe' version 1"),
+        ({"format_version": 2}, "format is 'chunkkv-recipe' version 2"),
+        ({"num_hidden_layers": 4}, "was made for a model of 4 layers, this one has 3"),
+        ({"settings": [1]}, "settings is \\[1\\]; it must be an object"),
+        ({"settings": {"windw": 1}}, "settings has 'windw'; known are budget_tokens, chunk_size"),
+        ({"settings": {"window": "16"}}, "window is '16'; it must be a whole number"),
+        ({"settings": {"window": True}}, "window is True; it must be a whole number"),
+        ({"settings": {"keep_ratio": None}}, "keep_ratio is None; it must be a number"),
+        ({"settings": {"layer_reuse": [[0]]}}, "layer_reuse is \\[\\[0\\]\\]; it must be text"),
+    ],
+)
+def test_what_is_no_recipe_is_refused(recipe: Path, changes: dict[str, Any], message: str) -> None:
+    recipe.write_text(json.dumps({**json.loads(recipe.read_text()), **changes}))
+    with pytest.raises(ConfigError, match=message):
+        read_recipe(recipe, LAYERS)
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b"{", b"\xff\xfe", b"[" * 100_000], ids=repr)
+def test_other_files_are_refused_too(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "r.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"r\.json"):
+        read_recipe(tmp_path / "r.json", LAYERS)
+    with pytest.raises(ConfigError, match="No such file"):
+        read_recipe(tmp_path / "none.json", LAYERS)
+
+
+def test_values_out_of_range_name_the_flag(recipe: Path) -> None:
+    write_recipe(recipe, {"window": 1000}, LAYERS, {})
+    with pytest.raises(UsageError, match="--chunkkv_window is 1000; allowed is 1 to 128"):
+        settings(recipe)
+
+
+def test_a_build_reads_it(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = CommandLine(capsys)
+    line = [
+        "--checkpoint_dir",
+        engines.checkpoint_dir("llama3"),
+        "--output_dir",
+        tmp_path / "e",
+        "--log_level",
+        "error",
+    ]
+    assert run(*line, "--chunkkv", "--chunkkv_recipe", recipe).code == 0
+    found = EngineFiles.load(tmp_path / "e").settings
+    assert found is not None and found.layer_groups == ((0, 1), (2,)) and found.keep_ratio == 0.3
+    message = run(*line, "--chunkkv_recipe", recipe).error(2)
+    assert message == "--chunkkv_recipe has no effect without --chunkkv: add it"

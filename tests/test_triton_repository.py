@@ -1,0 +1,254 @@
+"""Model repositories without a server: what is written parses and fits together, what is read is checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support import engines
+from test_tensorrt_llm_executor import engine_dir as llm_engine_dir
+
+from chunkkv import doctor_triton, pbtxt
+from chunkkv.cli import main
+from chunkkv.engine_files import EngineFiles
+from chunkkv.errors import ConfigError, EngineError, RequestError
+from chunkkv.findings import BREAKS, WARNING
+from chunkkv.triton import inputs, words
+from chunkkv.triton.config_text import read_config
+from chunkkv.triton.patch import patch_repository
+from chunkkv.triton.repository import ServeOptions, write_repository
+
+# Names, types and dims of TensorRT-LLM's own models (tensorrtllm_backend, branch r25.05), for what this layout has.
+TENSORRT_LLM = {
+    "ensemble": "text_input STRING 1; max_tokens INT32 1; bad_words STRING -1; stop_words STRING -1; end_id INT32 1; "
+    "pad_id INT32 1; top_k INT32 1; top_p FP32 1; temperature FP32 1; length_penalty FP32 1; "
+    "repetition_penalty FP32 1; min_tokens INT32 1; presence_penalty FP32 1; frequency_penalty FP32 1; seed UINT64 1; "
+    "beam_width INT32 1; num_return_sequences INT32 1; exclude_input_in_output BOOL 1; stream BOOL 1",
+    "preprocessing": "QUERY STRING 1; REQUEST_OUTPUT_LEN INT32 1; BAD_WORDS_DICT STRING -1; STOP_WORDS_DICT STRING -1; "
+    "END_ID INT32 1; PAD_ID INT32 1",
+    "tensorrt_llm": "input_ids INT32 -1; input_lengths INT32 1; request_output_len INT32 1; end_id INT32 1; "
+    "pad_id INT32 1; stop_words_list INT32 2,-1; bad_words_list INT32 2,-1; beam_width INT32 1; "
+    "num_return_sequences INT32 1; temperature FP32 1; runtime_top_k INT32 1; runtime_top_p FP32 1; "
+    "len_penalty FP32 1; repetition_penalty FP32 1; min_tokens INT32 1; presence_penalty FP32 1; "
+    "frequency_penalty FP32 1; seed UINT64 1; exclude_input_in_output BOOL 1; stop BOOL 1; streaming BOOL 1",
+    "postprocessing": "TOKENS_BATCH INT32 -1,-1; SEQUENCE_LENGTH INT32 -1",
+}
+OUTPUTS = {
+    "ensemble": "text_output STRING -1; batch_index INT32 1; sequence_index INT32 1",
+    "preprocessing": "INPUT_ID INT32 -1; REQUEST_INPUT_LEN INT32 1; REQUEST_OUTPUT_LEN INT32 -1; "
+    "BAD_WORDS_IDS INT32 2,-1; STOP_WORDS_IDS INT32 2,-1; OUT_END_ID INT32 1; OUT_PAD_ID INT32 1",
+    "tensorrt_llm": "output_ids INT32 -1,-1; sequence_length INT32 -1; batch_index INT32 1; sequence_index INT32 1",
+    "postprocessing": "OUTPUT STRING -1",
+}
+TENSORRT_LLM["tensorrt_llm_bls"], OUTPUTS["tensorrt_llm_bls"] = TENSORRT_LLM["ensemble"], OUTPUTS["ensemble"]
+REQUIRED = {
+    "ensemble": {"text_input", "max_tokens"},
+    "tensorrt_llm_bls": {"text_input", "max_tokens"},
+    "preprocessing": {"QUERY", "REQUEST_OUTPUT_LEN"},
+    "tensorrt_llm": {"input_ids", "input_lengths", "request_output_len"},
+    "postprocessing": {"TOKENS_BATCH", "SEQUENCE_LENGTH"},
+}
+
+
+@pytest.fixture(scope="module")
+def engine() -> Path:
+    return engines.engine_dir("llama3")
+
+
+@pytest.fixture
+def trtllm(engine, tmp_path) -> dict:
+    names = write_repository(engine, tmp_path / "repository", "trtllm")
+    return {name: read_config(tmp_path / "repository" / name / "config.pbtxt") for name in names}
+
+
+def tensors(found) -> dict[str, tuple]:
+    kinds = type(found[0]).DESCRIPTOR.fields_by_name["data_type"].enum_type.values_by_number
+    return {tensor.name: (kinds[tensor.data_type].name.removeprefix("TYPE_"), tuple(tensor.dims)) for tensor in found}
+
+
+def table(text: str) -> dict[str, tuple]:
+    rows = (row.split() for row in text.split(";"))
+    return {name: (kind, tuple(int(size) for size in dims.split(","))) for name, kind, dims in rows}
+
+
+@pytest.mark.parametrize("model", TENSORRT_LLM)
+def test_names_types_and_shapes_are_tensorrt_llms(trtllm, model: str) -> None:
+    config = trtllm[model]
+    assert table(TENSORRT_LLM[model]).items() <= tensors(config.input).items()
+    assert table(OUTPUTS[model]).items() <= tensors(config.output).items()
+    assert {tensor.name for tensor in config.input if not tensor.optional} == REQUIRED[model]
+
+
+def test_the_ensemble_fits_its_steps(trtllm) -> None:
+    """Every mapped tensor exists with one type on both sides, and every input of the ensemble arrives somewhere."""
+    known = {name: kind for name, (kind, _) in tensors(trtllm["ensemble"].input).items()}
+    used = set()
+    for step in trtllm["ensemble"].ensemble_scheduling.step:
+        model_inputs, model_outputs = (
+            tensors(part) for part in (trtllm[step.model_name].input, trtllm[step.model_name].output)
+        )
+        for name, source in step.input_map.items():
+            assert model_inputs[name][0] == known[source], (step.model_name, name)
+            used.add(source)
+        for name, target in step.output_map.items():
+            assert target not in known, "made twice"
+            known[target] = model_outputs[name][0]
+    assert set(tensors(trtllm["ensemble"].input)) <= used
+    assert {name: kind for name, (kind, _) in tensors(trtllm["ensemble"].output).items()}.items() <= known.items()
+
+
+def test_the_single_layout(engine, tmp_path, capsys) -> None:
+    repository = tmp_path / "new" / "repository"
+    repository.parent.mkdir()
+    flags = [
+        "--engine_dir",
+        str(engine),
+        "--model_repository",
+        str(repository),
+        "--slots",
+        "3",
+        "--kv_bytes",
+        "99999999",
+    ]
+    main(["triton", "init", *flags])
+    assert capsys.readouterr().out == f"{repository}: chunkkv\n"
+    config = read_config(repository / "chunkkv" / "config.pbtxt")
+    values = {name: parameter.string_value for name, parameter in config.parameters.items()}
+    assert values == {"engine_dir": str(engine), "slots": "3", "kv_bytes": "99999999"}
+    assert config.model_transaction_policy.decoupled and config.backend == "python"
+    assert [tensor.name for tensor in config.input if not tensor.optional] == ["text_input"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [
+        "1", "chunkkv", "config.pbtxt", "model.py", "new", "repository",
+    ]  # fmt: skip
+    found = doctor_triton.check_repository(repository, EngineFiles.load(engine), {})
+    assert [finding for finding in found if finding.state == BREAKS] == []
+
+
+def test_nothing_is_overwritten_and_no_half_repository_stays(engine, tmp_path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").touch()
+    with pytest.raises(ConfigError, match="exists and is not empty"):
+        write_repository(engine, tmp_path / "full")
+    for change, error, named in (
+        ({"layout": "other"}, ConfigError, "layout is 'other'; allowed is single or trtllm"),
+        ({"engine_dir": tmp_path}, EngineError, "manifest.json"),
+        ({"options": ServeOptions(slots=5)}, ConfigError, "slots is 5; this engine takes 1 to 4 rows"),
+        ({"repository": tmp_path / "my models"}, ConfigError, "my models' has white space in it"),
+        ({"python_env": tmp_path}, ConfigError, "python_env .* has no bin/python"),
+    ):
+        with pytest.raises(error, match=named):
+            write_repository(**{"engine_dir": engine, "repository": tmp_path / "new", **change})
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+TEMPLATE = """# TensorRT-LLM's backend
+name: "tensorrt_llm"
+backend: "tensorrtllm"
+max_batch_size: 64
+parameters: {
+  key: "gpt_model_path"
+  value: { string_value: "/engines/old" }  # where it was
+}
+parameters: { key: "enable_kv_cache_reuse" value: { string_value: "true" } }
+parameters: { key: "sink_token_length" value: { string_value: "4" } }
+parameters: { key: "decoding_mode" value: { string_value: "medusa" } }
+parameters: { key: "max_attention_window_size" value: { string_value: "64" } }
+"""
+
+
+@pytest.fixture
+def stock(tmp_path) -> Path:
+    for name, text in (
+        ("tensorrt_llm", TEMPLATE),
+        ("preprocessing", 'backend: "python"\nparameters { key: "tokenizer_dir" value { string_value: "/t" } }\n'),
+    ):
+        (tmp_path / "stock" / name).mkdir(parents=True)
+        (tmp_path / "stock" / name / "config.pbtxt").write_text(text, encoding="utf-8")
+    return tmp_path / "stock"
+
+
+def test_a_patched_repository_passes_the_doctor(stock, capsys) -> None:
+    engine = llm_engine_dir("late")
+    before = {path: path.read_text() for path in stock.rglob("config.pbtxt")}
+    shown = patch_repository(engine, stock, dry_run=True)
+    assert {path: path.read_text() for path in before} == before
+    main(["triton", "patch", "--engine_dir", str(engine), "--model_repository", str(stock)])
+    assert capsys.readouterr().out == shown
+    assert '-  value: { string_value: "/engines/old" }  # where it was' in shown
+    assert f'+  value: {{ string_value: "{engine}" }}  # where it was' in shown
+    assert "preprocessing" not in shown and "LD_PRELOAD" in shown
+    found = doctor_triton.check_repository(stock, EngineFiles.load(engine), {})
+    assert [finding.check for finding in found if finding.state == BREAKS] == ["tensorrt_llm: LD_PRELOAD"]
+    assert [finding.check for finding in found if finding.state == WARNING] == ["tensorrt_llm: memory"]
+    assert read_config(stock / "tensorrt_llm" / "config.pbtxt").max_batch_size == 4
+    assert "# TensorRT-LLM's backend" in (stock / "tensorrt_llm" / "config.pbtxt").read_text()
+    again = patch_repository(engine, stock)
+    assert again.startswith("# start tritonserver"), "a second time there is nothing to do"
+
+
+def test_what_cannot_be_patched_is_named(stock, engine, tmp_path) -> None:
+    with pytest.raises(ConfigError, match="was built for onnxruntime"):
+        patch_repository(engine, stock)
+    llm = llm_engine_dir("late")
+    path = stock / "tensorrt_llm" / "config.pbtxt"
+    path.write_text(TEMPLATE.replace('"/engines/old"', '"/engines" "/old"'), encoding="utf-8")
+    with pytest.raises(ConfigError, match="gpt_model_path is written in a way that cannot be edited"):
+        patch_repository(llm, stock)
+    path.write_text(TEMPLATE.replace("tensorrtllm", "python"), encoding="utf-8")
+    with pytest.raises(ConfigError, match="has no model with backend tensorrtllm"):
+        patch_repository(llm, stock)
+    path.write_text("parameters {", encoding="utf-8")
+    with pytest.raises(ConfigError, match="not closed"):
+        patch_repository(llm, stock)
+
+
+def test_a_template_that_is_not_filled_is_no_config(tmp_path) -> None:
+    (tmp_path / "config.pbtxt").write_text("max_batch_size: ${triton_max_batch_size}\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"fill the template's \$\{\.\.\.\} first"):
+        read_config(tmp_path / "config.pbtxt")
+    (tmp_path / "config.pbtxt").write_text("bogus_field: 3\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="bogus_field"):
+        read_config(tmp_path / "config.pbtxt")
+
+
+@given(st.lists(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=5), max_size=6))
+def test_word_lists_come_back(lists) -> None:
+    packed = words.pack(lists)
+    assert packed.dtype == np.int32 and packed.shape[0] == 2 and packed.shape[1] >= 1
+    assert words.unpack(packed, "words") == words.unpack(packed[None], "words") == lists
+
+
+@pytest.mark.parametrize(
+    ("array", "named"),
+    [
+        (np.zeros((3, 2), np.int32), r"has shape \[3, 2\]"),
+        (np.zeros(4, np.int32), r"has shape \[4\]"),
+        (np.array([[1, 2], [2, 1]]), r"has ends \[2, 1\]"),
+        (np.array([[1, 2], [1, 3]]), r"has ends \[1, 3\]"),
+        (np.array([[1, 2], [0, 1]]), r"has ends \[0, 1\]"),
+    ],
+)
+def test_broken_word_lists_are_named(array, named: str) -> None:
+    with pytest.raises(RequestError, match=named):
+        words.unpack(array, "words")
+
+
+def test_a_float32_means_the_decimal_it_was_written_as() -> None:
+    for written in (0.7, 0.2, 1e-05, 1.3):
+        assert inputs.one({"x": np.array([[written]], np.float32)}.get, "x") == written
+
+
+def test_a_parameter_of_the_server_is_no_unknown_field() -> None:
+    inputs.refuse_unknown('{"triton_enable_empty_final_response": true, "id": "a"}', ["text_input"])
+    inputs.refuse_unknown("", ["text_input"])
+    with pytest.raises(RequestError, match="there is no input 'keep'; known are text_input"):
+        inputs.refuse_unknown('{"keep": 1}', ["text_input"])
+
+
+def test_pbtxt_and_protobuf_read_the_same(trtllm, tmp_path) -> None:
+    for name, config in trtllm.items():
+        mine = pbtxt.read_config(tmp_path / "repository" / name / "config.pbtxt")
+        assert pbtxt.parameters(mine) == {key: value.string_value for key, value in config.parameters.items()}
