@@ -177,7 +177,7 @@ def _print_table(summary: dict[str, Any]) -> None:
         rows = [row for row in summary["suites"] if (row["suite"], row["mode"]) == (suite, mode)]
         keeps = sorted({row["keep_ratio"] for row in rows}, reverse=True)
         table = Table(title=f"{suite}, question {mode} (right answers in %, 95 % interval, n = {rows[0]['n']})")
-        table.add_column("policy")
+        table.add_column("policy", overflow="fold")
         for keep in keeps:
             table.add_column("full" if keep == 1 else f"keep {keep * 100:g} %", justify="right")
         for policy in dict.fromkeys(row["policy"] for row in rows):
