@@ -51,6 +51,7 @@ def build_engine(checkpoint: Path, engine: Path, longest: int) -> None:
         "output_dir": engine,
         "chunkkv_window": WINDOW,
         "chunkkv_chunk_size": CHUNK_SIZE,
+        "chunkkv_pooling": 1,
         "max_num_tokens": BLOCK,
         "max_batch_size": 1,
         "max_seq_len": longest + 256,

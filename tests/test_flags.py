@@ -81,7 +81,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
     assert settings("") is None and settings("--chunkkv disable") is None and settings("--chunkkv=disable") is None
     expected = ChunkKVSettings(
         keep_per_10k=5000, budget_tokens=0, max_keep_per_10k=10000, window=32, chunk_size=10, sinks=4,
-        boundaries="fixed", pooling=1, score="softmax", min_tokens=64, leader="last", layer_groups=((0,), (1,), (2,)),
+        boundaries="fixed", pooling=5, score="softmax", min_tokens=64, leader="last", layer_groups=((0,), (1,), (2,)),
     )  # fmt: skip
     assert settings("--chunkkv") == settings("--chunkkv enable") == settings("--chunkkv=enable") == expected
     assert parse(["--checkpoint_dir", "c", "--use_weight_only"]).weight_only_precision == "int8"

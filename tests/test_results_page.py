@@ -125,3 +125,17 @@ def test_the_readme_quotes_the_page() -> None:
         if f"| {name} |" in readme:
             assert f"| {name} | {by_policy[policy, 'in']} | {by_policy[policy, 'after']} |" in readme
     assert readme.count("ChunkKV, fixed chunks of 10 |") == 1
+
+
+def test_what_the_page_says_of_dense_facts_holds() -> None:
+    for chunks in (plans.FIXED, plans.FIXED_20, plans.CLAUSES):
+        assert sign(chunks, plans.TOKENS, 1_250, "in", "others", suite="dense") < 0
+    assert sign(plans.FIXED_20, plans.FIXED, 1_250, "in", "others", suite="dense") < 0
+    assert sign(plans.GATED, plans.FIXED, 1_250, "in", "others", suite="dense") > 0
+    assert sign(plans.FIXED, plans.TOKENS, 2_000, "in", "others", suite="dense") == 0
+    assert sign(plans.FIXED_20, plans.TOKENS, 2_000, "after", "others", suite="rule") < 0
+    for keep in (2_000, 1_250):
+        assert sign(plans.FIXED, plans.TOKENS, keep, "after", "others", suite="rule") <= 0
+        for suite in ("questions", "distractors"):
+            assert sign(plans.FIXED, plans.TOKENS, keep, "in", "others", suite=suite) >= 0
+            assert sign(plans.CLAUSES, plans.TOKENS, keep, "in", "others", suite=suite) >= 0

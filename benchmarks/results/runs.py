@@ -67,7 +67,7 @@ _BOTH = ("in", "after")
 _OTHERS = ("dense", "questions", "rule", "distractors", "store")  # what it solves with a full cache
 RUNS: Final = (
     Run("recall", ("recall",), (*_METHODS, *_REUSED), (5_000, 2_000, 1_000), (1024,), _BOTH, 100),
-    Run("straddle", ("straddle",), _FEW, (2_000,), (512,), ("in",), 100),
+    Run("straddle", ("straddle",), _FEW, (2_000,), (512,), ("in",), 50),
     Run("needle", ("needle",), _FEW, (2_000,), (512, 1024, 2048), ("in",), 20),
-    Run("others", _OTHERS, _SOME, (2_000, 1_250), (512,), _BOTH, 100),
+    Run("others", _OTHERS, _SOME, (2_000, 1_250), (512,), _BOTH, 60),
 )

@@ -172,6 +172,7 @@ def against_tokens(run: Row, keep: int) -> str:
     pairs = (
         (runs.FIXED, runs.TOKENS_1),
         (runs.FIXED, runs.TOKENS),
+        (runs.FIXED_20, runs.TOKENS),
         (runs.CLAUSES, runs.TOKENS),
         (runs.GATED, runs.FIXED),
     )
@@ -180,7 +181,13 @@ def against_tokens(run: Row, keep: int) -> str:
         for mode, text in MODES.items():
             found = [signed(difference(run, one, other, keep, mode, suite=suite)) for one, other in pairs]
             lines.append([f"`{suite}`, question {text}", *found])
-    heads = ("fixed 10 − no pooling", "fixed 10 − pooling 5", "delimiter 20 − pooling 5", "entropy gate − none")
+    heads = (
+        "fixed 10 − no pooling",
+        "fixed 10 − pooling 5",
+        "fixed 20 − pooling 5",
+        "delimiter 20 − pooling 5",
+        "entropy gate − none",
+    )
     return table([f"keep {keep / 100:g} %", *heads], lines)
 
 

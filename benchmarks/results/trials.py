@@ -60,29 +60,37 @@ def summary(run: Record) -> Record:
     return {**summarize(run["header"], records), "agreement": run["agreement"]}
 
 
+def _through(row: Record, pieces: Sequence[int]) -> list[list[int]]:
+    """Return per prompt how many parts of each answer are right."""
+    counts = [int(digit, 36) for digit in row["through"]]
+    return [counts[start : start + len(pieces)] for start in range(0, len(counts), len(pieces))]
+
+
+def _right(through: Sequence[int], pieces: Sequence[int]) -> list[int]:
+    return [int(given == wanted) for given, wanted in zip(through, pieces, strict=True)]
+
+
 def _records(group: Record) -> list[Record]:
     pieces = group["pieces"]
-    count = len(group["outcomes"][0]["through"]) // len(pieces)
-    records = []
-    for index in range(count):
-        outcomes = []
-        for row in group["outcomes"]:
-            through = [int(digit, 36) for digit in row["through"][index * len(pieces) : (index + 1) * len(pieces)]]
-            right = [int(given == wanted) for given, wanted in zip(through, pieces, strict=True)]
-            outcomes.append({**row, "through": through, "right": right})
-        records.append({**group, "index": index, "outcomes": outcomes})
-    return records
+    known = {name: value for name, value in group.items() if name != "outcomes"}
+    columns = [
+        [{**row, "through": through, "right": _right(through, pieces)} for through in _through(row, pieces)]
+        for row in group["outcomes"]
+    ]
+    return [
+        {**known, "index": index, "outcomes": list(outcomes)}
+        for index, outcomes in enumerate(zip(*columns, strict=True))
+    ]
 
 
 def shares(run: Record, policy: str, keep: int, mode: str, **where: Any) -> list[float]:
     """Return the share of right answers of every prompt of a policy, of the suite or cell that `where` names."""
     found = []
     for group in run["groups"]:
-        known = {"suite": group["suite"], **group["cell"]}
+        known, pieces = {"suite": group["suite"], **group["cell"]}, group["pieces"]
         if group["mode"] == mode and all(known.get(name) == value for name, value in where.items()):
-            for record in _records(group):
-                outcome = next(one for one in record["outcomes"] if (one["policy"], one["keep"]) == (policy, keep))
-                found.append(sum(outcome["right"]) / len(outcome["right"]))
+            row = next(one for one in group["outcomes"] if (one["policy"], one["keep"]) == (policy, keep))
+            found += [sum(_right(through, pieces)) / len(pieces) for through in _through(row, pieces)]
     return found
 
 

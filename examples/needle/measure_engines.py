@@ -52,7 +52,8 @@ CHOICES: Final = {
 def build(name: str, flags: dict[str, object], folder: Path) -> Path:
     """Build one engine of the shipped model."""
     output = folder / name.replace(", ", "-").replace(" ", "_")
-    command = ["--checkpoint_dir", str(MODEL), "--output_dir", str(output), "--chunkkv", "--log_level", "error"]
+    command = ["--checkpoint_dir", str(MODEL), "--output_dir", str(output), "--log_level", "error"]
+    command += ["--chunkkv", "--chunkkv_pooling", "1"]  # a grid's own losses; docs/method.md has what pooling saves
     for flag, value in flags.items():
         command += [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
     build_engine(command)

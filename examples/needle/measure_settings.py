@@ -31,44 +31,50 @@ POLICIES: Final = (
 )
 KEEP: Final = "0.2,0.1"
 LENGTH: Final = 1024
-SUITES: Final = ("recall", "distractors", "dense")
-COMMAND: Final = (
-    "python examples/needle/measure_settings.py --work_dir build/settings --out docs/benchmarks/settings.json"
-)
+DELIMITER: Final = "chunkkv-delimiter:window=32:chunk_size=20"
+POOLED: Final = (DELIMITER, *(f"{DELIMITER}:pooling={pooling}" for pooling in (5, 7)))
+# folder: suite and policies
+RUNS: Final = {suite: (suite, POLICIES) for suite in ("recall", "distractors", "dense")} | {
+    f"{suite}-pooled": (suite, POOLED) for suite in ("recall", "dense")
+}
+ROW: Final = ("suite", "mode", "policy", "keep_ratio", "n", "kept", "accuracy", "low", "high")
+DIFFERENCE: Final = ("suite", "mode", "policy", "minus", "keep_ratio", "difference", "low", "high")
+SCRIPT: Final = "python examples/needle/measure_settings.py"
+COMMAND: Final = f"{SCRIPT} --work_dir build/settings --out docs/benchmarks/settings.json"
 
 
-def measure(folder: Path, suite: str, examples: int) -> dict[str, object]:
-    """Return the summary of one suite; what is in `folder` already is not run again."""
+def measure(folder: Path, name: str, examples: int) -> dict[str, list[dict[str, object]]]:
+    """Return the summary of one run; what is in `folder` already is not run again."""
+    suite, policies = RUNS[name]
     engine = folder / "engine"
     if not (engine / "manifest.json").is_file():
-        flags = "--chunkkv --chunkkv_window 64 --chunkkv_min_tokens 78 --max_batch_size 48 --log_level error"
-        build_engine(["--checkpoint_dir", str(MODEL), "--output_dir", str(engine), *flags.split()])
-    output = folder / suite
-    lists = {"suite": suite, "policies": ",".join(POLICIES), "keep": KEEP, "lengths": LENGTH, "examples": examples}
+        flags = "--chunkkv_window 64 --chunkkv_min_tokens 78 --chunkkv_pooling 1 --max_batch_size 48 --log_level error"
+        build_engine(["--checkpoint_dir", str(MODEL), "--output_dir", str(engine), "--chunkkv", *flags.split()])
+    output = folder / name
+    lists = {"suite": suite, "policies": ",".join(policies), "keep": KEEP, "lengths": LENGTH, "examples": examples}
     command = ["eval", "--engine_dir", str(engine), "--output_dir", str(output), "--threads", "1", "--no_plots"]
-    for name, value in lists.items():
-        command += [f"--{name}", str(value)]
+    for flag, value in lists.items():
+        command += [f"--{flag}", str(value)]
     chunkkv(command)
     return json.loads((output / "summary.json").read_text(encoding="utf-8"))
 
 
 def main() -> None:
-    """Measure every suite and write what the tables need."""
+    """Measure every run and write one row per line: accuracies with intervals, and differences on the same prompts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--examples", type=int, default=200)
-    parser.add_argument("--suites", default=",".join(SUITES))
+    parser.add_argument("--examples", type=int, default=200, help="prompts per cell; default: 200")
     arguments = parser.parse_args()
-    suites, differences, cells = [], [], []
-    for suite in arguments.suites.split(","):
-        summary = measure(arguments.work_dir, suite, arguments.examples)
-        suites += summary["suites"]
-        differences += summary["differences"]
-        cells += [row for row in summary["cells"] if row["suite"] == "recall"]
-    values = {"command": COMMAND, "length": LENGTH, "examples": arguments.examples}
-    values |= {"suites": suites, "differences": differences, "cells": cells}
-    write_atomically(arguments.out, (json.dumps(values, indent=1) + "\n").encode())
+    tables: dict[str, list[str]] = {"accuracy": [], "differences": []}
+    for name in RUNS:
+        summary = measure(arguments.work_dir, name, arguments.examples)
+        for table, source, columns in (("accuracy", "suites", ROW), ("differences", "differences", DIFFERENCE)):
+            rows = (json.dumps({column: row[column] for column in columns}) for row in summary[source])
+            tables[table] += [row for row in rows if row not in tables[table]]
+    head = json.dumps({"command": COMMAND, "length": LENGTH, "examples_per_cell": arguments.examples})
+    parts = [f'"{table}": [\n' + ",\n".join(rows) + "\n]" for table, rows in tables.items()]
+    write_atomically(arguments.out, (",\n".join([head.removesuffix("}"), *parts]) + "}\n").encode())
 
 
 if __name__ == "__main__":

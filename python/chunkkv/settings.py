@@ -49,7 +49,7 @@ class ChunkKVSettings:
     chunk_size: int = 10
     sinks: int = 4
     boundaries: str = "fixed"
-    pooling: int = 1
+    pooling: int = 5
     score: str = "softmax"
     gate: str = "none"
     min_tokens: int = 64

@@ -26,10 +26,8 @@ INT32 = np.iinfo(np.int32)
 
 
 def settings(window: int = 5, chunk_size: int = 7, sinks: int = 3, **others: object) -> ChunkKVSettings:
-    least = window + chunk_size + sinks
-    return ChunkKVSettings(
-        window=window, chunk_size=chunk_size, sinks=sinks, min_tokens=least, keep_per_10k=3_000, **others
-    )
+    values = {"window": window, "chunk_size": chunk_size, "sinks": sinks, "pooling": 1, **others}
+    return ChunkKVSettings(min_tokens=window + chunk_size + sinks, keep_per_10k=3_000, **values)
 
 
 def case(own: ChunkKVSettings, lengths: tuple[int, ...] = (150, 97), **others: object) -> OpCase:

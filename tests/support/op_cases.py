@@ -90,7 +90,7 @@ class OpCase:
 
 def _settings(window: int, chunk_size: int, sinks: int, **others: Any) -> ChunkKVSettings:
     others.setdefault("min_tokens", window + chunk_size + sinks)
-    return ChunkKVSettings(window=window, chunk_size=chunk_size, sinks=sinks, **others)
+    return ChunkKVSettings(**{"window": window, "chunk_size": chunk_size, "sinks": sinks, "pooling": 1, **others})
 
 
 _PLAIN = _settings(4, 3, 2, keep_per_10k=4_000)
