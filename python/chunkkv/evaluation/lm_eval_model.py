@@ -49,7 +49,7 @@ class ChunkKVLM(TemplateLM):
         if isinstance(held_back, bool) or not isinstance(held_back, int) or held_back < 0:
             raise RequestError(f"held_back is {held_back!r}; give a whole number of at least 0")
         self._session = ChunkKVSession.from_dir(engine_dir, threads)
-        if self._session.tokenizer is None or not (self._session._eos or self._session.tokenizer.bos_token_id):
+        if self._session.tokenizer is None or not (self._session.eos_token_ids or self._session.tokenizer.bos_token_id):
             raise EngineMismatchError(f"{engine_dir} has no tokenizer with an end token; tasks of lm_eval are texts")
         self._tokens = self._session.tokenizer
         self._budget = {"keep_ratio": keep_ratio, "budget_tokens": budget_tokens}
@@ -68,7 +68,7 @@ class ChunkKVLM(TemplateLM):
     @property
     def eot_token_id(self) -> int:
         """The token that ends a text."""
-        ends = sorted(self._session._eos)
+        ends = sorted(self._session.eos_token_ids)
         return ends[0] if ends else int(self._tokens.bos_token_id)
 
     @property

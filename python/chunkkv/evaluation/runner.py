@@ -145,7 +145,11 @@ class PromptRunner:
     def _finished(self, question: Question, given: list[int]) -> bool:
         if not given:
             return False
-        return given[-1] in self.session._eos or len(given) >= question.max_new_tokens or question.is_settled(given)
+        return (
+            given[-1] in self.session.eos_token_ids
+            or len(given) >= question.max_new_tokens
+            or question.is_settled(given)
+        )
 
 
 def _step(decoder: Any, tokens: list[int], position: int, lengths: np.ndarray) -> np.ndarray:
