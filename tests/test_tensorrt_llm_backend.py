@@ -83,7 +83,7 @@ def test_prepare_stands_once_and_takes_network_inputs_as_they_are(machine: Machi
     ]
     assert set(prepare.inputs[:6]) <= set(graph.inputs) and graph.values[prepare.inputs[6]].dtype == "float16"
     assert prepare.fields() == {
-        **{"window": 4, "sinks": 2, "chunk_size": 3, "boundaries": "fixed", "pooling": 1, "score": "softmax"},
+        **{"window": 4, "sinks": 2, "chunk_size": 3, "boundaries": "fixed", "pooling": 5, "score": "softmax"},
         **{"keep_per_10k": 4000, "budget_tokens": 0, "min_tokens": 10, "max_length": 256},
         "tokens_per_block": 32 if machine.late else 64,
     }

@@ -52,7 +52,11 @@ def session_of(graph: Graph, kv_bytes: int, settings: ChunkKVSettings | None, li
     watched = [leader.outputs[1] for leader in llm.leaders(graph)]
     engine = RecordedStepEngine(llm.Machine().execution(graph), watched)
     return ChunkKVSession(
-        TensorRTLLMExecutor(engine, geometry, settings), settings, like.limits, like.tokenizer, tuple(like._eos)
+        TensorRTLLMExecutor(engine, geometry, settings),
+        settings,
+        like.limits,
+        like.tokenizer,
+        tuple(like.eos_token_ids),
     )
 
 
@@ -72,7 +76,7 @@ def onnxruntime_session(chunkkv: bool = True, **flags: Any) -> ChunkKVSession:
 def answers(**flags: Any) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
     """Return prompts and the ONNX Runtime engine's own answers; one of them ends early."""
     session, work = onnxruntime_session(**flags), llm.Workload.random(LENGTHS, 1)
-    (end,) = session._eos
+    (end,) = session.eos_token_ids
     found = session.generate([list(row) for row in work.prompts], SamplingParams(STEPS, ignore_eos=True))
     tokens = [tuple(token if token != end else end + 1 for token in result.token_ids) for result in found]
     tokens[2] = (*tokens[2][:20], end)

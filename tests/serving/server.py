@@ -131,6 +131,7 @@ class Server:
     def kill(self) -> None:
         """End everything, whatever state it is in."""
         pids = [event["pid"] for event in self.events("server_started")]
+        prefix = self.shm_prefix if self.process.poll() is None and is_running(pids[-1]) else None
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
@@ -139,6 +140,8 @@ class Server:
                 os.killpg(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
+        for region in Path("/dev/shm").glob(f"{prefix}*"):
+            region.unlink(missing_ok=True)
 
 
 def sse(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:

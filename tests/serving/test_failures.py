@@ -140,7 +140,7 @@ def test_a_server_killed_without_a_supervisor_takes_its_models_along(servers) ->
     models = server.model_processes()
     os.kill(server.process.pid, signal.SIGSTOP)
     os.kill(server.server_pid, signal.SIGKILL)
-    wait_for(lambda: gone(models), 5)
+    wait_for(lambda: gone(models), 20)
     os.kill(server.process.pid, signal.SIGCONT)
     server.wait_ready(2)
 

@@ -14,7 +14,7 @@ from tritonclient.utils import InferenceServerException
 from .server import GrpcStream, gone, sse, tensor, text_request, wait_for
 from .test_single import own_answer
 
-LONG = {"text_input": "the access code", "max_tokens": 20_000, "temperature": 1.0, "seed": 1}
+LONG = {"text_input": "the access code", "max_tokens": 20_000, "ignore_eos": True}
 TEXT_MODELS = ("ensemble", "tensorrt_llm_bls")
 CASES = [
     {},
@@ -100,7 +100,7 @@ def active(server) -> float:
 
 
 def test_a_stop_request_ends_the_one_of_its_id(server) -> None:
-    stream = GrpcStream(server, ids_request([1, 5, 9], 20_000, streaming=True, temperature=1.0), "tensorrt_llm", "it")
+    stream = GrpcStream(server, ids_request([1, 5, 9], 20_000, streaming=True, ignore_eos=True), "tensorrt_llm", "it")
     stream.next()
     stop = GrpcStream(server, ids_request([1], 1, stop=True), "tensorrt_llm", "it")
     stop.all()

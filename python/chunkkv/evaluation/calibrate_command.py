@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from chunkkv.evaluation.calibration import Advance, Calibration, Candidate
 
 _RECIPE_SETTINGS = ("window", "chunk_size", "sinks", "pooling", "boundaries", "score", "gate", "leader")
-_POLICIES = "chunkkv:pooling=5,chunkkv:chunk_size=20,chunkkv-delimiter:chunk_size=20,chunkkv-delimiter:chunk_size=32"
+_POLICIES = "chunkkv:pooling=1,chunkkv:chunk_size=20,chunkkv-delimiter:chunk_size=20,chunkkv-delimiter:chunk_size=32"
 _OWN = "the engine's"
 
 

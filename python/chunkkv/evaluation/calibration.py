@@ -193,8 +193,8 @@ def proposals(find: Callable[[str], Groups]) -> dict[str, Groups]:
 
 
 def best(measured: Sequence[Candidate]) -> Candidate:
-    """Return the candidate with the fewest groups; of equals the most accurate, then the one with leader last."""
-    return min(measured, key=lambda one: (len(one.settings.layer_groups), -one.accuracy, one.settings.leader != "last"))
+    """Return the candidate with the fewest groups; of equals one with leader last, then the most accurate."""
+    return min(measured, key=lambda one: (len(one.settings.layer_groups), one.settings.leader != "last", -one.accuracy))
 
 
 def layer_reuse_text(groups: Groups) -> str:

@@ -155,8 +155,11 @@ class PromptRunner:
     def _finished(self, question: Question, given: list[int]) -> bool:
         if not given:
             return False
-        ended = given[-1] in self.session.eos_token_ids or len(given) >= question.max_new_tokens
-        return ended or question.is_settled(given)
+        return (
+            given[-1] in self.session.eos_token_ids
+            or len(given) >= question.max_new_tokens
+            or question.is_settled(given)
+        )
 
 
 def _step(decoder: Any, tokens: list[int], position: int, lengths: np.ndarray) -> np.ndarray:

@@ -52,12 +52,12 @@ TEXT_INPUTS: tuple[Tensor, ...] = (
     ("bad_words", "STRING", (-1,)),
     ("stream", "BOOL", (1,)),
     ("exclude_input_in_output", "BOOL", (1,)),
+    ("ignore_eos", "BOOL", (1,)),
     *SAMPLING,
     *BUDGET,
 )
 SINGLE_INPUTS: tuple[Tensor, ...] = (
     *TEXT_INPUTS,
-    ("ignore_eos", "BOOL", (1,)),
     ("return_num_input_tokens", "BOOL", (1,)),
     ("return_num_output_tokens", "BOOL", (1,)),
 )

@@ -30,6 +30,7 @@ from chunkkv.triton.metrics import Metrics
 
 CODES = {"invalid": "CHUNKKV_INVALID", "rejected": "CHUNKKV_OVERLOADED", "timeout": "CHUNKKV_TIMEOUT"}
 INTERNAL = "CHUNKKV_INTERNAL"
+STUCK_S = 10  # without the interpreter lock for so long, a model process ends itself
 _BYTES_PER_TOKEN = 32  # default bound of a prompt's bytes; no tokenizer needs so many for one token of prose
 _LEAST_PROMPT_BYTES = 1 << 16
 
@@ -169,9 +170,10 @@ class Client:
         """Send an error as the last response."""
         outcome = _outcome(error)
         shown = str(error) if isinstance(error, ChunkKVError) else f"{type(error).__name__}: {error}"
-        level = "error" if outcome == "error" else "warning"
-        self._serving.log(level, f"request_{outcome}", request_id=self.name, message=shown)
-        self._serving.metrics.count(outcome)
+        if self.name != CANARY_ID:
+            level = "error" if outcome == "error" else "warning"
+            self._serving.log(level, f"request_{outcome}", request_id=self.name, message=shown)
+            self._serving.metrics.count(outcome)
         response = self._pb.InferenceResponse(output_tensors=[], error=self._serving.error(outcome, shown))
         self._sender.send(response, flags=self._pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
@@ -216,7 +218,7 @@ def watch_parent() -> None:
 
     def watch() -> None:
         while os.getppid() == parent:
-            faulthandler.dump_traceback_later(30, exit=True, file=nowhere)
+            faulthandler.dump_traceback_later(STUCK_S, exit=True, file=nowhere)
             time.sleep(0.2)
         os._exit(17)
 

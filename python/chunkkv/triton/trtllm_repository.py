@@ -40,6 +40,7 @@ HANDED_ON = (
     ("len_penalty", "length_penalty"),
     ("exclude_input_in_output", "exclude_input_in_output"),
     ("streaming", "stream"),
+    ("ignore_eos", "ignore_eos"),
     ("keep_ratio", "keep_ratio"),
     ("budget_tokens", "budget_tokens"),
 )
@@ -72,6 +73,7 @@ ENGINE_SCALARS: tuple[Tensor, ...] = (
             ("frequency_penalty", "FP32"),
             ("seed", "UINT64"),
             ("exclude_input_in_output", "BOOL"),
+            ("ignore_eos", "BOOL"),
             ("stop", "BOOL"),
             ("streaming", "BOOL"),
         )
