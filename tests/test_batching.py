@@ -12,7 +12,7 @@ import pytest
 from support import engines
 
 from chunkkv import SamplingParams, profiling
-from chunkkv.batching import BatchingLimits, ContinuousBatcher
+from chunkkv.batching import PROBE_WAIT_S, BatchingLimits, ContinuousBatcher, _QueueListener
 from chunkkv.batching_lanes import Lanes
 from chunkkv.errors import ConfigError, EngineRunError, OverloadedError, RequestError, RequestTimeoutError
 from chunkkv.executors.onnxruntime import Decoder
@@ -227,6 +227,53 @@ def test_a_failing_listener_takes_nothing_down(batcher) -> None:
     batcher.submit(prompt(40), LONG, Broken())
     assert len(last(batcher.stream(prompt(41), GREEDY)).token_ids) == 12
     wait_for(lambda: batcher.load().active == 0)
+
+
+def test_a_listener_that_cannot_say_whether_it_has_gone_takes_nothing_down(batcher) -> None:
+    class Broken:
+        asked = 0
+
+        def on_accepted(self, request):
+            pass
+
+        on_event = on_error = on_accepted
+
+        def is_cancelled(self):
+            Broken.asked += 1
+            raise OSError("the client has gone")
+
+    batcher.submit(prompt(40), LONG, Broken())
+    wait_for(lambda: Broken.asked)
+    assert len(last(batcher.stream(prompt(41), GREEDY)).token_ids) == 12
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_batcher_that_has_stopped_is_not_taken_for_a_busy_one(session, monkeypatch) -> None:
+    """Who watches a server tells the two apart by the error; nothing else would restart it."""
+    with ContinuousBatcher(session, BatchingLimits(slots=1)) as batcher:
+        monkeypatch.setattr(batcher, "_drop_stale", lambda: 1 / 0)
+        with pytest.raises(EngineRunError, match="the batcher stopped: ZeroDivisionError"):
+            last(batcher.stream(prompt(40), GREEDY))
+        wait_for(lambda: not batcher._thread.is_alive())
+        with pytest.raises(EngineRunError, match="the batcher stopped: ZeroDivisionError"):
+            batcher.stream(prompt(40), GREEDY)
+
+
+def test_a_probe_is_answered_while_others_hold_every_place_unless_the_engine_is_stuck(session, gate) -> None:
+    with ContinuousBatcher(session, BatchingLimits(slots=1, waiting=1)) as batcher:
+        streams = [batcher.stream(prompt(20 + n), GREEDY) for n in range(2)]
+        next(streams[0])
+        probe = _QueueListener()
+        batcher.submit(prompt(5), GREEDY, probe, probe=True)
+        time.sleep(PROBE_WAIT_S + 0.1)
+        assert probe._events.empty(), "no step, no answer"
+        gate.opened.set()
+        with pytest.raises(RequestTimeoutError):
+            last(probe.events())
+        assert [len(last(stream).token_ids) for stream in streams] == [12, 12]
+        probe = _QueueListener()
+        batcher.submit(prompt(5), GREEDY, probe, probe=True)
+        assert len(last(probe.events()).token_ids) == 12, "an idle batcher serves it"
 
 
 def test_closing_ends_or_finishes_everything(session, gate) -> None:

@@ -136,12 +136,31 @@ def test_nothing_is_overwritten_and_no_half_repository_stays(engine, tmp_path) -
         ({"layout": "other"}, ConfigError, "layout is 'other'; allowed is single or trtllm"),
         ({"engine_dir": tmp_path}, EngineError, "manifest.json"),
         ({"options": ServeOptions(slots=5)}, ConfigError, "slots is 5; this engine takes 1 to 4 rows"),
+        ({"options": ServeOptions(waiting=0)}, ConfigError, "waiting is 0"),
+        ({"options": ServeOptions(queue_timeout_s=float("nan"))}, ConfigError, "queue_timeout_s is nan"),
+        ({"options": ServeOptions(request_timeout_s=-1)}, ConfigError, "request_timeout_s is -1"),
+        ({"options": ServeOptions(kv_bytes=-5)}, ConfigError, "kv_bytes is -5"),
+        ({"options": ServeOptions(max_prompt_bytes=0)}, ConfigError, "max_prompt_bytes is 0"),
+        ({"options": ServeOptions(stream_interval_ms=-1)}, ConfigError, "stream_interval_ms is -1"),
+        ({"options": ServeOptions(threads=0)}, ConfigError, "threads is 0; allowed is 1 to 1024"),
+        ({"options": ServeOptions(log_level="loud")}, ConfigError, "log_level is 'loud'; allowed is debug or"),
+        ({"bls_instances": 0, "layout": "trtllm"}, ConfigError, "bls_instances is 0"),
         ({"repository": tmp_path / "my models"}, ConfigError, "my models' has white space in it"),
         ({"python_env": tmp_path}, ConfigError, "python_env .* has no bin/python"),
     ):
         with pytest.raises(error, match=named):
             write_repository(**{"engine_dir": engine, "repository": tmp_path / "new", **change})
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def test_the_working_directory_and_a_link_to_nowhere_can_become_a_repository(engine, tmp_path, monkeypatch) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    write_repository(engine, Path("."))
+    (tmp_path / "link").symlink_to("target")
+    write_repository(engine, tmp_path / "link")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "link", "target"]
+    assert all((tmp_path / name / "chunkkv" / "config.pbtxt").is_file() for name in ("empty", "target"))
 
 
 TEMPLATE = """# TensorRT-LLM's backend

@@ -13,16 +13,18 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from chunkkv import profiling
-from chunkkv.batching_lanes import Lane, Lanes, Seat
+from chunkkv.batching_lanes import Lane, Lanes, Seat, room_for
 from chunkkv.errors import ChunkKVError, ConfigError, EngineRunError, OverloadedError, RequestError, RequestTimeoutError
 from chunkkv.requests import Prompt, Request
 from chunkkv.results import StreamEvent
 from chunkkv.sampling import SamplingParams
 from chunkkv.session import Answer, ChunkKVSession
+
+PROBE_WAIT_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -86,12 +88,12 @@ class ContinuousBatcher:
                 "give fewer slots, or build with a larger --max_batch_size"
             )
         self.session, self.limits = session, limits
-        kv_bytes = _room(session, limits.kv_bytes)
+        kv_bytes = room_for(session, limits.kv_bytes)
         self._lanes = Lanes(session.executor, limits.slots, session.limits.max_seq_len, kv_bytes)
         self._queue: deque[_Job] = deque()
         self._open: list[_Job] = []
         self._wake = threading.Condition()
-        self._closing: OverloadedError | None = None
+        self._closing: ChunkKVError | None = None
         self._draining = False
         self._thread = threading.Thread(target=self._run, name="chunkkv-batcher", daemon=True)
         self._thread.start()
@@ -104,8 +106,12 @@ class ContinuousBatcher:
         *,
         keep_ratio: float | None = None,
         budget_tokens: int | None = None,
+        probe: bool = False,
     ) -> None:
         """Queue one prompt; its tokens are those that session.generate gives for the same seed.
+
+        A `probe` asks whether answers still grow: a full queue does not refuse it, and where it finds no slot it ends
+        with RequestTimeoutError after PROBE_WAIT_S and the next step; only a batcher that is stuck leaves it waiting.
 
         Raises RequestError or EngineMismatchError for what the engine cannot serve, OverloadedError where the queue is
         full or the batcher closes; a request that was queued always ends with a last event or an error.
@@ -118,11 +124,12 @@ class ContinuousBatcher:
                 "budget, or give the server more memory"
             )
         listener.on_accepted(request)
-        job = _Job(request, sampling, listener, self.limits)
+        limits = replace(self.limits, queue_timeout_s=PROBE_WAIT_S) if probe else self.limits
+        job = _Job(request, sampling, listener, limits)
         with self._wake:
             if self._closing or self._draining:
                 raise self._closing or OverloadedError("the server is going down; ask again later")
-            if len(self._open) + len(self._queue) >= self.limits.slots + self.limits.waiting:
+            if not probe and len(self._open) + len(self._queue) >= self.limits.slots + self.limits.waiting:
                 raise OverloadedError(
                     f"the queue is full: {len(self._open)} answers in work, {len(self._queue)} requests waiting; "
                     "ask again later"
@@ -181,7 +188,7 @@ class ContinuousBatcher:
             raise
         finally:
             with self._wake:
-                self._closing = self._closing or OverloadedError(str(failure))
+                self._closing = self._closing or failure
                 left, self._queue = [*self._open, *self._queue], deque()
             for job in left:
                 self._fail(job, failure)
@@ -308,8 +315,12 @@ class _Job:
         return self.answer
 
     def is_cancelled(self) -> bool:
-        """Return whether nobody wants the answer any more."""
-        return self.gone or self.listener.is_cancelled()
+        """Return whether nobody wants the answer any more; a listener that fails has lost its client."""
+        try:
+            self.gone = self.gone or self.listener.is_cancelled()
+        except Exception:
+            self.gone = True
+        return self.gone
 
     def timeout(self, now: float | None = None) -> RequestTimeoutError | None:
         """Return what to tell where the request has taken too long."""
@@ -380,17 +391,6 @@ class _QueueListener:
                     return
         finally:
             self._cancelled = True
-
-
-def _room(session: ChunkKVSession, kv_bytes: int | None) -> int | None:
-    """Return the bytes that lanes may take: of an engine with a pool, what is left beside its longest prompt."""
-    executor = session.executor
-    pool = getattr(executor, "kv_pool_bytes", None)
-    if pool is None:
-        return kv_bytes
-    longest = executor.capacity_for(session.limits.max_input_len) * executor.kv_bytes_per_token
-    room = max(pool - longest, pool // 2)
-    return room if kv_bytes is None else min(room, kv_bytes)
 
 
 def _as_chunkkv_error(error: Exception) -> ChunkKVError:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from chunkkv.errors import RequestError
 from chunkkv.executors.interface import Decoder, Executor
+from chunkkv.session import ChunkKVSession
 
 SMALLEST_CAPACITY = 128
 
@@ -125,3 +126,14 @@ class Lanes:
 
     def _bytes(self, capacity: int, rows: int) -> int:
         return capacity * rows * self._executor.kv_bytes_per_token
+
+
+def room_for(session: ChunkKVSession, kv_bytes: int | None) -> int | None:
+    """Return the bytes that lanes may take: of an engine with a pool, what is left beside its longest prompt."""
+    executor = session.executor
+    pool = getattr(executor, "kv_pool_bytes", None)
+    if pool is None:
+        return kv_bytes
+    longest = executor.capacity_for(session.limits.max_input_len) * executor.kv_bytes_per_token
+    room = max(pool - longest, pool // 2)
+    return room if kv_bytes is None else min(room, kv_bytes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import os
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -200,3 +201,28 @@ def test_flags_are_checked_before_anything_starts(tmp_path) -> None:
     assert "model_repository" in refused("--model_repository", str(tmp_path / "none"))
     assert "http_port is 0" in refused("--model_repository", str(tmp_path), "--http_port", "0")
     assert "must differ" in refused("--model_repository", str(tmp_path), "--http_port", "8001")
+    assert "canary_s is inf" in refused("--model_repository", str(tmp_path), "--canary_s", "inf")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert f"grpc_port {port} on 127.0.0.1 cannot be used: Address already in use" in refused(
+            "--model_repository", str(tmp_path), "--grpc_port", str(port)
+        )
+    assert "http_port 8000 on no.such.host cannot be used" in refused(
+        "--model_repository", str(tmp_path), "--host", "no.such.host"
+    )
+
+
+@pytest.mark.parametrize("layout", ["single", "trtllm"])
+def test_a_server_with_every_place_taken_is_not_taken_for_a_dead_one(servers, layout: str) -> None:
+    """Canaries go on while one client holds the only slot, one waits, and (trtllm) the BLS models are at work."""
+    flags = ("--layout", layout, "--slots", "1", "--waiting", "1", "--bls_instances", "1")
+    server = servers(*flags, serve_flags=("--canary_s", "0.2", "--canary_timeout_s", "1.2"))
+    model = "chunkkv" if layout == "single" else "tensorrt_llm_bls"
+    body = {"text_input": "the access code", "max_tokens": 20_000}
+    clients = [ThreadPoolExecutor(1).submit(lambda: server.stream(body, model)) for _ in range(2)]
+    wait_for(lambda: server.metric("chunkkv_requests", state="active") == 1)
+    time.sleep(5)
+    assert [client.done() for client in clients] == [False, False], "the server was busy all the time"
+    assert not server.events("restarting") and not server.events("request_rejected")
+    assert server.metric("chunkkv_requests_total") == 0, "canaries are not counted"
+    server.stop(signal.SIGKILL)

@@ -121,6 +121,22 @@ def test_a_client_that_leaves_is_noticed_through_bls(server) -> None:
     wait_for(lambda: active(server) == 0, 5)
 
 
+def test_a_client_of_bls_that_leaves_before_its_answer_is_noticed_and_no_other_with_its_id(server) -> None:
+    """Without a stream there is no response at which to notice; both clients chose the same id."""
+    before = server.metric("chunkkv_requests_total", outcome="cancelled")
+    stays = server.open_stream({**LONG, "max_tokens": 3000, "id": "same"}, "tensorrt_llm_bls")
+    events = sse(stays)
+    next(events)
+    sampled = [tensor("temperature", [1.0], "FP32"), tensor("seed", [1], "UINT64")]
+    leaves = GrpcStream(
+        server, [*text_request("the access code", 20_000, stream=False), *sampled], "tensorrt_llm_bls", "same"
+    )
+    wait_for(lambda: active(server) == 2)
+    leaves.close(cancel=True)
+    wait_for(lambda: server.metric("chunkkv_requests_total", outcome="cancelled") == before + 1, 5)
+    assert [event["finish_reason"] for event in events][-1] in ("length", "stop")
+
+
 BAD = [
     ({"text_input": "a"}, "missing required input"),
     ({"text_input": "", "max_tokens": 4}, "prompt 0 is empty"),

@@ -12,6 +12,7 @@ CANARY_ID = "chunkkv-canary"  # of requests that are in no log and no metric
 CANARY = {"id": CANARY_ID, "text_input": "a", "max_tokens": 1}
 # Words of a model that lives but takes no more work.
 BUSY = ("CHUNKKV_OVERLOADED", "CHUNKKV_TIMEOUT")
+_HANDS_ON = "tensorrt_llm_model_name"  # a parameter of BLS models
 _WANTED = {"text_input", "max_tokens"}
 
 
@@ -49,12 +50,14 @@ class Health:
         return None
 
     def _text_models(self) -> list[str]:
-        found = []
+        """Return the models to ask; one that hands on to another's engine is left out where others are there, because
+        it may have all its processes at work on one request each."""
+        found, hand_on = [], []
         for entry in self._ask("/v2/repository/index", b"{}", 10):
             config = self._ask(f"/v2/models/{entry['name']}/config", timeout_s=10)
             if {value["name"] for value in config.get("input", [])} >= _WANTED:
-                found.append(entry["name"])
-        return found
+                (hand_on if _HANDS_ON in config.get("parameters", {}) else found).append(entry["name"])
+        return found or hand_on
 
     def _canary(self, model: str) -> str | None:
         try:

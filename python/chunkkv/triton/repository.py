@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -10,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from chunkkv.batching import BatchingLimits
 from chunkkv.engine_files import EngineFiles
 from chunkkv.errors import ConfigError
+from chunkkv.session import MAX_THREADS
 from chunkkv.triton.config_text import (
     CONFIG_FILE,
     Tensor,
@@ -22,6 +25,7 @@ from chunkkv.triton.config_text import (
     set_parameters,
     to_text,
 )
+from chunkkv.triton.logs import LEVELS
 
 LAYOUTS = ("single", "trtllm")
 MODEL_FILE = "model.py"
@@ -88,6 +92,25 @@ class ServeOptions:
     threads: int | None = None
     log_level: str | None = None
 
+    def check(self, max_batch_size: int) -> None:
+        """Raise ConfigError for what the model would refuse when the server starts."""
+        if self.slots is not None and not 1 <= self.slots <= max_batch_size:
+            raise ConfigError(
+                f"slots is {self.slots}; this engine takes 1 to {max_batch_size} rows: give fewer, or build with a "
+                "larger --max_batch_size"
+            )
+        names = {field.name for field in dataclasses.fields(BatchingLimits)}
+        given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        BatchingLimits(**{name: value for name, value in given.items() if name in names})
+        if self.max_prompt_bytes is not None and self.max_prompt_bytes < 1:
+            raise ConfigError(f"max_prompt_bytes is {self.max_prompt_bytes}; give a number of bytes of at least 1")
+        if self.stream_interval_ms is not None and not 0 <= self.stream_interval_ms < math.inf:
+            raise ConfigError(f"stream_interval_ms is {self.stream_interval_ms}; give milliseconds of at least 0")
+        if self.threads is not None and not 1 <= self.threads <= MAX_THREADS:
+            raise ConfigError(f"threads is {self.threads}; allowed is 1 to {MAX_THREADS}")
+        if self.log_level is not None and self.log_level not in LEVELS:
+            raise ConfigError(f"log_level is {self.log_level!r}; allowed is {' or '.join(LEVELS)}")
+
 
 @dataclass(frozen=True)
 class Model:
@@ -119,7 +142,9 @@ def write_repository(
         raise ConfigError(f"python_env {python_env} has no bin/python; give a virtual environment")
     files = EngineFiles.load(engine_dir)
     parameters = {"engine_dir": os.path.abspath(engine_dir), **dataclasses.asdict(options or ServeOptions())}
-    _check_slots(parameters, files.build["max_batch_size"])
+    (options or ServeOptions()).check(files.build["max_batch_size"])
+    if bls_instances < 1:
+        raise ConfigError(f"bls_instances is {bls_instances}; give at least 1")
     if layout == "single":
         models = [single(parameters)]
     else:
@@ -156,31 +181,30 @@ def single(parameters: Mapping[str, object]) -> Model:
     return Model(config, "chunkkv.triton.model")
 
 
-def _check_slots(parameters: Mapping[str, object], rows: int) -> None:
-    slots = parameters["slots"]
-    if isinstance(slots, int) and not 1 <= slots <= rows:
-        raise ConfigError(
-            f"slots is {slots}; this engine takes 1 to {rows} rows: give fewer, or build with a larger --max_batch_size"
-        )
-
-
 def _write(repository: Path, models: list[Model]) -> None:
     """Write all models to a folder beside the repository and rename it."""
+    repository = Path(os.path.realpath(repository))
     partial = repository.with_name(f"{repository.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
-    for model in models:
-        folder = partial / model.config.name
-        (folder / "1").mkdir(parents=True)
-        text = to_text(model.config)
-        assert parse(text, folder) == model.config
-        (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
-        if model.python is not None:
-            program = (
-                '"""Made by chunkkv triton init; the model itself is part of the package chunkkv."""\n\n'
-                f"from {model.python} import TritonPythonModel\n\n"
-                '__all__ = ["TritonPythonModel"]\n'
-            )
-            (folder / "1" / MODEL_FILE).write_text(program, encoding="utf-8")
-    if repository.is_dir():
-        repository.rmdir()  # an empty one
-    partial.rename(repository)
+    try:
+        for model in models:
+            _write_model(model, partial / model.config.name)
+        if repository.is_dir():
+            repository.rmdir()  # an empty one
+        partial.rename(repository)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_model(model: Model, folder: Path) -> None:
+    (folder / "1").mkdir(parents=True)
+    text = to_text(model.config)
+    assert parse(text, folder) == model.config
+    (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+    if model.python is not None:
+        program = (
+            '"""Made by chunkkv triton init; the model itself is part of the package chunkkv."""\n\n'
+            f"from {model.python} import TritonPythonModel\n\n"
+            '__all__ = ["TritonPythonModel"]\n'
+        )
+        (folder / "1" / MODEL_FILE).write_text(program, encoding="utf-8")

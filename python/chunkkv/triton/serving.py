@@ -99,7 +99,7 @@ class Serving:
         try:
             prompt, client.wish = make()
             budget = {"keep_ratio": client.wish.keep_ratio, "budget_tokens": client.wish.budget_tokens}
-            self.batcher.submit(prompt, client.wish.sampling, client, **budget)
+            self.batcher.submit(prompt, client.wish.sampling, client, **budget, probe=client.is_canary)
         except Exception as error:
             client.on_error(error)
 
@@ -135,6 +135,7 @@ class Client:
         self._serving, self._pb, self._tensors = serving, pb_utils, tensors
         self._sender = request.get_response_sender()
         self.name = serving.name_of(request)
+        self.is_canary = self.name == CANARY_ID
         self.stopped = threading.Event()
         self._arrived = time.perf_counter()
         self._first = 0.0
@@ -170,7 +171,7 @@ class Client:
         """Send an error as the last response."""
         outcome = _outcome(error)
         shown = str(error) if isinstance(error, ChunkKVError) else f"{type(error).__name__}: {error}"
-        if self.name != CANARY_ID:
+        if not self.is_canary:
             level = "error" if outcome == "error" else "warning"
             self._serving.log(level, f"request_{outcome}", request_id=self.name, message=shown)
             self._serving.metrics.count(outcome)
@@ -182,7 +183,7 @@ class Client:
         return self.stopped.is_set() or self._sender.is_cancelled()
 
     def _keep_books(self, result: GenerationResult) -> None:
-        if self.name == CANARY_ID:
+        if self.is_canary:
             return
         costs, now = result.statistics, time.perf_counter()
         tpot = (now - self._first) / (costs.new_tokens - 1) if costs.new_tokens > 1 else None

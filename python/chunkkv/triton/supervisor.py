@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -67,8 +68,17 @@ class ServeSettings:
         if len(set(ports.values())) < len(ports):
             raise ConfigError(f"the ports {', '.join(map(str, ports.values()))} must differ")
         for name in ("start_timeout_s", "canary_s", "canary_timeout_s", "exit_timeout_s"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) <= threading.TIMEOUT_MAX:
                 raise ConfigError(f"{name} is {getattr(self, name)}; give seconds above 0")
+
+    def check_ports(self) -> None:
+        """Raise ConfigError for a port that is taken: the server there would be asked for its health instead."""
+        for name in ("http_port", "grpc_port", "metrics_port"):
+            port, family = getattr(self, name), socket.AF_INET6 if ":" in self.host else socket.AF_INET
+            try:
+                socket.create_server((self.host, port), family=family).close()
+            except OSError as error:
+                raise ConfigError(f"{name} {port} on {self.host} cannot be used: {error.strerror or error}") from None
 
 
 class Supervisor:
@@ -95,7 +105,11 @@ class Supervisor:
         signal.signal(signal.SIGINT, on_signal)
 
     def run(self) -> int:
-        """Serve until stopped; returns 0 after a stop, 1 where the server does not stay up."""
+        """Serve until stopped; returns 0 after a stop, 1 where the server does not stay up.
+
+        Raises ConfigError for a port that is taken.
+        """
+        self._settings.check_ports()
         failures, failed_at = 0, None
         while True:
             started = time.monotonic()

@@ -5,15 +5,18 @@ Triton does not hand a cancelled ensemble request on to the step that runs; this
 
 from __future__ import annotations
 
+import threading
 import uuid
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from chunkkv.triton.health import CANARY_ID
 from chunkkv.triton.serving import INTERNAL, Parameters
 from chunkkv.triton.trtllm_repository import FROM_PREPROCESSING, HANDED_ON, REPORTED, TEXT
 
+WATCH_S = 0.05
 _TO_PREPROCESSING = (
     ("QUERY", "text_input"),
     ("REQUEST_OUTPUT_LEN", "max_tokens"),
@@ -56,20 +59,26 @@ class TritonPythonModel:
         for name, source in FROM_PREPROCESSING:
             tensor = pb_utils.get_output_tensor_by_name(found, source)
             inputs.append(pb_utils.Tensor(name, tensor.as_numpy()))
-        number = request.request_id() or str(uuid.uuid4())
+        own = f"{request.request_id()}-{uuid.uuid4().hex[:8]}".lstrip("-")  # clients may choose the same
+        number = CANARY_ID if request.request_id() == CANARY_ID else own
         asked = pb_utils.InferenceRequest(
             model_name=self._engine,
             request_id=number,
             requested_output_names=[TEXT, *(name for name, _, _ in REPORTED)],
             inputs=inputs,
         )
+        ended = threading.Event()
+        threading.Thread(target=self._watch, args=(sender, number, ended), daemon=True).start()
+        try:
+            return self._hand_on(asked, sender)
+        finally:
+            ended.set()
+
+    def _hand_on(self, asked: Any, sender: Any) -> str | None:
         before = b""
         for response in asked.exec(decoupled=True):
             if response.has_error():
                 return response.error().message()
-            if sender.is_cancelled():
-                self._stop(number)
-                return None
             if not response.output_tensors():
                 continue
             text = pb_utils.get_output_tensor_by_name(response, TEXT).as_numpy().reshape(-1)[0]
@@ -79,6 +88,12 @@ class TritonPythonModel:
                 outputs.append(pb_utils.Tensor(name, pb_utils.get_output_tensor_by_name(response, name).as_numpy()))
             sender.send(pb_utils.InferenceResponse(output_tensors=outputs))
         return None
+
+    def _watch(self, sender: Any, number: str, ended: threading.Event) -> None:
+        """Stop the engine's request once the client has gone; again and again, for it may not have got there yet."""
+        while not ended.wait(WATCH_S):
+            if sender.is_cancelled():
+                self._stop(number)
 
     def _stop(self, number: str) -> None:
         """Ask the engine's model to end the request of this id."""
