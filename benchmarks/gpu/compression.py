@@ -51,7 +51,7 @@ class Compression:
         self.select()
         self.device.wait()
         query, keys = self.device.host(self.query[0]), self.device.host(key)
-        scores = reference.token_scores(query, keys, self.settings.window)
+        scores = reference.token_scores(query, keys, self.settings.window, self.settings.pooling)
         wanted = reference.select_tokens(scores, self.length, self.kept, self.settings)
         given = self.device.host(self.indices)[0]
         differing = np.setxor1d(given, wanted)
