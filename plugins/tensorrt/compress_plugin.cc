@@ -9,6 +9,7 @@
 //        nothing where no row of the batch is compressed
 #include <cinttypes>
 
+#include "chunkkv/layout.h"
 #include "packed_plugin.h"
 
 using namespace nvinfer1;
@@ -254,8 +255,6 @@ class Compress final : public PackedPlugin {
         return true;
     }
 
-    /// TensorRT-LLM's pool is [blocks, layers of the pool, K and V, Hkv, tokens_per_block, D]; an offset counts K and V
-    /// parts, so those of V point one part further than those of K from the same base.
     bool findCache(int32_t number, int64_t pools, const Buffers& buffers, Cache& cache) const {
         const auto* pointers = static_cast<const int64_t*>(buffers.inputs[kHostPools]);
         const auto* mapping = static_cast<const int32_t*>(buffers.inputs[kHostMapping]);
@@ -267,9 +266,9 @@ class Compress final : public PackedPlugin {
             return report("%s: host_kv_cache_pool_mapping puts layer %d at place %d of pool %d; there are %" PRId64
                           " pools",
                           getPluginName(), layer, place, cache.pool, pools);
-        cache.base = reinterpret_cast<const char*>(static_cast<uintptr_t>(pointers[int64_t{cache.pool} * 2]));
-        if (!cache.base) return report("%s: the address of pool %d is 0", getPluginName(), cache.pool);
-        cache.base += place * 2 * blockBytes();
+        const auto* pool = reinterpret_cast<const char*>(static_cast<uintptr_t>(pointers[int64_t{cache.pool} * 2]));
+        if (!pool) return report("%s: the address of pool %d is 0", getPluginName(), cache.pool);
+        cache.base = poolLayer(pool, place, blockBytes());
         return true;
     }
 };

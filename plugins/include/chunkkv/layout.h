@@ -82,4 +82,10 @@ CHUNKKV_HD int64_t firstElement(int64_t token, int32_t heads, int32_t head, int3
     return (token * heads + head) * head_dim;
 }
 
+/// First byte of the layer at `place` of TensorRT-LLM's pool [blocks, layers, K and V, Hkv, tokens_per_block, D].
+/// Offsets count K and V parts of `block_bytes` over all layers, so one base serves K and V.
+CHUNKKV_HD const char* poolLayer(const char* pool, int32_t place, int64_t block_bytes) {
+    return pool + int64_t{place} * 2 * block_bytes;
+}
+
 }  // namespace chunkkv
