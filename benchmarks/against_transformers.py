@@ -58,7 +58,7 @@ def build_engine(checkpoint: Path, engine: Path, longest: int) -> None:
         "max_input_len": longest,
     }
     given = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
-    run([sys.executable, "-m", "chunkkv_builder.build_engine", "--chunkkv", *given])
+    run([sys.executable, "-m", "chunkkv_builder.build", "--chunkkv", *given])
 
 
 def measure(side: str, case: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import json
 from dataclasses import asdict, dataclass
 
 from chunkkv.errors import CacheFullError
-from chunkkv.kv_blocks import BlockManager
+from chunkkv.executors.tensorrt_llm.kv_blocks import BlockManager
 from chunkkv.settings import ChunkKVSettings
 
 WAYS = ("without ChunkKV", "prompts together", "prompts staged")

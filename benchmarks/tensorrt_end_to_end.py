@@ -31,9 +31,9 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.random_checkpoint import LLAMA_8B, write_random_checkpoint  # noqa: E402
 from chunkkv import ChunkKVSession, SamplingParams  # noqa: E402
-from chunkkv.executors.cuda_runtime import CudaRuntime  # noqa: E402
-from chunkkv.executors.tensorrt_library import import_tensorrt, missing  # noqa: E402
-from chunkkv_builder import build_engine  # noqa: E402
+from chunkkv.gpu.cuda_runtime import CudaRuntime  # noqa: E402
+from chunkkv.gpu.tensorrt_library import import_tensorrt, missing  # noqa: E402
+from chunkkv_builder import build as build_engine  # noqa: E402
 
 NEEDLE = ROOT / "examples" / "needle"
 KEEP_RATIOS = (1.0, 0.5, 0.2, 0.1)

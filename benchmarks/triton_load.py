@@ -33,7 +33,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from chunkkv.triton.processes import model_processes
+from chunkkv.triton.server.processes import model_processes
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -41,7 +41,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.random_checkpoint import MEDIUM, write_random_checkpoint  # noqa: E402
 
 MODEL, PROMPT = ROOT / "examples" / "needle" / "model", ROOT / "examples" / "needle" / "prompts" / "short.txt"
-CHUNKKV = [sys.executable, "-m", "chunkkv.cli"]
+CHUNKKV = [sys.executable, "-m", "chunkkv.cli.main"]
 ATTEMPTS = 5
 LOST = (OSError, http.client.HTTPException)
 
@@ -51,7 +51,7 @@ class Server:
 
     def __init__(self, folder: Path, checkpoint: Path, slots: int, *init_flags: str) -> None:
         engine, repository = folder / "engine", folder / "repository"
-        build = [sys.executable, "-m", "chunkkv_builder.build_engine", "--checkpoint_dir", checkpoint]
+        build = [sys.executable, "-m", "chunkkv_builder.build", "--checkpoint_dir", checkpoint]
         build += ["--output_dir", engine, "--max_seq_len", "4096"]
         choice = ["--chunkkv", "--chunkkv_layer_reuse", "2", "--chunkkv_boundaries", "delimiter"]
         subprocess.run(

@@ -32,7 +32,7 @@ def run_ours(case: dict[str, Any], ids: np.ndarray) -> dict[str, Any]:
     """Prefill, compress and decode with an engine directory; decode is teacher-forced, as on the other side."""
     from threading import Event
 
-    from chunkkv.executors.blockwise import BlockwisePrefiller
+    from chunkkv.executors.onnxruntime.prefill import BlockwisePrefiller
     from chunkkv.requests import make_requests
     from chunkkv.session import ChunkKVSession
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from chunkkv import ChunkKVSession, SamplingParams
-from chunkkv.inspect import write_page
+from chunkkv.evaluation.report.inspect_page import write_page
 from chunkkv.results import GenerationResult, Inspection
 
 mpl.use("Agg")

@@ -12,10 +12,10 @@ import pytest
 from support import engines
 
 from chunkkv import SamplingParams, profiling
-from chunkkv.batching import PROBE_WAIT_S, BatchingLimits, ContinuousBatcher, _QueueListener
-from chunkkv.batching_lanes import Lanes
+from chunkkv.batching.batcher import PROBE_WAIT_S, BatchingLimits, ContinuousBatcher, _QueueListener
+from chunkkv.batching.lanes import Lanes
 from chunkkv.errors import ConfigError, EngineRunError, OverloadedError, RequestError, RequestTimeoutError
-from chunkkv.executors.onnxruntime import Decoder
+from chunkkv.executors.onnxruntime.executor import Decoder
 
 GREEDY = SamplingParams(max_new_tokens=12, ignore_eos=True)
 LONG = dataclasses.replace(GREEDY, max_new_tokens=100)

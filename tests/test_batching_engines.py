@@ -11,7 +11,7 @@ import test_tensorrt_llm_executor as tensorrt_llm
 from support.tensorrt_double import Double, machine_of
 
 from chunkkv import ChunkKVSession, SamplingParams
-from chunkkv.batching import BatchingLimits, ContinuousBatcher
+from chunkkv.batching.batcher import BatchingLimits, ContinuousBatcher
 
 SAMPLING = SamplingParams(max_new_tokens=8, ignore_eos=True)
 machine = pytest.fixture(machine_of)

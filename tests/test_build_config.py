@@ -10,7 +10,7 @@ from support import engines
 
 from chunkkv.errors import ConfigError
 from chunkkv.settings import ChunkKVSettings
-from chunkkv_builder.checkpoint import Checkpoint
+from chunkkv_builder.checkpoint.hugging_face import Checkpoint
 from chunkkv_builder.config import BuildConfig, longest_context
 
 MODEL = Checkpoint.open(engines.checkpoint_dir("llama2")).config  # plain RoPE, 512 positions

@@ -17,10 +17,11 @@ from support.builds import ROOT, SCRIPT, CommandLine, Outcome, on_terminal, pyth
 from support.checkpoints import random_tensors, variant_config, write_checkpoint, write_tensors
 
 import chunkkv
-from chunkkv.engine_files import EngineFiles
+from chunkkv.engine.directory import EngineFiles
 from chunkkv.sampling import SamplingParams
 from chunkkv.session import ChunkKVSession
-from chunkkv_builder import build_engine, manifest
+from chunkkv_builder import build as build_engine
+from chunkkv_builder import manifest
 from chunkkv_builder.backends import onnxruntime as backend
 
 GREEDY = SamplingParams(max_new_tokens=4, temperature=0.0, ignore_eos=True)
@@ -290,7 +291,7 @@ def test_a_failure_within_the_build_is_one_line_and_leaves_nothing(
 
 def test_a_file_too_large_for_the_disk_is_told_as_such(model: Path, tmp_path: Path) -> None:
     code = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (9999, 9999)); "
-    code += "from chunkkv_builder.build_engine import main; main(sys.argv[1:])"
+    code += "from chunkkv_builder.build import main; main(sys.argv[1:])"
     flags = ("--checkpoint_dir", model, "--output_dir", tmp_path / "engine", "--log_level", "error")
     assert python("-c", code, *flags).error(1) == "writing: File too large"
     assert not list(tmp_path.iterdir())
@@ -333,7 +334,7 @@ def test_every_way_to_start_it(start: str, build: Callable[..., Outcome], model:
         "elsewhere": ([sys.executable, SCRIPT], tmp_path),
         "uninstalled": ([sys.executable, "-S", "-c", UNINSTALLED, Path(np.__file__).parents[1], SCRIPT], tmp_path),
         "installed": ([Path(sys.executable).with_name("chunkkv-build")], tmp_path),
-        "module": ([sys.executable, "-m", "chunkkv_builder.build_engine"], tmp_path),
+        "module": ([sys.executable, "-m", "chunkkv_builder.build"], tmp_path),
     }
     command, folder = commands[start]
     limits = ("--max_seq_len", 64, "--max_num_tokens", 16, "--log_level", "error")
@@ -359,7 +360,7 @@ def test_a_missing_dependency_is_named_in_one_line() -> None:
 
 def test_the_builder_can_be_called_from_another_thread(model: Path, tmp_path: Path) -> None:
     """Signal handlers belong to the main thread; a build elsewhere goes without."""
-    code = "import sys, threading; from chunkkv_builder.build_engine import main; "
+    code = "import sys, threading; from chunkkv_builder.build import main; "
     code += "t = threading.Thread(target=main, args=(sys.argv[1:],)); t.start(); t.join()"
     flags = ("--checkpoint_dir", model, "--output_dir", tmp_path / "engine", "--log_level", "error")
     assert python("-c", code, *flags) == Outcome(0, "", "")

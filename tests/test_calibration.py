@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from support.engines import command_line
 
-from chunkkv import cli
-from chunkkv.engine_files import EngineFiles
+from chunkkv.cli import main as cli
+from chunkkv.engine.directory import EngineFiles
+from chunkkv.engine.layer_groups import layer_groups
 from chunkkv.evaluation.calibration import (
     Candidate,
     best,
@@ -20,9 +21,8 @@ from chunkkv.evaluation.calibration import (
     layer_reuse_text,
     with_groups,
 )
-from chunkkv.layer_groups import layer_groups
 from chunkkv.settings import ChunkKVSettings
-from chunkkv_builder import build_engine
+from chunkkv_builder import build as build_engine
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "examples" / "needle" / "model"

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from support.tiny_tokenizers import CHAT_TEMPLATE, write_tokenizer
 
-from chunkkv.chat_template import ChatTemplate
 from chunkkv.errors import CheckpointError, RequestError
-from chunkkv.tokenizer import Tokenizer
+from chunkkv.text.chat_template import ChatTemplate
+from chunkkv.text.tokenizer import Tokenizer
 
 TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " Hi "}]
 LLAMA3 = """{% set loop_messages = messages %}

@@ -25,8 +25,8 @@ from support.checkpoints import (
 )
 
 from chunkkv.errors import CheckpointError, ConfigError
-from chunkkv_builder.checkpoint import Checkpoint
-from chunkkv_builder.safetensors_file import LENGTH_BYTES
+from chunkkv_builder.checkpoint.hugging_face import Checkpoint
+from chunkkv_builder.checkpoint.safetensors_file import LENGTH_BYTES
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -66,7 +66,7 @@ def test_tensors_are_read_only_views_of_one_map_per_file(tmp_path, monkeypatch):
         mapped.append(Path(path).name)
         return real_map(path, *arguments, **options)
 
-    monkeypatch.setattr("chunkkv_builder.safetensors_file.np.memmap", counting_map)
+    monkeypatch.setattr("chunkkv_builder.checkpoint.safetensors_file.np.memmap", counting_map)
     checkpoint = Checkpoint.open(write_checkpoint(tmp_path, "qwen3", shards=2))
     tensors = [checkpoint.tensor(name) for name in checkpoint.names() for _ in range(2)]
     assert sorted(mapped) == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
@@ -84,7 +84,7 @@ def test_reading_needs_neither_torch_nor_safetensors(tmp_path):
     write_checkpoint(tmp_path, "llama3", dtype="bfloat16")
     program = (
         "import sys; sys.modules.update(dict.fromkeys(['torch', 'transformers', 'safetensors']))\n"
-        "from chunkkv_builder.checkpoint import Checkpoint; from chunkkv.tokenizer import Tokenizer\n"
+        "from chunkkv_builder.checkpoint.hugging_face import Checkpoint; from chunkkv.text.tokenizer import Tokenizer\n"
         "c = Checkpoint.open(sys.argv[1]); t = Tokenizer.from_dir(sys.argv[1])\n"
         "print(sum(float(c.tensor(n).astype('float32').sum()) for n in c.names()) != 0, t.decode(t.encode('the key')))"
     )

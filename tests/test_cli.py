@@ -17,8 +17,9 @@ import pytest
 from support import engines
 
 import chunkkv
-from chunkkv import SamplingParams, cli
-from chunkkv.executors.onnxruntime import Decoder
+from chunkkv import SamplingParams
+from chunkkv.cli import main as cli
+from chunkkv.executors.onnxruntime.executor import Decoder
 from chunkkv.session import ChunkKVSession
 
 CONSOLE_SCRIPT = Path(sys.executable).with_name("chunkkv")

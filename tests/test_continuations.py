@@ -10,8 +10,8 @@ from support import engines
 
 from chunkkv import SamplingParams
 from chunkkv.errors import RequestError
-from chunkkv.evaluation import continuations
-from chunkkv.evaluation.continuations import CompressedPrompt, log_probabilities
+from chunkkv.evaluation.lm_eval import continuations
+from chunkkv.evaluation.lm_eval.continuations import CompressedPrompt, log_probabilities
 from chunkkv.session import ChunkKVSession
 
 STEPS = 9

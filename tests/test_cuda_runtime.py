@@ -9,8 +9,8 @@ import pytest
 from support.cuda_double import CudartDouble
 
 from chunkkv.errors import BackendUnavailableError, EngineRunError
-from chunkkv.executors import cuda_runtime
-from chunkkv.executors.cuda_runtime import FUNCTIONS, CudaRuntime
+from chunkkv.gpu import cuda_runtime
+from chunkkv.gpu.cuda_runtime import FUNCTIONS, CudaRuntime
 
 
 @pytest.fixture

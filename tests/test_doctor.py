@@ -14,13 +14,15 @@ from support.cuda_double import CudartDouble
 from support.tensorrt_llm_builds import llm_checkpoint
 from test_tensorrt_llm_executor import engine_dir
 
-from chunkkv import cli, doctor, pbtxt
-from chunkkv.doctor_triton import LOADER
-from chunkkv.engine_files import EngineFiles
+from chunkkv.cli import doctor
+from chunkkv.cli import main as cli
+from chunkkv.engine.directory import EngineFiles
 from chunkkv.errors import ConfigError
-from chunkkv.executors import tensorrt_library
-from chunkkv.executors.cuda_runtime import CudaRuntime
 from chunkkv.findings import BREAKS, OK, WARNING, Finding
+from chunkkv.gpu import tensorrt_library
+from chunkkv.gpu.cuda_runtime import CudaRuntime
+from chunkkv.triton.repository import pbtxt
+from chunkkv.triton.repository.check import LOADER
 
 GOOD = {
     "gpt_model_path": "",  # the engine's own

@@ -10,9 +10,9 @@ from rich.console import Console
 from support import engines
 from support.builds import CommandLine, tree
 
-from chunkkv.layer_groups import layer_groups
+from chunkkv.engine.layer_groups import layer_groups
 from chunkkv.settings import ChunkKVSettings
-from chunkkv_builder.checkpoint import Checkpoint
+from chunkkv_builder.checkpoint.hugging_face import Checkpoint
 from chunkkv_builder.config import BuildConfig
 from chunkkv_builder.dry_run import print_plan
 from chunkkv_builder.plan import make_plan

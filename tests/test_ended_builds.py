@@ -17,7 +17,7 @@ import pytest
 from support import ended_builds, engines
 from support.builds import CommandLine, Outcome, on_terminal, python
 
-from chunkkv.engine_files import EngineFiles
+from chunkkv.engine.directory import EngineFiles
 from chunkkv.errors import ConfigError, EngineError
 from chunkkv_builder import manifest
 
@@ -26,7 +26,8 @@ KILLED, INTERRUPTED, TERMINATED = -signal.SIGKILL, 130, 143
 # been started with SIGINT ignored, which a build would respect.
 WAITING = """
 import fcntl, signal, sys, termios
-from chunkkv_builder import build_engine, manifest
+from chunkkv_builder import manifest
+from chunkkv_builder import build as build_engine
 if sys.stdin.isatty():
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 signal.signal(signal.SIGINT, signal.default_int_handler)

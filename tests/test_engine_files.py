@@ -14,7 +14,7 @@ import pytest
 from support import engines
 
 import chunkkv
-from chunkkv.engine_files import EngineFiles, FileRecord, hash_file
+from chunkkv.engine.directory import EngineFiles, FileRecord, hash_file
 from chunkkv.errors import EngineError, EngineMismatchError
 from chunkkv.session import ChunkKVSession
 

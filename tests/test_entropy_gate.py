@@ -9,8 +9,9 @@ import pytest
 from support import onnx_op
 from support.op_cases import CASES, OpCase, named
 
-from chunkkv import native, reference
+from chunkkv import reference
 from chunkkv.errors import ConfigError, NativeArgumentError
+from chunkkv.native import library as native
 from chunkkv.settings import GATE_TOKENS, ChunkKVSettings
 from chunkkv_builder.config import BuildConfig
 

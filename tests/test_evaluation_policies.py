@@ -13,8 +13,8 @@ from chunkkv.errors import ConfigError, RequestError
 from chunkkv.evaluation import policies as rules
 from chunkkv.evaluation.policies import make_policy, parse_policies, pyramid_budgets
 from chunkkv.evaluation.prefilled import PrefilledPrompt
-from chunkkv.evaluation.questions import Question
 from chunkkv.evaluation.runner import PromptRunner
+from chunkkv.evaluation.texts.questions import Question
 from chunkkv.settings import ChunkKVSettings
 
 TEXT = (needle_engine.MODEL.parent / "prompts" / "short.txt").read_text(encoding="utf-8")

@@ -14,18 +14,18 @@ import numpy as np
 import pytest
 from support import engines, needle_engine
 
-from chunkkv import cli
+from chunkkv.cli import main as cli
 from chunkkv.errors import BackendUnavailableError, ConfigError, EngineMismatchError, RequestError
-from chunkkv.evaluation import plots
-from chunkkv.evaluation.agreement import jaccard
 from chunkkv.evaluation.evaluator import RECORDS_FILE, Evaluator, Plan, read_records
 from chunkkv.evaluation.policies import parse_policies
-from chunkkv.evaluation.questions import Question
-from chunkkv.evaluation.results import summarize, table, write_results
+from chunkkv.evaluation.report import plots
+from chunkkv.evaluation.report.agreement import jaccard
+from chunkkv.evaluation.report.results import summarize, table, write_results
+from chunkkv.evaluation.report.statistics import paired_difference, wilson
 from chunkkv.evaluation.runner import PromptRunner
-from chunkkv.evaluation.statistics import paired_difference, wilson
-from chunkkv.evaluation.suites import make_suites
-from chunkkv.evaluation.wording import ENGLISH, NEEDLE
+from chunkkv.evaluation.texts.questions import Question
+from chunkkv.evaluation.texts.suites import make_suites
+from chunkkv.evaluation.texts.wording import ENGLISH, NEEDLE
 
 SESSION = needle_engine.session()
 SETTINGS = SESSION.settings

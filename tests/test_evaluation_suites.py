@@ -10,11 +10,11 @@ import pytest
 from support import engines, needle_engine
 
 from chunkkv.errors import ConfigError
-from chunkkv.evaluation.examples_file import file_suite
-from chunkkv.evaluation.questions import Question
-from chunkkv.evaluation.suites import Suite, check_suite, make_suites
-from chunkkv.evaluation.wording import ENGLISH, NEEDLE
-from chunkkv.evaluation.writing import Frame, Writer, tidy
+from chunkkv.evaluation.texts.examples_file import file_suite
+from chunkkv.evaluation.texts.questions import Question
+from chunkkv.evaluation.texts.suites import Suite, check_suite, make_suites
+from chunkkv.evaluation.texts.wording import ENGLISH, NEEDLE
+from chunkkv.evaluation.texts.writing import Frame, Writer, tidy
 from chunkkv.requests import Limits
 from chunkkv.settings import ChunkKVSettings
 

@@ -14,7 +14,7 @@ from support.op_cases import OpCase
 
 from chunkkv import SamplingParams, reference
 from chunkkv.errors import ConfigError
-from chunkkv.executors.onnxruntime import KVCache, OnnxRuntimeExecutor
+from chunkkv.executors.onnxruntime.executor import KVCache, OnnxRuntimeExecutor
 from chunkkv.session import ChunkKVSession
 from chunkkv_builder.onnx_graph import functions
 from chunkkv_builder.onnx_graph.transformer import StepGraph

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from support import engines
 
-from chunkkv.cli import main
+from chunkkv.cli.main import main
 from chunkkv.errors import EngineMismatchError, RequestError
-from chunkkv.inspect import render_page, write_page
+from chunkkv.evaluation.report.inspect_page import render_page, write_page
 from chunkkv.results import Inspection
 from chunkkv.session import ChunkKVSession
 

@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from benchmarks.kv_pool_capacity import WAYS, count_sequences
 from chunkkv.errors import CacheFullError
-from chunkkv.kv_blocks import BlockManager
+from chunkkv.executors.tensorrt_llm.kv_blocks import BlockManager
 
 LAYERS = 3
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from chunkkv.engine.layer_groups import layer_groups
 from chunkkv.errors import ConfigError
-from chunkkv.layer_groups import layer_groups
 
 
 @given(num_layers=st.integers(1, 90), data=st.data())

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from support.checkpoints import VARIANTS, variant_config
 
 from chunkkv.errors import ConfigError
-from chunkkv_builder.model_config import ModelConfig, rope_frequencies
+from chunkkv_builder.checkpoint.model_config import ModelConfig, rope_frequencies
 
 GOLDEN = Path(__file__).parent / "golden" / "transformers.npz"
 LLAMA31_ROPE = {

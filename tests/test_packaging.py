@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = {"chunkkv": ROOT / "python" / "chunkkv", "chunkkv_builder": ROOT / "builder"}
+PACKAGES = {"chunkkv": ROOT / "python" / "chunkkv", "chunkkv_builder": ROOT / "builder" / "chunkkv_builder"}
 HEAVY = ("torch", "transformers", "tensorrt", "tensorrt_llm", "kvpress", "matplotlib", "pydantic")
 
 
@@ -37,7 +37,7 @@ def test_the_wheel_has_every_source_file_and_nothing_else(wheel: zipfile.ZipFile
         f"{package}/{path.relative_to(folder).as_posix()}"
         for package, folder in PACKAGES.items()
         for path in folder.rglob("*")
-        if path.suffix in (".py", ".html")
+        if path.suffix in (".py", ".html", ".typed")
     }
     assert {name for name in wheel.namelist() if ".dist-info/" not in name} == expected
     assert any(name.endswith("/LICENSE") for name in wheel.namelist())

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import engines
 
+from chunkkv.engine.layer_groups import layer_groups
 from chunkkv.errors import ConfigError
-from chunkkv.layer_groups import layer_groups
 from chunkkv.settings import ChunkKVSettings
-from chunkkv_builder.checkpoint import Checkpoint
+from chunkkv_builder.checkpoint.hugging_face import Checkpoint
 from chunkkv_builder.plan import make_plan
 
 MODEL = Checkpoint.open(engines.checkpoint_dir("llama3")).config  # 3 layers, 384 tokens

@@ -13,7 +13,7 @@ from native.build import BuildError, nvtx_recorder
 from support import engines, fake_nsys
 from support.nsys_exports import write_export
 
-from chunkkv import cli
+from chunkkv.cli import main as cli
 from chunkkv.profile.measure import NSYS_FLAGS
 from chunkkv.profile.trace import Trace
 

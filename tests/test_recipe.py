@@ -10,9 +10,9 @@ import pytest
 from support import engines
 from support.builds import CommandLine
 
-from chunkkv.engine_files import EngineFiles
+from chunkkv.engine.directory import EngineFiles
+from chunkkv.engine.recipe import read_recipe, write_recipe
 from chunkkv.errors import ConfigError
-from chunkkv.recipe import read_recipe, write_recipe
 from chunkkv_builder.flags import UsageError, chunkkv_settings, parse
 
 LAYERS = 3

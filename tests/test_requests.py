@@ -17,7 +17,7 @@ from support.tiny_tokenizers import write_tokenizer
 from chunkkv.errors import ConfigError, EngineMismatchError, RequestError
 from chunkkv.requests import Limits, is_single, make_requests
 from chunkkv.settings import ChunkKVSettings
-from chunkkv.tokenizer import Tokenizer
+from chunkkv.text.tokenizer import Tokenizer
 
 LIMITS = Limits(max_batch_size=3, max_input_len=120, max_seq_len=150, vocab_size=300)
 SMALL = ChunkKVSettings(window=4, chunk_size=3, sinks=2, min_tokens=10, keep_per_10k=4_000, max_keep_per_10k=6_000)

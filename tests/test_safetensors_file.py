@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save
 
 from chunkkv.errors import CheckpointError
-from chunkkv_builder.safetensors_file import (
+from chunkkv_builder.checkpoint.safetensors_file import (
     LENGTH_BYTES,
     MAX_HEADER_BYTES,
     SafetensorsFile,

@@ -14,7 +14,7 @@ from support import engines
 
 from chunkkv import SamplingParams
 from chunkkv.errors import EngineMismatchError, RequestError
-from chunkkv.executors.blockwise import block_sizes
+from chunkkv.executors.onnxruntime.prefill import block_sizes
 
 GREEDY = SamplingParams(max_new_tokens=12, ignore_eos=True)
 

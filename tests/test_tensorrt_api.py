@@ -69,7 +69,7 @@ print(json.dumps({**found, "enums": enums}))
 """
 OWN_CLASSES = """
 from chunkkv.errors import BackendUnavailableError
-from chunkkv.executors.tensorrt_library import Messages, import_tensorrt
+from chunkkv.gpu.tensorrt_library import Messages, import_tensorrt
 from chunkkv_builder.backends.tensorrt.engines import EngineBuilder, _monitor
 from chunkkv_builder.progress import Progress
 
@@ -174,7 +174,7 @@ def test_every_name_in_the_sources_exists(api: dict[str, Any]) -> None:
 
 
 def test_what_is_looked_for_is_there(api: dict[str, Any]) -> None:
-    from chunkkv.executors import tensorrt_library
+    from chunkkv.gpu import tensorrt_library
 
     assert set(tensorrt_library._NEEDED) <= set(api["names"])
     assert "STRONGLY_TYPED" in api["enums"]["NetworkDefinitionCreationFlag"]

@@ -13,9 +13,9 @@ from support import engines, tensorrt_graphs
 from support.builds import CommandLine, Outcome
 from support.tensorrt_double import TIMINGS, Double, machine_of
 
+from chunkkv.engine.tensorrt_contract import Contract
 from chunkkv.errors import ConfigError
-from chunkkv.executors import tensorrt_library
-from chunkkv.executors.tensorrt_contract import Contract
+from chunkkv.gpu import tensorrt_library
 from chunkkv_builder.backends.tensorrt.graphs import decode_capacities
 from chunkkv_builder.onnx_graph import functions
 from chunkkv_builder.progress import Progress

@@ -21,8 +21,8 @@ from support.checkpoints import VARIANTS
 from support.tensorrt_double import Double, machine_of
 
 from chunkkv import ChunkKVSession, SamplingParams
+from chunkkv.engine.tensorrt_contract import CONTRACT_FILE, Contract
 from chunkkv.errors import BackendUnavailableError, EngineError, EngineMismatchError, EngineRunError, RequestError
-from chunkkv.executors.tensorrt_contract import CONTRACT_FILE, Contract
 
 machine = pytest.fixture(machine_of)
 PARAMS = SamplingParams(max_new_tokens=8, ignore_eos=True, logprobs=True)

@@ -13,10 +13,10 @@ from support.tensorrt_llm_builds import GENERATIONS, LlmBuild, build_config, dou
 from support.tensorrt_llm_double import Machine
 from support.tensorrt_llm_double.graph import Graph, Node
 
+from chunkkv.engine.tensorrt_llm_side_file import SideFile
 from chunkkv.errors import BackendUnavailableError, BuildError, ConfigError
 from chunkkv.settings import ChunkKVSettings
-from chunkkv.tensorrt_llm_files import SideFile
-from chunkkv.tokenizer import Tokenizer
+from chunkkv.text.tokenizer import Tokenizer
 from chunkkv_builder.backends.tensorrt_llm.layers import rank_layers
 from chunkkv_builder.backends.tensorrt_llm.plugins import delimiter_words
 from chunkkv_builder.backends.tensorrt_llm.wrapper import Injection

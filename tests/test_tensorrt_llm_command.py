@@ -16,9 +16,9 @@ from support.tensorrt_llm_builds import GENERATIONS, LlmBuild, doubles
 from support.tensorrt_llm_double import Machine
 
 import chunkkv
-from chunkkv.engine_files import EngineFiles, Manifest
+from chunkkv.engine.directory import EngineFiles, Manifest
+from chunkkv.engine.tensorrt_llm_side_file import SIDE_FILE, SideFile
 from chunkkv.errors import EngineError, EngineMismatchError
-from chunkkv.tensorrt_llm_files import SIDE_FILE, SideFile
 from chunkkv_builder.flags import UsageError, parse
 
 
@@ -196,7 +196,7 @@ def test_a_build_without_tensorrt_llm_says_what_is_missing(build: LlmBuild) -> N
 def test_a_build_without_the_plugins_says_what_is_missing(
     machine: Machine, build: LlmBuild, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from chunkkv.executors import tensorrt_library
+    from chunkkv.gpu import tensorrt_library
 
     monkeypatch.setenv("CHUNKKV_LIB", str(tmp_path / "nowhere" / "libchunkkv.so"))
     monkeypatch.setattr(tensorrt_library, "_PLACES", ())

@@ -25,7 +25,8 @@ from support.tensorrt_llm_double.run import Execution
 from support.tensorrt_llm_double.step_engine import RecordedStepEngine
 
 from chunkkv import ChunkKVSession, SamplingParams
-from chunkkv.engine_files import EngineFiles
+from chunkkv.engine.directory import EngineFiles
+from chunkkv.engine.tensorrt_llm_side_file import SideFile, engine_file
 from chunkkv.errors import (
     BackendUnavailableError,
     CacheFullError,
@@ -33,14 +34,13 @@ from chunkkv.errors import (
     EngineRunError,
     RequestError,
 )
-from chunkkv.executors import tensorrt_library
-from chunkkv.executors.cuda_runtime import CudaRuntime
-from chunkkv.executors.paged_inputs import PagedGeometry, StepInputs, StepRow
-from chunkkv.executors.step_engine import StepTensor
-from chunkkv.executors.tensorrt_llm import TensorRTLLMExecutor, _geometry
+from chunkkv.executors.tensorrt_llm.executor import TensorRTLLMExecutor, _geometry
+from chunkkv.executors.tensorrt_llm.paged_inputs import PagedGeometry, StepInputs, StepRow
+from chunkkv.executors.tensorrt_llm.step_engine import StepTensor
+from chunkkv.gpu import tensorrt_library
+from chunkkv.gpu.cuda_runtime import CudaRuntime
 from chunkkv.requests import Limits, Request, make_requests
-from chunkkv.tensorrt_llm_files import SideFile, engine_file
-from chunkkv_builder import build_engine
+from chunkkv_builder import build as build_engine
 
 PARAMS = SamplingParams(max_new_tokens=12, ignore_eos=True, logprobs=True)
 PROMPTS = [np.random.default_rng([5, length]).integers(3, 300, length) for length in (61, 9, 100, 190)]
@@ -280,7 +280,7 @@ def test_the_pool_takes_what_is_free_up_to_what_can_be_used(machine: Machine) ->
 
 def test_an_engine_of_several_ranks_points_to_the_runner() -> None:
     path = engine_dir("late", checkpoint_dir=llm_checkpoint(tp_size=2))
-    with pytest.raises(EngineMismatchError, match=r"2 ranks .* mpirun -n 2 and .*tensorrt_llm_runner"):
+    with pytest.raises(EngineMismatchError, match=r"2 ranks .* mpirun -n 2 and .*tensorrt_llm.runner"):
         ChunkKVSession.from_dir(path)
 
 

@@ -19,8 +19,9 @@ from support.tensorrt_llm_runtime_double import (
 from test_tensorrt_llm_executor import engine_dir
 
 from chunkkv.errors import BackendUnavailableError, EngineError, EngineRunError
-from chunkkv.executors import tensorrt_library, tensorrt_llm_runner
-from chunkkv.executors.tensorrt_llm_runner import truncate_pools
+from chunkkv.executors.tensorrt_llm import runner as tensorrt_llm_runner
+from chunkkv.executors.tensorrt_llm.runner import truncate_pools
+from chunkkv.gpu import tensorrt_library
 from chunkkv.settings import ChunkKVSettings
 
 SETTINGS = ChunkKVSettings(keep_per_10k=2000)

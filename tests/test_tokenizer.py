@@ -16,7 +16,7 @@ from support import tiny_tokenizers
 from tokenizers import AddedToken
 
 from chunkkv.errors import CheckpointError, RequestError
-from chunkkv.tokenizer import StreamDecoder, Tokenizer
+from chunkkv.text.tokenizer import StreamDecoder, Tokenizer
 
 STYLES = ("byte_level", "sentencepiece")
 BOS, EOS = {"byte_level": 0, "sentencepiece": 1}, {"byte_level": 1, "sentencepiece": 2}

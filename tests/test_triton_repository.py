@@ -11,15 +11,16 @@ from hypothesis import strategies as st
 from support import engines
 from test_tensorrt_llm_executor import engine_dir as llm_engine_dir
 
-from chunkkv import doctor_triton, pbtxt
-from chunkkv.cli import main
-from chunkkv.engine_files import EngineFiles
+from chunkkv.cli.main import main
+from chunkkv.engine.directory import EngineFiles
 from chunkkv.errors import ConfigError, EngineError, RequestError
 from chunkkv.findings import BREAKS, WARNING
-from chunkkv.triton import inputs, words
-from chunkkv.triton.config_text import read_config
-from chunkkv.triton.patch import patch_repository
-from chunkkv.triton.repository import ServeOptions, write_repository
+from chunkkv.triton.models import inputs, words
+from chunkkv.triton.repository import check as doctor_triton
+from chunkkv.triton.repository import pbtxt
+from chunkkv.triton.repository.config_text import read_config
+from chunkkv.triton.repository.patch import patch_repository
+from chunkkv.triton.repository.write import ServeOptions, write_repository
 
 # Names, types and dims of TensorRT-LLM's own models (tensorrtllm_backend, branch r25.05), for what this layout has.
 TENSORRT_LLM = {

@@ -8,7 +8,7 @@ import numpy as np
 
 from benchmarks.gpu.device import Device
 from chunkkv import reference
-from chunkkv.native import KVCache, NativeLibrary, Rows, contiguous_kv, paged_kv
+from chunkkv.native.library import KVCache, NativeLibrary, Rows, contiguous_kv, paged_kv
 from chunkkv.settings import ChunkKVSettings
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.gpu.device import Device
-from chunkkv.native import NativeLibrary, RawArray, Rows, paged_kv
-from chunkkv.native_arrays import as_raw
+from chunkkv.native.arrays import as_raw
+from chunkkv.native.library import NativeLibrary, RawArray, Rows, paged_kv
 from chunkkv.settings import ChunkKVSettings
 
 GENERATING = 64  # rows of one token each, behind the prompts

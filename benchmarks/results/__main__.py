@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.results.measure import measure, text
 from benchmarks.results.runs import ROOT
-from chunkkv.evaluation.results import write_atomically
+from chunkkv.evaluation.report.results import write_atomically
 
 JSON_FILE = ROOT / "docs" / "benchmarks" / "results.json"
 

@@ -13,9 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks.results.runs import ENGINE_FLAGS, MODEL, RUNS, Run
 from benchmarks.results.trials import compact
 from chunkkv.evaluation.evaluator import Evaluator
-from chunkkv.evaluation.results import write_atomically
+from chunkkv.evaluation.report.results import write_atomically
 from chunkkv.session import ChunkKVSession
-from chunkkv_builder.build_engine import main as build_engine
+from chunkkv_builder.build import main as build_engine
 
 SECONDS_FILE = "seconds.json"  # measuring time so far, over all attempts
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.results import pictures, tables
 from benchmarks.results.runs import ROOT
-from chunkkv.evaluation.results import write_atomically
+from chunkkv.evaluation.report.results import write_atomically
 
 TEMPLATE = Path(__file__).with_name("page.md")
 PAGE = ROOT / "docs" / "results.md"

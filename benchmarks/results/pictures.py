@@ -13,8 +13,8 @@ from typing import Any
 
 from benchmarks.results import runs
 from benchmarks.results.trials import summary
-from chunkkv.evaluation.plots import draw_all
-from chunkkv.evaluation.results import write_atomically
+from chunkkv.evaluation.report.plots import draw_all
+from chunkkv.evaluation.report.results import write_atomically
 
 FOLDER = runs.ROOT / "docs" / "images"
 _SHOWN = (runs.FIXED, runs.CLAUSES, runs.TOKENS, runs.PYRAMID, runs.STREAMING, runs.RANDOM)

@@ -20,8 +20,8 @@ from rich.progress import Progress
 from vocabulary import write_atomically
 
 from chunkkv import ChunkKVSession, SamplingParams
-from chunkkv.evaluation.statistics import wilson
-from chunkkv_builder.build_engine import main as build_engine
+from chunkkv.evaluation.report.statistics import wilson
+from chunkkv_builder.build import main as build_engine
 
 MODEL: Final = Path(__file__).resolve().parent / "model"
 KEEP_RATIOS: Final = (1.0, 0.5, 0.2, 0.1)

@@ -16,7 +16,7 @@ from typing import Final
 from vocabulary import write_atomically
 
 from chunkkv.cli import main as chunkkv
-from chunkkv_builder.build_engine import main as build_engine
+from chunkkv_builder.build import main as build_engine
 
 MODEL: Final = Path(__file__).resolve().parent / "model"
 BASE: Final = "chunkkv:window=32"  # the engine's own window is the largest one that is compared

@@ -11,7 +11,7 @@ from typing import Final
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from chunkkv.evaluation.words import (
+from chunkkv.evaluation.texts.words import (
     ADJECTIVES,
     DIGITS,
     DIRECTIONS,

@@ -11,7 +11,7 @@ import numpy as np
 
 from chunkkv.errors import ConfigError, EngineMismatchError, RequestError
 from chunkkv.settings import KEEP_SCALE, ChunkKVSettings, keep_ratio_to_per_10k
-from chunkkv.tokenizer import Tokenizer
+from chunkkv.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 _next_id = count(1).__next__

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from chunkkv import profiling, reference
-from chunkkv.engine_files import EngineFiles
+from chunkkv.engine.directory import EngineFiles
 from chunkkv.errors import EngineMismatchError, RequestError
 from chunkkv.executors.interface import Choice, Decoder, Executor, KVCache, Prefilled
 from chunkkv.executors.load import load_executor
@@ -21,7 +21,7 @@ from chunkkv.requests import Limits, Prompt, Request, is_single, make_requests
 from chunkkv.results import GenerationResult, GroupChoice, Inspection, RequestStatistics, StreamEvent
 from chunkkv.sampling import Sampler, SamplingParams, StopText
 from chunkkv.settings import ChunkKVSettings
-from chunkkv.tokenizer import StreamDecoder, Tokenizer
+from chunkkv.text.tokenizer import StreamDecoder, Tokenizer
 
 MAX_THREADS = 1024
 
@@ -48,7 +48,7 @@ class ChunkKVSession:
 
     @property
     def executor(self) -> Executor:
-        """The engine's graphs, for who schedules requests on them (chunkkv.batching)."""
+        """The engine's graphs, for who schedules requests on them (chunkkv.batching.batcher)."""
         return self._executor
 
     @classmethod

@@ -21,9 +21,9 @@ from support.tensorrt_llm_double.driver import Driver, Row
 from support.tensorrt_llm_double.graph import Graph, Node
 from support.tensorrt_llm_double.run import Execution
 
-from chunkkv.executors import tensorrt_library
+from chunkkv.gpu import tensorrt_library
 from chunkkv.settings import ChunkKVSettings
-from chunkkv_builder import build_engine
+from chunkkv_builder import build as build_engine
 from native.memory import Memory
 from native.plugin_host import Field
 from native.plugin_op import PluginNode

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkkv.native_arrays import ITEM_BYTES, RawArray
+from chunkkv.native.arrays import ITEM_BYTES, RawArray
 
 GUARD_BYTES, GUARD, POISON = 256, 0xA5, 0xFF  # 0xFF...: NaN as a float, -1 as an integer
 _ML_DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float8_e4m3fn": ml_dtypes.float8_e4m3fn}

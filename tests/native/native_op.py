@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkkv.native import Chunks, KVCache, NativeLibrary, RawArray, Rows, contiguous_kv, packed_kv, paged_kv
+from chunkkv.native.library import Chunks, KVCache, NativeLibrary, RawArray, Rows, contiguous_kv, packed_kv, paged_kv
 from chunkkv.settings import ChunkKVSettings
 from native.memory import POISON, Memory
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkkv.native_arrays import RawArray, as_raw
+from chunkkv.native.arrays import RawArray, as_raw
 from chunkkv.settings import ChunkKVSettings
 from chunkkv_builder.onnx_graph import functions
 from native.build import emulated_library

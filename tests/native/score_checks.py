@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from support.op_cases import OpCase, OpInputs
 
 from chunkkv import reference
-from chunkkv.native import Chunks, Rows
+from chunkkv.native.library import Chunks, Rows
 from native.native_op import NativeOp, dequantize, quantize
 
 TOLERANCE = 1e-5  # of the op contract: closer scores may be ranked either way

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from chunkkv import native_structs as abi
 from chunkkv.errors import BackendUnavailableError, NativeArgumentError
-from chunkkv.native import Chunks, NativeLibrary, RawArray, Rows, contiguous_kv, packed_kv, paged_kv
-from chunkkv.native_arrays import as_raw
+from chunkkv.native import structs as abi
+from chunkkv.native.arrays import as_raw
+from chunkkv.native.library import Chunks, NativeLibrary, RawArray, Rows, contiguous_kv, packed_kv, paged_kv
 from chunkkv.settings import ChunkKVSettings
 from native.build import ROOT, compiler
 from native.memory import Memory

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from chunkkv.errors import NativeArgumentError
-from chunkkv.native_arrays import RawArray, as_raw, dense_strides
+from chunkkv.native.arrays import RawArray, as_raw, dense_strides
 
 
 def fake_torch(dtype: str, device: str) -> Any:

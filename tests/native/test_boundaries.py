@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from chunkkv import reference
 from chunkkv.errors import NativeArgumentError
-from chunkkv.native import Chunks, NativeLibrary, Rows
+from chunkkv.native.library import Chunks, NativeLibrary, Rows
 from chunkkv.settings import ChunkKVSettings
 from native.memory import Memory
 

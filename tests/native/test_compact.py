@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from chunkkv import reference
 from chunkkv.errors import NativeArgumentError
-from chunkkv.native import KVCache, NativeLibrary, RawArray, Rows, contiguous_kv, packed_kv, paged_kv
+from chunkkv.native.library import KVCache, NativeLibrary, RawArray, Rows, contiguous_kv, packed_kv, paged_kv
 from native.memory import Memory, numpy_dtype
 
 DTYPES = ["float32", "float16", "bfloat16", "int8", "float8_e4m3fn"]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from chunkkv.errors import NativeError
-from chunkkv.native import NativeLibrary, RawArray, Rows
+from chunkkv.native.library import NativeLibrary, RawArray, Rows
 from chunkkv.settings import ChunkKVSettings
 from native import compile_check
 from native.build import BUILD, ROOT

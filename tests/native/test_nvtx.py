@@ -26,8 +26,9 @@ STAGES = """
 import dataclasses
 import sys
 import numpy as np
-from chunkkv import native, profiling
-from chunkkv.native import NativeLibrary, Rows, contiguous_kv
+from chunkkv import profiling
+from chunkkv.native import library as native
+from chunkkv.native.library import NativeLibrary, Rows, contiguous_kv
 from chunkkv.settings import ChunkKVSettings
 from native.memory import Memory
 from native.native_op import NativeOp

@@ -12,7 +12,7 @@ from support import op_properties
 from support.op_cases import CASES, OpCase, named
 
 from chunkkv import reference
-from chunkkv.native import Chunks, NativeLibrary, Rows, contiguous_kv, paged_kv
+from chunkkv.native.library import Chunks, NativeLibrary, Rows, contiguous_kv, paged_kv
 from chunkkv.settings import ChunkKVSettings
 from native.memory import POISON, Memory
 from native.native_op import NativeOp

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from chunkkv.native import NativeLibrary, RawArray, Rows, contiguous_kv
+from chunkkv.native.library import NativeLibrary, RawArray, Rows, contiguous_kv
 from native.memory import Memory, numpy_dtype
 from native.packed_batch import SETTINGS, UNUSED, PackedBatch, Pools, setting_fields
 from native.plugin_host import Range, node_fields

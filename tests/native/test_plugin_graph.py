@@ -12,7 +12,7 @@ from onnx import helper
 
 from chunkkv.settings import ChunkKVSettings
 from chunkkv_builder.backends.tensorrt import graphs
-from chunkkv_builder.checkpoint import Checkpoint
+from chunkkv_builder.checkpoint.hugging_face import Checkpoint
 from chunkkv_builder.config import BuildConfig
 from chunkkv_builder.onnx_graph import functions
 from chunkkv_builder.onnx_graph.weights import write_weights

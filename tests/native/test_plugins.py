@@ -15,7 +15,7 @@ from support import op_properties
 from support.op_cases import CASES, STORAGE_TYPES, OpCase
 
 from chunkkv import reference
-from chunkkv.native import NativeLibrary, RawArray, Rows, contiguous_kv
+from chunkkv.native.library import NativeLibrary, RawArray, Rows, contiguous_kv
 from chunkkv.settings import ChunkKVSettings
 from chunkkv_builder.onnx_graph import functions
 from native.memory import Memory

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from chunkkv.errors import NativeArgumentError
-from chunkkv.native import NativeLibrary
+from chunkkv.native.library import NativeLibrary
 from chunkkv.settings import ChunkKVSettings
 from native.memory import Memory
 from native.test_boundaries import DELIMITERS, VOCABULARY, bitmap

@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from chunkkv.errors import NativeArgumentError
-from chunkkv.native import NativeLibrary
+from chunkkv.native.library import NativeLibrary
 from native.memory import Memory, numpy_dtype
 
 HEADS, KV_HEADS, TOKENS, POSITIONS = 5, 2, 9, 40

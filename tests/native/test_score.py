@@ -14,7 +14,7 @@ from support.op_cases import CASES, STORAGE_TYPES, OpCase, named
 
 from chunkkv import reference
 from chunkkv.errors import NativeArgumentError
-from chunkkv.native import NativeLibrary, RawArray, Rows, contiguous_kv
+from chunkkv.native.library import NativeLibrary, RawArray, Rows, contiguous_kv
 from chunkkv.settings import ChunkKVSettings
 from native.memory import Memory, numpy_dtype
 from native.native_op import LAYOUTS, NativeOp, make_cache

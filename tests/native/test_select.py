@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from chunkkv import reference
-from chunkkv.native import Chunks, NativeLibrary, Rows
+from chunkkv.native.library import Chunks, NativeLibrary, Rows
 from chunkkv.settings import ChunkKVSettings
 from native.memory import Memory
 

@@ -23,9 +23,9 @@ from support.tensorrt_llm_double.graph import Graph
 from support.tensorrt_llm_double.step_engine import RecordedStepEngine
 
 from chunkkv import ChunkKVSession, SamplingParams
-from chunkkv.executors.cuda_runtime import CudaRuntime
-from chunkkv.executors.paged_inputs import PagedGeometry
-from chunkkv.executors.tensorrt_llm import TensorRTLLMExecutor
+from chunkkv.executors.tensorrt_llm.executor import TensorRTLLMExecutor
+from chunkkv.executors.tensorrt_llm.paged_inputs import PagedGeometry
+from chunkkv.gpu.cuda_runtime import CudaRuntime
 from chunkkv.settings import ChunkKVSettings
 from native import llm_networks as llm
 

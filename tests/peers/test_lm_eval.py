@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM
 
 from chunkkv import SamplingParams
 from chunkkv.errors import RequestError
-from chunkkv.evaluation.lm_eval_model import ChunkKVLM, sampling_of
+from chunkkv.evaluation.lm_eval.model import ChunkKVLM, sampling_of
 from chunkkv.session import ChunkKVSession
-from chunkkv_builder import build_engine
+from chunkkv_builder import build as build_engine
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "examples" / "needle" / "model"

@@ -12,8 +12,8 @@ from native.build import emulated_library
 
 from chunkkv import reference
 from chunkkv.errors import NativeArgumentError
-from chunkkv.native import NativeLibrary, Rows, contiguous_kv
-from chunkkv.native_arrays import as_raw
+from chunkkv.native.arrays import as_raw
+from chunkkv.native.library import NativeLibrary, Rows, contiguous_kv
 from chunkkv.settings import ChunkKVSettings
 
 SETTINGS = ChunkKVSettings(window=4, chunk_size=3, sinks=2, min_tokens=9, keep_per_10k=4_000)

@@ -15,7 +15,7 @@ import pytest
 
 from chunkkv import ChunkKVSession
 from chunkkv.errors import BackendUnavailableError
-from chunkkv.triton.server_files import ServerFiles
+from chunkkv.triton.server.files import ServerFiles
 
 from .server import CHUNKKV, Server
 

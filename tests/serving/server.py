@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import tritonclient.grpc as grpc_client
 
-from chunkkv.triton.processes import is_running, model_processes
+from chunkkv.triton.server.processes import is_running, model_processes
 
-CHUNKKV = [sys.executable, "-m", "chunkkv.cli"]
+CHUNKKV = [sys.executable, "-m", "chunkkv.cli.main"]
 DTYPES = {"max_tokens": "INT32", "seed": "UINT64", "top_k": "INT32", "budget_tokens": "INT32"}
 
 

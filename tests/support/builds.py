@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from chunkkv_builder import build_engine
+from chunkkv_builder import build as build_engine
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "builder" / "build_engine.py"

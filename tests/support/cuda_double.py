@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from chunkkv.executors.cuda_runtime import ALIGNMENT, FUNCTIONS
+from chunkkv.gpu.cuda_runtime import ALIGNMENT, FUNCTIONS
 
 NO_DEVICE, INVALID, NOT_CAPTURABLE = 100, 1, 900
 PAYLOAD = 0xFF  # fresh memory holds NaN in every type, so that nothing may depend on it

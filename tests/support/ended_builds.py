@@ -14,9 +14,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from chunkkv.engine_files import EngineFiles
+from chunkkv.engine.directory import EngineFiles
 from chunkkv.errors import EngineError
-from chunkkv_builder import backends, build_engine, dry_run, manifest
+from chunkkv_builder import backends, dry_run, manifest
+from chunkkv_builder import build as build_engine
 from chunkkv_builder.backends import onnxruntime
 
 LOADED = (backends, dry_run, manifest, onnxruntime)  # before the forks, so that each build is quick

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from chunkkv.session import ChunkKVSession
-from chunkkv_builder import build_engine
+from chunkkv_builder import build as build_engine
 from support.checkpoints import write_checkpoint
 
 # Small enough that a prompt of 40 tokens is compressed.

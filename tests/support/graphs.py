@@ -11,11 +11,11 @@ import onnx
 import onnxruntime as ort
 import pytest
 
-from chunkkv.engine_files import COMPRESS_FILE, STEP_FILE
-from chunkkv.executors.onnxruntime import OnnxRuntimeExecutor
+from chunkkv.engine.directory import COMPRESS_FILE, STEP_FILE
+from chunkkv.executors.onnxruntime.executor import OnnxRuntimeExecutor
 from chunkkv.session import ChunkKVSession
 from chunkkv_builder.backends.onnxruntime import WEIGHTS_FILE, weight_sources
-from chunkkv_builder.checkpoint import Checkpoint
+from chunkkv_builder.checkpoint.hugging_face import Checkpoint
 from chunkkv_builder.onnx_graph.compress import compress_graph
 from chunkkv_builder.onnx_graph.emitter import GraphEmitter
 from chunkkv_builder.onnx_graph.prefill import PrefillGraph

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 
 from chunkkv.session import ChunkKVSession
-from chunkkv_builder import build_engine
+from chunkkv_builder import build as build_engine
 
 MODEL = Path(__file__).resolve().parents[2] / "examples" / "needle" / "model"
 _FOLDER = tempfile.TemporaryDirectory(prefix="chunkkv-test-needle-")  # kept until the process ends

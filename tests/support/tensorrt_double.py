@@ -374,8 +374,8 @@ class Double:
 
     def install(self, monkeypatch: Any, folder: Path) -> None:
         """Make `import tensorrt` and the CUDA runtime mean this machine, with a plugin library in `folder`."""
-        from chunkkv.executors import tensorrt_library
-        from chunkkv.executors.cuda_runtime import CudaRuntime
+        from chunkkv.gpu import tensorrt_library
+        from chunkkv.gpu.cuda_runtime import CudaRuntime
 
         DOUBLES.append(self)
         runtime = CudaRuntime(self.cuda)  # type: ignore[arg-type]

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from chunkkv.engine.layer_groups import layer_groups
 from chunkkv.errors import ConfigError, EngineMismatchError
-from chunkkv.evaluation.agreement import jaccard
 from chunkkv.evaluation.policies import Policy
-from chunkkv.evaluation.questions import Question
+from chunkkv.evaluation.report.agreement import jaccard
 from chunkkv.evaluation.runner import PromptRunner
-from chunkkv.layer_groups import layer_groups
+from chunkkv.evaluation.texts.questions import Question
 from chunkkv.session import ChunkKVSession
 from chunkkv.settings import KEEP_SCALE, LEADERS, ChunkKVSettings
 

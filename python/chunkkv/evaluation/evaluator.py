@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from chunkkv.errors import ConfigError, EngineMismatchError
-from chunkkv.evaluation.agreement import jaccard
 from chunkkv.evaluation.policies import Choice, Policy, check_policy
-from chunkkv.evaluation.questions import Example
+from chunkkv.evaluation.report.agreement import jaccard
 from chunkkv.evaluation.runner import Answers, PromptRunner
-from chunkkv.evaluation.suites import Cell, Suite, check_suite
-from chunkkv.evaluation.wording import Wording
-from chunkkv.evaluation.writing import Frame, Writer
+from chunkkv.evaluation.texts.questions import Example
+from chunkkv.evaluation.texts.suites import Cell, Suite, check_suite
+from chunkkv.evaluation.texts.wording import Wording
+from chunkkv.evaluation.texts.writing import Frame, Writer
 from chunkkv.session import ChunkKVSession
 from chunkkv.settings import KEEP_SCALE, ChunkKVSettings
 

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from chunkkv import reference
+from chunkkv.engine.layer_groups import layer_groups
 from chunkkv.errors import ConfigError
 from chunkkv.evaluation.prefilled import PrefilledPrompt, check_queries
-from chunkkv.layer_groups import layer_groups
 from chunkkv.settings import ChunkKVSettings
 
 SNAPKV_POOLING = 5

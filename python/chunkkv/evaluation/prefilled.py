@@ -14,7 +14,7 @@ from chunkkv.errors import ConfigError
 from chunkkv.settings import ChunkKVSettings
 
 if TYPE_CHECKING:
-    from chunkkv.executors.onnxruntime import KVCache
+    from chunkkv.executors.onnxruntime.executor import KVCache
 
 
 @dataclass

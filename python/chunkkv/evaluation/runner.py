@@ -10,8 +10,8 @@ import numpy as np
 
 from chunkkv.errors import BackendUnavailableError, RequestError
 from chunkkv.evaluation.prefilled import PrefilledPrompt
-from chunkkv.evaluation.questions import Question
-from chunkkv.executors.blockwise import BlockwisePrefiller
+from chunkkv.evaluation.texts.questions import Question
+from chunkkv.executors.onnxruntime.prefill import BlockwisePrefiller
 from chunkkv.requests import make_requests
 from chunkkv.session import ChunkKVSession
 

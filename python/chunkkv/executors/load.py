@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from chunkkv.engine_files import TENSORRT_LLM, EngineFiles
+from chunkkv.engine.directory import TENSORRT_LLM, EngineFiles
 from chunkkv.errors import EngineMismatchError, RequestError
 from chunkkv.executors.interface import Executor
 
@@ -23,7 +23,7 @@ def load_executor(
             "caches are not paged: leave it out"
         )
     if files.backend == "onnxruntime":
-        from chunkkv.executors.onnxruntime import OnnxRuntimeExecutor
+        from chunkkv.executors.onnxruntime.executor import OnnxRuntimeExecutor
 
         executor = OnnxRuntimeExecutor(files.path, files.build["max_num_tokens"], files.settings, threads)
         for name, found in (("vocab_size", executor.vocab_size), ("num_hidden_layers", executor.num_layers)):
@@ -34,11 +34,11 @@ def load_executor(
                 )
         return executor
     if files.backend == "tensorrt":
-        from chunkkv.executors.tensorrt import TensorRTExecutor
+        from chunkkv.executors.tensorrt.executor import TensorRTExecutor
 
         return TensorRTExecutor(files.path, files.versions, files.settings is not None)
     if files.backend == TENSORRT_LLM:
-        from chunkkv.executors.tensorrt_llm import load_tensorrt_llm
+        from chunkkv.executors.tensorrt_llm.executor import load_tensorrt_llm
 
         return load_tensorrt_llm(files, max_tokens_in_paged_kv_cache)
     raise EngineMismatchError(

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import chunkkv
 from chunkkv import profiling
-from chunkkv.cli_options import chat_ids
+from chunkkv.cli.options import chat_ids
+from chunkkv.engine.json_files import read_object
 from chunkkv.errors import ChunkKVError, ProfileError, RequestError
-from chunkkv.json_files import read_object
 from chunkkv.profile.nsys_export import read_export
 from chunkkv.profile.trace import Trace, from_recorder, write_json
 from chunkkv.sampling import SamplingParams

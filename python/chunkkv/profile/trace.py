@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from chunkkv.engine.json_files import read_object
 from chunkkv.errors import ProfileError
-from chunkkv.json_files import read_object
 from chunkkv.profiling import RecordedRange
 
 _FORMAT, _VERSION = "chunkkv-profile", 1

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from chunkkv_builder.checkpoint import Checkpoint
+from chunkkv_builder.checkpoint.hugging_face import Checkpoint
 from support.tensorrt_llm_double.graph import numpy_dtype
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from chunkkv.executors.step_engine import StepTensor
+from chunkkv.executors.tensorrt_llm.step_engine import StepTensor
 from support.tensorrt_llm_double.graph import numpy_dtype
 from support.tensorrt_llm_double.run import Execution
 

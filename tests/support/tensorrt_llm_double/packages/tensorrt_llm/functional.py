@@ -240,8 +240,8 @@ class RopeEmbeddingUtils:
         dtype: type = np.float32,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return inverse frequencies [dim/2] and cos, sin interleaved [1, num_pos*dim], scaling baked in."""
-        from chunkkv_builder import rope
-        from chunkkv_builder.fields import Fields
+        from chunkkv.engine.fields import Fields
+        from chunkkv_builder.checkpoint import rope
 
         scaling = None
         if rope_scaling_config:

@@ -1,0 +1,142 @@
+"""The ONNX graphs of the TensorRT engines, the shapes they are built for, and the contract they are run by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import onnx
+
+from chunkkv.engine.tensorrt_contract import Contract
+from chunkkv.settings import ChunkKVSettings
+from chunkkv_builder.checkpoint.hugging_face import Checkpoint
+from chunkkv_builder.config import BuildConfig
+from chunkkv_builder.onnx_graph.emitter import InputWeightsEmitter
+from chunkkv_builder.onnx_graph.prefill import PrefillGraph
+from chunkkv_builder.onnx_graph.transformer import StepGraph
+from chunkkv_builder.onnx_graph.weights import WeightLocation, WeightSource
+from chunkkv_builder.plan import Plan
+
+# A cache has a static capacity, and decode time grows with it, used or not: an answer runs on the smallest that fits.
+RUNGS = 4
+SMALLEST_CAPACITY = 128
+BEST_LENGTH = 4096  # kernels are timed at this prompt length, or at the longest: they serve longer prompts as well
+CAPACITY_STEP = 64  # keeps every row of a cache on the address grid that TensorRT wants
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """One optimisation profile: per input its smallest, best and largest shape, and values of host shape inputs."""
+
+    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+    values: dict[str, tuple[int, int, int]]
+
+
+class Graphs:
+    """The graphs of one build; matrices are inputs, vectors lie inside."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, plan: Plan, build: BuildConfig, locations: dict[str, WeightLocation]
+    ) -> None:
+        self._plan, self._build, self._matrices = plan, build, locations
+        self._load = partial(checkpoint.converted, dtype=build.dtype)
+        vectors = (name for name in checkpoint.names() if name not in locations)
+        inside = {name: WeightLocation(name, "", 0, tuple(checkpoint.shape(name)), build.dtype) for name in vectors}
+        self._weights = {**locations, **inside}
+        self.capacities = decode_capacities(build.max_seq_len)
+        self.prefill_rows = max(1, min(build.max_batch_size, build.max_num_tokens // build.max_input_len))
+
+    def prefill(self) -> onnx.ModelProto:
+        """Return the one-shot prefill graph, ChunkKV nodes inside."""
+        emitter = InputWeightsEmitter(self._load)
+        return PrefillGraph(self._plan, self._weights, self._build.dtype, emitter).build()
+
+    def decode(self, capacity: int) -> onnx.ModelProto:
+        """Return the graph of one decode step over caches of `capacity` slots."""
+        emitter = InputWeightsEmitter(self._load)
+        graph = StepGraph(
+            self._plan, self._weights, "standard", self._build.dtype, emitter, window_queries=False
+        ).build()
+        return with_fixed_dims(graph, {"block": 1, "logit_count": 1, "capacity": capacity})
+
+    def prefill_shapes(self) -> Shapes:
+        """Return the prefill profile: 1 to prefill_rows prompts of 1 to max_input_len tokens, any cache capacity."""
+        rows, longest = self.prefill_rows, self._build.max_input_len
+        per_row = ["lengths"] + (["keep_per_10k", "budget_tokens"] if self._plan.settings else [])
+        shapes = {name: ((1,), (rows,), (rows,)) for name in per_row}
+        kept = self._plan.settings.kept_tokens(longest) if self._plan.settings else longest
+        usual = next(capacity for capacity in self.capacities if capacity >= kept)
+        values = {"capacity": (self.capacities[0], usual, self.capacities[-1])}
+        ids = ((1, 1), (rows, min(longest, BEST_LENGTH)), (rows, longest))
+        return Shapes({"input_ids": ids, **shapes}, values)
+
+    def decode_shapes(self) -> Shapes:
+        """Return the decode profile: 1 to max_batch_size rows of one token."""
+        most, model = self._build.max_batch_size, self._plan.model
+        columns = {name: ((1, 1), (most, 1), (most, 1)) for name in ("input_ids", "position_ids", "logit_indices")}
+        shapes = {**columns, "cache_lengths": ((1,), (most,), (most,))}
+        tail = (model.num_kv_heads, -1, model.head_dim)  # the capacity is the graph's own
+        for layer in range(model.num_layers):
+            for kind in ("key", "value"):
+                shapes[f"past_{kind}.{layer}"] = ((1, *tail), (most, *tail), (most, *tail))
+        return Shapes(shapes, {})
+
+    def contract(self) -> Contract:
+        """Return what the runtime must know of these engines."""
+        model, settings = self._plan.model, self._plan.settings
+        return Contract(
+            dtype=self._build.dtype,
+            num_layers=model.num_layers,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            vocab_size=model.vocab_size,
+            max_input_len=self._build.max_input_len,
+            prefill_rows=self.prefill_rows,
+            group_layers=_layers_alive(settings),
+            leaders=self._plan.leaders,
+            capacities=self.capacities,
+            weights={place.name: (place.offset, place.nbytes) for place in self._matrices.values()},
+        )
+
+
+def _layers_alive(settings: ChunkKVSettings | None) -> int:
+    """Return how many layers' full keys and values are alive at once: a first leader decides before the others run."""
+    if settings is None or settings.leader == "first":
+        return 1
+    return max(len(group) for group in settings.layer_groups)
+
+
+def decode_capacities(max_seq_len: int) -> tuple[int, ...]:
+    """Return the cache sizes to build decode engines for, ascending: enough for max_seq_len, then halves of it."""
+    sizes = (max(-(-max_seq_len // 2**rung), SMALLEST_CAPACITY if rung else 1) for rung in range(RUNGS))
+    grid = {-(-size // CAPACITY_STEP) * CAPACITY_STEP for size in sizes}
+    largest = -(-max_seq_len // CAPACITY_STEP) * CAPACITY_STEP
+    return tuple(sorted(size for size in grid if size <= largest))
+
+
+def weight_sources(checkpoint: Checkpoint, dtype: str) -> list[WeightSource]:
+    """Return every matrix of the checkpoint in `dtype`, in layer order."""
+    return [
+        WeightSource(name, tuple(checkpoint.shape(name)), dtype, partial(checkpoint.converted, name, dtype))
+        for name in checkpoint.names()
+        if len(checkpoint.shape(name)) > 1
+    ]
+
+
+def with_fixed_dims(model: onnx.ModelProto, sizes: dict[str, int]) -> onnx.ModelProto:
+    """Give the named dimensions of the graph's inputs and outputs a size, in place; return the model."""
+    for value in (*model.graph.input, *model.graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param in sizes:
+                dim.dim_value = sizes[dim.dim_param]
+    return model
+
+
+def for_parser(model: onnx.ModelProto) -> bytes:
+    """Return the bytes that TensorRT's parser gets: attention may fall back to several kernels, as in float32."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    for node in copy.graph.node:
+        if node.op_type == "Attention":
+            node.attribute.append(onnx.helper.make_attribute("TRT_decomposable", 1))
+    return copy.SerializeToString()

@@ -1,0 +1,172 @@
+"""Builds TensorRT-LLM engines with ChunkKV: one call per rank, then the side file that describes them all."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import chunkkv
+from chunkkv.engine.json_files import read_object
+from chunkkv.engine.layer_groups import layer_groups
+from chunkkv.engine.tensorrt_llm_side_file import SIDE_FILE, RankLayers, SideFile, engine_file
+from chunkkv.errors import BuildError, ConfigError, EngineError
+from chunkkv.settings import ChunkKVSettings
+from chunkkv.text.tokenizer import TOKENIZER_FILE, Tokenizer
+from chunkkv_builder.backends.tensorrt_llm import preconditions
+from chunkkv_builder.backends.tensorrt_llm.layers import rank_layers
+from chunkkv_builder.backends.tensorrt_llm.library import Plugins
+from chunkkv_builder.backends.tensorrt_llm.model import CONFIG_FILE, LlmModel
+from chunkkv_builder.backends.tensorrt_llm.plugins import delimiter_words
+from chunkkv_builder.backends.tensorrt_llm.wrapper import Rank, Shape, injected
+from chunkkv_builder.checkpoint.hugging_face import TOKENIZER_FILES
+
+
+def build_chunkkv(
+    model: Any,
+    build_config: Any,
+    settings: ChunkKVSettings,
+    *,
+    tokenizer_dir: str | Path | None = None,
+    tp_agree: bool = False,
+) -> Any:
+    """Return the tensorrt_llm Engine of `model` (one rank) with ChunkKV, like tensorrt_llm.builder.build without.
+
+    `tokenizer_dir` is needed for delimiter boundaries; with `tp_agree` tensor-parallel ranks choose together. Raises
+    ConfigError for what is not supported, BackendUnavailableError for missing plugins, BuildError for a network that
+    is not what was expected.
+    """
+    from tensorrt_llm.builder import build
+
+    return EngineBuild(settings, tokenizer_dir, tp_agree).engine(model, build_config, build)
+
+
+class EngineBuild:
+    """The engines of all ranks of one model with one choice of settings."""
+
+    def __init__(
+        self, settings: ChunkKVSettings, tokenizer_dir: str | Path | None = None, tp_agree: bool = False
+    ) -> None:
+        # The share is part of the engine: no request can ask for another.
+        self.settings = dataclasses.replace(settings, max_keep_per_10k=settings.keep_per_10k)
+        self._tokenizer_dir = None if tokenizer_dir is None else Path(tokenizer_dir)
+        self._tokenizer = None if self._tokenizer_dir is None else Tokenizer.from_dir(self._tokenizer_dir)
+        self._tp_agree = tp_agree
+        self._ranks: dict[int, RankLayers] = {}
+        self._shape: Shape | None = None
+        self._model: LlmModel | None = None
+        self._longest = 0
+        self.plugins: Plugins | None = None
+
+    def check_model(self, model: LlmModel) -> None:
+        """Raise ConfigError where the settings do not fit the model; gives each layer a group where none are."""
+        if not self.settings.layer_groups:
+            self.settings = dataclasses.replace(self.settings, layer_groups=layer_groups(model.num_layers))
+        if [layer for group in self.settings.layer_groups for layer in group] != list(range(model.num_layers)):
+            raise ConfigError(
+                f"layer_groups is {self.settings.layer_groups}; list the layers 0 to {model.num_layers - 1} in order"
+            )
+        if self.settings.gate != "none":
+            raise ConfigError(f"gate is {self.settings.gate!r}, which no plugin has: give --chunkkv_gate none")
+        if self._tp_agree and model.tp_size == 1:
+            raise ConfigError("tp_agree has no effect with one tensor-parallel rank: leave it out")
+        if self.settings.boundaries == "delimiter":
+            if model.pp_size > 1:
+                raise ConfigError(
+                    "boundaries is 'delimiter', which needs the prompt's tokens on every pipeline stage; they are on "
+                    f"the first of {model.pp_size}: give --chunkkv_boundaries fixed, or convert with --pp_size 1"
+                )
+            if self._tokenizer is None:
+                raise ConfigError("boundaries is 'delimiter', which needs the tokenizer: give --tokenizer_dir")
+
+    def engine(self, model: Any, build_config: Any, build: Callable[[Any, Any], Any]) -> Any:
+        """Return the Engine of one rank; `build` is tensorrt_llm.builder.build."""
+        facts = LlmModel.from_values(model.config.to_dict(), "the model's configuration")
+        self.check_model(facts)
+        preconditions.check(preconditions.BUILD, preconditions.values_of(build_config, build_config.plugin_config))
+        preconditions.check_lengths(facts, build_config)
+        if self.plugins is None:
+            self.plugins = Plugins()
+        mapping = model.config.mapping
+        stage = list(mapping.pp_layers(facts.num_layers))
+        layers = rank_layers(self.settings, stage, mapping.rank, mapping.tp_rank, mapping.pp_rank)
+        group = tuple(mapping.tp_group) if self._tp_agree else ()
+        longest = preconditions.longest_prompt(facts, build_config)
+        rank = Rank(self.settings, layers, self.plugins, facts.vocab_size, longest, self._words(facts), group)
+        with injected(rank) as injection:
+            engine = build(model, build_config)
+        shape = injection.check_complete(layers)
+        if self._shape not in (None, shape):
+            raise BuildError(f"rank {mapping.rank} has {shape}, other ranks {self._shape}: they must be alike")
+        self._shape, self._model = shape, facts
+        self._longest = engine.config.build_config.max_seq_len
+        if shape.max_positions is not None and self._longest > shape.max_positions:
+            raise ConfigError(
+                f"max_seq_len is {self._longest}, beyond the {shape.max_positions} positions of the rotary table: "
+                f"give --max_seq_len {shape.max_positions} or less"
+            )
+        self._ranks[mapping.rank] = layers
+        return engine
+
+    def check_all_built(self) -> None:
+        """Raise BuildError unless every rank of the model was built with ChunkKV."""
+        expected = self._model.tp_size * self._model.pp_size if self._model else 1
+        if sorted(self._ranks) != list(range(expected)):
+            raise BuildError(f"of {expected} ranks only {sorted(self._ranks)} were built with ChunkKV")
+
+    def write(self, folder: Path) -> None:
+        """Add to an engine directory of TensorRT-LLM what makes it one of ChunkKV-TRT, but for the manifest.
+
+        That is the side file, the key `chunkkv` in config.json and the tokenizer's files. Raises BuildError where a
+        rank is missing.
+        """
+        self.check_all_built()
+        for rank in self._ranks:
+            if not (folder / engine_file(rank)).is_file():
+                raise BuildError(f"trtllm-build wrote no {engine_file(rank)}")
+        (folder / SIDE_FILE).write_text(self._side_file().to_json(), encoding="utf-8")
+        config = read_object(folder / CONFIG_FILE, EngineError)
+        config["chunkkv"] = self.settings.to_dict()
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
+        if self._tokenizer_dir is not None:
+            for name in TOKENIZER_FILES:
+                if (self._tokenizer_dir / name).is_file():
+                    shutil.copyfile(self._tokenizer_dir / name, folder / name)
+
+    def _side_file(self) -> SideFile:
+        model, shape, plugins = self._model, self._shape, self.plugins
+        assert model is not None and shape is not None and plugins is not None
+        words = self._words(model)
+        delimiters = None
+        if words is not None:
+            delimiters = {"source": TOKENIZER_FILE, "sha256": hashlib.sha256(words.tobytes()).hexdigest()}
+        return SideFile(
+            settings=self.settings,
+            ranks=tuple(self._ranks[rank] for rank in sorted(self._ranks)),
+            tokens_per_block=shape.tokens_per_block,
+            num_heads=shape.num_heads,
+            num_kv_heads=shape.num_kv_heads,
+            head_size=shape.head_size,
+            kv_dtype=shape.kv_dtype,
+            mapping_rank=shape.mapping_rank,
+            max_positions=shape.max_positions or self._longest,
+            tp_size=model.tp_size,
+            pp_size=model.pp_size,
+            tp_agree=self._tp_agree,
+            eos_token_ids=self._tokenizer.eos_token_ids if self._tokenizer else (),
+            delimiters=delimiters,
+            plugin_library=plugins.library,
+            versions={"chunkkv": chunkkv.__version__, **plugins.versions},
+        )
+
+    def _words(self, model: LlmModel) -> np.ndarray | None:
+        if self.settings.boundaries != "delimiter":
+            return None
+        assert self._tokenizer is not None  # check_model saw to that
+        return delimiter_words(self._tokenizer.delimiter_token_table(model.vocab_size))

@@ -1,0 +1,1 @@
+"""Reads checkpoints: config, tensors, tokenizer files."""

@@ -1,0 +1,220 @@
+"""Reads a Hugging Face checkpoint directory without torch: every tensor is checked, none is copied."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from chunkkv.engine.json_files import read_object
+from chunkkv.errors import CheckpointError
+from chunkkv_builder.checkpoint.model_config import ModelConfig
+from chunkkv_builder.checkpoint.safetensors_file import READABLE, SafetensorsFile
+
+CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    GENERATION_FILE,
+)
+_SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*\.safetensors")
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_UNUSED = re.compile(r".*rotary_emb\.inv_freq")  # recomputed from the config; old checkpoints store it
+_NAMES_SHOWN = 3
+
+
+class Checkpoint:
+    """A checkpoint whose tensors are complete and well-shaped for its config; tensors are views of mapped files.
+
+    `config` is the model's, with `dtype` as stored; `files` has the path of each tokenizer file that is present.
+    """
+
+    def __init__(self, path: Path, config: ModelConfig, files: dict[str, Path], sources: list[SafetensorsFile]) -> None:
+        self.path = path
+        self.config = config
+        self.files = files
+        self._sources = {name: source for source in sources for name in source.entries}
+        self._names = tuple(expected_shapes(config))
+
+    @classmethod
+    def open(cls, directory: str | Path) -> Checkpoint:
+        """Open the checkpoint in `directory` and check every tensor against its config.
+
+        Raises CheckpointError naming file and tensor for anything missing, extra, misshaped, truncated or of a dtype
+        other than float32, float16 or bfloat16; ConfigError for a model that is not supported.
+        """
+        path = Path(directory)
+        if not path.is_dir():
+            problem = "is not a directory" if path.exists() else "does not exist"
+            raise CheckpointError(f"{path} {problem}; give the directory of a Hugging Face checkpoint")
+        if not (path / CONFIG_FILE).is_file():
+            raise CheckpointError(f"{path} has no {CONFIG_FILE}; give the directory of a Hugging Face checkpoint")
+        generation = (
+            read_object(path / GENERATION_FILE, CheckpointError) if (path / GENERATION_FILE).is_file() else None
+        )
+        config = ModelConfig.from_hf(
+            read_object(path / CONFIG_FILE, CheckpointError), generation, source=str(path / CONFIG_FILE)
+        )
+        sources = _open_weights(path)
+        _check_tensors(config, sources, path)
+        stored = next(s for s in sources if "model.embed_tokens.weight" in s.entries)
+        dtype = READABLE[stored.entries["model.embed_tokens.weight"].dtype][0]
+        files = {name: path / name for name in TOKENIZER_FILES if (path / name).is_file()}
+        return cls(path, dataclasses.replace(config, dtype=dtype), files, sources)
+
+    def names(self) -> tuple[str, ...]:
+        """Return the names of the model's tensors, in layer order."""
+        return self._names
+
+    def tensor(self, name: str) -> np.ndarray:
+        """Return the tensor as a read-only view of its mapped file, in the dtype it is stored in."""
+        return self._source(name).tensor(name)
+
+    def converted(self, name: str, dtype: str) -> np.ndarray:
+        """Return the tensor in another dtype; raises CheckpointError where a value is, or becomes, infinite or NaN."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = np.asarray(self.tensor(name)).astype(np.dtype(dtype), copy=False)
+        if not np.isfinite(values).all():
+            raise CheckpointError(
+                f"{self._source(name).path}: tensor {name!r} has a value that is not finite in {dtype}; every answer "
+                "would be lost to it: download the file again or choose a wider dtype"
+            )
+        return values
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the tensor's shape without touching its data."""
+        return self._source(name).entries[name].shape
+
+    def dtype(self, name: str) -> str:
+        """Return "float32", "float16" or "bfloat16"."""
+        return READABLE[self._source(name).entries[name].dtype][0]
+
+    def _source(self, name: str) -> SafetensorsFile:
+        if name not in self._names:
+            raise CheckpointError(f"{self.path}: this model has no tensor {name!r}")
+        return self._sources[name]
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of every tensor a checkpoint of `config` must have, in layer order."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    linears = (
+        ("self_attn.q_proj", (queries, hidden), config.attention_bias),
+        ("self_attn.k_proj", (keys, hidden), config.attention_bias),
+        ("self_attn.v_proj", (keys, hidden), config.attention_bias),
+        ("self_attn.o_proj", (hidden, queries), config.attention_out_bias),
+        ("mlp.gate_proj", (inner, hidden), config.mlp_bias),
+        ("mlp.up_proj", (inner, hidden), config.mlp_bias),
+        ("mlp.down_proj", (hidden, inner), config.mlp_bias),
+    )
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    for layer in range(config.num_layers):
+        prefix = f"model.layers.{layer}."
+        shapes[f"{prefix}input_layernorm.weight"] = (hidden,)
+        shapes[f"{prefix}post_attention_layernorm.weight"] = (hidden,)
+        if config.qk_norm:
+            shapes[f"{prefix}self_attn.q_norm.weight"] = (config.head_dim,)
+            shapes[f"{prefix}self_attn.k_norm.weight"] = (config.head_dim,)
+        for name, shape, bias in linears:
+            shapes[f"{prefix}{name}.weight"] = shape
+            if bias:
+                shapes[f"{prefix}{name}.bias"] = shape[:1]
+    shapes["model.norm.weight"] = (hidden,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    return shapes
+
+
+def _open_weights(path: Path) -> list[SafetensorsFile]:
+    if (path / WEIGHTS_FILE).is_file():
+        return [SafetensorsFile(path / WEIGHTS_FILE)]
+    if (path / INDEX_FILE).is_file():
+        return _open_shards(path)
+    pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
+    if pickles:
+        raise CheckpointError(
+            f"{path} has its weights in {pickles[0]}, a pickle, which is never read because loading one can run code: "
+            "convert it, for example with transformers' save_pretrained, to safetensors"
+        )
+    raise CheckpointError(f"{path} has neither {WEIGHTS_FILE} nor {INDEX_FILE}; one of them must hold the weights")
+
+
+def _open_shards(path: Path) -> list[SafetensorsFile]:
+    """Open every shard of the index once; raises CheckpointError where the index and the shards disagree."""
+    index = path / INDEX_FILE
+    weight_map = read_object(index, CheckpointError).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: 'weight_map' must be an object that maps tensor names to file names")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or not _SHARD_NAME.fullmatch(file):
+            raise CheckpointError(
+                f"{index}: tensor {name!r} is said to lie in {file!r}; expected the plain name of a .safetensors file "
+                "in the same directory"
+            )
+    shards = sorted(set(weight_map.values()))
+    if missing := [file for file in shards if not (path / file).is_file()]:
+        raise CheckpointError(f"{path}: {_listed(missing)} missing, though {INDEX_FILE} names it: download it again")
+    sources = [SafetensorsFile(path / file) for file in shards]
+    for source in sources:
+        for name in source.entries:
+            if weight_map.get(name) != source.path.name and not _UNUSED.fullmatch(name):
+                place = f"in {weight_map[name]}" if name in weight_map else "nowhere"
+                raise CheckpointError(f"{source.path}: has tensor {name!r}, but {INDEX_FILE} places it {place}")
+    entries = {source.path.name: source.entries for source in sources}
+    for name, file in weight_map.items():
+        if name not in entries[file]:
+            raise CheckpointError(f"{path / file}: tensor {name!r} is missing, though {INDEX_FILE} places it there")
+    return sources
+
+
+def _check_tensors(config: ModelConfig, sources: list[SafetensorsFile], path: Path) -> None:
+    expected = expected_shapes(config)
+    given = {name: source for source in sources for name in source.entries}
+    where = sources[0].path if len(sources) == 1 else path
+    if missing := [name for name in expected if name not in given]:
+        raise CheckpointError(
+            f"{where}: tensor {_listed(missing)} missing; {CONFIG_FILE} describes {config.architecture} with "
+            f"{config.num_layers} layers, which needs {len(expected)} tensors"
+        )
+    for name, source in _extra(config, given, expected):
+        raise CheckpointError(
+            f"{source.path}: tensor {name!r} is extra; {config.architecture} as {CONFIG_FILE} describes it has none of "
+            "that name, so it would be left out of every result"
+        )
+    for name, shape in expected.items():
+        source = given[name]
+        entry = source.entries[name]
+        if entry.dtype not in READABLE:
+            raise CheckpointError(
+                f"{source.path}: tensor {name!r} has dtype {entry.dtype}; expected one of {', '.join(READABLE)}"
+            )
+        if entry.shape != shape:
+            raise CheckpointError(
+                f"{source.path}: tensor {name!r} has shape {list(entry.shape)}; {CONFIG_FILE} expects {list(shape)}"
+            )
+
+
+def _extra(
+    config: ModelConfig, given: dict[str, SafetensorsFile], expected: dict[str, tuple[int, ...]]
+) -> Iterator[tuple[str, SafetensorsFile]]:
+    """Yield what the model has no use for, except what is known to be a harmless copy."""
+    for name, source in given.items():
+        copied = config.tie_word_embeddings and name == "lm_head.weight"
+        if name not in expected and not copied and not _UNUSED.fullmatch(name):
+            yield name, source
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:_NAMES_SHOWN])
+    more = len(names) - _NAMES_SHOWN
+    return f"{shown} and {more} more are" if more > 0 else f"{shown} {'is' if len(names) == 1 else 'are'}"

@@ -1,0 +1,262 @@
+"""What a checkpoint's model is: families, sizes, biases and rotary scaling, read from its config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from chunkkv.engine.fields import LARGEST_INT, Fields
+from chunkkv.errors import ConfigError
+from chunkkv_builder.checkpoint import rope
+from chunkkv_builder.checkpoint.rope import RopeScaling
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+DTYPES = ("float32", "float16", "bfloat16")
+MAX_LAYERS = 4096
+_QWEN3_HEAD_DIM = 128  # what Qwen3 means where its config leaves head_dim out
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer of a supported family; `dtype` is that of the checkpoint's tensors.
+
+    `attention_bias` is the bias of the q, k and v projections, `attention_out_bias` that of the output projection;
+    `qk_norm` is Qwen3's norm over each query and key head. `rope_scaling` is None for plain RoPE.
+    """
+
+    architecture: str
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    max_position_embeddings: int
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    attention_out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if ARCHITECTURES.get(self.architecture) != self.family:
+            raise _unsupported(self.architecture)
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"{self.num_heads} attention heads cannot share {self.num_kv_heads} key-value heads: "
+                "num_attention_heads must be a multiple of num_key_value_heads"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim is {self.head_dim}; rotary embeddings need an even number")
+
+    @classmethod
+    def from_hf(
+        cls,
+        config: Mapping[str, Any],
+        generation_config: Mapping[str, Any] | None = None,
+        source: str = "config.json",
+    ) -> ModelConfig:
+        """Read a Hugging Face config of transformers 4 or 5; end tokens of `generation_config` come first.
+
+        Raises ConfigError for an architecture, activation, attention or rotary variant that is not supported, and for
+        missing or invalid keys.
+        """
+        fields = Fields(config, source)
+        architecture, family = _read_architecture(fields)
+        _refuse_variants(fields, family)
+        num_heads, hidden = fields.integer("num_attention_heads"), fields.integer("hidden_size")
+        positions = fields.integer("max_position_embeddings")
+        theta, scaling = rope.read_rope(fields, positions)
+        dense_bias = family in ("llama", "qwen3") and fields.flag("attention_bias", default=False)
+        generation = Fields(generation_config or {}, "generation_config.json")
+        return cls(
+            architecture=architecture,
+            family=family,
+            vocab_size=fields.integer("vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=fields.integer("intermediate_size"),
+            num_layers=fields.integer("num_hidden_layers", high=MAX_LAYERS),
+            num_heads=num_heads,
+            num_kv_heads=_read_kv_heads(fields, family, num_heads),
+            head_dim=_read_head_dim(fields, family, hidden, num_heads),
+            rms_norm_eps=fields.number("rms_norm_eps"),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            max_position_embeddings=positions,
+            tie_word_embeddings=fields.flag("tie_word_embeddings", default=False),
+            attention_bias=family == "qwen2" or dense_bias,
+            attention_out_bias=dense_bias,
+            mlp_bias=family == "llama" and fields.flag("mlp_bias", default=False),
+            qk_norm=family == "qwen3",
+            bos_token_id=_first_ids("bos_token_id", generation, fields, _default_ids(family, 1))[0],
+            eos_token_ids=tuple(
+                token
+                for token in _first_ids("eos_token_id", generation, fields, _default_ids(family, 2))
+                if token is not None
+            ),
+            dtype=_read_dtype(fields),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the config as plain JSON values under TensorRT-LLM's names for them."""
+        return {
+            "architecture": self.architecture,
+            "dtype": self.dtype,
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_size": self.head_dim,
+            "hidden_act": "silu",
+            "norm_epsilon": self.rms_norm_eps,
+            "position_embedding_type": "rope_gpt_neox",
+            "rotary_base": self.rope_theta,
+            "rotary_scaling": None if self.rope_scaling is None else self.rope_scaling.to_dict(),
+            "max_position_embeddings": self.max_position_embeddings,
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "attn_bias": self.attention_bias,
+            "attn_out_bias": self.attention_out_bias,
+            "mlp_bias": self.mlp_bias,
+            "qk_norm": self.qk_norm,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_ids": list(self.eos_token_ids),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str = "pretrained_config") -> ModelConfig:
+        """Read what to_dict wrote; raises ConfigError for missing or invalid entries."""
+        fields = Fields(values, source)
+        architecture = fields.text("architecture")
+        fields.text("hidden_act", allowed=("silu",))
+        positions = fields.integer("max_position_embeddings")
+        scaling = None
+        if fields.get("rotary_scaling") is not None:
+            scaling_fields = Fields(fields.get("rotary_scaling"), f"{source}: rotary_scaling")
+            scaling = rope.read_scaling(scaling_fields, Fields({}, source), positions)
+        return cls(
+            architecture=architecture,
+            family=ARCHITECTURES.get(architecture, ""),
+            vocab_size=fields.integer("vocab_size"),
+            hidden_size=fields.integer("hidden_size"),
+            intermediate_size=fields.integer("intermediate_size"),
+            num_layers=fields.integer("num_hidden_layers", high=MAX_LAYERS),
+            num_heads=fields.integer("num_attention_heads"),
+            num_kv_heads=fields.integer("num_key_value_heads"),
+            head_dim=fields.integer("head_size"),
+            rms_norm_eps=fields.number("norm_epsilon"),
+            rope_theta=fields.number("rotary_base", above=1.0),
+            rope_scaling=scaling,
+            max_position_embeddings=positions,
+            tie_word_embeddings=fields.flag("tie_word_embeddings"),
+            attention_bias=fields.flag("attn_bias"),
+            attention_out_bias=fields.flag("attn_out_bias"),
+            mlp_bias=fields.flag("mlp_bias"),
+            qk_norm=fields.flag("qk_norm"),
+            bos_token_id=fields.integer("bos_token_id", low=0, default=None),
+            eos_token_ids=tuple(_token_ids(fields, "eos_token_ids")),
+            dtype=fields.text("dtype", allowed=DTYPES),
+        )
+
+
+def rope_frequencies(config: ModelConfig) -> tuple[NDArray[np.float64], float]:
+    """Return the inverse frequencies [D/2] of `config`, and the factor on its cosines and sines."""
+    return rope.frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+
+
+def _unsupported(architecture: Any) -> ConfigError:
+    return ConfigError(f"architecture {architecture!r} is not supported; supported are {', '.join(ARCHITECTURES)}")
+
+
+def _read_architecture(fields: Fields) -> tuple[str, str]:
+    listed = fields.get("architectures")
+    if not isinstance(listed, list) or len(listed) != 1:
+        raise fields.error("architectures", f"give a list of one name; supported are {', '.join(ARCHITECTURES)}")
+    family = ARCHITECTURES.get(listed[0]) if isinstance(listed[0], str) else None
+    if family is None:
+        raise _unsupported(listed[0])
+    fields.text("model_type", allowed=(family,), default=family)
+    return listed[0], family
+
+
+def _refuse_variants(fields: Fields, family: str) -> None:
+    """Raise ConfigError for what the supported architectures can ask for and the graph does not compute."""
+    if fields.get("quantization_config") is not None:
+        raise fields.error(
+            "quantization_config", "quantised checkpoints are not read: give the float32, float16 or bfloat16 original"
+        )
+    if family == "mistral" and ("sliding_window" not in fields.values or fields.get("sliding_window") is not None):
+        raise fields.error(
+            "sliding_window", "attention over a sliding window is not supported: the checkpoint must say null"
+        )
+    if family in ("qwen2", "qwen3") and fields.flag("use_sliding_window", default=False):
+        raise fields.error("use_sliding_window", "attention over a sliding window is not supported: it must be false")
+    kinds = fields.get("layer_types")
+    if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
+        raise fields.error("layer_types", "every layer must be 'full_attention'")
+    fields.text("hidden_act", allowed=("silu",), default="silu")
+    fields.integer("pretraining_tp", high=1, default=1)
+
+
+def _read_kv_heads(fields: Fields, family: str, num_heads: int) -> int:
+    if family != "llama" and "num_key_value_heads" not in fields.values:
+        raise fields.error("num_key_value_heads", f"give a whole number that divides num_attention_heads = {num_heads}")
+    return fields.integer("num_key_value_heads", default=num_heads)
+
+
+def _read_head_dim(fields: Fields, family: str, hidden: int, num_heads: int) -> int:
+    if family == "qwen3" and "head_dim" not in fields.values:
+        return _QWEN3_HEAD_DIM
+    head_dim = fields.integer("head_dim", default=None)
+    if head_dim is not None:
+        return head_dim
+    if hidden % num_heads:
+        raise fields.error(
+            "head_dim", f"hidden_size {hidden} does not divide by {num_heads} heads, so it must be given"
+        )
+    return hidden // num_heads
+
+
+def _default_ids(family: str, token: int) -> list[int | None]:
+    """Return what Llama and Mistral configs mean where they leave a special token out; Qwen has no such default."""
+    return [token] if family in ("llama", "mistral") else [None]
+
+
+def _first_ids(key: str, generation: Fields, fields: Fields, default: list[int | None]) -> list[int | None]:
+    """Return the token ids under `key` of the first file that has them."""
+    for source in (generation, fields):
+        if source.get(key) is not None:
+            return list(_token_ids(source, key)) or [None]
+    return [None] if key in fields.values else default
+
+
+def _token_ids(fields: Fields, key: str) -> list[int]:
+    listed = fields.get(key)
+    listed = listed if isinstance(listed, list) else [listed]
+    for token in listed:
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token <= LARGEST_INT:
+            raise fields.error(key, "give a token id, or a list of them")
+    return listed
+
+
+def _read_dtype(fields: Fields) -> str:
+    key = "dtype" if fields.get("dtype") is not None else "torch_dtype"
+    return fields.text(key, allowed=DTYPES, default="float32")

@@ -1,0 +1,128 @@
+"""What an engine is built for: batch, lengths, block size, number type and backend."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from chunkkv.errors import ConfigError
+from chunkkv.settings import ChunkKVSettings
+from chunkkv_builder.checkpoint.model_config import ModelConfig
+
+BACKENDS = ("onnxruntime", "tensorrt", "tensorrt_llm")
+DTYPES = ("float32", "float16", "bfloat16")
+BACKEND_DTYPES = {"onnxruntime": ("float32",)}
+WEIGHT_ONLY_PRECISIONS = ("int8", "int4")
+DEFAULT_MAX_BATCH_SIZE = 8
+DEFAULT_MAX_NUM_TOKENS = 512
+_LARGEST = {"max_batch_size": 4096, "max_num_tokens": 2**20, "max_seq_len": 2**31 - 1, "max_input_len": 2**31 - 1}
+# What trtllm-build also records and this builder has one answer to.
+_FIXED = {"max_beam_width": 1, "kv_cache_type": "continuous"}
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """The limits of an engine; raises ConfigError for any value or combination that cannot be built.
+
+    `max_num_tokens` is the size of a prefill block. `weight_only_precision` None keeps the weights in `dtype`.
+    """
+
+    max_input_len: int
+    max_seq_len: int
+    max_batch_size: int = DEFAULT_MAX_BATCH_SIZE
+    max_num_tokens: int = DEFAULT_MAX_NUM_TOKENS
+    dtype: str = "float32"
+    weight_only_precision: str | None = None
+    backend: str = "onnxruntime"
+
+    def __post_init__(self) -> None:
+        for name, high in _LARGEST.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
+                raise ConfigError(f"{name} is {value!r}; give a whole number from 1 to {high}")
+        if self.max_input_len > self.max_seq_len:
+            raise ConfigError(
+                f"max_input_len is {self.max_input_len}, above max_seq_len = {self.max_seq_len}, which counts prompt "
+                "and answer: lower max_input_len or raise max_seq_len"
+            )
+        if self.backend not in BACKENDS:
+            raise ConfigError(f"backend is {self.backend!r}; allowed is {' or '.join(BACKENDS)}")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype is {self.dtype!r}; allowed is {' or '.join(DTYPES)}")
+        if self.dtype not in (allowed := BACKEND_DTYPES.get(self.backend, DTYPES)):
+            raise ConfigError(
+                f"dtype is {self.dtype!r}; backend {self.backend} computes in {' or '.join(allowed)}: give that, or "
+                "use_weight_only with weight_only_precision int8 or int4 for smaller weights"
+            )
+        if self.weight_only_precision and self.backend == "tensorrt":
+            raise ConfigError(
+                f"weight_only_precision is {self.weight_only_precision!r}; backend tensorrt has no quantised weights: "
+                "leave use_weight_only away and give dtype float16 or bfloat16"
+            )
+        if self.weight_only_precision not in (None, *WEIGHT_ONLY_PRECISIONS):
+            raise ConfigError(
+                f"weight_only_precision is {self.weight_only_precision!r}; "
+                f"allowed is {' or '.join(WEIGHT_ONLY_PRECISIONS)}"
+            )
+
+    @classmethod
+    def for_model(
+        cls, model: ModelConfig, max_input_len: int | None = None, max_seq_len: int | None = None, **values: Any
+    ) -> BuildConfig:
+        """Return the limits for `model`: max_seq_len is its longest context unless given, max_input_len the same.
+
+        Raises ConfigError for a max_seq_len beyond the positions the model was trained for.
+        """
+        longest = longest_context(model)
+        seq_len = longest if max_seq_len is None else max_seq_len
+        if seq_len > longest:
+            raise ConfigError(
+                f"max_seq_len is {seq_len}; this model was trained for at most {longest} positions "
+                f"(max_position_embeddings): give {longest} or less"
+            )
+        return cls(seq_len if max_input_len is None else max_input_len, seq_len, **values)
+
+    def check_window(self, settings: ChunkKVSettings | None) -> None:
+        """Raise ConfigError where a prefill block cannot hold the whole observation window."""
+        if settings is not None and self.max_num_tokens < settings.window:
+            raise ConfigError(
+                f"max_num_tokens is {self.max_num_tokens}, below the observation window of {settings.window} tokens, "
+                "which must fit in one prefill block: raise max_num_tokens or lower chunkkv_window"
+            )
+
+    def check_gate(self, settings: ChunkKVSettings | None) -> None:
+        """Raise ConfigError where the backend's plugins do not have the settings' gate."""
+        if settings is not None and settings.gate != "none" and self.backend != "onnxruntime":
+            raise ConfigError(
+                f"chunkkv_gate is {settings.gate!r}, which backend {self.backend} has no plugin for: "
+                "leave it away, or give backend onnxruntime"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values under trtllm-build's names."""
+        return {**dataclasses.asdict(self), **_FIXED}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> BuildConfig:
+        """Read what to_dict wrote; raises ConfigError for unknown, missing or invalid entries."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - names - set(_FIXED)):
+            raise ConfigError(f"unknown build_config entry {unknown[0]!r}; known are {', '.join(sorted(names))}")
+        if missing := sorted(names - set(values)):
+            raise ConfigError(f"build_config entry {missing[0]!r} is missing")
+        for name, fixed in _FIXED.items():
+            if values.get(name, fixed) != fixed:
+                raise ConfigError(f"build_config entry {name!r} is {values[name]!r}; allowed is {fixed!r}")
+        return cls(**{name: values[name] for name in names})
+
+
+def longest_context(model: ModelConfig) -> int:
+    """Return how many positions `model` was trained for; yarn's max_position_embeddings may be those before scaling."""
+    scaling = model.rope_scaling
+    if scaling is None or scaling.type != "yarn":
+        return model.max_position_embeddings
+    assert scaling.original_max_position_embeddings is not None
+    extended = int(scaling.original_max_position_embeddings * scaling.factor)
+    return max(model.max_position_embeddings, min(extended, _LARGEST["max_seq_len"]))

@@ -1,0 +1,273 @@
+"""Plan to ONNX: the step graph, which runs a block of tokens against the cache.
+
+One step graph serves prefill blocks and decode steps alike, so its weights exist once in memory. Cache slots and
+logical positions are separate inputs: `cache_lengths` says where a token is stored, `position_ids` how it is rotated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+
+from chunkkv.errors import ConfigError
+from chunkkv_builder.checkpoint.model_config import rope_frequencies
+from chunkkv_builder.onnx_graph.emitter import NUMPY_TO_ONNX, GraphEmitter
+from chunkkv_builder.onnx_graph.quantize import BLOCK
+from chunkkv_builder.onnx_graph.weights import WeightLocation
+from chunkkv_builder.plan import LayerPlan, Plan
+
+CONTRIB = "com.microsoft"
+ATTENTION_OPSET = {"fused": 23, "standard": 24}
+PACKED_SUFFIX = ".packed"
+SCALES_SUFFIX = ".scales"
+_INT32, _INT64, _FLOAT = onnx.TensorProto.INT32, onnx.TensorProto.INT64, onnx.TensorProto.FLOAT
+
+
+class StepGraph:
+    """Emits the step graph of `plan`; weights are looked up in `weights` by their checkpoint names.
+
+    attention "fused" uses ONNX Runtime's GroupQueryAttention, whose memory does not grow with block x cache, and
+    which accepts several tokens per row only for B = 1. "standard" uses TensorScatter and Attention of ONNX opset 24
+    with a slot mask: any engine, any B and S, and computes in the `dtype` of the weights (logits are always float32).
+    `emitter` decides where the weights lie; `window_queries` False leaves the outputs query.l out.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        weights: Mapping[str, WeightLocation],
+        attention: str = "fused",
+        dtype: str = "float32",
+        emitter: GraphEmitter | None = None,
+        window_queries: bool = True,
+    ) -> None:
+        if attention not in ATTENTION_OPSET:
+            raise ConfigError(f"attention is {attention!r}; allowed is {' or '.join(ATTENTION_OPSET)}")
+        self.plan = plan
+        self.model = plan.model
+        self.weights = weights
+        self.attention = attention
+        self.dtype = dtype
+        self.e = emitter or GraphEmitter()
+        self._keeps_queries = window_queries
+
+    def build(self) -> onnx.ModelProto:
+        """Return the model.
+
+        Inputs: input_ids [B,S], position_ids [B,S] int64, cache_lengths [B] int32 (slots filled before this block),
+        logit_indices [B,P] int64 (places in the block), past_key.l and past_value.l [B,Hkv,C,D]. Outputs: logits
+        [B,P,V], present_key.l and present_value.l (the same buffers), and for each leader l query.l [B,Hq,w,D], the
+        block's last w rotated queries (fewer where the block is shorter).
+        """
+        e = self.e
+        ids = e.input("input_ids", "int64", ["batch", "block"])
+        positions = e.input("position_ids", "int64", ["batch", "block"])
+        lengths = e.input("cache_lengths", "int32", ["batch"])
+        places = e.input("logit_indices", "int64", ["batch", "logit_count"])
+        self.rows = e.op("Concat", [e.dim("input_ids", 0), e.dim("input_ids", 1), e.ints(-1)], axis=0)
+        self._cache_inputs(lengths)
+        self._rotation(positions)
+        table = e.weight(self.weights["model.embed_tokens.weight"])
+        hidden = e.op("Gather", [table, e.op("Reshape", [ids, e.ints(-1)])], name="/embed_tokens")
+        for layer in self.plan.layers:
+            hidden = self._layer(layer, hidden)
+        self._logits(hidden, places)
+        contrib = self.attention == "fused" or any(name.endswith(PACKED_SUFFIX) for name in self.weights)
+        return e.model(
+            "chunkkv_step",
+            opset=ATTENTION_OPSET[self.attention],
+            domains=[(CONTRIB, 1)] if contrib else [],
+            metadata={"chunkkv.graph": "step"},
+        )
+
+    def _cache_inputs(self, lengths: str) -> None:
+        """Derive from cache_lengths what the attention operator needs, once for all layers."""
+        e = self.e
+        block = e.op("Cast", [e.op("Squeeze", [e.dim("input_ids", 1)])], to=_INT32)
+        if self.attention == "fused":
+            last = e.op("Add", [lengths, e.op("Sub", [block, e.const(1, "int32")])])
+            total = e.op("Add", [e.op("ReduceMax", [lengths], keepdims=0), block])
+            self.lengths = (last, total)
+            return
+        first = e.op("Cast", [lengths], to=_INT64)
+        steps = e.op("Range", [e.const(0, "int64"), e.op("Squeeze", [e.dim("input_ids", 1)]), e.const(1, "int64")])
+        capacity = e.op("Squeeze", [e.dim("past_key.0", 2)])
+        slots = e.op("Range", [e.const(0, "int64"), capacity, e.const(1, "int64")])
+        newest = e.op(
+            "Add",
+            [e.op("Reshape", [first, e.ints(-1, 1, 1, 1)]), e.op("Reshape", [steps, e.ints(1, 1, -1, 1)])],
+        )
+        self.lengths = (first, e.op("LessOrEqual", [slots, newest]))
+
+    def _rotation(self, positions: str) -> None:
+        """Cosines and sines [B,S,D/2] of this block's logical positions, in float32 as transformers computes them."""
+        e = self.e
+        frequencies, factor = rope_frequencies(self.model)
+        wave = np.asarray(frequencies, dtype=np.float32).reshape(1, 1, -1)
+        at = e.op("Unsqueeze", [e.op("Cast", [positions], to=_FLOAT), e.ints(2)])
+        angles = e.op("Mul", [at, e.inline("rope.frequencies", wave)])
+        cosines, sines = e.op("Cos", [angles]), e.op("Sin", [angles])
+        if factor != 1.0:
+            scale = e.scalar(factor)
+            cosines, sines = e.op("Mul", [cosines, scale]), e.op("Mul", [sines, scale])
+        self.rotation = (self._cast(cosines, self.dtype), self._cast(sines, self.dtype))
+
+    def _cast(self, value: str, dtype: str) -> str:
+        """Return float32 `value`, or a value of the graph's type, as `dtype`; float32 graphs need no Cast."""
+        return value if self.dtype == "float32" else self.e.op("Cast", [value], to=NUMPY_TO_ONNX[dtype])
+
+    def _layer(self, layer: LayerPlan, hidden: str) -> str:
+        prefix = f"model.layers.{layer.index}"
+        normed = self._norm(f"{prefix}.input_layernorm.weight", hidden)
+        hidden = self.e.op("Add", [hidden, self._attention(layer, normed)])
+        normed = self._norm(f"{prefix}.post_attention_layernorm.weight", hidden)
+        gate = self._linear(f"{prefix}.mlp.gate_proj", normed)
+        gate = self.e.op("Mul", [gate, self.e.op("Sigmoid", [gate])])
+        inner = self.e.op("Mul", [gate, self._linear(f"{prefix}.mlp.up_proj", normed)])
+        return self.e.op("Add", [hidden, self._linear(f"{prefix}.mlp.down_proj", inner)])
+
+    def _attention(self, layer: LayerPlan, normed: str) -> str:
+        prefix = f"model.layers.{layer.index}.self_attn"
+        query, key = (self._heads(f"{prefix}.{name}", normed) for name in "qk")
+        value = self.e.op("Reshape", [self._linear(f"{prefix}.v_proj", normed), self.rows])
+        if self.attention == "fused":
+            query = self._rotate(query, num_heads=self.model.num_heads)
+            key = self._rotate(key, num_heads=self.model.num_kv_heads)
+        else:  # the operators that every engine has want the heads as an axis of their own
+            query, key, value = self._split_heads((query, key, value))
+            query, key = self._rotate(query), self._rotate(key)
+        return self._linear(f"{prefix}.o_proj", self._attend(layer, (query, key, value)))
+
+    def _attend(self, layer: LayerPlan, qkv: tuple[str, str, str]) -> str:
+        """Attention of this block over the cache, [B*S,Hq*D]; the block's keys and values are stored on the way.
+
+        `qkv` are [B,S,H*D] for fused attention, [B,H,S,D] for standard.
+        """
+        e, index = self.e, layer.index
+        cache_shape = ["batch", self.model.num_kv_heads, "capacity", self.model.head_dim]
+        past = [e.input(f"past_{kind}.{index}", self.dtype, cache_shape) for kind in ("key", "value")]
+        present = [f"present_key.{index}", f"present_value.{index}"]
+        if layer.is_leader and self._keeps_queries:
+            self._window_queries(index, qkv[0])
+        emit = self._fused_attention if self.attention == "fused" else self._standard_attention
+        mixed = emit(index, qkv, past, present)
+        for name in present:
+            e.output(name, self.dtype, cache_shape)
+        return mixed
+
+    def _heads(self, prefix: str, normed: str) -> str:
+        """Project to heads, with Qwen3's per-head norm where the model has it: [B,S,H*D]."""
+        heads = self._linear(f"{prefix}_proj", normed)
+        if self.model.qk_norm:
+            heads = self.e.op("Reshape", [heads, self.e.ints(-1, self.model.head_dim)])
+            heads = self._norm(f"{prefix}_norm.weight", heads)
+        return self.e.op("Reshape", [heads, self.rows])
+
+    def _rotate(self, heads: str, **attributes: int) -> str:
+        return self.e.op("RotaryEmbedding", [heads, *self.rotation], **attributes)
+
+    def _window_queries(self, index: int, query: str) -> None:
+        e, model, settings = self.e, self.model, self.plan.settings
+        assert settings is not None
+        name, end = f"query.{index}", e.ints(np.iinfo(np.int64).max)
+        if self.attention == "fused":
+            last = e.op("Slice", [query, e.ints(-settings.window), end, e.ints(1)])
+            shape = e.op("Concat", [e.dim("input_ids", 0), e.ints(-1, model.num_heads, model.head_dim)], axis=0)
+            e.op("Transpose", [e.op("Reshape", [last, shape])], [name], perm=[0, 2, 1, 3])
+        else:
+            e.op("Slice", [query, e.ints(-settings.window), end, e.ints(2)], [name])
+        e.output(name, self.dtype, ["batch", model.num_heads, "window", model.head_dim])
+
+    def _fused_attention(self, index: int, qkv: tuple[str, str, str], past: list[str], present: list[str]) -> str:
+        e, model = self.e, self.model
+        mixed = f"/layers.{index}/attention_output"
+        e.op(
+            "GroupQueryAttention",
+            [*qkv, *past, *self.lengths],
+            [mixed, *present],
+            name=f"/layers.{index}/attention",
+            domain=CONTRIB,
+            num_heads=model.num_heads,
+            kv_num_heads=model.num_kv_heads,
+        )
+        return e.op("Reshape", [mixed, e.ints(-1, model.num_heads * model.head_dim)])
+
+    def _standard_attention(self, index: int, qkv: tuple[str, str, str], past: list[str], present: list[str]) -> str:
+        e = self.e
+        first, visible = self.lengths
+        for old, new, name in zip(past, qkv[1:], present, strict=True):
+            e.op("TensorScatter", [old, new, first], [name], name=f"/layers.{index}/store/{name}", axis=2)
+        return self._merge_heads(self._scaled_attention(index, [qkv[0], *present, visible]))
+
+    def _scaled_attention(self, index: int, inputs: list[str], **attributes: int) -> str:
+        """Emit Attention with 1/sqrt(D) already on the query.
+
+        Left to the operator, TensorRT's parser puts a fourth root, rounded to the graph's type, on queries and keys: in
+        bfloat16 that bends logits by up to half a percent, and it multiplies the whole cache at every step.
+        """
+        e, query = self.e, inputs[0]
+        scaled = e.op("Mul", [query, e.scalar(self.model.head_dim**-0.5, self.dtype)])
+        name = f"/layers.{index}/attention"
+        return e.op("Attention", [scaled, *inputs[1:]], name=name, scale=1.0, **attributes)
+
+    def _split_heads(self, qkv: tuple[str, str, str]) -> list[str]:
+        """[B,S,H*D] to [B,H,S,D], for query, key and value."""
+        e, model = self.e, self.model
+        counts = (model.num_heads, model.num_kv_heads, model.num_kv_heads)
+        shaped = [e.op("Reshape", [x, e.ints(0, 0, n, model.head_dim)]) for x, n in zip(qkv, counts, strict=True)]
+        return [e.op("Transpose", [heads], perm=[0, 2, 1, 3]) for heads in shaped]
+
+    def _merge_heads(self, heads: str) -> str:
+        """[B,Hq,S,D] to [B*S,Hq*D]."""
+        rows = self.e.op("Transpose", [heads], perm=[0, 2, 1, 3])
+        return self.e.op("Reshape", [rows, self.e.ints(-1, self.model.num_heads * self.model.head_dim)])
+
+    def _logits(self, hidden: str, places: str) -> None:
+        """Norm and vocabulary projection of the asked places only."""
+        e, block = self.e, self.e.dim("input_ids", 1)
+        batch = e.op("Squeeze", [e.dim("input_ids", 0)])
+        first = e.op("Mul", [e.op("Range", [e.const(0, "int64"), batch, e.const(1, "int64")]), block])
+        flat = e.op("Reshape", [e.op("Add", [places, e.op("Unsqueeze", [first, e.ints(1)])]), e.ints(-1)])
+        normed = self._norm("model.norm.weight", e.op("Gather", [hidden, flat]))
+        head = "model.embed_tokens" if self.model.tie_word_embeddings else "lm_head"
+        scores = self._cast(self._linear(head, normed, node="/lm_head"), "float32")
+        shape = e.op("Concat", [e.op("Shape", [places]), e.ints(self.model.vocab_size)], axis=0)
+        e.op("Reshape", [scores, shape], ["logits"])
+        e.output("logits", "float32", ["batch", "logit_count", self.model.vocab_size])
+
+    def _norm(self, name: str, value: str) -> str:
+        weight = self.e.weight(self.weights[name])
+        return self.e.op("RMSNormalization", [value, weight], name="/" + name, axis=-1, epsilon=self.model.rms_norm_eps)
+
+    def _linear(self, name: str, value: str, node: str | None = None) -> str:
+        """value [rows,in] times the weight [out,in] stored as in the checkpoint, plus its bias where there is one."""
+        e = self.e
+        bias = [e.weight(self.weights[f"{name}.bias"])] if f"{name}.bias" in self.weights else []
+        packed = self.weights.get(f"{name}.weight{PACKED_SUFFIX}")
+        node = node or "/" + name
+        if packed is None:
+            weight = e.weight(self.weights[f"{name}.weight"])
+            return e.op("Gemm", [value, weight, *bias], name=node, transB=1)
+        bits = packed.shape[2] * 8 // BLOCK
+        scales = self.weights[f"{name}.weight{SCALES_SUFFIX}"]
+        result = e.op(
+            "MatMulNBits",
+            [value, e.weight(packed), e.weight(scales)],
+            name=node,
+            domain=CONTRIB,
+            N=packed.shape[0],
+            K=self._in_features(name),
+            bits=bits,
+            block_size=BLOCK,
+            accuracy_level=4,
+        )
+        return e.op("Add", [result, *bias]) if bias else result
+
+    def _in_features(self, name: str) -> int:
+        if name.endswith("down_proj"):
+            return self.model.intermediate_size
+        if name.endswith("o_proj"):
+            return self.model.num_heads * self.model.head_dim
+        return self.model.hidden_size

@@ -1,0 +1,31 @@
+# ChunkKV-TRT in the last Triton container line that carries TensorRT-LLM 1.2.1 with its engine backend.
+#   docker build -f docker/tensorrt-llm.Dockerfile -t chunkkv-trtllm .
+# This recipe has not been run: neither the containers nor a GPU were at hand. Tried outside of them: CMake's configuration
+# with these targets, and that this backend imports without onnx and onnxruntime.
+ARG CUDA_IMAGE=nvidia/cuda:13.0.1-devel-ubuntu24.04
+ARG TRITON_IMAGE=nvcr.io/nvidia/tritonserver:26.04-trtllm-python-py3
+
+FROM ${CUDA_IMAGE} AS plugins
+RUN apt-get update && apt-get install -y --no-install-recommends cmake g++ && rm -rf /var/lib/apt/lists/*
+WORKDIR /src
+COPY CMakeLists.txt ./
+COPY plugins plugins
+COPY tests/native tests/native
+# sm_80 to sm_120. The plugin interface is declared in plugins/tensorrt/abi, so no TensorRT headers are needed.
+RUN cmake -S . -B build -DCHUNKKV_RELEASE=ON && cmake --build build --parallel \
+    --target chunkkv chunkkv_tensorrt10 chunkkv_tensorrt_loader
+
+FROM ${TRITON_IMAGE}
+COPY --from=plugins /src/build/libchunkkv.so /src/build/libchunkkv_tensorrt.so.10 \
+    /src/build/libchunkkv_tensorrt_loader.so /opt/chunkkv/lib/
+ENV CHUNKKV_LIB=/opt/chunkkv/lib/libchunkkv.so
+WORKDIR /opt/chunkkv/src
+COPY pyproject.toml README.md LICENSE ./
+COPY builder builder
+COPY python python
+# Ubuntu 24.04's own Python refuses pip unless told.
+ENV PIP_BREAK_SYSTEM_PACKAGES=1
+# Without dependencies, so that nothing TensorRT-LLM pinned is moved; onnx and onnxruntime serve the other backends.
+RUN pip install --no-cache-dir --no-deps . && pip install --no-cache-dir --upgrade-strategy only-if-needed \
+    "ml_dtypes>=0.5,<1" "tokenizers>=0.20,<1" "jinja2>=3.1.6,<4" "typer>=0.15,<0.29" "rich>=13,<16"
+# The loader is preloaded by the process that serves (see docs/tensorrt-llm.md), not here: a build loads the plugins itself.

@@ -1,0 +1,1 @@
+"""What an engine directory holds, and the checks on it."""

@@ -1,0 +1,55 @@
+"""One self-contained HTML page that shows what every layer-reuse group keeps of a prompt, and why."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from chunkkv.results import GroupChoice, Inspection
+
+PAGE = "inspect_page.html"
+_DATA = "__DATA__"
+
+
+def write_page(inspection: Inspection, path: str | os.PathLike[str]) -> None:
+    """Write the page to `path`; an interrupted write leaves no page. Raises OSError where it cannot be written."""
+    target = Path(path)
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(render_page(inspection), encoding="utf-8", errors="replace")
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def render_page(inspection: Inspection) -> str:
+    """Return the page as HTML that loads nothing from anywhere; prompt text is data in it, never markup."""
+    settings = inspection.settings.to_dict()
+    values = {
+        "tokens": list(inspection.tokens),
+        "ids": list(inspection.token_ids),
+        "kept_tokens": inspection.kept_tokens,
+        "settings": {name: value for name, value in settings.items() if name != "layer_groups"},
+        "groups": [_group(group) for group in inspection.groups],
+    }
+    data = json.dumps(values, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    template = resources.files("chunkkv.evaluation.report").joinpath(PAGE).read_text(encoding="utf-8")
+    return template.replace(_DATA, data, 1)
+
+
+def _group(group: GroupChoice) -> dict[str, object]:
+    scores = np.ascontiguousarray(
+        group.scores, dtype="<f4"
+    )  # bits, not decimals: the page ranks exactly as the op does
+    return {
+        "layers": list(group.layers),
+        "leader": group.leader,
+        "kept": [int(position) for position in group.kept],
+        "chunk_starts": [int(position) for position in group.chunk_starts],
+        "scores": base64.b64encode(scores.tobytes()).decode("ascii"),
+    }

@@ -1,0 +1,1 @@
+"""The texts and questions that evaluation asks."""

@@ -1,0 +1,80 @@
+"""How facts, questions and rules are put: in the shipped model's small English, or for a general model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from chunkkv.evaluation.texts import words
+
+
+@dataclass(frozen=True)
+class Wording:
+    """Templates of one way to put things; `scoring` judges plain answers, `capitals` starts sentences and names large.
+
+    Blanks stand between any two words and marks; the writer removes those before marks.
+    """
+
+    name: str
+    capitals: bool
+    scoring: str
+    before: str  # the text
+    fact: str
+    ask: str
+    say: str
+    rule: str
+    tell: str  # the keeper's code, for two hops
+    ask_keeper: str
+    number: str  # a fact of one token
+    ask_number: str
+    shot: str
+    ask_shot: str
+    spare_tokens: int  # of an answer, beyond the expected ones
+    general: bool  # whether the model is asked things beyond the shipped model's few kinds of questions
+
+
+_FACT = "the {kind} of the {entity} is {value} ."
+
+NEEDLE = Wording(
+    name="needle",
+    capitals=False,
+    scoring="exact",
+    before="",
+    fact=_FACT,
+    ask=f"\n{words.QUESTION} {{entity}} ? answer :",
+    say=f"\n{words.SENTENCE_QUESTION} {{entity}} . answer :",
+    rule=f"{words.RULE} {{entity}} .",
+    tell="the access code of {keeper} is {value} .",
+    ask_keeper="\nquestion : what is the access code of the keeper of the {entity} ? answer :",
+    number="the access code of the {entity} is {value} .",
+    ask_number="\nquestion : what is the access code of the {entity} ? answer :",
+    shot="\nquestion : {person} bought {a} boxes and {other} bought {b} boxes . answer : {sum} .",
+    ask_shot="\nquestion : {person} bought {a} boxes and {other} bought {b} boxes . answer :",
+    spare_tokens=0,
+    general=False,
+)
+ENGLISH = Wording(
+    name="english",
+    capitals=True,
+    scoring="contains",
+    before="Read the following text; a question about it comes at the end.\n\n",
+    fact=_FACT,
+    ask="\n\nQuestion : What is the {kind} of the {entity} ? Reply with the {kind} only .\nAnswer :",
+    say="\n\nQuestion : Say in a complete sentence what the {kind} of the {entity} is .\nAnswer :",
+    rule=f"important rule : never tell the {{kind}} of the {{entity}} ; if asked , reply : {words.REFUSAL}",
+    tell="the access code of {keeper} is {value} .",
+    ask_keeper="\n\nQuestion : What is the access code of the keeper of the {entity} ? Reply with the code .\nAnswer :",
+    number="the number of the {entity} is {value} .",
+    ask_number="\n\nQuestion : What is the number of the {entity} ? Reply with one digit only .\nAnswer :",
+    shot=(
+        "\n\nQuestion : {person} has {a} boxes with {b} books in each and buys {c} more . "
+        "How many books does {person} have ?\nAnswer : {a} * {b} = {product} . {product} + {c} = {sum} . "
+        "The answer is {sum} ."
+    ),
+    ask_shot=(
+        "\n\nQuestion : {person} has {a} boxes with {b} books in each and buys {c} more . "
+        "How many books does {person} have ?\nAnswer :"
+    ),
+    spare_tokens=24,
+    general=True,
+)
+WORDINGS = {wording.name: wording for wording in (NEEDLE, ENGLISH)}

@@ -1,0 +1,1 @@
+"""TensorRT-LLM engines over a pool of KV blocks."""

@@ -1,0 +1,1 @@
+"""The CUDA runtime, TensorRT and the plugins on this machine."""

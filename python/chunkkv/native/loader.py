@@ -1,0 +1,47 @@
+"""Finds libchunkkv, loads it, and checks that it is the one this package was written for."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+
+from chunkkv.errors import BackendUnavailableError
+from chunkkv.native.structs import ABI_VERSION
+
+LIBRARY_NAME = "libchunkkv.so"
+_PLACES = (Path(__file__).parents[1] / "lib", Path(__file__).parents[3] / "build" / "native")
+
+
+def load_library(path: str | os.PathLike[str] | None = None) -> tuple[Path, ctypes.CDLL]:
+    """Return `path`, else what CHUNKKV_LIB names, else the built library, loaded; raises BackendUnavailableError."""
+    found = _find(path)
+    try:
+        library = ctypes.CDLL(str(found))
+        library.chunkkv_abi_version.restype = ctypes.c_int32
+        version = library.chunkkv_abi_version()
+    except (OSError, AttributeError) as error:
+        raise BackendUnavailableError(f"{found} cannot be loaded as libchunkkv: {error}") from error
+    if version != ABI_VERSION:
+        raise BackendUnavailableError(
+            f"{found} has ABI version {version}, this package needs {ABI_VERSION}: build the library again"
+        )
+    library.chunkkv_last_error.restype = ctypes.c_char_p
+    library.chunkkv_device.restype = ctypes.c_char_p
+    library.chunkkv_params_size.restype = ctypes.c_size_t
+    library.chunkkv_kept_tokens.restype = ctypes.c_int64
+    library.chunkkv_max_chunks.restype = ctypes.c_int64
+    return found, library
+
+
+def _find(path: str | os.PathLike[str] | None) -> Path:
+    named = path or os.environ.get("CHUNKKV_LIB")
+    candidates = [Path(named)] if named else [place / LIBRARY_NAME for place in _PLACES]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate.resolve()
+    looked = ", ".join(str(candidate) for candidate in candidates)
+    raise BackendUnavailableError(
+        f"libchunkkv was not found at {looked}; build it (cmake -S . -B build/native && cmake --build build/native) "
+        "or let CHUNKKV_LIB name it"
+    )

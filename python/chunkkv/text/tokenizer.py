@@ -1,0 +1,272 @@
+"""Text to tokens and back with the tokenizers library, whole or as a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from numpy.typing import NDArray
+
+from chunkkv.engine.json_files import read_object, read_text
+from chunkkv.errors import CheckpointError, RequestError
+from chunkkv.text.chat_template import ChatTemplate
+
+TOKENIZER_FILE = "tokenizer.json"
+SETTINGS_FILE = "tokenizer_config.json"
+SPECIAL_TOKENS_FILE = "special_tokens_map.json"
+GENERATION_FILE = "generation_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
+DELIMITERS = ".!?;:,\n"
+_TOKEN_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_REPLACEMENT = "\ufffd"
+_HELD_TOKENS = 16  # an unfinished character takes 4 tokens at most; beyond this the bytes are simply invalid
+_BATCH = 4096
+
+
+class Tokenizer:
+    """The tokenizer of a checkpoint or engine directory.
+
+    `special_tokens` has the text of each named special token; `eos_token_ids` come from generation_config.json, else
+    from the end token. Ids at or above `size` have no text.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        settings: Mapping[str, Any],
+        special_tokens: Mapping[str, str],
+        eos_token_ids: Sequence[int],
+        template: tuple[str, str] | None = None,
+    ) -> None:
+        self._backend = backend
+        self.special_tokens = dict(special_tokens)
+        self.bos_token_id = self._special_id("bos_token")
+        self.eos_token_ids = tuple(eos_token_ids) or _known(self._special_id("eos_token"))
+        added = backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(number for number, token in added.items() if token.special)
+        self.size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self._frame = self._bos_eos_frame(settings)
+        self._template_text = template
+        self._template: ChatTemplate | None = None
+        # Decoders treat the first token specially, so a token's own text is read behind this one.
+        self._anchor = backend.encode("a", add_special_tokens=False).ids
+        self._anchor_text = backend.decode(self._anchor)
+
+    @classmethod
+    def from_dir(cls, directory: str | Path) -> Tokenizer:
+        """Load the tokenizer files in `directory`; raises CheckpointError where they are missing or damaged."""
+        path = Path(directory)
+        file = path / TOKENIZER_FILE
+        if not file.is_file():
+            raise CheckpointError(
+                f"{path} has no {TOKENIZER_FILE}; load its tokenizer in transformers and save_pretrained() it there"
+            )
+        try:
+            backend = tokenizers.Tokenizer.from_str(read_text(file, CheckpointError))
+        except CheckpointError:
+            raise
+        except Exception as error:  # the library raises bare Exception
+            raise CheckpointError(f"{file} is no valid tokenizer: {error}; download it again") from None
+        backend.no_truncation()
+        backend.no_padding()
+        settings = _optional(path / SETTINGS_FILE)
+        special_tokens = _special_tokens(_optional(path / SPECIAL_TOKENS_FILE))
+        special_tokens.update(_special_tokens(settings))
+        ends = _generation_ends(path / GENERATION_FILE)
+        return cls(backend, settings, special_tokens, ends, _template_text(path, settings))
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Return the token ids of `text`; raises RequestError for text that is not valid Unicode."""
+        _check_text(text)
+        if not add_special_tokens or self._frame is None:
+            return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        before, after = self._frame
+        return [*before, *self._backend.encode(text, add_special_tokens=False).ids, *after]
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Return the text of `ids`; ids without text count for nothing."""
+        return self._backend.decode(_checked_ids(ids), skip_special_tokens=skip_special_tokens)
+
+    def token_text(self, token_id: int) -> str:
+        """Return what a token adds inside a text, leading space included; special tokens by their name."""
+        return self._token_texts(_checked_ids([token_id]))[0]
+
+    @property
+    def chat_template(self) -> str | None:
+        """The text of the chat template, None where there is none."""
+        return self._template_text[0] if self._template_text else None
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> str:
+        """Return `messages` ({"role", "content"} each) as the prompt text the model was trained on.
+
+        The text has its special tokens already: encode it with add_special_tokens=False, or call encode_chat.
+        Raises RequestError for malformed messages or where there is no template, CheckpointError for a bad template.
+        """
+        if self._template_text is None:
+            raise RequestError(
+                f"this tokenizer has no chat template ({TEMPLATE_FILE} or {SETTINGS_FILE}); give plain text instead"
+            )
+        if self._template is None:
+            self._template = ChatTemplate(*self._template_text)
+        names = {"tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt}
+        text = self._template.render(messages, {**self.special_tokens, **names, **variables})
+        _check_text(text)
+        return text
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
+        """Return the token ids of a conversation; raises like apply_chat_template."""
+        return self.encode(self.apply_chat_template(messages, add_generation_prompt), add_special_tokens=False)
+
+    def delimiter_token_table(self, vocab_size: int | None = None, delimiters: str = DELIMITERS) -> NDArray[np.bool_]:
+        """Return a table [vocab_size], True where a token's text, less spaces at its end, ends with a delimiter.
+
+        Special tokens and ids without text are False. `vocab_size` is the model's and may differ from `size`.
+        """
+        table = np.zeros(self.size if vocab_size is None else vocab_size, dtype=bool)
+        ends = tuple(delimiters)
+        for first in range(0, min(self.size, len(table)), _BATCH):
+            ids = [i for i in range(first, min(first + _BATCH, self.size, len(table))) if i not in self.special_ids]
+            for token, text in zip(ids, self._token_texts(ids), strict=True):
+                table[token] = text.rstrip(" ").endswith(ends)
+        return table
+
+    def _token_texts(self, ids: list[int]) -> list[str]:
+        texts = self._backend.decode_batch([[*self._anchor, token] for token in ids], skip_special_tokens=False)
+        return [text[len(self._anchor_text) :] for text in texts]
+
+    def _special_id(self, role: str) -> int | None:
+        text = self.special_tokens.get(role)
+        if text is None:
+            return None
+        number = self._backend.token_to_id(text)
+        if number is None:
+            raise CheckpointError(f"{role} is {text!r}, which {TOKENIZER_FILE} does not have; correct {SETTINGS_FILE}")
+        return number
+
+    def _bos_eos_frame(self, settings: Mapping[str, Any]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """Return the ids that go before and after a text where the settings say so, None to leave it to the backend.
+
+        Where only one of the two is set, the other side stays as the backend has it.
+        """
+        flags = [settings.get(name) for name in ("add_bos_token", "add_eos_token")]
+        if not any(isinstance(flag, bool) for flag in flags):
+            return None
+        plain, framed = (self._backend.encode("a", add_special_tokens=own).ids for own in (False, True))
+        count = len(plain)
+        start = next((i for i in range(len(framed) - count + 1) if framed[i : i + count] == plain), 0)
+        sides = [tuple(framed[:start]), tuple(framed[start + count :])]
+        for side, role in enumerate(("bos_token", "eos_token")):
+            if isinstance(flags[side], bool):
+                sides[side] = _known(self._special_id(role)) if flags[side] else ()
+                if flags[side] and not sides[side]:
+                    raise CheckpointError(f"{SETTINGS_FILE} says add_{role} but has no {role}; give one or say false")
+        return sides[0], sides[1]
+
+
+class StreamDecoder:
+    """Turns tokens into text as they come; for valid UTF-8 the pieces together are what decode returns.
+
+    An unfinished character is held back until it is complete.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._context: list[int] = []  # the tokens of the last piece: a decoder needs them to space the next one
+        self._new: list[int] = []
+
+    def push(self, token_id: int) -> str:
+        """Take one token and return the text it completes, "" where there is none yet."""
+        if token_id in self._tokenizer.special_ids or token_id >= self._tokenizer.size:
+            return ""
+        self._new.append(token_id)
+        text = self._pending()
+        if not text or (text.endswith(_REPLACEMENT) and len(self._new) < _HELD_TOKENS):
+            return ""
+        self._context, self._new = self._new, []
+        return text
+
+    def finish(self) -> str:
+        """Return what is still held back, unfinished characters as U+FFFD."""
+        text = self._pending() if self._new else ""
+        self._context, self._new = self._context + self._new, []
+        return text
+
+    def _pending(self) -> str:
+        shown = self._tokenizer.decode(self._context)
+        return self._tokenizer.decode(self._context + self._new)[len(shown) :]
+
+
+def _known(number: int | None) -> tuple[int, ...]:
+    return () if number is None else (number,)
+
+
+def _check_text(text: Any) -> None:
+    if not isinstance(text, str):
+        raise RequestError(f"text is {type(text).__name__}; give a string")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"the text has a lone surrogate U+{ord(text[error.start]):04X} at character {error.start}, which is no "
+            "valid Unicode: decode its source as UTF-8"
+        ) from None
+
+
+def _checked_ids(ids: Iterable[int]) -> list[int]:
+    checked = list(ids)
+    for token in checked:
+        if isinstance(token, bool) or not isinstance(token, (Integral, np.integer)) or not 0 <= token < 2**31:
+            raise RequestError(f"token id {token!r} is not valid; give whole numbers from 0 to {2**31 - 1}")
+    return [int(token) for token in checked]
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return read_object(path, CheckpointError) if path.is_file() else {}
+
+
+def _special_tokens(values: Mapping[str, Any]) -> dict[str, str]:
+    """Return the named special tokens, which are stored as text or as {"content": text}."""
+    tokens = {}
+    for role in _TOKEN_ROLES:
+        value = values.get(role)
+        value = value.get("content") if isinstance(value, dict) else value
+        if value is not None and not isinstance(value, str):
+            raise CheckpointError(f"{role} is {str(value)[:80]!r} in the tokenizer's settings; it must be text")
+        if value is not None:
+            tokens[role] = value
+    return tokens
+
+
+def _generation_ends(path: Path) -> list[int]:
+    ends = _optional(path).get("eos_token_id")
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    if not all(isinstance(end, int) and not isinstance(end, bool) and end >= 0 for end in ends):
+        raise CheckpointError(f"{path}: eos_token_id is {ends!r}; give a token id, or a list of them")
+    return ends
+
+
+def _template_text(path: Path, settings: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return the chat template and the file it comes from."""
+    file = path / TEMPLATE_FILE
+    if file.is_file():
+        return read_text(file, CheckpointError), str(file)
+    file, template = path / SETTINGS_FILE, settings.get("chat_template")
+    if isinstance(template, list):
+        entries = [entry for entry in template if isinstance(entry, dict) and "template" in entry]
+        named = {str(entry.get("name")): entry["template"] for entry in entries}
+        if "default" not in named:
+            raise CheckpointError(f"{file}: the list under chat_template has no entry named 'default'; add one")
+        template = named["default"]
+    if template is not None and not isinstance(template, str):
+        raise CheckpointError(f"{file}: chat_template is a {type(template).__name__}; it must be text or a list")
+    return None if template is None else (template, str(file))

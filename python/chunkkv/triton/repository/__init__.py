@@ -1,0 +1,1 @@
+"""Writes, patches and checks Triton model repositories."""

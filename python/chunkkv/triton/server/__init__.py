@@ -1,0 +1,1 @@
+"""Starts a tritonserver and watches over it."""

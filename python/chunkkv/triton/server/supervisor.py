@@ -1,0 +1,242 @@
+"""Keeps a tritonserver alive: starts it, asks for a token now and then, restarts it, ends all that belongs to it.
+
+Triton never restarts a model process that died: its clients wait for ever, and the server goes on saying that it is
+ready. So the supervisor watches the processes, and a death ends the whole group: open connections break, which every
+client notices, and a new server serves again within seconds.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from chunkkv.errors import ConfigError
+from chunkkv.triton.models.logs import Log
+from chunkkv.triton.repository.write import check_place
+from chunkkv.triton.server.files import ServerFiles
+from chunkkv.triton.server.health import Health
+from chunkkv.triton.server.processes import end_group, is_running, kill_group, model_processes
+
+POLL_S = 0.1
+STEADY_S = 60.0  # a server that lived this long failed for a new reason
+MAX_DELAY_S = 30.0
+# Ask the kernel for SIGTERM at the death of the parent, and become the server.
+_LAUNCH = (
+    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15, 0, 0, 0); "
+    "os.getppid() == int(sys.argv[1]) or sys.exit('the supervisor is gone'); os.execv(sys.argv[2], sys.argv[2:])"
+)
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """How to run a server; times are seconds.
+
+    `canary_s` is the time between two canary requests, each of which may take `canary_timeout_s`; on SIGTERM open
+    requests have `exit_timeout_s` to end. `restarts` failures in a row, without STEADY_S between them, are one too
+    many.
+    """
+
+    repository: Path
+    host: str = "127.0.0.1"
+    http_port: int = 8000
+    grpc_port: int = 8001
+    metrics_port: int = 8002
+    start_timeout_s: float = 300.0
+    canary_s: float = 5.0
+    canary_timeout_s: float = 60.0
+    exit_timeout_s: int = 30
+    restarts: int = 5
+    server_arguments: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        if not self.repository.is_dir():
+            raise ConfigError(f"model_repository {self.repository} is no directory; make one with chunkkv triton init")
+        check_place(self.repository)
+        ports = {"http_port": self.http_port, "grpc_port": self.grpc_port, "metrics_port": self.metrics_port}
+        for name, port in ports.items():
+            if not 1 <= port <= 65535:
+                raise ConfigError(f"{name} is {port}; allowed is 1 to 65535")
+        if len(set(ports.values())) < len(ports):
+            raise ConfigError(f"the ports {', '.join(map(str, ports.values()))} must differ")
+        for name in ("start_timeout_s", "canary_s", "canary_timeout_s", "exit_timeout_s"):
+            if not 0 < getattr(self, name) <= threading.TIMEOUT_MAX:
+                raise ConfigError(f"{name} is {getattr(self, name)}; give seconds above 0")
+
+    def check_ports(self) -> None:
+        """Raise ConfigError for a port that is taken: the server there would be asked for its health instead."""
+        for name in ("http_port", "grpc_port", "metrics_port"):
+            port, family = getattr(self, name), socket.AF_INET6 if ":" in self.host else socket.AF_INET
+            try:
+                socket.create_server((self.host, port), family=family).close()
+            except OSError as error:
+                raise ConfigError(f"{name} {port} on {self.host} cannot be used: {error.strerror or error}") from None
+
+
+class Supervisor:
+    """Runs one server until it is told to stop, by stop() or by SIGTERM or SIGINT; a second signal kills it."""
+
+    def __init__(self, settings: ServeSettings, files: ServerFiles, log: Log | None = None) -> None:
+        self._settings, self._files, self._log = settings, files, log or Log()
+        self._health = Health(settings.host, settings.http_port, settings.canary_timeout_s)
+        self._stopping, self._killing = threading.Event(), threading.Event()
+        self._prefix = ""
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def stop(self) -> None:
+        """Ask run() to let open requests end and then return."""
+        self._stopping.set()
+
+    def handle_signals(self) -> None:
+        """Let SIGTERM and SIGINT stop the server; call from the main thread."""
+
+        def on_signal(number: int, frame: object) -> None:
+            (self._killing if self._stopping.is_set() else self._stopping).set()
+
+        signal.signal(signal.SIGTERM, on_signal)
+        signal.signal(signal.SIGINT, on_signal)
+
+    def run(self) -> int:
+        """Serve until stopped; returns 0 after a stop, 1 where the server does not stay up.
+
+        Raises ConfigError for a port that is taken.
+        """
+        self._settings.check_ports()
+        failures, failed_at = 0, None
+        while True:
+            started = time.monotonic()
+            reason = self._serve(failed_at)
+            if reason is None:
+                return 0
+            failed_at = time.monotonic()
+            failures = 1 if failed_at - started > STEADY_S else failures + 1
+            if failures > self._settings.restarts:
+                self._log("error", "gave_up", reason=reason, failures=failures)
+                return 1
+            delay = 0.0 if failures == 1 else min(2.0 ** (failures - 2), MAX_DELAY_S)
+            self._log("error", "restarting", reason=reason, delay_s=delay)
+            if self._stopping.wait(delay):
+                return 0
+
+    def _serve(self, failed_at: float | None) -> str | None:
+        """Run one server to its end; returns why it ended, None where it was told to."""
+        self._start()
+        try:
+            reason = self._wait_until_ready(failed_at) or self._watch()
+            if reason is None:
+                self._drain()
+            return reason
+        finally:
+            self._clean_up()
+
+    def _start(self) -> None:
+        self._prefix = f"chunkkv{secrets.token_hex(4)}_"
+        s, address = self._settings, self._settings.host
+        command = [
+            str(self._files.binary),
+            f"--model-repository={s.repository}",
+            f"--backend-config=python,shm-region-prefix-name={self._prefix}",
+            "--disable-auto-complete-config",
+            f"--exit-timeout-secs={s.exit_timeout_s}",
+            *(f"--{kind}-address={address}" for kind in ("http", "grpc", "metrics")),
+            f"--http-port={s.http_port}",
+            f"--grpc-port={s.grpc_port}",
+            f"--metrics-port={s.metrics_port}",
+            *s.server_arguments,
+        ]
+        if self._files.backends is not None:
+            command.append(f"--backend-directory={self._files.backends}")
+        launcher = [sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid())]
+        self._process = subprocess.Popen(
+            [*launcher, *command], env=self._files.environment, start_new_session=True, stdin=subprocess.DEVNULL
+        )
+        self._log("info", "server_started", pid=self._process.pid, http=f"{address}:{s.http_port}")
+
+    def _wait_until_ready(self, failed_at: float | None) -> str | None:
+        """Return None once the server gives a token, or is to stop; else what is wrong."""
+        assert self._process is not None
+        began = time.monotonic()
+        while not self._stopping.is_set():
+            if (code := self._process.poll()) is not None:
+                return f"the server exited with code {code} before it was ready"
+            if self._health.is_ready() and not self._health.problem(self._is_alive):
+                facts = {"start_s": round(time.monotonic() - began, 3)}
+                if failed_at is not None:
+                    facts["recovery_s"] = round(time.monotonic() - failed_at, 3)
+                self._log("info", "server_ready", **facts)
+                return None
+            if time.monotonic() - began > self._settings.start_timeout_s:
+                return f"the server was not ready after {self._settings.start_timeout_s:g} s"
+            time.sleep(POLL_S)
+        return None
+
+    def _watch(self) -> str | None:
+        """Return what is wrong with a running server once something is, None once it is to stop."""
+        assert self._process is not None
+        processes = model_processes(self._prefix)
+        canary = _Canary(lambda: self._health.problem(self._is_alive), self._settings.canary_s)
+        try:
+            while not self._stopping.is_set():
+                if (code := self._process.poll()) is not None:
+                    return f"the server ended with code {code}"
+                if lost := [pid for pid in processes if not is_running(pid)]:
+                    return f"model process {min(lost)} died"
+                if canary.problem:
+                    return canary.problem
+                time.sleep(POLL_S)
+            return None
+        finally:
+            canary.stop()
+
+    def _is_alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None and not self._stopping.is_set()
+
+    def _drain(self) -> None:
+        """Let open requests end: on SIGTERM the server takes no new ones and exits after the last."""
+        assert self._process is not None
+        self._log("info", "draining", at_most_s=self._settings.exit_timeout_s)
+        self._process.send_signal(signal.SIGTERM)
+        until = time.monotonic() + self._settings.exit_timeout_s + 5
+        while self._process.poll() is None and time.monotonic() < until and not self._killing.is_set():
+            time.sleep(POLL_S)
+        if (code := self._process.poll()) is None:
+            self._log("warning", "killed", reason="it did not end in time" if not self._killing.is_set() else "signal")
+        else:
+            self._log("info", "server_stopped", code=code)
+
+    def _clean_up(self) -> None:
+        """End every process of the server's group and remove its shared memory."""
+        assert self._process is not None
+        if self._stopping.is_set() and self._process.poll() is not None:
+            end_group(self._process.pid, grace_s=1.0)  # model processes end by themselves after a clean exit
+        kill_group(self._process.pid)
+        self._process.wait()
+        for region in Path("/dev/shm").glob(f"{self._prefix}*"):
+            region.unlink(missing_ok=True)
+
+
+class _Canary:
+    """Asks for a token again and again from a thread of its own; `problem` is set after two failures in a row."""
+
+    def __init__(self, ask: Callable[[], str | None], interval_s: float) -> None:
+        self._ask, self._interval_s, self._stopped = ask, interval_s, threading.Event()
+        self.problem: str | None = None
+        threading.Thread(target=self._run, name="chunkkv-canary", daemon=True).start()
+
+    def stop(self) -> None:
+        """Ask no more."""
+        self._stopped.set()
+
+    def _run(self) -> None:
+        while not self._stopped.wait(self._interval_s):
+            if self._ask() and not self._stopped.wait(min(1.0, self._interval_s)) and (problem := self._ask()):
+                self.problem = f"the canary failed twice: {problem}"
+                return
