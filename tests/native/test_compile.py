@@ -19,6 +19,8 @@ from chunkkv.settings import ChunkKVSettings
 from native import compile_check
 from native.build import BUILD, ROOT
 
+pytestmark = pytest.mark.deep
+
 MAJORS = (10, 11)
 TABLE = json.loads(compile_check.TABLE.read_text(encoding="utf-8"))
 needs_nvcc = pytest.mark.skipif(compile_check.find_nvcc() is None, reason="nvcc is not installed")

@@ -13,6 +13,8 @@ import pytest
 from native import probe
 from native.build import BuildError, Mutation, emulated_library
 
+pytestmark = pytest.mark.deep
+
 TILES, REDUCE, SCORE = "kernels/score_tiles.cuh", "kernels/score_reduce.cuh", "kernels/score.cu"
 SELECT, COMPACT, SCAN, LAYOUT = (
     "kernels/select.cu",

@@ -9,6 +9,8 @@ import pytest
 from native.build import emulated_library
 from native.test_sanitizers import run_sanitized
 
+pytestmark = pytest.mark.deep
+
 HERE = Path(__file__).parent
 
 

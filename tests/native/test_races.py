@@ -7,6 +7,8 @@ import pytest
 from native import probe
 from native.build import emulated_library
 
+pytestmark = pytest.mark.deep
+
 
 @pytest.mark.parametrize("copies", probe.ASYNC)
 @pytest.mark.parametrize("order", probe.ORDERS)

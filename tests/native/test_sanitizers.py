@@ -11,6 +11,8 @@ import pytest
 
 from native.build import ROOT, Mutation, compiler, emulated_library
 
+pytestmark = pytest.mark.deep
+
 HERE = Path(__file__).parent
 # Where a choice is made, it covers every type, layout and page size, several tiles, and garbage.
 SELECTED = {
