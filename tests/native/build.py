@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "native"
-EMULATOR = ROOT / "tests" / "native" / "emulator"
+EMULATOR = ROOT / "plugins" / "emulator"
 JOBS = 2
 
 COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off"]
