@@ -24,6 +24,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from chunkkv.files import write_whole
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -207,9 +209,7 @@ def main() -> None:
     result = json.dumps({**conditions(arguments.repeats), "rows": rows, "ratios": found})
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        partial = arguments.output.with_suffix(".partial")
-        partial.write_text(json.dumps(json.loads(result), indent=1) + "\n")
-        partial.replace(arguments.output)
+        write_whole(arguments.output, json.dumps(json.loads(result), indent=1) + "\n")
         draw(json.loads(result), arguments.output.with_suffix(".png"))
     print(result)
 

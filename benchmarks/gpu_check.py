@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "python"), str(ROOT / "tests")]
 
 from benchmarks.gpu.build import build_library  # noqa: E402
+from chunkkv.files import write_whole  # noqa: E402
 
 LIMIT_SECONDS, MARGIN_SECONDS = 540, 15
 OPS = ("boundaries", "score", "select", "compact", "rope", "prepare")
@@ -73,9 +74,7 @@ class Run:
         self.result["steps"][step] = outcome
         self.result["seconds"] = round(time.monotonic() - self.begin, 1)
         self.output.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.output.with_suffix(".partial")
-        partial.write_text(json.dumps(self.result, indent=1) + "\n", encoding="utf-8")
-        partial.replace(self.output)
+        write_whole(self.output, json.dumps(self.result, indent=1) + "\n")
         words = outcome.get("skipped") or outcome.get("error") or "ok"
         print(f"{step:<24}{outcome.get('seconds', 0):>7.1f} s  {str(words).splitlines()[-1][:120]}", flush=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
+
+from chunkkv.files import write_whole
 
 INK, OURS, PEER = "#1f2430", "#2a78d6", "#c9d4e3"
 PANELS = (
@@ -49,9 +52,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
         fontsize=9,
         color=INK,
     )
-    partial = path.with_suffix(".partial.png")
-    figure.savefig(partial, dpi=120)
-    partial.replace(path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_whole(path, picture.getvalue())
 
 
 def main() -> None:

@@ -33,6 +33,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from chunkkv.files import write_whole
 from chunkkv.triton.server.processes import model_processes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -270,9 +271,7 @@ def main() -> None:
     line = json.dumps({**facts, "load": load, "recovery": recoveries})
     print(line)
     if given.output is not None:
-        partial = given.output.with_name(f"{given.output.name}.partial")
-        partial.write_text(json.dumps(json.loads(line), indent=2) + "\n", encoding="utf-8")
-        shutil.move(partial, given.output)
+        write_whole(given.output, json.dumps(json.loads(line), indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ for keep 50, 20 and 10 %, and writes a picture and an HTML page of what was kept
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from rich.table import Table
 
 from chunkkv import ChunkKVSession, SamplingParams
 from chunkkv.evaluation.report.inspect_page import write_page
+from chunkkv.files import write_whole
 from chunkkv.results import GenerationResult, Inspection
 
 mpl.use("Agg")
@@ -101,9 +103,9 @@ def draw(
     places.set_title(title, loc="left", fontsize=10, color=INK)
     places.set_xlabel("position in the prompt")
     places.spines[["top", "right"]].set_visible(False)
-    partial = path.with_suffix(".partial.png")
-    figure.savefig(partial, dpi=130)
-    partial.replace(path)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=130)
+    write_whole(path, picture.getvalue())
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.results.measure import measure, text
 from benchmarks.results.runs import ROOT
-from chunkkv.evaluation.report.results import write_atomically
+from chunkkv.files import write_whole
 
 JSON_FILE = ROOT / "docs" / "benchmarks" / "results.json"
 
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--page_only", action="store_true", help="measure nothing")
     arguments = parser.parse_args()
     if not arguments.page_only:
-        write_atomically(JSON_FILE, text(measure(arguments.work_dir, arguments.device)).encode())
+        write_whole(JSON_FILE, text(measure(arguments.work_dir, arguments.device)))
     measured = json.loads(JSON_FILE.read_text(encoding="utf-8"))
     from benchmarks.results.page import write_page
 

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks.results.runs import ENGINE_FLAGS, MODEL, RUNS, Run
 from benchmarks.results.trials import compact
 from chunkkv.evaluation.evaluator import Evaluator
-from chunkkv.evaluation.report.results import write_atomically
+from chunkkv.files import write_whole
 from chunkkv.session import ChunkKVSession
 from chunkkv_builder.build import main as build_engine
 
@@ -42,7 +42,7 @@ def run_one(session: ChunkKVSession, run: Run, folder: Path, progress: Progress)
     def advance(count: int) -> None:
         progress.advance(bar, count)
         if count == 1:
-            write_atomically(clock, json.dumps(before + time.monotonic() - start).encode())
+            write_whole(clock, json.dumps(before + time.monotonic() - start))
 
     records = evaluator.run(folder, advance)
     seconds = json.loads(clock.read_text(encoding="utf-8"))

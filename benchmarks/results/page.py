@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.results import pictures, tables
 from benchmarks.results.runs import ROOT
-from chunkkv.evaluation.report.results import write_atomically
+from chunkkv.files import write_whole
 
 TEMPLATE = Path(__file__).with_name("page.md")
 PAGE = ROOT / "docs" / "results.md"
@@ -48,5 +48,5 @@ def render(measured: dict[str, Any]) -> str:
 def write_page(measured: dict[str, Any]) -> list[Path]:
     """Write the page and its pictures; returns the files."""
     files = pictures.draw(measured)
-    write_atomically(PAGE, render(measured).encode())
+    write_whole(PAGE, render(measured))
     return [PAGE, *files]

@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks.results import runs
 from benchmarks.results.trials import summary
 from chunkkv.evaluation.report.plots import draw_all
-from chunkkv.evaluation.report.results import write_atomically
+from chunkkv.files import write_whole
 
 FOLDER = runs.ROOT / "docs" / "images"
 _SHOWN = (runs.FIXED, runs.CLAUSES, runs.TOKENS, runs.PYRAMID, runs.STREAMING, runs.RANDOM)
@@ -80,7 +80,7 @@ def draw(measured: dict[str, Any], folder: Path = FOLDER) -> list[Path]:
         with tempfile.TemporaryDirectory() as temporary:
             draw_all(Path(temporary), data)
             content = (Path(temporary) / kind).read_bytes()
-        write_atomically(folder / name, _with_text(content, mark(data)))
+        write_whole(folder / name, _with_text(content, mark(data)))
         written.append(folder / name)
     return written
 

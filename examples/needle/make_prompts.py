@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Final
 
 from documents import Task, Writer, test_prompt
-from vocabulary import TOKEN_ID, text_of, write_atomically
+from vocabulary import TOKEN_ID, text_of
+
+from chunkkv.files import write_whole
 
 STOP_ID: Final = TOKEN_ID["."]
 FOLDER: Final = Path(__file__).resolve().parent / "prompts"
@@ -60,7 +62,7 @@ def main() -> None:
     """Write every file."""
     FOLDER.mkdir(exist_ok=True)
     for name, content in prompt_files().items():
-        write_atomically(FOLDER / name, content.encode())
+        write_whole(FOLDER / name, content)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ from typing import Final
 import torch
 from documents import Task, Writer, test_prompt
 from transformers import LlamaForCausalLM
-from vocabulary import PAD_ID, write_atomically
+from vocabulary import PAD_ID
 
 from chunkkv.evaluation.report.statistics import wilson
+from chunkkv.files import write_whole
 
 TASKS: Final = {
     "code": Task(),
@@ -108,7 +109,7 @@ def main() -> None:
     print(card_table(cells))
     if arguments.out:
         content = {"cache": "full", "metric": "exact match", "seed": arguments.seed, "cells": cells}
-        write_atomically(arguments.out, (json.dumps(content, indent=1) + "\n").encode())
+        write_whole(arguments.out, json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,10 +17,10 @@ from typing import Final
 from documents import Task, Writer, test_prompt
 from rich.console import Console
 from rich.progress import Progress
-from vocabulary import write_atomically
 
 from chunkkv import ChunkKVSession, SamplingParams
 from chunkkv.evaluation.report.statistics import wilson
+from chunkkv.files import write_whole
 from chunkkv_builder.build import main as build_engine
 
 MODEL: Final = Path(__file__).resolve().parent / "model"
@@ -118,7 +118,7 @@ def main() -> None:
     cells = measure(arguments.length, arguments.count, arguments.seed, Console(stderr=True))
     command = "python examples/needle/measure_engines.py --out examples/needle/engines.json"
     values = {"command": command, "length": arguments.length, "seed": arguments.seed, "cells": cells}
-    write_atomically(arguments.out, (json.dumps(values, indent=1) + "\n").encode())
+    write_whole(arguments.out, json.dumps(values, indent=1) + "\n")
     print("\n".join(card_rows(cells)))
     print(f"{arguments.out}: {len(cells)} cells in {time.perf_counter() - started:.0f} s")
 

@@ -13,9 +13,8 @@ import json
 from pathlib import Path
 from typing import Final
 
-from vocabulary import write_atomically
-
 from chunkkv.cli import main as chunkkv
+from chunkkv.files import write_whole
 from chunkkv_builder.build import main as build_engine
 
 MODEL: Final = Path(__file__).resolve().parent / "model"
@@ -74,7 +73,7 @@ def main() -> None:
             tables[table] += [row for row in rows if row not in tables[table]]
     head = json.dumps({"command": COMMAND, "length": LENGTH, "examples_per_cell": arguments.examples})
     parts = [f'"{table}": [\n' + ",\n".join(rows) + "\n]" for table, rows in tables.items()]
-    write_atomically(arguments.out, (",\n".join([head.removesuffix("}"), *parts]) + "}\n").encode())
+    write_whole(arguments.out, ",\n".join([head.removesuffix("}"), *parts]) + "}\n")
 
 
 if __name__ == "__main__":

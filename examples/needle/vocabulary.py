@@ -5,8 +5,6 @@ Texts of this model are built as token ids; `tokenizer.json` gives the same ids 
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Final
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -95,10 +93,3 @@ _TOKENIZER: Final = build_tokenizer()
 def text_of(token_ids: list[int]) -> str:
     """The text of token ids, without special tokens, as the tokenizer writes it."""
     return _TOKENIZER.decode(token_ids, skip_special_tokens=True)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file under a temporary name, then renames it, so that no reader sees half of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)

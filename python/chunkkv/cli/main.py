@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import chunkkv
-from chunkkv.cli.calibrate import calibrate
-from chunkkv.cli.evaluate import evaluate
 from chunkkv.cli import profile as profile_command
 from chunkkv.cli import triton as triton_commands
+from chunkkv.cli.calibrate import calibrate
+from chunkkv.cli.evaluate import evaluate
 from chunkkv.cli.lm_eval import PASS_ON, lm_eval_command
 from chunkkv.cli.options import (
     BAD_USAGE,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from chunkkv.engine.json_files import read_object
 from chunkkv.errors import ConfigError
+from chunkkv.files import write_whole
 
 FORMAT, FORMAT_VERSION = "chunkkv-recipe", 1
 NUMBERS = ("budget_tokens", "chunk_size", "window", "sinks", "pooling", "min_tokens")
@@ -25,12 +25,7 @@ def write_recipe(path: Path, settings: Mapping[str, Any], num_layers: int, measu
     """
     values = {"format": FORMAT, "format_version": FORMAT_VERSION, "num_hidden_layers": num_layers}
     text = json.dumps({**values, "settings": dict(settings), "measured": measured}, indent=1) + "\n"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, text)
 
 
 def read_recipe(path: Path, num_layers: int) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from html import escape
 from pathlib import Path
 
+from chunkkv.files import write_whole
 from chunkkv.profile.report import COMPRESSION, ORDER, Report
 from chunkkv.profile.trace import Range, Trace
 
@@ -22,9 +23,7 @@ def write_picture(trace: Trace, report: Report, path: Path) -> None:
     head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" viewBox="0 0 {_WIDTH} {height}"'
     style = ' font-family="sans-serif" font-size="13" fill="#222">'
     background = f'<rect width="{_WIDTH}" height="{height}" fill="white"/>'
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("\n".join([head + style, background, *lines, "</svg>"]) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, "\n".join([head + style, background, *lines, "</svg>"]) + "\n")
 
 
 def _timeline(trace: Trace, top: int, lines: list[str]) -> int:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from chunkkv.engine.json_files import read_object
 from chunkkv.errors import ProfileError
+from chunkkv.files import write_whole
 from chunkkv.profiling import RecordedRange
 
 _FORMAT, _VERSION = "chunkkv-profile", 1
@@ -72,9 +73,7 @@ class Trace:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, json.dumps(value) + "\n")
 
 
 def from_recorder(ranges: Iterable[RecordedRange], **about: Any) -> Trace:

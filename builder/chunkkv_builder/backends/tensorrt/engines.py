@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import onnx
 
 from chunkkv.errors import BackendUnavailableError, BuildError
+from chunkkv.files import write_whole
 from chunkkv.gpu.tensorrt_library import Messages, import_tensorrt, load_plugins, start
 from chunkkv.settings import ChunkKVSettings
 from chunkkv_builder.backends.tensorrt.graphs import Shapes, for_parser
@@ -64,11 +64,8 @@ class EngineBuilder:
 
     def write_timing_cache(self) -> None:
         """Write the timings of all engines built so far, for the next build."""
-        if self._cache_path is None:
-            return
-        partial = self._cache_path.with_name(f"{self._cache_path.name}.partial-{os.getpid()}")
-        partial.write_bytes(self._timings)
-        partial.replace(self._cache_path)
+        if self._cache_path is not None:
+            write_whole(self._cache_path, self._timings)
 
     def versions(self) -> dict[str, str]:
         """Return what made the engines, which run with this version of TensorRT only."""

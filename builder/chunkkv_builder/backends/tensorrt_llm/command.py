@@ -12,10 +12,10 @@ from typing import Any
 
 from chunkkv.errors import BackendUnavailableError, BuildError, ChunkKVError, ConfigError
 from chunkkv_builder.backends.tensorrt_llm import library, preconditions
-from chunkkv_builder.backends.tensorrt_llm.print_plan import print_plan
 from chunkkv_builder.backends.tensorrt_llm.api import EngineBuild
 from chunkkv_builder.backends.tensorrt_llm.layers import even_stages, rank_layers
 from chunkkv_builder.backends.tensorrt_llm.model import LlmModel
+from chunkkv_builder.backends.tensorrt_llm.print_plan import print_plan
 from chunkkv_builder.backends.tensorrt_llm.trtllm_flags import read_flags
 from chunkkv_builder.flags import UsageError, chunkkv_settings, with_flag_name
 from chunkkv_builder.manifest import staged_output, write_manifest

@@ -6,10 +6,10 @@ import base64
 import json
 import os
 from importlib import resources
-from pathlib import Path
 
 import numpy as np
 
+from chunkkv.files import write_whole
 from chunkkv.results import GroupChoice, Inspection
 
 PAGE = "inspect_page.html"
@@ -18,13 +18,7 @@ _DATA = "__DATA__"
 
 def write_page(inspection: Inspection, path: str | os.PathLike[str]) -> None:
     """Write the page to `path`; an interrupted write leaves no page. Raises OSError where it cannot be written."""
-    target = Path(path)
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(render_page(inspection), encoding="utf-8", errors="replace")
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, render_page(inspection).encode("utf-8", errors="replace"))
 
 
 def render_page(inspection: Inspection) -> str:

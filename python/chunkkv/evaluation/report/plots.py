@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from chunkkv.errors import BackendUnavailableError
-from chunkkv.evaluation.report.results import FULL, Row, write_atomically
+from chunkkv.evaluation.report.results import FULL, Row
+from chunkkv.files import write_whole
 
 _PANEL = (4.2, 3.2)  # inches
 _DPI = 110
@@ -37,7 +38,7 @@ def draw_all(folder: Path, summary: dict[str, Any]) -> list[Path]:
     written = []
     for name, picture in drawn:
         if picture is not None:
-            write_atomically(folder / name, picture)
+            write_whole(folder / name, picture)
             written.append(folder / name)
     return written
 

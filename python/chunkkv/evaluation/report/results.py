@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 
 from chunkkv.evaluation.evaluator import Record
 from chunkkv.evaluation.report.statistics import paired_difference, wilson
+from chunkkv.files import write_whole
 from chunkkv.settings import KEEP_SCALE
 
 SUMMARY_FILE, TABLE_FILE = "summary.json", "summary.csv"
@@ -171,12 +171,5 @@ def write_results(folder: Path, summary: dict[str, Any]) -> list[Path]:
     """Write the tables as JSON and CSV; returns the files."""
     texts = {SUMMARY_FILE: json.dumps(summary, indent=1) + "\n", TABLE_FILE: table(summary)}
     for name, text in texts.items():
-        write_atomically(folder / name, text.encode())
+        write_whole(folder / name, text)
     return [folder / name for name in texts]
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name, then rename it, so that no reader sees half of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)

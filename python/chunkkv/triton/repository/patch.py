@@ -13,6 +13,7 @@ from pathlib import Path
 from chunkkv.engine.directory import TENSORRT_LLM, EngineFiles
 from chunkkv.engine.json_files import read_text
 from chunkkv.errors import ConfigError
+from chunkkv.files import write_whole
 from chunkkv.triton.repository import pbtxt
 from chunkkv.triton.repository.check import LOADER, SPECULATIVE
 
@@ -51,9 +52,7 @@ def patch_repository(engine_dir: Path, repository: Path, dry_run: bool = False) 
     changed = [edit for edit in edits if edit[1] != edit[2]]
     if not dry_run:
         for path, _, text in changed:
-            partial = path.with_name(path.name + ".partial")
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, path)
+            write_whole(path, text)
     shown = "".join(_diff(path.relative_to(repository).as_posix(), old, new) for path, old, new in changed)
     return f"{shown}# start tritonserver with LD_PRELOAD=/path/to/{LOADER}\n"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from chunkkv.batching.batcher import BatchingLimits
 from chunkkv.engine.directory import EngineFiles
 from chunkkv.errors import ConfigError
+from chunkkv.files import whole_directory
 from chunkkv.session import MAX_THREADS
 from chunkkv.triton.models.logs import LEVELS
 from chunkkv.triton.repository.config_text import (
@@ -80,7 +80,7 @@ SINGLE_OUTPUTS: tuple[Tensor, ...] = (
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """Parameters of the model that holds the engine; None leaves the default of the model (chunkkv.batching.batcher)."""
+    """Parameters of the model that holds the engine; None leaves the default of the model (chunkkv.batching)."""
 
     slots: int | None = None
     waiting: int | None = None
@@ -183,17 +183,9 @@ def single(parameters: Mapping[str, object]) -> Model:
 
 def _write(repository: Path, models: list[Model]) -> None:
     """Write all models to a folder beside the repository and rename it."""
-    repository = Path(os.path.realpath(repository))
-    partial = repository.with_name(f"{repository.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with whole_directory(repository) as folder:
         for model in models:
-            _write_model(model, partial / model.config.name)
-        if repository.is_dir():
-            repository.rmdir()  # an empty one
-        partial.rename(repository)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            _write_model(model, folder / model.config.name)
 
 
 def _write_model(model: Model, folder: Path) -> None:

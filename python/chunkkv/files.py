@@ -1,0 +1,63 @@
+"""Writes files and folders whole or not at all: under a temporary name beside the target, which is then renamed."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def write_whole(path: str | os.PathLike[str], content: bytes | str) -> None:
+    """Write `content` to `path` so that a reader sees the old file or the complete new one, never a part.
+
+    Parameters
+    ----------
+    path : path of the file; its folder must exist. A file that is there already is replaced.
+    content : bytes, or text that is written as UTF-8 with the line ends it has.
+
+    Raises OSError where the file cannot be written; the old file is then unchanged. Nothing is forced to disk: a
+    power failure shortly after the call may lose the new file.
+    """
+    target = Path(path)
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    temporary = _temporary_name(target)
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+        os.replace(temporary, target)
+    except BaseException:  # Ctrl-C included
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def whole_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield an empty folder that takes the name `target` when the block ends well, and is removed when it raises.
+
+    Parameters
+    ----------
+    target : path that must not exist yet, or be an empty folder; missing parents are made. Symbolic links are followed.
+
+    Raises OSError where the folder cannot be made or renamed.
+    """
+    target = Path(os.path.realpath(target))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary_name(target)
+    temporary.mkdir()
+    try:
+        yield temporary
+        if target.is_dir():
+            target.rmdir()  # not every system renames over an empty folder
+        temporary.rename(target)
+    except BaseException:  # Ctrl-C included
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _temporary_name(target: Path) -> Path:
+    # The same folder, because a rename is atomic only within one file system; the random part is for threads, and for
+    # processes of the same number in different containers.
+    return target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
