@@ -1,73 +1,167 @@
-"""The rules that keep the code liveable, checked on the source: who imports what, sizes, a README that is true."""
+"""The rules that keep the code liveable, checked on the source: who imports what, sizes, docstrings, a true README.
+
+Each test lists every violation in its message. The rules themselves are in support/house_rules.py.
+"""
 
 from __future__ import annotations
 
-import ast
 from pathlib import Path
 
-import pytest
+from support import house_rules as rules
+from support.house import ROOT, House
 
-ROOT = Path(__file__).resolve().parent.parent
-RUNTIME, BUILDER = ROOT / "python" / "chunkkv", ROOT / "builder"
-SHIPPED = [*RUNTIME.rglob("*.py"), *BUILDER.rglob("*.py")]
-EVERYTHING = [path for name in ("tests", "benchmarks", "examples") for path in (ROOT / name).rglob("*.py")] + SHIPPED
-
-
-def names(path: Path) -> str:
-    return path.relative_to(ROOT).as_posix()
-
-
-def imports(path: Path) -> set[str]:
-    """Return the top-level packages a file imports, lazily or not."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            found.add((node.module or "").split(".")[0])
-    return found
-
-
-@pytest.mark.parametrize("path", SHIPPED, ids=names)
-def test_each_file_imports_only_what_its_room_may(path: Path) -> None:
-    found = imports(path)
-    assert not found & {"torch", "transformers", "kvpress", "safetensors", "pickle"}
-    assert "lm_eval" not in found or path.name in ("lm_eval_model.py", "lm_eval_command.py")
-    assert "matplotlib" not in found or path == RUNTIME / "evaluation" / "plots.py"
-    if BUILDER / "backends" not in path.parents and RUNTIME / "executors" not in path.parents:
-        assert not found & {"tensorrt", "tensorrt_llm"}
-    if RUNTIME in path.parents:
-        assert "chunkkv_builder" not in found
-        assert "onnxruntime" not in found or path.parent.name == "executors"
-    else:
-        assert "onnxruntime" not in found, "the builder writes graphs, it does not run them"
+HOUSE = House()
+# What the rules find today and must not find tomorrow; take a line out as soon as it is mended.
+STILL: set[str] = {
+    "chunkkv.evaluation.texts.prompts_file imports chunkkv.cli.evaluate",
+    "chunkkv.profile.measure imports chunkkv.cli.options",
+    "chunkkv.requests imports chunkkv.text.tokenizer",
+    "chunkkv.executors.onnxruntime.executor ⇄ chunkkv.executors.onnxruntime.layer_lengths"
+    " ⇄ chunkkv.executors.onnxruntime.prefill",
+    "chunkkv.triton.repository.write ⇄ chunkkv.triton.repository.write_trtllm",
+    "chunkkv.executors.tensorrt_llm.engine imports tensorrt",
+    "chunkkv.evaluation.prefilled imports chunkkv.executors.onnxruntime.executor",
+    "chunkkv.evaluation.runner imports chunkkv.executors.onnxruntime.prefill",
+    "chunkkv.batching.lanes asks getattr(executor, 'kv_pool_bytes', None)",
+    "chunkkv.evaluation.lm_eval.continuations asks hasattr(self._executor, 'score_block')",
+    "chunkkv.evaluation.runner asks hasattr(decoder, 'layer_lengths')",
+    "chunkkv.evaluation.runner asks isinstance(self._executor.prefiller(), BlockwisePrefiller)",
+    "chunkkv.evaluation.runner asks isinstance(prefiller, BlockwisePrefiller)",
+    "Decoder: chunkkv.executors.interface, chunkkv.executors.onnxruntime.executor",
+    "KVCache: chunkkv.executors.interface, chunkkv.executors.onnxruntime.executor, chunkkv.native.kv",
+    "Plan: chunkkv.evaluation.evaluator, chunkkv_builder.plan",
+    "Rows: chunkkv.native.library, chunkkv.native.structs",
+    "builder/onnx_graph/",
+    "builder/backends/",
+}
 
 
-@pytest.mark.parametrize("path", EVERYTHING, ids=names)
-def test_files_and_functions_stay_readable(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 400
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            assert (node.end_lineno or 0) - node.lineno < 60, node.name
+def check(violations: list[str]) -> None:
+    """Fail with one line for each violation that is not known."""
+    unknown = [line for line in violations if line not in STILL]
+    assert not unknown, "\n".join(["", *unknown])
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=names)
-def test_public_names_say_what_they_are(path: Path) -> None:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    assert ast.get_docstring(tree), "a module says what it is for"
-    for node in tree.body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
-            assert ast.get_docstring(node), node.name
+def test_imports_of_the_runtime_point_to_lower_floors() -> None:
+    check(rules.upward_arrows(HOUSE))
 
 
-@pytest.mark.parametrize("path", [p for p in SHIPPED if p.name != "__init__.py"], ids=names)
-def test_the_readme_tree_names_every_module(path: Path) -> None:
-    assert path.name in (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_builder_uses_the_runtimes_lower_floors_and_the_runtime_nothing_of_the_builder() -> None:
+    check(rules.arrows_between_packages(HOUSE))
 
 
-def test_pictures_are_drawn_lazily() -> None:
-    """matplotlib is an extra: no module may need it to be imported."""
-    tree = ast.parse((RUNTIME / "evaluation" / "plots.py").read_text(encoding="utf-8"))
-    top = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
-    assert not any("matplotlib" in ast.unparse(node) for node in top)
+def test_no_modules_import_each_other() -> None:
+    check(rules.import_circles(HOUSE))
+
+
+def test_heavy_packages_are_imported_in_their_rooms_only() -> None:
+    check(rules.packages_out_of_place(HOUSE))
+
+
+def test_an_executor_is_chosen_in_one_place() -> None:
+    check(rules.engines_known_by_name(HOUSE))
+
+
+def test_what_an_executor_can_do_is_declared_not_probed() -> None:
+    check(rules.probes(HOUSE))
+
+
+def test_no_environment_variables_beyond_two() -> None:
+    check(rules.environment_variables(HOUSE))
+
+
+def test_includes_of_the_plugins_point_inward() -> None:
+    check(rules.native_arrows(ROOT))
+
+
+def test_files_and_functions_stay_readable() -> None:
+    check(rules.sizes(ROOT))
+
+
+def test_modules_and_public_names_have_docstrings() -> None:
+    check(rules.missing_docstrings(HOUSE))
+
+
+def test_no_two_public_classes_share_a_name() -> None:
+    check(rules.repeated_class_names(HOUSE))
+
+
+def test_the_readme_tree_names_folders_that_exist() -> None:
+    check(rules.untrue_readme_folders(ROOT))
+
+
+PLANTED = {
+    "python/chunkkv/__init__.py": '"""The package."""\n',
+    "python/chunkkv/errors.py": '"""E."""\nfrom chunkkv.session import run\n',
+    "python/chunkkv/session.py": '"""S."""\nfrom . import native\nfrom .executors import tensorrt, load\n',
+    "python/chunkkv/native/__init__.py": '"""N."""\nfrom ..engine import fields\n',
+    "python/chunkkv/engine/__init__.py": '"""E."""\n',
+    "python/chunkkv/engine/fields.py": (
+        '"""F."""\nimport os, typing\nif typing.TYPE_CHECKING:\n    from chunkkv.errors import Wrong\n'
+        'KEY = "HOME"\nos.environ[KEY], os.getenv("CHUNKKV_LIB"), "USER" in os.environ\n'
+    ),
+    "python/chunkkv/executors/__init__.py": '"""X."""\n',
+    "python/chunkkv/executors/load.py": '"""L."""\ndef load():\n    """L."""\n    from .tensorrt import run\n',
+    "python/chunkkv/executors/tensorrt.py": '"""T."""\nimport importlib\nimportlib.import_module("onnxruntime")\n',
+    "python/chunkkv/attic.py": '"""A."""\nhasattr(self._executor, "run"), getattr(a, "b", 0), isinstance(x, Decoder)\n',
+    "python/chunkkv/evaluation/__init__.py": "import chunkkv_builder.plan\nclass Plan:\n    def make(self): ...\n",
+    "python/chunkkv/evaluation/report.py": '"""R."""\nimport matplotlib.pyplot\n',
+    "builder/chunkkv_builder/__init__.py": '"""B."""\n',
+    "builder/chunkkv_builder/plan.py": '"""P."""\nimport chunkkv.session, chunkkv.engine\nclass Plan:\n    """P."""\n',
+    "plugins/api.h": '#include "chunkkv/layout.h"\n',
+    "plugins/emulator/simt.h": "\n" * 401,
+    "plugins/include/chunkkv/layout.h": "",
+    "plugins/kernels/score.cu": '#include "api.h"\n#include <NvInfer.h>\n#include "simt.h"\n// getenv("PATH")\n',
+    "tests/test_x.py": "def test_x() -> None:\n" + "    x = 1\n" * 60,
+    "README.md": "    plugins/        native\n      kernels/      the op\n      cellar/       gone\n",
+}
+FOUND = """
+chunkkv.attic lies in no room of support.house_rules.FLOORS
+chunkkv.errors imports chunkkv.session
+chunkkv.native imports chunkkv.engine.fields: native stands alone on the ground floor
+chunkkv.session imports chunkkv.native: native stands alone on the ground floor
+chunkkv.evaluation imports chunkkv_builder.plan
+chunkkv_builder.plan imports chunkkv.session
+chunkkv.engine.fields ⇄ chunkkv.errors ⇄ chunkkv.native ⇄ chunkkv.session
+chunkkv.evaluation.report imports matplotlib when it is imported; do it where it is used
+chunkkv.executors.tensorrt imports onnxruntime
+chunkkv.session imports chunkkv.executors.tensorrt
+chunkkv.attic asks hasattr(self._executor, 'run')
+chunkkv.attic asks isinstance(x, Decoder)
+chunkkv.engine.fields reads the environment variable HOME
+chunkkv.engine.fields reads the environment variable USER
+score.cu reads the environment variable PATH
+plugins/kernels/score.cu includes plugins/api.h
+plugins/kernels/score.cu includes NvInfer.h
+plugins/kernels/score.cu includes plugins/emulator/simt.h
+tests/test_x.py: test_x has 60 lines
+plugins/emulator/simt.h has 401 lines
+chunkkv.evaluation
+chunkkv.evaluation.Plan
+chunkkv.evaluation.Plan.make
+Plan: chunkkv.evaluation, chunkkv_builder.plan
+plugins/cellar/
+"""
+
+
+def test_every_rule_finds_what_breaks_it(tmp_path: Path) -> None:
+    for name, text in PLANTED.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    house = House(tmp_path)
+    found = [
+        *rules.upward_arrows(house),
+        *rules.arrows_between_packages(house),
+        *rules.import_circles(house),
+        *rules.packages_out_of_place(house),
+        *rules.engines_known_by_name(house),
+        *rules.probes(house),
+        *rules.environment_variables(house),
+        *rules.native_arrows(tmp_path),
+        *rules.sizes(tmp_path),
+        *rules.missing_docstrings(house),
+        *rules.repeated_class_names(house),
+        *rules.untrue_readme_folders(tmp_path),
+    ]
+    assert found == FOUND.split("\n")[1:-1]
