@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,13 +17,16 @@ from test_tensorrt_llm_executor import engine_dir
 
 from chunkkv.cli import doctor
 from chunkkv.cli import main as cli
-from chunkkv.engine.directory import EngineFiles
+from chunkkv.engine.directory import TENSORRT_LLM
+from chunkkv.engine.preconditions import BUILD_PRECONDITIONS, build_values, check
 from chunkkv.errors import ConfigError
 from chunkkv.findings import BREAKS, OK, WARNING, Finding
 from chunkkv.gpu import tensorrt_library
 from chunkkv.gpu.cuda_runtime import CudaRuntime
 from chunkkv.triton.repository import pbtxt
 from chunkkv.triton.repository.check import LOADER
+from chunkkv_builder.manifest import write_manifest
+from chunkkv_builder.progress import Progress
 
 GOOD = {
     "gpt_model_path": "",  # the engine's own
@@ -164,14 +168,65 @@ def test_directories_that_are_damaged_or_not_whole(machine: Path, tmp_path: Path
     assert ranks.state == WARNING and "mpirun -n 2" in ranks.change
 
 
-def test_an_engine_whose_build_settings_do_not_hold(machine: Path) -> None:
-    files = EngineFiles.load(engine_dir("late"))
-    files.build["plugin_config"] |= {"multiple_profiles": True, "tokens_per_block": 64}
-    files.build["max_beam_width"] = 4
-    found = {finding.check: finding for finding in doctor._tensorrt_llm(files)}
-    assert found["multiple_profiles"].change == "build again with --multiple_profiles disable"
-    assert found["max_beam_width"].found == "4; ChunkKV needs 1"
-    assert found["tokens_per_block"].state == BREAKS
+def built_with(folder: Path, plugin_config: dict[str, Any] | None = None, **build_config: Any) -> Path:
+    """Return a copy of a good engine directory whose config.json says that it was built with other values."""
+    shutil.copytree(engine_dir("late"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["build_config"] |= build_config
+    config["build_config"]["plugin_config"] |= plugin_config or {}
+    (folder / "config.json").write_text(json.dumps(config))
+    write_manifest(folder, TENSORRT_LLM, {"tensorrt": "10.14.1.48", "tensorrt_llm": "1.2.1"}, Progress("error"))
+    return folder
+
+
+def test_an_engine_whose_build_settings_do_not_hold(machine: Path, tmp_path: Path) -> None:
+    plugin_config = {"multiple_profiles": True, "tokens_per_block": 64}
+    found = checked(built_with(tmp_path / "engine", plugin_config, max_beam_width=4))
+    assert "--multiple_profiles disable" in named(found, "multiple_profiles").change
+    assert named(found, "max_beam_width").found.startswith("4; ChunkKV needs 1")
+    assert named(found, "tokens_per_block").state == BREAKS
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("gpt_attention_plugin", value) for value in ("auto", "bfloat16", "float32", None)),
+        *(("remove_input_padding", value) for value in (True, None, False)),
+        *(("context_fmha", value) for value in (True, False)),
+        *(("paged_kv_cache", value) for value in (True, None, False)),
+        *(("kv_cache_type", value) for value in ("PAGED", "paged", None, "CONTINUOUS", "disabled")),
+        *(("max_beam_width", value) for value in (0, 1, 4)),
+        *(("max_draft_len", value) for value in (0, "disabled", 3)),
+        *(("speculative_decoding_mode", value) for value in (0, 1, "None", "disable", "MEDUSA", 2)),
+        *(("multiple_profiles", value) for value in (False, "disabled", True)),
+        *(("streamingllm", value) for value in (False, "disabled", True)),
+        *(("fuse_fp4_quant", value) for value in (False, "disabled", True)),
+        *(("tokens_per_block", value) for value in (64, 48, "64")),
+        *(("workers", value) for value in (1, 2)),
+        *(("auto_parallel", value) for value in (1, 2)),
+        *(("lora_dir", value) for value in (None, ["adapters"])),
+    ],
+)
+@pytest.mark.parametrize("section", ["build_config", "plugin_config"])
+def test_doctor_and_builder_agree_on_every_value(
+    machine: Path, tmp_path: Path, section: str, name: str, value: Any
+) -> None:
+    changes = {"plugin_config": {name: value}} if section == "plugin_config" else {name: value}
+    path = built_with(tmp_path / "engine", **changes)
+    config = json.loads((path / "config.json").read_text())["build_config"]
+    plugin_config = SimpleNamespace(**config.pop("plugin_config"))
+    try:
+        check(BUILD_PRECONDITIONS, build_values(SimpleNamespace(**config), plugin_config))
+        refused = ""
+    except ConfigError as error:
+        refused = str(error).split()[0]
+    found = {finding.check for finding in checked(path) if finding.state == BREAKS}
+    assert (name in found) == (refused == name), (found, refused)
+
+
+def test_every_precondition_is_compared() -> None:
+    values = test_doctor_and_builder_agree_on_every_value.pytestmark[1].args[1]
+    assert {name for name, _ in values} == {each.name for each in BUILD_PRECONDITIONS}
 
 
 def test_the_command(machine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,10 +15,12 @@ import pytest
 from support.tensorrt_llm_builds import GENERATIONS, LlmBuild, build_config, doubles, llm_checkpoint, llm_model
 from support.tensorrt_llm_double import Machine
 
+from chunkkv.engine.preconditions import BUILD_PRECONDITIONS as BUILD
+from chunkkv.engine.preconditions import build_values, check
 from chunkkv.errors import BuildError, ConfigError
 from chunkkv.settings import ChunkKVSettings
 from chunkkv_builder.backends.tensorrt_llm.model import POSITION_TYPES, ROPE_SCALINGS, LlmModel
-from chunkkv_builder.backends.tensorrt_llm.preconditions import BUILD, LAYER, values_of
+from chunkkv_builder.backends.tensorrt_llm.preconditions import LAYER_PRECONDITIONS as LAYER
 from chunkkv_builder.backends.tensorrt_llm.trtllm_flags import read_flags
 from chunkkv_builder.flags import parse
 
@@ -99,8 +101,7 @@ def test_the_commands_of_the_page_are_understood() -> None:
         flags = parse(shlex.split(command)[1:])
         given, unknown = read_flags(flags.passed_on, None)
         assert unknown == []
-        for precondition in BUILD:
-            precondition.check(values_of(given))
+        check(BUILD, build_values(given))
 
 
 def config_with(tmp_path: Path, **values: Any) -> Path:
@@ -358,7 +359,7 @@ def test_values_are_read_from_flags_configurations_and_enums(late: Machine) -> N
 
     config = BuildConfig(kv_cache_type=KVCacheType.CONTINUOUS, max_beam_width=2)
     plugins = PluginConfig(gpt_attention_plugin=None, context_fmha=False)
-    found = values_of(config, plugins)
+    found = build_values(config, plugins)
     assert (found["kv_cache_type"], found["max_beam_width"]) == ("continuous", 2)
     assert found["gpt_attention_plugin"] is None and found["context_fmha"] is False
-    assert values_of(SimpleNamespace(remove_input_padding="disable")) == {"remove_input_padding": False}
+    assert build_values(SimpleNamespace(remove_input_padding="disable")) == {"remove_input_padding": False}

@@ -6,12 +6,12 @@ import dataclasses
 import importlib.metadata
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 from chunkkv.engine.directory import TENSORRT_LLM, EngineFiles, hash_file
+from chunkkv.engine.preconditions import BUILD_PRECONDITIONS, broken, build_values, shown
 from chunkkv.engine.tensorrt_llm_side_file import SideFile, engine_file
 from chunkkv.errors import BackendUnavailableError, EngineError
 from chunkkv.findings import BREAKS, WARNING, Finding, breaks, ok, warning
@@ -19,20 +19,6 @@ from chunkkv.triton.repository.check import check_repository
 
 _PACKAGES = {"onnxruntime": ("onnxruntime",), "tensorrt": ("tensorrt",), TENSORRT_LLM: ("tensorrt", "tensorrt_llm")}
 _WHEELS = {"tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"), "tensorrt_llm": ("tensorrt-llm",)}
-_OFF = (None, False, 0, "disable", "none")
-# Of a TensorRT-LLM engine: section, name, what holds, what it must be.
-_PRECONDITIONS: tuple[tuple[str, str, Callable[[Any], bool], str], ...] = (
-    ("plugin_config", "gpt_attention_plugin", lambda v: v in ("auto", "float16", "bfloat16"), "float16 or bfloat16"),
-    ("plugin_config", "remove_input_padding", lambda v: v in (None, True), "enable"),
-    ("plugin_config", "context_fmha", lambda v: v in (None, True), "enable"),
-    ("plugin_config", "multiple_profiles", lambda v: v in _OFF, "disable"),
-    ("plugin_config", "streamingllm", lambda v: v in _OFF, "disable"),
-    ("plugin_config", "fuse_fp4_quant", lambda v: v in _OFF, "disable"),
-    ("build_config", "kv_cache_type", lambda v: v is None or str(v).lower() == "paged", "paged"),
-    ("build_config", "max_beam_width", lambda v: v in (None, 1), "1"),
-    ("build_config", "max_draft_len", lambda v: v in _OFF, "0"),
-    ("build_config", "speculative_decoding_mode", lambda v: v in (None, 1) or str(v).lower() == "none", "none"),
-)
 
 
 def diagnose(
@@ -140,12 +126,12 @@ def _tensorrt_llm(files: EngineFiles) -> list[Finding]:
     """Check what TensorRT-LLM wrote of the build against what ChunkKV needs."""
     side, found = SideFile.read(files.path), []
     plugin = files.build.get("plugin_config")
-    sections = {"plugin_config": plugin if isinstance(plugin, dict) else {}, "build_config": files.build}
-    for section, name, holds, wanted in _PRECONDITIONS:
-        value = sections[section].get(name)
-        if not holds(value):
-            found.append(breaks(name, f"{value}; ChunkKV needs {wanted}", f"build again with --{name} {wanted}"))
-    block = sections["plugin_config"].get("tokens_per_block", side.tokens_per_block)
+    plugin_config = plugin if isinstance(plugin, dict) else {}
+    values = build_values(SimpleNamespace(**files.build), SimpleNamespace(**plugin_config))
+    for each in broken(BUILD_PRECONDITIONS, values):
+        needed = f"{shown(values[each.name])}; ChunkKV needs {each.allowed}"
+        found.append(breaks(each.name, needed, f"build it again: {each.remedy}"))
+    block = plugin_config.get("tokens_per_block", side.tokens_per_block)
     if block != side.tokens_per_block:
         what = f"config.json says {block}, the plugins were built for {side.tokens_per_block}"
         found.append(breaks("tokens_per_block", what, "build it again"))

@@ -15,15 +15,16 @@ import numpy as np
 import chunkkv
 from chunkkv.engine.json_files import read_object
 from chunkkv.engine.layer_groups import layer_groups
+from chunkkv.engine.preconditions import BUILD_PRECONDITIONS, build_values, check
 from chunkkv.engine.tensorrt_llm_side_file import SIDE_FILE, RankLayers, SideFile, engine_file
 from chunkkv.errors import BuildError, ConfigError, EngineError
 from chunkkv.settings import ChunkKVSettings
 from chunkkv.text.tokenizer import TOKENIZER_FILE, Tokenizer
-from chunkkv_builder.backends.tensorrt_llm import preconditions
 from chunkkv_builder.backends.tensorrt_llm.layers import rank_layers
 from chunkkv_builder.backends.tensorrt_llm.library import Plugins
 from chunkkv_builder.backends.tensorrt_llm.model import CONFIG_FILE, LlmModel
 from chunkkv_builder.backends.tensorrt_llm.plugins import delimiter_words
+from chunkkv_builder.backends.tensorrt_llm.preconditions import check_lengths, longest_prompt
 from chunkkv_builder.backends.tensorrt_llm.wrapper import Rank, Shape, injected
 from chunkkv_builder.checkpoint.hugging_face import TOKENIZER_FILES
 
@@ -89,15 +90,15 @@ class EngineBuild:
         """Return the Engine of one rank; `build` is tensorrt_llm.builder.build."""
         facts = LlmModel.from_values(model.config.to_dict(), "the model's configuration")
         self.check_model(facts)
-        preconditions.check(preconditions.BUILD, preconditions.values_of(build_config, build_config.plugin_config))
-        preconditions.check_lengths(facts, build_config)
+        check(BUILD_PRECONDITIONS, build_values(build_config, build_config.plugin_config))
+        check_lengths(facts, build_config)
         if self.plugins is None:
             self.plugins = Plugins()
         mapping = model.config.mapping
         stage = list(mapping.pp_layers(facts.num_layers))
         layers = rank_layers(self.settings, stage, mapping.rank, mapping.tp_rank, mapping.pp_rank)
         group = tuple(mapping.tp_group) if self._tp_agree else ()
-        longest = preconditions.longest_prompt(facts, build_config)
+        longest = longest_prompt(facts, build_config)
         rank = Rank(self.settings, layers, self.plugins, facts.vocab_size, longest, self._words(facts), group)
         with injected(rank) as injection:
             engine = build(model, build_config)

@@ -10,11 +10,13 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+from chunkkv.engine.preconditions import BUILD_PRECONDITIONS, build_values, check
 from chunkkv.errors import BackendUnavailableError, BuildError, ChunkKVError, ConfigError
-from chunkkv_builder.backends.tensorrt_llm import library, preconditions
+from chunkkv_builder.backends.tensorrt_llm import library
 from chunkkv_builder.backends.tensorrt_llm.api import EngineBuild
 from chunkkv_builder.backends.tensorrt_llm.layers import even_stages, rank_layers
 from chunkkv_builder.backends.tensorrt_llm.model import LlmModel
+from chunkkv_builder.backends.tensorrt_llm.preconditions import check_lengths
 from chunkkv_builder.backends.tensorrt_llm.print_plan import print_plan
 from chunkkv_builder.backends.tensorrt_llm.trtllm_flags import read_flags
 from chunkkv_builder.flags import UsageError, chunkkv_settings, with_flag_name
@@ -62,14 +64,14 @@ def _checked(flags: argparse.Namespace, given: argparse.Namespace) -> tuple[Engi
     if source is None:
         raise UsageError("--checkpoint_dir is missing; give the output directory of convert_checkpoint.py")
     with _as_usage():
-        preconditions.check(preconditions.BUILD, preconditions.values_of(given))
+        check(BUILD_PRECONDITIONS, build_values(given))
     model = LlmModel.read(source)
     if not flags.dry_run:
         model.check_weights(source)
     settings = chunkkv_settings(flags, model.num_layers)
     assert settings is not None  # flags.py insists on --chunkkv
     with _as_usage():
-        preconditions.check_lengths(model, given)
+        check_lengths(model, given)
     with _as_usage("chunkkv_"):
         build = EngineBuild(settings, flags.tokenizer_dir, flags.chunkkv_tp_agree)
         build.check_model(model)

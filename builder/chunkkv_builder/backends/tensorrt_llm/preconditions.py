@@ -1,100 +1,23 @@
-"""Everything that must hold for a ChunkKV engine of TensorRT-LLM, each with the flag that makes it hold.
-
-BUILD is looked up in flags, in a BuildConfig and in the PluginConfig of a network: a name that a version does not have
-is not checked. LAYER is looked up in the keywords that an attention layer calls gpt_attention with.
-"""
+"""What must hold in the network of a model and for its lengths; the rest is in chunkkv.engine.preconditions."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from chunkkv.engine.preconditions import Precondition
 from chunkkv.errors import ConfigError
 from chunkkv_builder.backends.tensorrt_llm.model import POSITION_TYPES, ROPE_SCALINGS, LlmModel
-
-_OFF = (None, False, 0, "none", "disable", "disabled")
-_ATTENTION_DTYPES = ("auto", "float16", "bfloat16")
-
-
-@dataclass(frozen=True)
-class Precondition:
-    """`name` is a flag of trtllm-build or a keyword of gpt_attention; `remedy` says what to change."""
-
-    name: str
-    allowed: str
-    remedy: str
-    holds: Callable[[Any], bool]
-
-    def check(self, values: Mapping[str, Any]) -> None:
-        """Raise ConfigError where `values` has the name with a value that is not allowed."""
-        if self.name in values and not self.holds(values[self.name]):
-            raise ConfigError(f"{self.name} is {_shown(values[self.name])}; allowed is {self.allowed}: {self.remedy}")
-
-
-def _off(name: str, why: str, remedy: str = "") -> Precondition:
-    return Precondition(name, f"none ({why})", remedy or f"leave --{name} out", lambda value: value in _OFF)
-
-
-def _disabled(name: str, why: str) -> Precondition:
-    return Precondition(name, f"disable ({why})", f"give --{name} disable", lambda value: value in _OFF)
-
-
-def _enabled(name: str, why: str) -> Precondition:
-    return Precondition(name, f"enable ({why})", f"give --{name} enable", lambda value: value in (True, None))
-
-
-def _at_most_one(name: str, why: str) -> Precondition:
-    return Precondition(name, f"1 ({why})", f"give --{name} 1", lambda value: value in (None, 0, 1))
-
-
-BUILD = (
-    Precondition(
-        "gpt_attention_plugin",
-        "float16 or bfloat16 (ChunkKV stands behind that plugin)",
-        "give --gpt_attention_plugin auto",
-        lambda value: value in _ATTENTION_DTYPES,
-    ),
-    _enabled("remove_input_padding", "the plugins read packed tokens"),
-    Precondition(
-        "kv_cache_type",
-        "paged (kept tokens move within the blocks of the cache)",
-        "give --kv_cache_type paged",
-        lambda value: value in (None, "paged"),
-    ),
-    _enabled("paged_kv_cache", "kept tokens move within the blocks of the cache"),
-    _enabled("context_fmha", "prefill must not write padded attention masks"),
-    _at_most_one("max_beam_width", "beams share the blocks of a prompt"),
-    _disabled("multiple_profiles", "the engine must have one profile"),
-    _disabled("streamingllm", "it drops tokens by itself"),
-    _disabled("fuse_fp4_quant", "attention would give fp4"),
-    Precondition(
-        "speculative_decoding_mode",
-        "none (draft tokens are taken back by cache length)",
-        "leave --speculative_decoding_mode out",
-        lambda value: value in _OFF or value == 1,
-    ),
-    _off("max_draft_len", "draft tokens are taken back by cache length"),
-    Precondition(
-        "tokens_per_block",
-        "a power of two",
-        "give --tokens_per_block 32 or 64",
-        lambda value: value is None or (value > 0 and value & (value - 1) == 0),
-    ),
-    _at_most_one("workers", "more workers are new processes, which would build without ChunkKV"),
-    _at_most_one("auto_parallel", "it rewrites the network: convert the checkpoint with --tp_size instead"),
-    _off("lora_dir", "adapters are given to the runtime", "leave --lora_dir out, give --lora_target_modules"),
-)
 
 _NO_SPECULATION = "leave --speculative_decoding_mode out"
 _UNSUPPORTED = "this model is not supported: build it with trtllm-build, without ChunkKV"
 
 
-def _absent(name: str, what: str, remedy: str = _UNSUPPORTED) -> Precondition:
-    return Precondition(name, f"none ({what})", remedy, lambda value: value is None or value is False)
+def _absent(name: str, feature: str, remedy: str = _UNSUPPORTED) -> Precondition:
+    return Precondition(name, f"none ({feature})", remedy, lambda value: value is None or value is False)
 
 
-LAYER = (
+# Looked up in the keywords that an attention layer calls gpt_attention with.
+LAYER_PRECONDITIONS = (
     Precondition("use_cache", "True", "give --kv_cache_type paged", bool),
     Precondition(
         "qkv",
@@ -146,24 +69,6 @@ LAYER = (
 )
 
 
-def check(table: tuple[Precondition, ...], values: Mapping[str, Any]) -> None:
-    """Raise ConfigError for the first precondition of `table` that `values` break."""
-    for precondition in table:
-        precondition.check(values)
-
-
-def values_of(*objects: Any) -> dict[str, Any]:
-    """Return what the objects (flags, a BuildConfig, a PluginConfig) say under the names of BUILD, as flags say it."""
-    found: dict[str, Any] = {}
-    for name in (precondition.name for precondition in BUILD):
-        for each in objects:
-            # paged_kv_cache of a PluginConfig is None until the build has decided.
-            value = getattr(each, name, None)
-            if value is not None or (hasattr(each, name) and name not in found):
-                found[name] = _as_flag(value)
-    return found
-
-
 def check_lengths(model: LlmModel, limits: Any) -> None:
     """Raise ConfigError where a prompt cannot run in one piece, or a position would have no rotary row.
 
@@ -197,19 +102,3 @@ def longest_prompt(model: LlmModel, limits: Any) -> int:
     """
     longest = limits.max_seq_len or model.default_max_seq_len
     return min(longest, limits.max_num_tokens or longest)
-
-
-def _as_flag(value: Any) -> Any:
-    value = getattr(value, "name", value)
-    if isinstance(value, str):
-        value = value.lower()
-    return {"enable": True, "disable": False}.get(value, value) if isinstance(value, str) else value
-
-
-def _shown(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return "enable" if value else "disable"
-    if isinstance(value, (list, tuple)):
-        return f"a list of {len(value)}"
-    text = str(getattr(value, "name", value))
-    return text if len(text) <= 60 else type(value).__name__

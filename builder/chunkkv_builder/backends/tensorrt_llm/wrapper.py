@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 
+from chunkkv.engine.preconditions import BUILD_PRECONDITIONS, build_values, check
 from chunkkv.engine.tensorrt_llm_side_file import KV_ITEM_BYTES, RankLayers
 from chunkkv.errors import BuildError, ConfigError
 from chunkkv.settings import ChunkKVSettings
 from chunkkv_builder.backends.tensorrt_llm import plugins as nodes
-from chunkkv_builder.backends.tensorrt_llm import preconditions
 from chunkkv_builder.backends.tensorrt_llm.allreduce import sum_over_ranks
 from chunkkv_builder.backends.tensorrt_llm.library import Plugins
+from chunkkv_builder.backends.tensorrt_llm.preconditions import LAYER_PRECONDITIONS
 
 _STATE = "_chunkkv"  # the attribute of a network that holds what its layers share
 _HOST_INPUTS = (
@@ -106,8 +107,8 @@ def _wrapped(original: Callable[..., Any], rank: Rank, injection: Injection) -> 
         from tensorrt_llm._common import default_net
 
         net, given = default_net(), {**defaults, **given}
-        preconditions.check(preconditions.BUILD, preconditions.values_of(net.plugin_config))
-        preconditions.check(preconditions.LAYER, given)
+        check(BUILD_PRECONDITIONS, build_values(net.plugin_config))
+        check(LAYER_PRECONDITIONS, given)
         _check_host_inputs(given)
         if not hasattr(net, _STATE):
             setattr(net, _STATE, _Network(rank, net, given))
