@@ -13,7 +13,7 @@ import pytest
 from support import engines
 from support.cuda_double import CudartDouble
 from support.tensorrt_llm_builds import llm_checkpoint
-from test_tensorrt_llm_executor import engine_dir
+from test_tensorrt_llm_executor import TOKENS_PER_BLOCK, engine_dir
 
 from chunkkv.cli import doctor
 from chunkkv.cli import main as cli
@@ -201,7 +201,7 @@ def test_an_engine_whose_build_settings_do_not_hold(machine: Path, tmp_path: Pat
         *(("multiple_profiles", value) for value in (False, "disabled", True)),
         *(("streamingllm", value) for value in (False, "disabled", True)),
         *(("fuse_fp4_quant", value) for value in (False, "disabled", True)),
-        *(("tokens_per_block", value) for value in (64, 48, "64")),
+        *(("tokens_per_block", value) for value in (TOKENS_PER_BLOCK, 48, "64")),
         *(("workers", value) for value in (1, 2)),
         *(("auto_parallel", value) for value in (1, 2)),
         *(("lora_dir", value) for value in (None, ["adapters"])),
