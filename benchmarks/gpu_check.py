@@ -54,7 +54,7 @@ class Run:
     def __init__(self, dry_run: bool, output: Path) -> None:
         self.begin, self.dry_run, self.output = time.monotonic(), dry_run, output
         self.environment = dict(os.environ, OPENBLAS_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
-        self.environment["PYTHONPATH"] = os.pathsep.join(str(ROOT / part) for part in ("", "python", "tests"))
+        self.environment["PYTHONPATH"] = os.pathsep.join(str(ROOT / part) for part in ("", "python", "builder", "tests"))
         self.result: dict[str, Any] = {
             "dry_run": dry_run,
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -180,12 +180,6 @@ def host_tests(run: Run, step: str, files: list[str], modules: tuple[str, ...], 
     compiler = () if shutil.which(os.environ.get("CXX", "g++")) else ("a C++ compiler",)
     if reason := missing_modules(*modules, also=compiler):
         return run.record(step, {"skipped": reason})
-    link = ROOT / "build" / "gpu_check" / "python" / "chunkkv_builder"  # the package's name differs from its folder's
-    if not link.exists():
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(Path("..", "..", "..", "builder"), target_is_directory=True)
-    if str(link.parent) not in run.environment["PYTHONPATH"].split(os.pathsep):
-        run.environment["PYTHONPATH"] += os.pathsep + str(link.parent)
     return run.child(step, pytest_command(run, files), share=share)
 
 

@@ -10,7 +10,6 @@ RUN apt-get update && apt-get install -y --no-install-recommends cmake g++ && rm
 WORKDIR /src
 COPY CMakeLists.txt ./
 COPY plugins plugins
-COPY tests/native tests/native
 # sm_80 to sm_120. The plugin interface is declared in plugins/tensorrt/abi, so no TensorRT headers are needed.
 RUN cmake -S . -B build -DCHUNKKV_RELEASE=ON && cmake --build build --parallel \
     --target chunkkv chunkkv_tensorrt10 chunkkv_tensorrt_loader
