@@ -54,7 +54,9 @@ class Run:
     def __init__(self, dry_run: bool, output: Path) -> None:
         self.begin, self.dry_run, self.output = time.monotonic(), dry_run, output
         self.environment = dict(os.environ, OPENBLAS_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
-        self.environment["PYTHONPATH"] = os.pathsep.join(str(ROOT / part) for part in ("", "python", "builder", "tests"))
+        self.environment["PYTHONPATH"] = os.pathsep.join(
+            str(ROOT / part) for part in ("", "python", "builder", "tests")
+        )
         self.result: dict[str, Any] = {
             "dry_run": dry_run,
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),

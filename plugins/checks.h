@@ -6,11 +6,9 @@
 
 #include "chunkkv/chunkkv.h"
 #include "chunkkv/layout.h"
+#include "chunkkv/limits.h"
 
 namespace chunkkv {
-
-constexpr int32_t kHeadSizes[] = {64, 80, 96, 128, 256};
-constexpr int32_t kMaxGroup = 16;
 
 /// The last failure of this thread; a fixed buffer, so that reporting one cannot fail itself.
 struct Failure {
@@ -37,6 +35,10 @@ inline bool inRange(const char* name, int64_t value, int64_t low, int64_t high) 
                 static_cast<long long>(low), static_cast<long long>(high));
 }
 
+inline bool isAllowed(const limits::Setting& setting, int64_t value) {
+    return inRange(setting.name, value, setting.low, setting.high);
+}
+
 inline bool given(const char* name, const void* pointer) {
     return pointer ? true : fail(CHUNKKV_INVALID_ARGUMENT, "%s is NULL; pass a device pointer", name);
 }
@@ -48,11 +50,10 @@ inline bool atLeast(const char* name, int64_t value, int64_t least, const char* 
 }
 
 inline bool checkSettings(const Settings& s) {
-    if (!(inRange("window", s.window, 1, 128) && inRange("sinks", s.sinks, 0, 65536) &&
-          inRange("chunk_size", s.chunk_size, 1, 256) && inRange("boundaries", s.boundaries, 0, 1) &&
-          inRange("pooling", s.pooling, 1, 63) && inRange("score", s.score, 0, 1) &&
-          inRange("keep_per_10k", s.keep_per_10k, 1, kKeepScale) &&
-          inRange("budget_tokens", s.budget_tokens, 0, INT32_MAX)))
+    if (!(isAllowed(limits::kWindow, s.window) && isAllowed(limits::kSinks, s.sinks) &&
+          isAllowed(limits::kChunkSize, s.chunk_size) && isAllowed(limits::kBoundaries, s.boundaries) &&
+          isAllowed(limits::kPooling, s.pooling) && isAllowed(limits::kScore, s.score) &&
+          isAllowed(limits::kKeepPer10k, s.keep_per_10k) && isAllowed(limits::kBudgetTokens, s.budget_tokens)))
         return false;
     if (s.pooling % 2 == 0)
         return fail(CHUNKKV_INVALID_ARGUMENT, "pooling is %d; allowed are odd values (1 = off)", s.pooling);
@@ -134,9 +135,13 @@ inline bool isFloating(const char* name, int32_t dtype) {
 }
 
 inline bool isHeadSize(int32_t head_dim) {
-    for (const int32_t size : kHeadSizes)
+    char sizes[64] = "";
+    int used = 0;
+    for (const int32_t size : limits::kHeadSizes) {
         if (head_dim == size) return true;
-    return fail(CHUNKKV_UNSUPPORTED, "head_dim is %d; there are kernels for 64, 80, 96, 128 and 256", head_dim);
+        used += std::snprintf(sizes + used, sizeof(sizes) - used, "%s%d", used ? ", " : "", size);
+    }
+    return fail(CHUNKKV_UNSUPPORTED, "head_dim is %d; there are kernels for %s", head_dim, sizes);
 }
 
 inline bool isScoreKernel(int32_t query_dtype, int32_t key_dtype, int32_t head_dim, int32_t group) {
@@ -145,8 +150,8 @@ inline bool isScoreKernel(int32_t query_dtype, int32_t key_dtype, int32_t head_d
         return fail(CHUNKKV_UNSUPPORTED,
                     "key_dtype is %d with query_dtype %d; both must be equal, or keys int8 (3) or fp8 (4)", key_dtype,
                     query_dtype);
-    if (group < 1 || group > kMaxGroup)
-        return fail(CHUNKKV_UNSUPPORTED, "heads / kv_heads is %d; allowed is 1 to %d", group, kMaxGroup);
+    if (group < 1 || group > limits::kMaxGroup)
+        return fail(CHUNKKV_UNSUPPORTED, "heads / kv_heads is %d; allowed is 1 to %d", group, limits::kMaxGroup);
     return true;
 }
 
@@ -156,7 +161,7 @@ inline bool isRopeHead(int32_t head_dim) {
 }
 
 inline bool checkScoreShape(const ScoreParams& p) {
-    if (!(checkSettings(p.settings) && checkRowSizes(p.rows) && inRange("heads", p.heads, 1, 65535) &&
+    if (!(checkSettings(p.settings) && checkRowSizes(p.rows) && inRange("heads", p.heads, 1, CHUNKKV_MAX_HEADS) &&
           inRange("kv_heads", p.kv_heads, 1, p.heads) && inRange("query_is_window", p.query_is_window, 0, 1)))
         return false;
     if (p.heads % p.kv_heads != 0)
@@ -209,7 +214,7 @@ inline bool checkSelect(const SelectParams& p) {
 inline bool checkCompact(const CompactParams& p) {
     const bool every_slot = p.kept_lengths == nullptr;
     if (!((every_slot ? checkRowSizes(p.rows) : checkRows(p.rows)) &&
-          inRange("num_layers", p.num_layers, 1, INT32_MAX) && inRange("kv_heads", p.kv_heads, 1, 65535) &&
+          inRange("num_layers", p.num_layers, 1, INT32_MAX) && inRange("kv_heads", p.kv_heads, 1, CHUNKKV_MAX_HEADS) &&
           inRange("row_bytes", p.row_bytes, 1, 4096) && inRange("max_kept", p.max_kept, 0, INT32_MAX)))
         return false;
     if (!p.layers) return fail(CHUNKKV_INVALID_ARGUMENT, "layers is NULL; pass a host array of num_layers entries");
@@ -235,8 +240,8 @@ inline bool checkCompact(const CompactParams& p) {
 }
 
 inline bool checkRope(const RopeParams& p) {
-    if (!(inRange("num_tokens", p.num_tokens, 0, INT32_MAX) && inRange("heads", p.heads, 1, 65535) &&
-          inRange("kv_heads", p.kv_heads, 1, 65535) && isRopeHead(p.head_dim) &&
+    if (!(inRange("num_tokens", p.num_tokens, 0, INT32_MAX) && inRange("heads", p.heads, 1, CHUNKKV_MAX_HEADS) &&
+          inRange("kv_heads", p.kv_heads, 1, CHUNKKV_MAX_HEADS) && isRopeHead(p.head_dim) &&
           inRange("rotary_dim", p.rotary_dim, 2, p.head_dim) && inRange("style", p.style, 0, 1) &&
           inRange("max_positions", p.max_positions, 1, INT32_MAX) && isFloating("dtype", p.dtype)))
         return false;

@@ -15,11 +15,11 @@ struct NvtxDomain {
 };
 
 class StageRange {
-public:
+  public:
     /// `kept_tokens` is the payload: the most that all rows together may keep, 0 where the op does not know.
     StageRange(const char* stage, int64_t kept_tokens) : range_{stage, nvtx3::payload{kept_tokens}} {}
 
-private:
+  private:
     nvtx3::scoped_range_in<NvtxDomain> range_;
 };
 

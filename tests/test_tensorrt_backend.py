@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -256,16 +255,8 @@ def test_models_that_the_plugins_have_no_kernel_for_are_refused(sizes: tuple[int
     tensorrt_library.check_head_sizes(128, 32, 8)
 
 
-def test_the_plugins_have_the_kernels_that_the_builder_thinks_they_have() -> None:
-    source = (ROOT / "plugins" / "checks.h").read_text(encoding="utf-8")
-    (sizes,) = re.findall(r"kHeadSizes\[\] = \{([\d, ]+)\}", source)
-    (group,) = re.findall(r"kMaxGroup = (\d+);", source)
-    assert tuple(map(int, sizes.split(","))) == tensorrt_library.PLUGIN_HEAD_SIZES
-    assert int(group) == tensorrt_library.PLUGIN_MAX_GROUP
-
-
 def test_a_model_without_kernels_still_builds_without_chunkkv(machine: Double, build, monkeypatch) -> None:
-    monkeypatch.setattr(tensorrt_library, "PLUGIN_HEAD_SIZES", (64,))
+    monkeypatch.setattr(tensorrt_library, "KERNEL_HEAD_SIZES", (64,))
     outcome, folder = build()
     assert "build without --chunkkv, or with --backend onnxruntime" in outcome.error(1) and not folder.exists()
     assert build(chunkkv=False)[0].code == 0

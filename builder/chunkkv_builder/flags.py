@@ -13,16 +13,8 @@ from typing import Any, NoReturn
 from chunkkv.engine.layer_groups import SYNTAX, layer_groups
 from chunkkv.engine.recipe import read_recipe
 from chunkkv.errors import ConfigError
-from chunkkv.settings import (
-    BOUNDARIES,
-    DELIMITER_CHUNK_SIZE,
-    GATES,
-    LEADERS,
-    MAX_CHUNK_SIZE,
-    MAX_WINDOW,
-    SCORES,
-    ChunkKVSettings,
-)
+from chunkkv.limits import CHOICES, RANGES
+from chunkkv.settings import DELIMITER_CHUNK_SIZE, ChunkKVSettings
 from chunkkv.settings import keep_ratio_to_per_10k as to_per_10k
 from chunkkv_builder import config
 from chunkkv_builder.progress import LOG_LEVELS
@@ -279,6 +271,11 @@ def _add_build(add: Callable[..., Any]) -> None:
     add("--dry_run", action="store_true", help="check everything and print the plan, but build nothing")
 
 
+def _range(setting: str) -> str:
+    low, high = RANGES[setting]
+    return f"{low} to {high}"
+
+
 def _add_chunkkv(parser: _Parser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("ChunkKV (all but the first need --chunkkv)")
     add, least = group.add_argument, "window + sinks + chunk size"
@@ -291,8 +288,8 @@ def _add_chunkkv(parser: _Parser) -> argparse._ArgumentGroup:
     )
     budget("--chunkkv_budget_tokens", type=_whole, metavar="N", help="tokens kept, instead of a share")
     numbers = (
-        ("chunk_size", f"tokens of a chunk, 1 to {MAX_CHUNK_SIZE}; {DELIMITER_CHUNK_SIZE} with boundaries delimiter"),
-        ("window", f"last tokens, which are kept and score the others, 1 to {MAX_WINDOW}"),
+        ("chunk_size", f"tokens of a chunk, {_range('chunk_size')}; {DELIMITER_CHUNK_SIZE} with boundaries delimiter"),
+        ("window", f"last tokens, which are kept and score the others, {_range('window')}"),
         ("sinks", "first tokens that are always kept"),
         ("pooling", "odd number of neighbours whose scores are averaged, 1 = off"),
     )
@@ -305,12 +302,12 @@ def _add_chunkkv(parser: _Parser) -> argparse._ArgumentGroup:
         help=f"kept of any prompt, at least {least}; default: {_DEFAULTS.min_tokens}, or {least} if more",
     )
     choices = (
-        ("boundaries", BOUNDARIES, "chunks of one length, or ends at punctuation and line ends"),
-        ("score", SCORES, "what a token's attention is measured by"),
-        ("gate", GATES, "entropy: a chunk that scores high by few of its tokens gives only these at first"),
-        ("leader", LEADERS, "layer of a group that chooses for it"),
+        ("boundaries", "chunks of one length, or ends at punctuation and line ends"),
+        ("score", "what a token's attention is measured by"),
+        ("gate", "entropy: a chunk that scores high by few of its tokens gives only these at first"),
+        ("leader", "layer of a group that chooses for it"),
     )
-    for name, allowed, text in choices:
-        add(f"--chunkkv_{name}", **_choice(allowed), help=f"{text}; default: {getattr(_DEFAULTS, name)}")
+    for name, text in choices:
+        add(f"--chunkkv_{name}", **_choice(CHOICES[name]), help=f"{text}; default: {getattr(_DEFAULTS, name)}")
     add("--chunkkv_layer_reuse", metavar="N|LIST", help=f"layers that share one choice: {SYNTAX}; default: 1")
     return group

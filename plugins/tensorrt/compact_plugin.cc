@@ -49,11 +49,10 @@ class Compact final : public Plugin {
         if (!hasShape("x", in[kX], {-1, -1, -1, -1})) return false;
         const int64_t* size = in[kX].dims.d;
         if (!hasShape("kept_indices", in[kIndices], {size[0], -1})) return false;
-        if (size[1] > 65535 || size[2] > CHUNKKV_MAX_LENGTH || size[3] > kMaxHeadSize)
-            return report(
-                "%s: x is [.., %lld, %lld, %lld]; allowed are at most 65535 heads, %d tokens and head size %d",
-                getPluginName(), static_cast<long long>(size[1]), static_cast<long long>(size[2]),
-                static_cast<long long>(size[3]), CHUNKKV_MAX_LENGTH, kMaxHeadSize);
+        if (size[1] > CHUNKKV_MAX_HEADS || size[2] > CHUNKKV_MAX_LENGTH || size[3] > kMaxHeadSize)
+            return report("%s: x is [.., %lld, %lld, %lld]; allowed are at most %d heads, %d tokens and head size %d",
+                          getPluginName(), static_cast<long long>(size[1]), static_cast<long long>(size[2]),
+                          static_cast<long long>(size[3]), CHUNKKV_MAX_HEADS, CHUNKKV_MAX_LENGTH, kMaxHeadSize);
         if (size[3] * elementBytes(in[kX].type) % 2 != 0) return fail("a token of x has an odd number of bytes");
         if (size[2] > 0 || in[kIndices].dims.d[1] == 0) return true;
         return fail("x holds no tokens, but kept_indices has entries");

@@ -16,13 +16,13 @@ constexpr int32_t kTextBytes = 256;
 PluginFieldType typeOf(const Field& field) { return field.words ? PluginFieldType::kCHAR : PluginFieldType::kINT32; }
 
 bool isLength(const Field& field, int32_t length) {
-    return length >= 1 && (field.words || length <= (field.most > 0 ? field.most : 1));
+    return length >= 1 && (field.words || length <= (field.max_values > 0 ? field.max_values : 1));
 }
 
 const char* kind(const Field& field) {
     if (field.words) return "a STRING (kCHAR)";
-    return field.most > 0 ? "INTS (kINT32), at least one and no more than the plugin has room for"
-                          : "one INT (kINT32, length 1)";
+    return field.max_values > 0 ? "INTS (kINT32), at least one and no more than the plugin has room for"
+                                : "one INT (kINT32, length 1)";
 }
 
 /// "a, b, c" for messages.
@@ -43,57 +43,59 @@ int32_t FieldValues::find(const char* name) const noexcept {
     return -1;
 }
 
-bool FieldValues::parse(const PluginFieldCollection* given, TensorRTPhase phase) {
-    if (!given && table_->count == 0) return true;
-    if (!given || given->nbFields < 0 || (given->nbFields > 0 && !given->fields))
+bool FieldValues::parse(const PluginFieldCollection* attributes, TensorRTPhase phase) {
+    if (!attributes && table_->count == 0) return true;
+    if (!attributes || attributes->nbFields < 0 || (attributes->nbFields > 0 && !attributes->fields))
         return report("%s: no fields are given; create it from a node or an engine", table_->plugin);
     uint32_t seen = 0;
-    for (int32_t i = 0; i < given->nbFields; ++i)
-        if (!take(given->fields[i], seen)) return false;
+    for (int32_t i = 0; i < attributes->nbFields; ++i)
+        if (!parseOne(attributes->fields[i], seen)) return false;
     for (int32_t i = 0; i < table_->count; ++i) {
         if (seen >> i & 1u) continue;
         const Field& field = table_->fields[i];
-        if (field.fallback == kRequired || (phase != TensorRTPhase::kBUILD && field.most == 0))
+        if (field.by_default == kRequired || (phase != TensorRTPhase::kBUILD && field.max_values == 0))
             return report("%s: %s is missing; %s", table_->plugin, field.name,
                           phase == TensorRTPhase::kBUILD ? "set it as an attribute of the node"
                                                          : "the engine is damaged, build it again");
-        values_[i] = field.fallback;
+        values_[i] = field.by_default;
     }
     return true;
 }
 
-bool FieldValues::take(const PluginField& given, uint32_t& seen) {
-    const int32_t place = find(given.name);
-    if (place < 0) {
+bool FieldValues::parseOne(const PluginField& attribute, uint32_t& seen) {
+    const int32_t index = find(attribute.name);
+    if (index < 0) {
         char names[kTextBytes];
         listed(names, table_->count, [this](int32_t i) { return table_->fields[i].name; });
-        return report("%s: unknown field '%.64s'; known are %s", table_->plugin, given.name ? given.name : "", names);
+        return report("%s: unknown field '%.64s'; known are %s", table_->plugin, attribute.name ? attribute.name : "",
+                      names);
     }
-    const Field& field = table_->fields[place];
-    if (seen >> place & 1u) return report("%s: %s is given twice", table_->plugin, field.name);
-    seen |= 1u << place;
-    if (given.type != typeOf(field) || !given.data || !isLength(field, given.length))
+    const Field& field = table_->fields[index];
+    if (seen >> index & 1u) return report("%s: %s is given twice", table_->plugin, field.name);
+    seen |= 1u << index;
+    if (attribute.type != typeOf(field) || !attribute.data || !isLength(field, attribute.length))
         return report("%s: %s has field type %d and length %d%s; it must be %s", table_->plugin, field.name,
-                      static_cast<int>(given.type), given.length, given.data ? "" : " without data", kind(field));
-    if (field.words) return takeWord(field, given, values_[place]);
-    if (field.most == 0) return takeNumber(field, given.data, values_[place]);
-    const char* data = static_cast<const char*>(given.data);
-    std::vector<int32_t> numbers(given.length);
+                      static_cast<int>(attribute.type), attribute.length, attribute.data ? "" : " without data",
+                      kind(field));
+    if (field.words) return parseWord(field, attribute, values_[index]);
+    if (field.max_values == 0) return parseNumber(field, attribute.data, values_[index]);
+    const char* data = static_cast<const char*>(attribute.data);
+    std::vector<int32_t> numbers(attribute.length);
     for (size_t i = 0; i < numbers.size(); ++i)
-        if (!takeNumber(field, data + i * sizeof(int32_t), numbers[i])) return false;
-    arrays_[place] = std::move(numbers);
+        if (!parseNumber(field, data + i * sizeof(int32_t), numbers[i])) return false;
+    arrays_[index] = std::move(numbers);
     return true;
 }
 
-bool FieldValues::takeNumber(const Field& field, const void* data, int32_t& value) const noexcept {
+bool FieldValues::parseNumber(const Field& field, const void* data, int32_t& value) const noexcept {
     std::memcpy(&value, data, sizeof(value));  // a serialised field need not be aligned
     if (value >= field.low && value <= field.high) return true;
     return report("%s: %s is %d; allowed is %d to %d", table_->plugin, field.name, value, field.low, field.high);
 }
 
-bool FieldValues::takeWord(const Field& field, const PluginField& given, int32_t& value) const noexcept {
-    const char* text = static_cast<const char*>(given.data);
-    const size_t length = strnlen(text, static_cast<size_t>(given.length));  // with or without the closing NUL
+bool FieldValues::parseWord(const Field& field, const PluginField& attribute, int32_t& value) const noexcept {
+    const char* text = static_cast<const char*>(attribute.data);
+    const size_t length = strnlen(text, static_cast<size_t>(attribute.length));  // with or without the closing NUL
     for (value = field.low; value <= field.high; ++value) {
         const char* word = field.words[value];
         if (std::strlen(word) == length && std::memcmp(word, text, length) == 0) return true;
@@ -109,12 +111,12 @@ const PluginFieldCollection* FieldValues::serialize() noexcept {
     for (int32_t i = 0; i < table_->count; ++i) {
         const Field& field = table_->fields[i];
         const std::vector<int32_t>& numbers = arrays_[i];
-        if (field.most > 0 && numbers.empty()) continue;
+        if (field.max_values > 0 && numbers.empty()) continue;
         PluginField& stored = fields_[count++];
         if (field.words) {
             const char* word = field.words[values_[i]];
             stored = PluginField(field.name, word, typeOf(field), static_cast<int32_t>(std::strlen(word)) + 1);
-        } else if (field.most > 0) {
+        } else if (field.max_values > 0) {
             stored = PluginField(field.name, numbers.data(), typeOf(field), static_cast<int32_t>(numbers.size()));
         } else {
             stored = PluginField(field.name, &values_[i], typeOf(field), 1);

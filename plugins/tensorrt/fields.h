@@ -1,4 +1,5 @@
-// The settings of a plugin. One table per plugin drives parsing, checking, serialising and the names of its fields.
+// The attributes of a plugin ("fields" in TensorRT's words). One table per plugin says which there are; parsing, range
+// checks, serialising into an engine and the field names that the ONNX parser asks for all follow from it.
 #pragma once
 
 #include <NvInferRuntime.h>
@@ -7,20 +8,31 @@
 #include <cstdint>
 #include <vector>
 
+#include "chunkkv/limits.h"
+
 namespace chunkkv::trt {
 
-constexpr int32_t kMaxFields = 19;
-constexpr int32_t kRequired = INT32_MIN;
+constexpr int32_t kMaxFields = 19;        // of one plugin
+constexpr int32_t kRequired = INT32_MIN;  // as the default of a field: there is none
 
-/// One setting: an INT attribute in [low, high]; or, with `words`, a STRING attribute whose value is the place of the
-/// given word in the list; or, with `most`, an INTS attribute of 1 to `most` values in [low, high].
+/// One attribute of a plugin, of one of three kinds:
+///   INT     one number from `low` to `high`; the kind where neither `words` nor `max_values` is set
+///   STRING  one word of the list `words`; its value is the word's index there, from `low` to `high`
+///   INTS    1 to `max_values` numbers, each from `low` to `high`
+/// A node may leave out a field that has a default: an INT or STRING then has the value `by_default`, an INTS is empty.
+/// An engine stores every field except empty INTS, so that any other missing field means a damaged engine.
 struct Field {
     const char* name;
     int32_t low, high;
-    int32_t fallback = kRequired;  // for a node without it, any value for INTS: empty; an engine stores all but those
+    int32_t by_default = kRequired;  // for INTS any other value means: may be left out
     const char* const* words = nullptr;
-    int32_t most = 0;
+    int32_t max_values = 0;
 };
+
+/// The required field of a ChunkKV setting, with the setting's name and range.
+constexpr Field fieldOf(const limits::Setting& setting) {
+    return {setting.name, setting.low, setting.high, kRequired, setting.words};
+}
 
 struct Table {
     const char* plugin;
@@ -28,26 +40,27 @@ struct Table {
     int32_t count;
 };
 
-/// The values of a table's fields. A copy is a clone.
+/// The values of a table's fields. Copying them is all that cloning a plugin takes.
 class FieldValues {
   public:
     explicit FieldValues(const Table& table) noexcept : table_(&table) {}
 
-    /// Take over the values, which may die afterwards. Reports the first that is unknown, given twice, missing, of
-    /// another type or length, or out of range, and returns false.
-    bool parse(const nvinfer1::PluginFieldCollection* given, nvinfer1::TensorRTPhase phase);
+    /// Copy the values of `attributes`, which the caller may free afterwards. Returns false and reports the first
+    /// attribute that is unknown, given twice, missing, of another type or length, or out of range.
+    bool parse(const nvinfer1::PluginFieldCollection* attributes, nvinfer1::TensorRTPhase phase);
 
     int32_t operator[](int32_t field) const noexcept { return values_[field]; }
     const std::vector<int32_t>& array(int32_t field) const noexcept { return arrays_[field]; }
     const Table& table() const noexcept { return *table_; }
 
-    /// All fields as parse() takes them; points into this object.
+    /// The fields in the form that parse() reads. The result points into this object.
     const nvinfer1::PluginFieldCollection* serialize() noexcept;
 
   private:
-    bool take(const nvinfer1::PluginField& given, uint32_t& seen);
-    bool takeWord(const Field& field, const nvinfer1::PluginField& given, int32_t& value) const noexcept;
-    bool takeNumber(const Field& field, const void* data, int32_t& value) const noexcept;
+    /// `seen` has one bit per field of the table.
+    bool parseOne(const nvinfer1::PluginField& attribute, uint32_t& seen);
+    bool parseWord(const Field& field, const nvinfer1::PluginField& attribute, int32_t& value) const noexcept;
+    bool parseNumber(const Field& field, const void* data, int32_t& value) const noexcept;
     int32_t find(const char* name) const noexcept;
 
     const Table* table_;

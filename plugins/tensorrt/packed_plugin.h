@@ -25,17 +25,20 @@ enum {
 };
 
 constexpr std::array<Field, kSharedFields> kSharedTable{{
-    {"window", 1, 128},
-    {"sinks", 0, 65536},
-    {"chunk_size", 1, 256},
-    {"boundaries", 0, 1, kRequired, kBoundaryWords},
-    {"pooling", 1, 63},
-    {"score", 0, 1, kRequired, kScoreWords},
-    {"keep_per_10k", 1, static_cast<int32_t>(kKeepScale)},
-    {"budget_tokens", 0, INT32_MAX},
-    {"min_tokens", 1, INT32_MAX},
+    fieldOf(limits::kWindow),
+    fieldOf(limits::kSinks),
+    fieldOf(limits::kChunkSize),
+    fieldOf(limits::kBoundaries),
+    fieldOf(limits::kPooling),
+    fieldOf(limits::kScore),
+    fieldOf(limits::kKeepPer10k),
+    fieldOf(limits::kBudgetTokens),
+    fieldOf(limits::kMinTokens),
     {"max_length", 1, CHUNKKV_MAX_LENGTH},
 }};
+
+/// A power of two, which the plugins check with isPowerOfTwo().
+constexpr Field kTokensPerBlockField{"tokens_per_block", 1, 1 << 16};
 
 template <size_t kOwn>
 constexpr std::array<Field, kSharedFields + kOwn> withShared(const Field (&own)[kOwn]) {

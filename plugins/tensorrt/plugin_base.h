@@ -4,7 +4,7 @@
 #include <NvInferRuntime.h>
 
 #include <exception>
-#include <new>
+#include <string_view>
 
 #include "chunkkv/chunkkv.h"
 #include "fields.h"
@@ -24,8 +24,16 @@ constexpr char kNamespace[] = "chunkkv";
 constexpr int32_t kMaxTensors = 13;  // inputs and outputs together
 constexpr size_t kAlignment = 256;   // of a workspace and its parts
 
-inline constexpr const char* kBoundaryWords[] = {"fixed", "delimiter"};  // in the order of CHUNKKV_BOUNDARIES_*
-inline constexpr const char* kScoreWords[] = {"softmax", "logits"};      // in the order of CHUNKKV_SCORE_*
+/// Fields of every plugin that reads packed QKV. Which head sizes have a kernel is for the ops to check.
+constexpr Field kNumHeadsField{"num_heads", 1, CHUNKKV_MAX_HEADS};
+constexpr Field kNumKvHeadsField{"num_kv_heads", 1, CHUNKKV_MAX_HEADS};
+constexpr Field kHeadSizeField{"head_size", 1, 65535};
+
+static_assert(std::string_view(limits::kBoundariesWords[CHUNKKV_BOUNDARIES_FIXED]) == "fixed" &&
+                  std::string_view(limits::kBoundariesWords[CHUNKKV_BOUNDARIES_DELIMITER]) == "delimiter" &&
+                  std::string_view(limits::kScoreWords[CHUNKKV_SCORE_SOFTMAX]) == "softmax" &&
+                  std::string_view(limits::kScoreWords[CHUNKKV_SCORE_LOGITS]) == "logits",
+              "the index of a word is its code in the C ABI");
 
 constexpr size_t aligned(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 

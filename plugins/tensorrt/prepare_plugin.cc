@@ -16,7 +16,7 @@ enum { kTokensPerBlock = kSharedFields, kVocabSize, kBitmap };
 constexpr int32_t kMaxVocabulary = 1 << 22;
 
 constexpr auto kFields = withShared({
-    {"tokens_per_block", 1, 1 << 16},
+    kTokensPerBlockField,
     {"vocab_size", 0, kMaxVocabulary, 0},
     {"delimiter_bitmap", INT32_MIN, INT32_MAX, 0, nullptr, kMaxVocabulary / 32},
 });

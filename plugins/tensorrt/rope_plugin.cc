@@ -12,8 +12,9 @@ namespace {
 
 enum { kNumHeads, kNumKvHeads, kHeadSize, kRotaryDim, kNeox, kMaxPositions, kFieldCount };
 constexpr Field kFields[kFieldCount] = {
-    {"num_heads", 1, 65535}, {"num_kv_heads", 1, 65535},      {"head_size", 1, 65535}, {"rotary_dim", 2, 65535},
-    {"neox", 0, 1},          {"max_positions", 1, INT32_MAX},
+    kNumHeadsField, kNumKvHeadsField,
+    kHeadSizeField, {"rotary_dim", 2, kHeadSizeField.high},
+    {"neox", 0, 1}, {"max_positions", 1, INT32_MAX},
 };
 static_assert(kFieldCount <= kMaxFields, "FieldValues has room for every field");
 constexpr Table kTable{"ChunkKVRope", kFields, kFieldCount};

@@ -11,9 +11,9 @@ namespace {
 
 enum { kNumHeads = kSharedFields, kNumKvHeads, kHeadSize };
 constexpr auto kFields = withShared({
-    {"num_heads", 1, 65535},
-    {"num_kv_heads", 1, 65535},
-    {"head_size", 1, 65535},
+    kNumHeadsField,
+    kNumKvHeadsField,
+    kHeadSizeField,
 });
 constexpr Table kTable{"ChunkKVScore", kFields.data(), static_cast<int32_t>(kFields.size())};
 

@@ -18,10 +18,10 @@ namespace {
 enum { kWindow, kChunkSize, kSinks, kBoundaries, kPooling, kScore, kMinTokens, kMaxKept, kFieldCount };
 
 constexpr Field kFields[kFieldCount] = {
-    {"window", 1, 128},           {"chunk_size", 1, 256},
-    {"sinks", 0, 65536},          {"boundaries", 0, 1, kRequired, kBoundaryWords},
-    {"pooling", 1, 63},           {"score", 0, 1, kRequired, kScoreWords},
-    {"min_tokens", 1, INT32_MAX}, {"max_kept", 0, CHUNKKV_MAX_LENGTH, 0},
+    fieldOf(limits::kWindow),    fieldOf(limits::kChunkSize),
+    fieldOf(limits::kSinks),     fieldOf(limits::kBoundaries),
+    fieldOf(limits::kPooling),   fieldOf(limits::kScore),
+    fieldOf(limits::kMinTokens), {"max_kept", 0, CHUNKKV_MAX_LENGTH, 0},
 };
 static_assert(kFieldCount <= kMaxFields, "FieldValues has room for every field");
 constexpr Table kTable{"ChunkKVSelect", kFields, kFieldCount};

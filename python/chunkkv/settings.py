@@ -9,16 +9,13 @@ from numbers import Real
 from typing import Any
 
 from chunkkv.errors import ConfigError
+from chunkkv.limits import CHOICES, KEEP_SCALE, RANGES
 
-KEEP_SCALE = 10_000
-MAX_WINDOW = 128
-MAX_CHUNK_SIZE = 256
-BOUNDARIES = ("fixed", "delimiter")
-LEADERS = ("first", "last")
-SCORES = ("softmax", "logits")
-GATES = ("none", "entropy")
-DELIMITER_CHUNK_SIZE = 20  # where delimiters cut and no size is given: 10 would cut most sentences once more
-GATE_TOKENS = 4  # what a gated chunk gives before every other chunk was asked
+LEADERS = CHOICES["leader"]
+# The chunk size of delimiter boundaries where none is given. A size of 10 would cut most sentences in two.
+DELIMITER_CHUNK_SIZE = 20
+# How many tokens a gated chunk contributes at its turn; its other tokens rank behind those of all other chunks.
+GATE_TOKENS = 4
 
 
 def keep_ratio_to_per_10k(keep_ratio: float, setting: str = "keep_ratio") -> int:
@@ -37,9 +34,36 @@ def keep_ratio_to_per_10k(keep_ratio: float, setting: str = "keep_ratio") -> int
 class ChunkKVSettings:
     """Settings of the ChunkKV op, fixed when an engine is built; only the budget may vary per request.
 
-    `keep_per_10k` is round(keep_ratio * 10000). `budget_tokens` > 0 selects budget mode and overrides the ratio.
-    `max_keep_per_10k` bounds what a request may ask for. `layer_groups` lists consecutive layers that share one
-    choice; an empty tuple means that groups were not assigned yet. Raises ConfigError for any invalid value.
+    The allowed values are in chunkkv.limits. Raises ConfigError for any other value and for a contradiction.
+
+    Parameters
+    ----------
+    keep_per_10k : int, default 5000
+        Tokens kept of every 10000 prompt tokens: round(keep_ratio * 10000). Not used where budget_tokens is set.
+    budget_tokens : int, default 0
+        Tokens kept of a prompt, whatever its length. 0 means that keep_per_10k decides.
+    max_keep_per_10k : int, default 10000
+        The largest keep_per_10k that a request may ask for.
+    window : int, default 32
+        Tokens at the end of the prompt whose attention scores the tokens before them. They are always kept.
+    chunk_size : int, default 10
+        Tokens of a chunk; with delimiter boundaries the most tokens of a chunk.
+    sinks : int, default 4
+        Tokens at the start of the prompt that are always kept.
+    boundaries : {"fixed", "delimiter"}, default "fixed"
+        Where chunks end: every chunk_size tokens, or also after a token whose text ends a clause or a line.
+    pooling : int, default 5
+        Neighbouring tokens over which scores are averaged, an odd number. 1 means no pooling.
+    score : {"softmax", "logits"}, default "softmax"
+        What scores a token: its attention weights, averaged, or the raw products q·k, summed.
+    gate : {"none", "entropy"}, default "none"
+        "entropy" takes only GATE_TOKENS tokens, at first, of a high-scoring chunk whose score comes from few tokens.
+    min_tokens : int, default 64
+        Prompts of up to this many tokens are kept whole, and no budget goes below it.
+    leader : {"first", "last"}, default "last"
+        The layer of a group whose attention decides for the whole group.
+    layer_groups : tuple of tuples of int, default ()
+        Consecutive layers that share one choice of tokens. Empty means that groups were not assigned yet.
     """
 
     keep_per_10k: int = 5_000
@@ -57,23 +81,13 @@ class ChunkKVSettings:
     layer_groups: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        for name, low, high in (
-            ("keep_per_10k", 1, KEEP_SCALE),
-            ("budget_tokens", 0, 2**31 - 1),
-            ("max_keep_per_10k", 1, KEEP_SCALE),
-            ("window", 1, MAX_WINDOW),
-            ("chunk_size", 1, MAX_CHUNK_SIZE),
-            ("sinks", 0, 2**16),
-            ("pooling", 1, 63),
-            ("min_tokens", 1, 2**31 - 1),
-        ):
+        for name, (low, high) in RANGES.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise ConfigError(f"{name} is {value!r}; give a whole number from {low} to {high}")
             if not low <= value <= high:
                 raise ConfigError(f"{name} is {value}; allowed is {low} to {high}")
-        choices = (("boundaries", BOUNDARIES), ("leader", LEADERS), ("score", SCORES), ("gate", GATES))
-        for name, allowed in choices:
+        for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; allowed is {' or '.join(allowed)}")
         if self.pooling % 2 == 0:

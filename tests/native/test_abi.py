@@ -181,7 +181,7 @@ BAD_FIELDS: list[tuple[str, str, Any, int, str]] = [
     ("score", "kv_heads", 2, 0, ""),
     ("score", "kv_heads", 0, 1, "kv_heads is 0; allowed is 1 to 2"),
     ("score", "heads", 17, 2, "heads / kv_heads is 17; allowed is 1 to 16"),
-    ("score", "head_dim", 72, 2, "head_dim is 72; there are kernels for 64, 80, 96, 128 and 256"),
+    ("score", "head_dim", 72, 2, "head_dim is 72; there are kernels for 64, 80, 96, 128, 256"),
     ("score", "query_dtype", 3, 2, "query_dtype is 3"),
     ("score", "key_dtype", 1, 2, "key_dtype is 1 with query_dtype 0"),
     ("score", "query_is_window", 2, 1, "query_is_window is 2"),

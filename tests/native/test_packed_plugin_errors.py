@@ -92,7 +92,7 @@ BAD_VALUES: dict[str, tuple[str, dict[str, Any], str]] = {
     "large kv_bytes": ("follower", {"kv_bytes": 8}, "kv_bytes is 8; allowed is 1 to 4"),
     "mapping_rank": ("leader", {"mapping_rank": 3}, "mapping_rank is 3; allowed is 1 to 2"),
     "heads": ("leader", {"num_heads": 3}, "heads is 3, kv_heads is 2; heads must be a multiple of kv_heads"),
-    "head size": ("score", {"head_size": 48}, "head_dim is 48; there are kernels for 64, 80, 96, 128 and 256"),
+    "head size": ("score", {"head_size": 48}, "head_dim is 48; there are kernels for 64, 80, 96, 128, 256"),
     "rope's head size": ("rope", {"head_size": 512}, "head_dim is 512; allowed are even values from 2 to 256"),
     "rotary_dim": ("rope", {"rotary_dim": 33}, "rotary_dim is 33; it must be even"),
     "large rotary_dim": ("rope", {"rotary_dim": 66}, "rotary_dim is 66; allowed is 2 to 64"),

@@ -285,7 +285,7 @@ WRONG_SHAPES = {
     "window": (0, np.s_[:, :, :3], "dimension 2 of query is 3; allowed is 4 to 4"),
     "batch": (1, np.s_[:1], "dimension 0 of key is 1; allowed is 2 to 2"),
     "head size": (1, np.s_[..., :32], "dimension 3 of key is 32; allowed is 64 to 64"),
-    "both head sizes": (None, np.s_[..., :48], "head_dim is 48; there are kernels for 64, 80, 96, 128 and 256"),
+    "both head sizes": (None, np.s_[..., :48], "head_dim is 48; there are kernels for 64, 80, 96, 128, 256"),
     "heads": (0, np.s_[:, :3], "heads is 3, kv_heads is 2; heads must be a multiple of kv_heads"),
     "rank": (1, np.s_[0], "key has 3 dimensions"),
     "lengths": (2, np.s_[:1], "dimension 0 of lengths is 1; allowed is 2 to 2"),

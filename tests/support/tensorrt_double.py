@@ -381,7 +381,7 @@ class Double:
         runtime = CudaRuntime(self.cuda)  # type: ignore[arg-type]
         monkeypatch.setitem(sys.modules, "tensorrt", self.module)
         monkeypatch.setattr(tensorrt_library, "_PLACES", (folder,))  # not what this checkout may have built
-        monkeypatch.setattr(tensorrt_library, "PLUGIN_HEAD_SIZES", (16, 32, 64))  # the tiny models' own
+        monkeypatch.setattr(tensorrt_library, "KERNEL_HEAD_SIZES", (16, 32, 64))  # the tiny models' own
         monkeypatch.setattr(CudaRuntime, "load", staticmethod(lambda: runtime))
         (folder / f"libchunkkv_tensorrt.so.{self.version.split('.')[0]}").touch()
         monkeypatch.setenv("CHUNKKV_LIB", str(folder / "libchunkkv.so"))

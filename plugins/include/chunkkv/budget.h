@@ -1,6 +1,7 @@
 // N(L), the tokens that stay, and the fixed chunk grid: host and device, 64-bit inside.
 #pragma once
 
+#include "chunkkv/limits.h"
 #include "chunkkv/params.h"
 
 #if defined(__CUDACC__)
@@ -11,7 +12,7 @@
 
 namespace chunkkv {
 
-constexpr int64_t kKeepScale = 10000;
+constexpr int64_t kKeepScale = limits::kKeepPer10k.high;  // keeps a whole prompt
 
 CHUNKKV_HD int64_t clampTo(int64_t value, int64_t low, int64_t high) {
     return value < low ? low : value > high ? high : value;

@@ -38,18 +38,19 @@ enum { CHUNKKV_FLOAT32 = 0, CHUNKKV_FLOAT16 = 1, CHUNKKV_BFLOAT16 = 2, CHUNKKV_I
 enum { CHUNKKV_BOUNDARIES_FIXED = 0, CHUNKKV_BOUNDARIES_DELIMITER = 1 };
 enum { CHUNKKV_SCORE_SOFTMAX = 0, CHUNKKV_SCORE_LOGITS = 1 };
 enum { CHUNKKV_ROPE_NEOX = 0, CHUNKKV_ROPE_GPTJ = 1 };
-enum { CHUNKKV_MAX_LENGTH = 1 << 22, CHUNKKV_MAX_BATCH = 65535, CHUNKKV_MAX_LAYERS = 64 };
+/* 65535 is the largest y or z size of a CUDA grid. */
+enum { CHUNKKV_MAX_LENGTH = 1 << 22, CHUNKKV_MAX_BATCH = 65535, CHUNKKV_MAX_HEADS = 65535, CHUNKKV_MAX_LAYERS = 64 };
 
-/* What the engine was built with. */
+/* What the engine was built with. limits.h has the range of every setting. */
 typedef struct chunkkv_settings {
-    int32_t window;        /* w, 1..128 */
-    int32_t sinks;         /* s, 0..65536 */
-    int32_t chunk_size;    /* c, 1..256 */
+    int32_t window;        /* w */
+    int32_t sinks;         /* s */
+    int32_t chunk_size;    /* c */
     int32_t boundaries;    /* CHUNKKV_BOUNDARIES_* */
-    int32_t pooling;       /* odd, 1..63; 1 = off */
+    int32_t pooling;       /* odd; 1 = off */
     int32_t score;         /* CHUNKKV_SCORE_* */
-    int32_t keep_per_10k;  /* 1..10000: ratio mode, where budget_tokens is 0 */
-    int32_t budget_tokens; /* >= 0; above 0: budget mode */
+    int32_t keep_per_10k;  /* ratio mode, where budget_tokens is 0 */
+    int32_t budget_tokens; /* above 0: budget mode */
     int32_t min_tokens;    /* m >= w + s + c */
     int32_t reserved;      /* 0 */
 } chunkkv_settings;

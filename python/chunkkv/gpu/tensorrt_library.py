@@ -13,11 +13,11 @@ from typing import Any
 
 from chunkkv.errors import BackendUnavailableError, ConfigError
 from chunkkv.gpu.cuda_runtime import CudaRuntime
+from chunkkv.limits import KERNEL_HEAD_SIZES, KERNEL_MAX_GROUP
 
 PLUGIN_NAMESPACE, PLUGIN_VERSION = "chunkkv", "1"
 PLUGINS = ("ChunkKVSelect", "ChunkKVCompact")
 TENSORRT_LLM_PLUGINS = ("ChunkKVPrepare", "ChunkKVRope", "ChunkKVScore", "ChunkKVCompress")
-PLUGIN_HEAD_SIZES, PLUGIN_MAX_GROUP = (64, 80, 96, 128, 256), 16  # as plugins/checks.h
 FIRST_VERSION = "10.15"
 _PLUGIN_LIBRARY = "libchunkkv_tensorrt.so"
 _PLACES = (Path(__file__).parents[1] / "lib", Path(__file__).parents[3] / "build" / "native")
@@ -97,13 +97,13 @@ def load_plugins(trt: Any, registry: Any, messages: Messages, names: Sequence[st
 def check_head_sizes(head_dim: int, num_heads: int, num_kv_heads: int) -> None:
     """Raise ConfigError for a model that the plugins have no kernel for."""
     advice = "build without --chunkkv, or with --backend onnxruntime"
-    if head_dim not in PLUGIN_HEAD_SIZES:
-        sizes = ", ".join(map(str, PLUGIN_HEAD_SIZES))
+    if head_dim not in KERNEL_HEAD_SIZES:
+        sizes = ", ".join(map(str, KERNEL_HEAD_SIZES))
         raise ConfigError(f"head_dim is {head_dim}; the ChunkKV plugins have kernels for {sizes}: {advice}")
-    if num_heads // num_kv_heads > PLUGIN_MAX_GROUP:
+    if num_heads // num_kv_heads > KERNEL_MAX_GROUP:
         raise ConfigError(
             f"{num_heads} query heads share {num_kv_heads} KV heads; the ChunkKV plugins take at most "
-            f"{PLUGIN_MAX_GROUP} query heads for one: {advice}"
+            f"{KERNEL_MAX_GROUP} query heads for one: {advice}"
         )
 
 
