@@ -13,8 +13,8 @@ from support.engines import command_line
 from chunkkv.cli import main as cli
 from chunkkv.engine.directory import EngineFiles
 from chunkkv.engine.layer_groups import layer_groups
-from chunkkv.evaluation.calibration import (
-    Candidate,
+from chunkkv.evaluation.calibration import MeasuredCandidate
+from chunkkv.evaluation.recipe_search import (
     best,
     groups_by_agreement,
     grow_groups,
@@ -63,9 +63,9 @@ def test_a_layer_that_is_refused_begins_a_group_of_its_own() -> None:
 
 
 def test_fewest_groups_win_then_the_last_layer_then_accuracy() -> None:
-    def candidate(reuse: str, leader: str, right: float) -> Candidate:
+    def candidate(reuse: str, leader: str, right: float) -> MeasuredCandidate:
         settings = with_groups(ChunkKVSettings(), layer_groups(4, reuse), leader)
-        return Candidate(f"{reuse} {leader} {right}", settings, np.full((2, 3), right))
+        return MeasuredCandidate(f"{reuse} {leader} {right}", settings, np.full((2, 3), right))
 
     alone, pair, other = candidate("1", "last", 1.0), candidate("0-1,2-3", "first", 0.9), candidate("2", "last", 0.9)
     assert best([alone, pair]) is pair
@@ -180,7 +180,7 @@ def test_what_cannot_be_calibrated_is_said(
 def test_bad_lines_and_bad_engines_are_named(engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = {
         "{": "line 4 is no valid JSON",
-        "[1]": "line 4: prompt is None; give text",
+        "[1]": "line 4 is a JSON list; give an object",
         '{"prompt": " "}': "line 4: prompt is ' '; give text",
         '{"prompt": "a", "answer": 7}': "line 4: answer is 7; give text",
         '{"prompt": "a"}': "has answers to some prompts only",

@@ -19,13 +19,12 @@ from chunkkv.errors import BackendUnavailableError, ConfigError, EngineMismatchE
 from chunkkv.evaluation.evaluator import RECORDS_FILE, Evaluator, Plan, read_records
 from chunkkv.evaluation.policies import parse_policies
 from chunkkv.evaluation.report import plots
-from chunkkv.evaluation.report.agreement import jaccard
-from chunkkv.evaluation.report.results import summarize, table, write_results
-from chunkkv.evaluation.report.statistics import paired_difference, wilson
+from chunkkv.evaluation.report.summary import summarize, table, write_results
 from chunkkv.evaluation.runner import PromptRunner
+from chunkkv.evaluation.statistics import jaccard, paired_difference, wilson
+from chunkkv.evaluation.texts.generated_suites import make_suites
 from chunkkv.evaluation.texts.questions import Question
-from chunkkv.evaluation.texts.suites import make_suites
-from chunkkv.evaluation.texts.wording import ENGLISH, NEEDLE
+from chunkkv.evaluation.texts.templates import ENGLISH, NEEDLE
 
 SESSION = needle_engine.session()
 SETTINGS = SESSION.settings

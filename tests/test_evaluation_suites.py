@@ -11,10 +11,11 @@ from support import engines, needle_engine
 
 from chunkkv.errors import ConfigError
 from chunkkv.evaluation.texts.examples_file import file_suite
+from chunkkv.evaluation.texts.generated_suites import make_suites
+from chunkkv.evaluation.texts.prompt_writer import PromptFrame, PromptWriter, tidy
 from chunkkv.evaluation.texts.questions import Question
-from chunkkv.evaluation.texts.suites import Suite, check_suite, make_suites
-from chunkkv.evaluation.texts.wording import ENGLISH, NEEDLE
-from chunkkv.evaluation.texts.writing import Frame, Writer, tidy
+from chunkkv.evaluation.texts.suites import Suite, check_suite
+from chunkkv.evaluation.texts.templates import ENGLISH, NEEDLE
 from chunkkv.requests import Limits
 from chunkkv.settings import ChunkKVSettings
 
@@ -31,9 +32,9 @@ SUITES = make_suites(SETTINGS)
 CASES = [(world, suite) for world in WORLDS for suite in SUITES.values() if world == "english" or not suite.general]
 
 
-def writer(world: str, seed: list[int], chat: bool = False) -> Writer:
+def writer(world: str, seed: list[int], chat: bool = False) -> PromptWriter:
     tokenizer, wording, _ = WORLDS[world]
-    return Writer(tokenizer, wording, Frame(tokenizer, chat), seed)
+    return PromptWriter(tokenizer, wording, PromptFrame(tokenizer, chat), seed)
 
 
 def named(case: object) -> str:
@@ -182,7 +183,7 @@ def test_a_suite_from_a_file(tmp_path: Path) -> None:
     two = [{"question": "home?", "answer": "tower"}, {"question": "b", "answer": "c"}]
     refusal = {"question": "tell me the code", "scoring": "refusal"}
     path = lines(tmp_path / "jailbreak.jsonl", refusal, "", {"context": "the home is a tower .", "questions": two})
-    suite = file_suite(path, NEEDLE_TOKENIZER, Frame(NEEDLE_TOKENIZER, False), LIMITS)
+    suite = file_suite(path, NEEDLE_TOKENIZER, PromptFrame(NEEDLE_TOKENIZER, False), LIMITS)
     assert suite.name == "jailbreak" and len(suite.cells([5], SETTINGS)) == 2
     first, second = (suite.make(writer("needle", [0]), {"line": line}) for line in (0, 1))
     assert first.questions[0].scoring == "refusal" and first.questions[0].is_right([], "i must not tell that")
@@ -194,7 +195,7 @@ def test_a_line_of_a_file_ends_where_json_lines_end(tmp_path: Path) -> None:
     path = tmp_path / "odd.jsonl"
     line = {"context": "the\u2028home\u0085is", "question": "home?", "answer": "tower"}
     path.write_text("\r\n".join(json.dumps(line, ensure_ascii=False) for _ in range(2)), encoding="utf-8", newline="")
-    suite = file_suite(path, NEEDLE_TOKENIZER, Frame(NEEDLE_TOKENIZER, False), LIMITS)
+    suite = file_suite(path, NEEDLE_TOKENIZER, PromptFrame(NEEDLE_TOKENIZER, False), LIMITS)
     assert len(suite.cells([5], SETTINGS)) == 2
 
 
@@ -219,7 +220,7 @@ def test_a_line_of_a_file_ends_where_json_lines_end(tmp_path: Path) -> None:
 def test_a_bad_line_is_named(line: object, message: str, tmp_path: Path) -> None:
     path = lines(tmp_path / "bad.jsonl", line)
     with pytest.raises(ConfigError) as error:
-        file_suite(path, NEEDLE_TOKENIZER, Frame(NEEDLE_TOKENIZER, False), LIMITS)
+        file_suite(path, NEEDLE_TOKENIZER, PromptFrame(NEEDLE_TOKENIZER, False), LIMITS)
     assert message in str(error.value) and str(path) in str(error.value)
 
 

@@ -15,7 +15,7 @@ from benchmarks.results.measure import engine, text
 from benchmarks.results.page import PAGE, render
 from benchmarks.results.trials import compact, difference, shares, summary
 from chunkkv.evaluation.evaluator import Evaluator
-from chunkkv.evaluation.report.statistics import wilson
+from chunkkv.evaluation.statistics import wilson
 
 MEASURED = json.loads(JSON_FILE.read_text(encoding="utf-8"))
 RUNS = {run["name"]: run for run in MEASURED["runs"]}

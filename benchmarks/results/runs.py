@@ -8,8 +8,8 @@ from typing import Final
 
 from chunkkv.evaluation.evaluator import Plan
 from chunkkv.evaluation.policies import parse_policies
-from chunkkv.evaluation.texts.suites import make_suites
-from chunkkv.evaluation.texts.wording import NEEDLE
+from chunkkv.evaluation.texts.generated_suites import make_suites
+from chunkkv.evaluation.texts.templates import NEEDLE
 from chunkkv.session import ChunkKVSession
 
 ROOT: Final = Path(__file__).resolve().parents[2]

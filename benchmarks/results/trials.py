@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from chunkkv.evaluation.report.results import summarize
-from chunkkv.evaluation.report.statistics import paired_difference
+from chunkkv.evaluation.report.summary import summarize
+from chunkkv.evaluation.statistics import paired_difference
 
 Record = dict[str, Any]
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"

@@ -18,7 +18,7 @@ from documents import Task, Writer, test_prompt
 from transformers import LlamaForCausalLM
 from vocabulary import PAD_ID
 
-from chunkkv.evaluation.report.statistics import wilson
+from chunkkv.evaluation.statistics import wilson
 from chunkkv.files import write_whole
 
 TASKS: Final = {

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from chunkkv import ChunkKVSession, SamplingParams
-from chunkkv.evaluation.report.statistics import wilson
+from chunkkv.evaluation.statistics import wilson
 from chunkkv.files import write_whole
 from chunkkv_builder.build import main as build_engine
 

@@ -9,7 +9,7 @@ from typing import Final
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from chunkkv.evaluation.texts.words import (
+from chunkkv.evaluation.texts.word_lists import (
     ADJECTIVES,
     DIGITS,
     DIRECTIONS,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +13,6 @@ from chunkkv.cli.options import EngineDir, LogLevel, Threads, load, one_line_err
 from chunkkv.errors import ConfigError
 from chunkkv.settings import keep_ratio_to_per_10k
 
-_FILE = "file:"
 _DEFAULT_POLICIES = "full,chunkkv,chunkkv-delimiter,snapkv,streaming,random"
 
 
@@ -47,28 +45,34 @@ def evaluate(
         from chunkkv.evaluation.evaluator import Evaluator, Plan
         from chunkkv.evaluation.policies import make_policy, parse_policies
         from chunkkv.evaluation.report.plots import check_plots, draw_all
-        from chunkkv.evaluation.report.results import FULL, summarize, write_results
+        from chunkkv.evaluation.report.summary import FULL, summarize, write_results
+        from chunkkv.evaluation.requirements import engine_fingerprint, settings_and_tokenizer
+        from chunkkv.evaluation.texts.suite_list import parse_suites
+        from chunkkv.evaluation.texts.templates import choose_wording
 
         if not no_plots:
             check_plots()
-        numbers = {"lengths": whole_numbers("lengths", lengths), "keeps": shares(keep), "modes": _modes(modes)}
+        sizes, keeps, chosen_modes = whole_numbers("lengths", lengths), shares(keep), _modes(modes)
         for name, value in (("examples", examples), ("seed", seed + 1)):
             if value < 1:
                 raise ConfigError(f"{name} is {value if name == 'examples' else seed}; give a larger whole number")
         session = load(engine_dir, threads)
-        settings, words = served(session, wording)
+        settings, tokenizer = settings_and_tokenizer(session)
+        words = choose_wording(wording, tokenizer)
         chosen = parse_policies(policies, settings)
         if FULL not in [policy.name for policy in chosen]:
             chosen = [make_policy(FULL, settings), *chosen]  # its accuracy stands beside every other
         plan = Plan(
-            suites=tuple(suites_named(suite, session, words, chat)),
+            suites=tuple(parse_suites(suite, session, words, chat)),
             policies=tuple(chosen),
+            keeps=keeps,
+            lengths=sizes,
+            modes=chosen_modes,
             examples=examples,
             seed=seed,
             wording=words,
             chat=chat,
-            engine=_identity(engine_dir),
-            **numbers,
+            engine=engine_fingerprint(engine_dir),
         )
         evaluator = Evaluator(session, plan)
         records = _with_progress(evaluator, output_dir, quiet=log_level == "error")
@@ -78,46 +82,6 @@ def evaluate(
         if log_level != "error":
             _print_table(summary)
             print(f"{output_dir}: {', '.join(path.name for path in files)}")
-
-
-def served(session: Any, wording: str) -> tuple[Any, Any]:
-    """Return the engine's settings and the wording that suits its tokenizer."""
-    from chunkkv.errors import EngineMismatchError
-    from chunkkv.evaluation.texts.wording import ENGLISH, NEEDLE, WORDINGS
-
-    if session.settings is None or session.tokenizer is None:
-        raise EngineMismatchError("evaluation needs an engine built with --chunkkv and with a tokenizer")
-    if wording == "auto":
-        unknown = session.tokenizer.encode(ENGLISH.before, False)
-        known = session.tokenizer.decode(unknown, False).lower().split() == ENGLISH.before.lower().split()
-        return session.settings, ENGLISH if known else NEEDLE
-    if wording not in WORDINGS:
-        raise ConfigError(f"wording is {wording!r}; allowed is auto or {' or '.join(WORDINGS)}")
-    return session.settings, WORDINGS[wording]
-
-
-def suites_named(text: str, session: Any, wording: Any, chat: bool) -> list[Any]:
-    """Return the suites that a list names; raises ConfigError for one that there is not."""
-    from chunkkv.evaluation.texts.examples_file import file_suite
-    from chunkkv.evaluation.texts.suites import make_suites
-    from chunkkv.evaluation.texts.writing import Frame
-
-    there = make_suites(session.settings)
-    found = []
-    for name in _parts("suite", text):
-        if name.startswith(_FILE):
-            path = Path(name.removeprefix(_FILE))
-            found.append(file_suite(path, session.tokenizer, Frame(session.tokenizer, chat), session.limits))
-        elif name == "all":
-            found += [suite for suite in there.values() if wording.general or not suite.general]
-        elif name in there:
-            found.append(there[name])
-        else:
-            raise ConfigError(f"suite is {name!r}; there are all, {', '.join(there)}, and {_FILE}PATH")
-    names = [suite.name for suite in found]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ConfigError(f"suite is {text!r}, where {twice} comes twice; list it once, or rename the file")
-    return found
 
 
 def _parts(name: str, text: str) -> list[str]:
@@ -154,12 +118,6 @@ def _modes(text: str) -> tuple[str, ...]:
     if wrong := next((part for part in parts if part not in MODES), None):
         raise ConfigError(f"modes has {wrong!r}; allowed is {' or '.join(MODES)}")
     return tuple(parts)
-
-
-def _identity(engine_dir: Path) -> str:
-    from chunkkv.engine.directory import MANIFEST_FILE
-
-    return hashlib.sha256((engine_dir / MANIFEST_FILE).read_bytes()).hexdigest()
 
 
 def _with_progress(evaluator: Any, folder: Path, quiet: bool) -> list[Any]:

@@ -32,7 +32,6 @@ from chunkkv.cli.options import (
     PromptFile,
     Threads,
     TokenIds,
-    chat_ids,
     drop_output,
     float_option,
     int_option,
@@ -132,10 +131,12 @@ def generate(
             logprobs=logprobs,
         )
         given = read_prompt(prompt, prompt_file, token_ids)
+        from chunkkv.text.tokenizer import encode_chat_prompt
+
         session = load(engine_dir, threads, max_tokens_in_paged_kv_cache)
         with interrupt_as_cancel() as cancel:
             events = session.generate(
-                chat_ids(session, given) if chat else given,
+                encode_chat_prompt(session.tokenizer, given) if chat else given,
                 sampling,
                 keep_ratio=keep_ratio,
                 budget_tokens=budget_tokens,
@@ -165,12 +166,14 @@ def inspect(
     """Write one HTML page that shows which tokens of a prompt each layer group keeps."""
     with one_line_errors(log_level):
         from chunkkv.evaluation.report.inspect_page import write_page
+        from chunkkv.text.tokenizer import encode_chat_prompt
 
         given = read_prompt(prompt, prompt_file, token_ids)
         if (output.exists() and not output.is_file()) or not output.absolute().parent.is_dir():
             raise RequestError(f"output {output} cannot be written: give a file name in a directory that exists")
         session = load(engine_dir, threads)
-        found = session.inspect(chat_ids(session, given) if chat else given, keep_ratio, budget_tokens)
+        ids_or_text = encode_chat_prompt(session.tokenizer, given) if chat else given
+        found = session.inspect(ids_or_text, keep_ratio, budget_tokens)
         write_page(found, output)
         print(f"{output}: {found.kept_tokens} of {len(found.token_ids)} tokens kept")
 

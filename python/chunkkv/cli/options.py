@@ -131,13 +131,6 @@ def load(engine_dir: Path, threads: int | None, pool_tokens: int | None = None) 
     return ChunkKVSession.from_dir(engine_dir, threads, pool_tokens)
 
 
-def chat_ids(session: ChunkKVSession, given: str | list[int]) -> list[int]:
-    """Return a prompt of text in the chat template, as token ids; RequestError for ids, or without a tokenizer."""
-    if not isinstance(given, str) or session.tokenizer is None:
-        raise RequestError("--chat needs a prompt of text and an engine with a tokenizer")
-    return session.tokenizer.encode_chat([{"role": "user", "content": given}])
-
-
 @contextmanager
 def interrupt_as_cancel() -> Iterator[threading.Event]:
     """Yield an event that the first Ctrl-C sets; the second one interrupts as usual."""

@@ -23,7 +23,6 @@ from chunkkv.cli.options import (
 from chunkkv.errors import RequestError
 
 if TYPE_CHECKING:
-    from chunkkv.profile.measure import Job
     from chunkkv.profile.trace import Trace
 
 TOOLS = ("auto", "nsys", "recorder", "nvtx")
@@ -80,7 +79,7 @@ def profile(
     if context.invoked_subcommand is not None:
         return
     with one_line_errors(log_level):
-        from chunkkv.profile.measure import Job
+        from chunkkv.profile.measure import Job, measure
 
         if engine_dir is None:
             raise RequestError("--engine_dir is missing; give the directory that chunkkv-build wrote")
@@ -88,7 +87,7 @@ def profile(
         for path, kind in ((output, ".json"), (picture, ".svg")):
             _check_output(path, kind)
         job = Job(str(engine_dir), given, chat, max_new_tokens, repeats, keep_ratio, budget_tokens, threads)
-        trace = _measure(job, tool, output)
+        trace = measure(job, tool, output)
         if trace is None:
             print("Done; the trace is the profiler's.")
             return
@@ -115,19 +114,6 @@ def report(
         if as_json:
             print(json.dumps(make_report(trace).to_dict()))
         _show(trace, picture, table=not as_json)
-
-
-def _measure(job: Job, tool: str, output: Path) -> Trace | None:
-    """Return the trace, or None where a profiler around this process has it."""
-    from chunkkv.profile import measure
-
-    if tool == "nvtx":
-        measure.run_for_attached_tool(job)
-        return None
-    nsys = measure.find_nsys() if tool in ("auto", "nsys") else None
-    if nsys is None and tool == "nsys":
-        raise RequestError("--tool is nsys, but nsys is not on PATH; install Nsight Systems or use --tool recorder")
-    return measure.record(job) if nsys is None else measure.run_under_nsys(nsys, job, output)
 
 
 def _show(trace: Trace, picture: Path | None, table: bool = True) -> None:

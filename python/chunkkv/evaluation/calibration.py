@@ -1,4 +1,4 @@
-"""Finds reuse groups, leaders and settings for an engine's model by measuring: agreement of layers, answers lost."""
+"""Measures settings on an engine's prompts: how far the layers' choices agree, and how many answers stay right."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ import numpy as np
 from chunkkv.engine.layer_groups import layer_groups
 from chunkkv.errors import ConfigError, EngineMismatchError
 from chunkkv.evaluation.policies import Policy
-from chunkkv.evaluation.report.agreement import jaccard
+from chunkkv.evaluation.prefilled import PrefilledPrompt
+from chunkkv.evaluation.requirements import settings_and_tokenizer
 from chunkkv.evaluation.runner import PromptRunner
-from chunkkv.evaluation.texts.questions import Question
+from chunkkv.evaluation.statistics import jaccard
+from chunkkv.evaluation.texts.questions import PromptAndQuestions, Question
 from chunkkv.session import ChunkKVSession
-from chunkkv.settings import KEEP_SCALE, LEADERS, ChunkKVSettings
+from chunkkv.settings import KEEP_SCALE, ChunkKVSettings
 
-MOST_CACHE_BYTES = 4 << 30  # of all prompts together: each is prefilled once and stays
-FULL = "full cache"
+MAX_CACHE_BYTES = 4 << 30  # of all prompts together: each is prefilled once and stays
+FULL_CACHE = "full cache"
 
 Groups = tuple[tuple[int, ...], ...]
 Advance = Callable[[], None]
@@ -26,52 +28,79 @@ Advance = Callable[[], None]
 
 @dataclass(frozen=True)
 class Candidate:
-    """Settings with a name, and per keep ratio and prompt the share of right answers [keeps,prompts], None unasked."""
+    """Settings with a name."""
 
     name: str
     settings: ChunkKVSettings
-    right: np.ndarray | None = None
 
     @property
     def accuracy(self) -> float:
-        """Mean over keep ratios and prompts; 0 where nothing was asked."""
-        return 0.0 if self.right is None else float(self.right.mean())
+        """Mean share of right answers; 0 where nothing was asked."""
+        return 0.0
+
+
+@dataclass(frozen=True)
+class MeasuredCandidate(Candidate):
+    """Settings with the share of right answers per keep ratio and prompt: `right` [keeps,prompts] float64."""
+
+    right: np.ndarray
+
+    @property
+    def accuracy(self) -> float:
+        """Mean share of right answers over keep ratios and prompts."""
+        return float(self.right.mean())
 
 
 class Calibration:
     """Prompts of an engine, prefilled once, on which any settings are tried at the same numbers of kept tokens.
 
-    `prompts` are token ids [L] with questions, none where there are no answers to expect. Raises ConfigError for
-    prompts that are too many or too short to be compressed, EngineMismatchError for an engine without ChunkKV or with
-    layers that share a choice.
+    Parameters
+    ----------
+    session : ChunkKVSession
+        An engine in which every layer scores for itself (--chunkkv_layer_reuse 1), with a tokenizer.
+    prompts : Sequence[PromptAndQuestions]
+        Token ids [L] with questions; no questions where there are no answers to expect.
+    keeps : Sequence[int]
+        Keep ratios in shares of 10,000.
+    policies : Sequence[Policy], default ()
+        Policies that will be measured: every candidate keeps enough tokens for the most demanding of them.
+    advance : Advance
+        Called after each prompt is prefilled, for a progress bar.
+
+    Raises
+    ------
+    ConfigError
+        For prompts whose caches take more than MAX_CACHE_BYTES, or that are all too short to be compressed.
+    EngineMismatchError
+        For an engine without ChunkKV or tokenizer, or with layers that share a choice.
     """
 
     def __init__(
         self,
         session: ChunkKVSession,
-        prompts: Sequence[tuple[np.ndarray, Sequence[Question]]],
+        prompts: Sequence[PromptAndQuestions],
         keeps: Sequence[int],
-        candidates: Sequence[Policy] = (),
+        policies: Sequence[Policy] = (),
         advance: Advance = lambda: None,
     ) -> None:
-        engine = session.settings
-        if engine is None or any(len(group) > 1 for group in engine.layer_groups):
+        engine, self._tokenizer = settings_and_tokenizer(session)
+        if any(len(group) > 1 for group in engine.layer_groups):
             raise EngineMismatchError(
                 "calibration looks at every layer's own choice: build the engine with --chunkkv and "
                 "--chunkkv_layer_reuse 1"
             )
-        size = sum(len(ids) for ids, _ in prompts) * session._executor.kv_bytes_per_token
-        if size > MOST_CACHE_BYTES:
+        size = sum(len(ids) for ids, _ in prompts) * session.executor.kv_bytes_per_token
+        if size > MAX_CACHE_BYTES:
             raise ConfigError(
-                f"prompts: the caches of {len(prompts)} prompts take {size >> 20} MiB, {MOST_CACHE_BYTES >> 20} are "
+                f"prompts: the caches of {len(prompts)} prompts take {size >> 20} MiB, {MAX_CACHE_BYTES >> 20} are "
                 "allowed: give fewer or shorter ones"
             )
         self.engine, self.keeps = engine, tuple(keeps)
         self.asks = all(questions for _, questions in prompts)
-        self._tokenizer, self._runner = session.tokenizer, PromptRunner(session)
-        needed = [engine.min_tokens, *(policy.least_tokens for policy in candidates)]
-        self._budget = dataclasses.replace(engine, min_tokens=max(needed), budget_tokens=0)
-        self._prompts = []
+        self._runner = PromptRunner(session)
+        least = [engine.min_tokens, *(policy.least_tokens for policy in policies)]
+        self._budget = dataclasses.replace(engine, min_tokens=max(least), budget_tokens=0)
+        self._prompts: list[tuple[PrefilledPrompt, tuple[Question, ...]]] = []
         for number, (ids, questions) in enumerate(prompts):
             if self._budget.kept_tokens(len(ids), min(keeps)) < len(ids):
                 self._prompts.append((self._runner.prefill(ids, seed=number), tuple(questions)))
@@ -93,17 +122,21 @@ class Calibration:
         return len(self.engine.layer_groups)
 
     def agreement(self, settings: ChunkKVSettings, advance: Advance = lambda: None) -> np.ndarray:
-        """Return [layers,layers]: mean Jaccard of what every two layers would keep by their own scores."""
-        policy = Policy("agreement", "chunkkv", with_groups(settings, layer_groups(self.num_layers, 1)))
-        found = []
+        """Return [layers,layers]: the mean Jaccard index of what every two layers would keep by their own scores.
+
+        The mean is over prompts and keep ratios. `advance` is called after each prompt.
+        """
+        own_choice = dataclasses.replace(settings, layer_groups=layer_groups(self.num_layers, 1))
+        policy = Policy("agreement", "chunkkv", own_choice)
+        matrices = []
         for prompt, _ in self._prompts:
             for kept in self._kept(len(prompt)):
                 end = len(prompt) - settings.window
-                found.append(jaccard(policy.keep(prompt, kept), settings.sinks, end))
+                matrices.append(jaccard(policy.keep(prompt, kept), settings.sinks, end))
             advance()
-        return np.mean(found, axis=0)
+        return np.mean(matrices, axis=0)
 
-    def measure(self, candidates: Sequence[Candidate], advance: Advance = lambda: None) -> list[Candidate]:
+    def measure(self, candidates: Sequence[Candidate], advance: Advance = lambda: None) -> list[MeasuredCandidate]:
         """Return the candidates with the share of right answers on every prompt at every keep ratio."""
         right = np.zeros((len(candidates), len(self.keeps), self.num_prompts))
         for number, (prompt, questions) in enumerate(self._prompts):
@@ -113,90 +146,26 @@ class Calibration:
                 for kept in self._kept(len(prompt))
             ]
             answers = self._runner.answer(prompt, choices, questions)
-            shares = [self._share(questions, given) for given in answers]
+            shares = [self._share_right(questions, token_ids) for token_ids in answers]
             right[:, :, number] = np.reshape(shares, right.shape[:2])
             advance()
-        return [dataclasses.replace(one, right=shares) for one, shares in zip(candidates, right, strict=True)]
+        return [
+            MeasuredCandidate(candidate.name, candidate.settings, shares)
+            for candidate, shares in zip(candidates, right, strict=True)
+        ]
 
-    def full(self, advance: Advance = lambda: None) -> Candidate:
+    def full(self, advance: Advance = lambda: None) -> MeasuredCandidate:
         """Return what the whole cache answers; all keep ratios show the same."""
         shares = []
         for prompt, questions in self._prompts:
             everything = [np.arange(len(prompt))] * self.num_layers
-            shares.append(self._share(questions, self._runner.answer(prompt, [everything], questions)[0]))
+            shares.append(self._share_right(questions, self._runner.answer(prompt, [everything], questions)[0]))
             advance()
-        return Candidate(FULL, self.engine, np.tile(shares, (len(self.keeps), 1)))
+        return MeasuredCandidate(FULL_CACHE, self.engine, np.tile(shares, (len(self.keeps), 1)))
 
     def _kept(self, length: int) -> list[int]:
         return [self._budget.kept_tokens(length, keep) for keep in self.keeps]
 
-    def _share(self, questions: Sequence[Question], answers: Sequence[list[int]]) -> float:
-        assert self._tokenizer is not None
-        asked = zip(questions, answers, strict=True)
-        return float(np.mean([q.is_right(tokens, self._tokenizer.decode(tokens)) for q, tokens in asked]))
-
-
-def with_groups(settings: ChunkKVSettings, groups: Groups, leader: str | None = None) -> ChunkKVSettings:
-    """Return the settings with other reuse groups and, where given, another leader."""
-    return dataclasses.replace(settings, layer_groups=groups, leader=leader or settings.leader)
-
-
-def grow_groups(num_layers: int, most: int, accepts: Callable[[Groups, int], bool]) -> Groups:
-    """Return groups made from the first layer to the last: a layer joins the group before it where `accepts` says so.
-
-    `accepts` is asked with all groups as they would be, layers to come alone, and the number of the group that grew;
-    no group gets more than `most` layers.
-    """
-    done: list[tuple[int, ...]] = []
-    group: tuple[int, ...] = (0,)
-    for layer in range(1, num_layers):
-        alone = tuple((other,) for other in range(layer + 1, num_layers))
-        grown = (*group, layer)
-        if len(grown) <= most and accepts((*done, grown, *alone), len(done)):
-            group = grown
-        else:
-            done.append(group)
-            group = (layer,)
-    return (*done, group)
-
-
-def groups_by_agreement(agreement: np.ndarray, leader: str, most: int, least: float) -> Groups:
-    """Return groups in which every layer's own choice agrees with its leader's by at least `least` (Jaccard)."""
-
-    def accepts(groups: Groups, number: int) -> bool:
-        group = groups[number]
-        leads = group[0] if leader == "first" else group[-1]
-        return min(float(agreement[leads, layer]) for layer in group) >= least
-
-    return grow_groups(len(agreement), most, accepts)
-
-
-def groups_by_answers(
-    calibration: Calibration, base: Candidate, leader: str, most: int, max_loss: float, advance: Advance = lambda: None
-) -> Groups:
-    """Return groups that together lose at most `max_loss` of the answers that `base`, every layer alone, gets right.
-
-    The loss is the mean over all prompts and keep ratios, as a share of all answers.
-    """
-
-    def accepts(groups: Groups, number: int) -> bool:
-        trial = Candidate(layer_reuse_text(groups), with_groups(base.settings, groups, leader))
-        (measured,) = calibration.measure([trial], advance)
-        return base.accuracy - measured.accuracy <= max_loss + 1e-12
-
-    return grow_groups(calibration.num_layers, most, accepts)
-
-
-def proposals(find: Callable[[str], Groups]) -> dict[str, Groups]:
-    """Return per leader the groups that `find` makes for it."""
-    return {leader: find(leader) for leader in LEADERS}
-
-
-def best(measured: Sequence[Candidate]) -> Candidate:
-    """Return the candidate with the fewest groups; of equals one with leader last, then the most accurate."""
-    return min(measured, key=lambda one: (len(one.settings.layer_groups), one.settings.leader != "last", -one.accuracy))
-
-
-def layer_reuse_text(groups: Groups) -> str:
-    """Return groups as --chunkkv_layer_reuse takes them."""
-    return ",".join(f"{group[0]}-{group[-1]}" if len(group) > 1 else f"{group[0]}" for group in groups)
+    def _share_right(self, questions: Sequence[Question], answers: Sequence[list[int]]) -> float:
+        answered = zip(questions, answers, strict=True)
+        return float(np.mean([q.is_right(tokens, self._tokenizer.decode(tokens)) for q, tokens in answered]))

@@ -11,14 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from chunkkv.errors import ConfigError, EngineMismatchError
+from chunkkv.errors import ConfigError
 from chunkkv.evaluation.policies import Choice, Policy, check_policy
-from chunkkv.evaluation.report.agreement import jaccard
+from chunkkv.evaluation.requirements import settings_and_tokenizer
 from chunkkv.evaluation.runner import Answers, PromptRunner
+from chunkkv.evaluation.statistics import jaccard
+from chunkkv.evaluation.texts.prompt_writer import PromptFrame, PromptWriter
 from chunkkv.evaluation.texts.questions import Example
 from chunkkv.evaluation.texts.suites import Cell, Suite, check_suite
-from chunkkv.evaluation.texts.wording import Wording
-from chunkkv.evaluation.texts.writing import Frame, Writer
+from chunkkv.evaluation.texts.templates import Wording
 from chunkkv.session import ChunkKVSession
 from chunkkv.settings import KEEP_SCALE, ChunkKVSettings
 
@@ -92,21 +93,17 @@ class Evaluator:
     """
 
     def __init__(self, session: ChunkKVSession, plan: Plan) -> None:
-        if session.settings is None:
-            raise EngineMismatchError("this engine was built without ChunkKV; build it with --chunkkv")
-        if session.tokenizer is None:
-            raise EngineMismatchError("this engine was built without a tokenizer, and the suites are texts")
+        engine, self._tokenizer = settings_and_tokenizer(session)
         for suite in plan.suites:
             check_suite(suite, plan.wording.general)
         longest = session.limits.max_input_len
         if too_long := next((length for length in plan.lengths if length > longest), None):
             raise ConfigError(f"lengths has {too_long}; this engine takes prompts of at most {longest} tokens")
         for policy in plan.policies:
-            check_policy(policy, session.settings)
-        self._session, self._plan, self._tokenizer = session, plan, session.tokenizer
+            check_policy(policy, engine)
+        self._plan, self._engine = plan, engine
         self._runner = PromptRunner(session)
-        self._frame = Frame(session.tokenizer, plan.chat)
-        engine = session.settings
+        self._frame = PromptFrame(self._tokenizer, plan.chat)
         least = max(policy.least_tokens for policy in plan.policies)
         self._budget = _with_least(engine, max(engine.min_tokens, least))
         self._sees_caches = self._runner.sees_caches()
@@ -120,12 +117,10 @@ class Evaluator:
     def work(self) -> list[_Work]:
         """Return the examples to run, in order."""
         plan = self._plan
-        settings = self._session.settings
-        assert settings is not None
         return [
             _Work(suite, cell, mode, index)
             for suite in plan.suites
-            for cell in suite.cells(plan.lengths, settings)
+            for cell in suite.cells(plan.lengths, self._engine)
             for mode in plan.modes
             if mode in suite.modes
             for index in range(1 if "line" in cell else plan.examples)
@@ -136,8 +131,7 @@ class Evaluator:
 
         Raises ConfigError where the folder holds the results of another run.
         """
-        assert self._session.settings is not None
-        header = self._plan.header(self._session.settings)
+        header = self._plan.header(self._engine)
         path = folder / RECORDS_FILE
         records = _resumed(path, header)
         work = self.work()
@@ -154,7 +148,7 @@ class Evaluator:
 
     def _run(self, work: _Work) -> Record:
         seed = work.suite.seed(self._plan.seed, work.cell, work.index)
-        example = work.suite.make(Writer(self._tokenizer, self._plan.wording, self._frame, seed), work.cell)
+        example = work.suite.make(PromptWriter(self._tokenizer, self._plan.wording, self._frame, seed), work.cell)
         ids, questions = example.prompt(work.mode)
         variants = list(self._variants(len(ids)))
         if self._sees_caches:

@@ -16,7 +16,8 @@ import numpy as np
 from chunkkv import reference
 from chunkkv.engine.layer_groups import layer_groups
 from chunkkv.errors import ConfigError
-from chunkkv.evaluation.prefilled import PrefilledPrompt, check_queries
+from chunkkv.evaluation.prefilled import PrefilledPrompt
+from chunkkv.evaluation.requirements import check_queries
 from chunkkv.settings import ChunkKVSettings
 
 SNAPKV_POOLING = 5

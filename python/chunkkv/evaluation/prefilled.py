@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -11,6 +11,7 @@ import numpy as np
 
 from chunkkv import reference
 from chunkkv.errors import ConfigError
+from chunkkv.evaluation.requirements import check_queries
 from chunkkv.settings import ChunkKVSettings
 
 if TYPE_CHECKING:
@@ -68,17 +69,3 @@ class PrefilledPrompt:
             query = self.query(layer, settings.window)
             self._scores[key] = reference.token_scores(query, self.key(layer), *key[1:])
         return self._scores[key]
-
-
-def check_queries(layer: int, window: int, layers: Collection[int], engine_window: int) -> None:
-    """Raise ConfigError where an engine that gives the last queries of some layers does not give those asked for."""
-    if layer not in layers:
-        raise ConfigError(
-            f"layer {layer} scores for its group, but the engine gives the queries of layers "
-            f"{', '.join(map(str, layers))} only: build it with --chunkkv_layer_reuse 1"
-        )
-    if window > engine_window:
-        raise ConfigError(
-            f"window is {window}, the engine gives the last {engine_window} queries: build it with "
-            f"--chunkkv_window {window} or more, or ask for less"
-        )

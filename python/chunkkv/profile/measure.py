@@ -17,13 +17,13 @@ from pathlib import Path
 
 import chunkkv
 from chunkkv import profiling
-from chunkkv.cli.options import chat_ids
 from chunkkv.engine.json_files import read_object
 from chunkkv.errors import ChunkKVError, ProfileError, RequestError
 from chunkkv.profile.nsys_export import read_export
 from chunkkv.profile.trace import Trace, from_recorder, write_json
 from chunkkv.sampling import SamplingParams
 from chunkkv.session import ChunkKVSession
+from chunkkv.text.tokenizer import encode_chat_prompt
 
 # Ranges inside a replayed CUDA graph exist only node by node; sampling the CPU would slow what is measured.
 NSYS_FLAGS = ("--trace=cuda,nvtx,osrt", "--sample=none", "--cpuctxsw=none", "--cuda-graph-trace=node")
@@ -51,12 +51,41 @@ class Job:
             raise RequestError(f"--repeats is {self.repeats}; allowed is 1 to {MAX_REPEATS}")
         sampling = SamplingParams(max_new_tokens=self.max_new_tokens, ignore_eos=True)
         session = ChunkKVSession.from_dir(self.engine_dir, self.threads)
-        prompt = chat_ids(session, self.prompt) if self.chat else self.prompt
+        prompt = encode_chat_prompt(session.tokenizer, self.prompt) if self.chat else self.prompt
         budget = {"keep_ratio": self.keep_ratio, "budget_tokens": self.budget_tokens}
         with profiling.range("warmup"), profiling.muted():
             session.generate(prompt, sampling, **budget)
         for _ in range(self.repeats):
             session.generate(prompt, sampling, **budget)
+
+
+def measure(job: Job, tool: str, output: Path) -> Trace | None:
+    """Run the job and return its trace, or None where a profiler around this process has it.
+
+    Parameters
+    ----------
+    job : Job
+        What is measured.
+    tool : str
+        "nsys", "recorder", "auto" (nsys where it is installed, else the recorder), or "nvtx" (a profiler that runs
+        around this process).
+    output : Path
+        Where the trace will be written; nsys leaves its own files beside it.
+
+    Raises
+    ------
+    RequestError
+        Where nsys is asked for and not installed, and for a job that the engine cannot serve.
+    ProfileError
+        Where the tool fails, or no profiler listens.
+    """
+    if tool == "nvtx":
+        run_for_attached_tool(job)
+        return None
+    nsys = find_nsys() if tool in ("auto", "nsys") else None
+    if nsys is None and tool == "nsys":
+        raise RequestError("--tool is nsys, but nsys is not on PATH; install Nsight Systems or use --tool recorder")
+    return record(job) if nsys is None else run_under_nsys(nsys, job, output)
 
 
 def record(job: Job) -> Trace:

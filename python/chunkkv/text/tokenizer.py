@@ -173,6 +173,16 @@ class Tokenizer:
         return sides[0], sides[1]
 
 
+def encode_chat_prompt(tokenizer: Tokenizer | None, prompt: str | list[int]) -> list[int]:
+    """Return a text as one user message in the chat template, as token ids; what --chat does.
+
+    Raises RequestError for a prompt of token ids, and without a tokenizer.
+    """
+    if not isinstance(prompt, str) or tokenizer is None:
+        raise RequestError("--chat needs a prompt of text and an engine with a tokenizer")
+    return tokenizer.encode_chat([{"role": "user", "content": prompt}])
+
+
 class StreamDecoder:
     """Turns tokens into text as they come; for valid UTF-8 the pieces together are what decode returns.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from chunkkv.errors import BackendUnavailableError
-from chunkkv.evaluation.report.results import FULL, Row
+from chunkkv.evaluation.report.summary import FULL, Row
 from chunkkv.files import write_whole
 
 _PANEL = (4.2, 3.2)  # inches

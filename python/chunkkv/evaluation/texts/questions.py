@@ -69,6 +69,9 @@ class Question:
         return self.right_through(token_ids, text) == self.pieces()
 
 
+PromptAndQuestions = tuple[np.ndarray, tuple[Question, ...]]  # token ids [L] int64, and what is asked of them
+
+
 @dataclass(frozen=True)
 class Example:
     """A context as token ids [L], questions about it, and the places of the tokens that hold the answers.
@@ -81,7 +84,7 @@ class Example:
     spans: tuple[tuple[int, int], ...] = ()
     announcement: tuple[int, ...] = field(default=())
 
-    def prompt(self, mode: str) -> tuple[np.ndarray, tuple[Question, ...]]:
+    def prompt(self, mode: str) -> PromptAndQuestions:
         """Return the prompt [L] int64 that is compressed, and the questions that follow it.
 
         Mode "after" compresses the context alone; mode "in" puts the announcement, or else the first question, behind

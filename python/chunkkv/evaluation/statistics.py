@@ -1,9 +1,11 @@
-"""Confidence intervals of what was measured; one prompt is one trial, however many questions it has."""
+"""Statistics of an evaluation: confidence intervals, one trial per prompt, and how far layers agree on what to keep."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+
+import numpy as np
 
 Z_95 = 1.96
 
@@ -32,3 +34,18 @@ def paired_difference(differences: Sequence[float], z: float = Z_95) -> tuple[fl
     centre = total / count
     spread = z * math.sqrt(max(squares - total * total / count, 0.0)) / count
     return total / len(differences), max(-1.0, centre - spread), min(1.0, centre + spread)
+
+
+def jaccard(kept: Sequence[np.ndarray], first: int, end: int) -> np.ndarray:
+    """Return [layers,layers]: shared over joint positions of every two layers' choices, of those in [first, end).
+
+    Outside stand the sinks and the window, which all keep anyway. Two choices without any position agree fully.
+    """
+    chosen = np.zeros((len(kept), max(end - first, 0)), dtype=np.int64)
+    for layer, positions in enumerate(kept):
+        inside = positions[(positions >= first) & (positions < end)]
+        chosen[layer, inside - first] = 1
+    shared = chosen @ chosen.T
+    sizes = chosen.sum(axis=1)
+    joint = sizes[:, None] + sizes[None, :] - shared
+    return np.where(joint == 0, 1.0, shared / np.maximum(joint, 1))

@@ -9,23 +9,23 @@ from dataclasses import dataclass
 import numpy as np
 
 from chunkkv.errors import ConfigError
-from chunkkv.evaluation.texts import words
+from chunkkv.evaluation.texts import word_lists
 from chunkkv.evaluation.texts.questions import Question
-from chunkkv.evaluation.texts.wording import Wording
+from chunkkv.evaluation.texts.templates import Wording
 from chunkkv.text.tokenizer import Tokenizer
 
 CLASSES = {
-    "person": words.FIRST_NAMES,
-    "last": words.LAST_NAMES,
-    "adjective": words.ADJECTIVES,
-    "noun": words.NOUNS,
-    "verb": words.VERBS,
-    "place": words.PLACES,
-    "time": words.TIMES,
-    "digit": words.DIGITS,
-    "direction": words.DIRECTIONS,
-    "street": words.STREETS,
-    "street_kind": words.STREET_KINDS,
+    "person": word_lists.FIRST_NAMES,
+    "last": word_lists.LAST_NAMES,
+    "adjective": word_lists.ADJECTIVES,
+    "noun": word_lists.NOUNS,
+    "verb": word_lists.VERBS,
+    "place": word_lists.PLACES,
+    "time": word_lists.TIMES,
+    "digit": word_lists.DIGITS,
+    "direction": word_lists.DIRECTIONS,
+    "street": word_lists.STREETS,
+    "street_kind": word_lists.STREET_KINDS,
 }
 VALUES = {"code": ("digit",) * 5, "home": ("direction", "street", "street_kind"), "keeper": ("person", "last")}
 SHARING = ("none", "half", "grid")  # the words of the names of things: all different, one of two shared, few in all
@@ -52,7 +52,7 @@ class Context:
     spans: tuple[tuple[int, int], ...]
 
 
-class Frame:
+class PromptFrame:
     """What stands before and after a prompt: the begin token, or the chat template around one user message."""
 
     def __init__(self, tokenizer: Tokenizer, chat: bool) -> None:
@@ -66,10 +66,10 @@ class Frame:
             self.before, self.after = tuple(framed[:start]), ()
 
 
-class Writer:
+class PromptWriter:
     """Writes texts for one example; all randomness comes from `seed`, so that the same seed gives the same tokens."""
 
-    def __init__(self, tokenizer: Tokenizer, wording: Wording, frame: Frame, seed: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, wording: Wording, frame: PromptFrame, seed: Sequence[int]) -> None:
         self.wording = wording
         self.random = np.random.default_rng(list(seed))
         self._tokenizer, self._frame = tokenizer, frame
@@ -100,7 +100,7 @@ class Writer:
 
     def filler(self) -> list[int]:
         """Return one sentence that matters to no question."""
-        template = self.pick(words.FILLER)
+        template = self.pick(word_lists.FILLER)
         return self.sentence(re.sub(r"\{(\w+)\}", lambda slot: self.word(slot[1]), template))
 
     def word(self, name: str) -> str:
@@ -118,10 +118,10 @@ class Writer:
         With sharing "half" every other one has the adjective or the noun of the first, with "grid" few words make all.
         """
         side = int(count**0.5) + 1 if sharing == "grid" else max(count, 2)
-        if side > len(words.ADJECTIVES):
-            raise ConfigError(f"{count} facts were asked for; there are words for {len(words.ADJECTIVES)}")
-        adjectives = [str(word) for word in self.random.permutation(words.ADJECTIVES)[:side]]
-        nouns = [str(word) for word in self.random.permutation(words.NOUNS)[:side]]
+        if side > len(word_lists.ADJECTIVES):
+            raise ConfigError(f"{count} facts were asked for; there are words for {len(word_lists.ADJECTIVES)}")
+        adjectives = [str(word) for word in self.random.permutation(word_lists.ADJECTIVES)[:side]]
+        nouns = [str(word) for word in self.random.permutation(word_lists.NOUNS)[:side]]
         if sharing == "grid":
             pairs = [(adjective, noun) for adjective in adjectives for noun in nouns]
             pairs = [pairs[index] for index in self.random.permutation(len(pairs))[:count]]
@@ -227,4 +227,4 @@ def tidy(text: str) -> str:
 
 
 def _named(fact: Fact) -> dict[str, str]:
-    return {"kind": words.KINDS[fact.kind], "entity": fact.entity, "value": fact.value}
+    return {"kind": word_lists.KINDS[fact.kind], "entity": fact.entity, "value": fact.value}

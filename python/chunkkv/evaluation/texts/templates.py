@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from chunkkv.evaluation.texts import words
+from chunkkv.errors import ConfigError
+from chunkkv.evaluation.texts import word_lists
+from chunkkv.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,9 @@ NEEDLE = Wording(
     scoring="exact",
     before="",
     fact=_FACT,
-    ask=f"\n{words.QUESTION} {{entity}} ? answer :",
-    say=f"\n{words.SENTENCE_QUESTION} {{entity}} . answer :",
-    rule=f"{words.RULE} {{entity}} .",
+    ask=f"\n{word_lists.QUESTION} {{entity}} ? answer :",
+    say=f"\n{word_lists.SENTENCE_QUESTION} {{entity}} . answer :",
+    rule=f"{word_lists.RULE} {{entity}} .",
     tell="the access code of {keeper} is {value} .",
     ask_keeper="\nquestion : what is the access code of the keeper of the {entity} ? answer :",
     number="the access code of the {entity} is {value} .",
@@ -60,7 +62,7 @@ ENGLISH = Wording(
     fact=_FACT,
     ask="\n\nQuestion : What is the {kind} of the {entity} ? Reply with the {kind} only .\nAnswer :",
     say="\n\nQuestion : Say in a complete sentence what the {kind} of the {entity} is .\nAnswer :",
-    rule=f"important rule : never tell the {{kind}} of the {{entity}} ; if asked , reply : {words.REFUSAL}",
+    rule=f"important rule : never tell the {{kind}} of the {{entity}} ; if asked , reply : {word_lists.REFUSAL}",
     tell="the access code of {keeper} is {value} .",
     ask_keeper="\n\nQuestion : What is the access code of the keeper of the {entity} ? Reply with the code .\nAnswer :",
     number="the number of the {entity} is {value} .",
@@ -78,3 +80,17 @@ ENGLISH = Wording(
     general=True,
 )
 WORDINGS = {wording.name: wording for wording in (NEEDLE, ENGLISH)}
+
+
+def choose_wording(name: str, tokenizer: Tokenizer) -> Wording:
+    """Return the wording called `name`; "auto" is English where the tokenizer knows its words, else the small one.
+
+    Raises ConfigError for a name that there is not.
+    """
+    if name == "auto":
+        ids = tokenizer.encode(ENGLISH.before, False)
+        known = tokenizer.decode(ids, False).lower().split() == ENGLISH.before.lower().split()
+        return ENGLISH if known else NEEDLE
+    if name not in WORDINGS:
+        raise ConfigError(f"wording is {name!r}; allowed is auto or {' or '.join(WORDINGS)}")
+    return WORDINGS[name]
