@@ -7,29 +7,44 @@ TRITON := .venv-triton
 TENSORRT_BINDINGS := $(addprefix build/tensorrt-bindings/,10.15.1.29 10.16.1.11 11.0.0.114 11.4.0.106)
 BIN    := $(VENV)/bin
 MODEL  := examples/needle/model
+# For tests in an environment of their own: what pyproject.toml leaves out of a plain pytest run is named on the line.
+ALONE  := -o addopts="-ra --strict-markers"
 
-.PHONY: demo test test-triton test-peers test-tensorrt-api bench results gpu-check lint clean
+.PHONY: demo test test-deep test-slow test-triton test-peers test-tensorrt-api bench results gpu-check lint clean
+# Two targets may fill the same environment, and the tests use both cores by themselves: make -j changes nothing.
+.NOTPARALLEL:
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python examples/demo.py
 
-test: $(VENV)/.installed-test
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+# Everything a user of the CPU path relies on: about 3 minutes on two cores.
+test: lint
 	$(BIN)/python -m pytest -n 2
-	$(MAKE) test-triton
+
+# What is worth having and not worth waiting for after each change: about 25 minutes on two cores, downloads 1.5 GB.
+test-deep: test-tensorrt-api test-triton test-peers test-slow
+
+# Sanitizers, races, planted bugs and nvcc's table of the kernels; pages of the docs that are measured again.
+test-slow: $(VENV)/.installed-test
+	@echo "== make $@"
+	$(BIN)/python -m pytest -n 2 -m deep
 
 # Against a real tritonserver, in an environment of its own; where none can be installed its tests are skipped by name.
 test-triton: $(TRITON)/.installed
-	$(TRITON)/bin/python -m pytest -o addopts="-ra --strict-markers" -n 2 --dist loadfile tests/serving
+	@echo "== make $@"
+	$(TRITON)/bin/python -m pytest $(ALONE) -n 2 --dist loadfile tests/serving
 
+# Against torch, transformers and kvpress themselves.
 test-peers: $(PEERS)/.installed
-	$(PEERS)/bin/python -m pytest -o addopts="-ra --strict-markers" tests/peers
+	@echo "== make $@"
+	$(PEERS)/bin/python -m pytest $(ALONE) tests/peers
 
 test-tensorrt-api: $(VENV)/.installed-test $(TENSORRT_BINDINGS)
-	$(BIN)/python -m pytest tests/test_tensorrt_api.py
+	@echo "== make $@"
+	$(BIN)/python -m pytest -m tensorrt_api tests/test_tensorrt_api.py
 
-build/tensorrt-bindings/%: | $(VENV)/bin/python
+build/tensorrt-bindings/%: | $(VENV)/.created
+	rm -rf $@.partial
 	$(BIN)/python -m pip install --quiet --no-deps --target $@.partial tensorrt_cu13_bindings==$*
 	mv $@.partial $@
 
@@ -46,29 +61,38 @@ gpu-check:
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
 	rm -rf $(VENV) $(PEERS) $(TRITON) build engines/needle-*
 
-# Editable installs: the stamp depends on pyproject.toml alone, because code changes need no reinstall.
-$(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
+# A virtual environment, or one line that says what is missing; the stamp is made last, so half an environment is made
+# again. Python 3.10 to 3.13 is what pyproject.toml asks for.
+$(VENV)/.created $(PEERS)/.created $(TRITON)/.created:
+	@version=$$($(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3]); \
+	sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null) || { \
+	echo "PYTHON=$(PYTHON) is $${version:-not a Python}; needed is 3.10 to 3.13, as in: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	echo "$(PYTHON) makes no virtual environments: install its venv module (Debian: apt-get install python3-venv)" >&2; \
+	exit 1; }
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	@touch $@
 
-$(VENV)/.installed-demo: pyproject.toml | $(VENV)/bin/python
+# Editable installs: the stamps depend on pyproject.toml, because code changes need no reinstall.
+$(VENV)/.installed-demo: pyproject.toml $(VENV)/.created
 	$(BIN)/python -m pip install --quiet --editable '.[plots]'
-	touch $@
+	@touch $@
 
-$(VENV)/.installed-test: pyproject.toml | $(VENV)/bin/python
+$(VENV)/.installed-test: pyproject.toml $(VENV)/.created
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
-	touch $@
+	@touch $@
 
-$(PEERS)/.installed: pyproject.toml
-	$(PYTHON) -m venv $(PEERS)
+$(PEERS)/.installed: pyproject.toml $(PEERS)/.created
 	$(PEERS)/bin/python -m pip install --quiet --editable '.[peers]'
-	touch $@
+	@touch $@
 
-$(TRITON)/.installed: pyproject.toml
-	$(PYTHON) -m venv $(TRITON)
+$(TRITON)/.installed: pyproject.toml $(TRITON)/.created
 	$(TRITON)/bin/python -m pip install --quiet --editable '.[triton-test]'
 	$(TRITON)/bin/python -m pip install --quiet --no-deps nvidia-pytriton==0.7.0 || echo "no tritonserver for this machine"
-	touch $@
+	@touch $@

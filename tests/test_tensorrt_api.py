@@ -1,7 +1,7 @@
 """What this project calls of TensorRT exists, with these parameters, in NVIDIA's own Python bindings.
 
-The bindings come alone from PyPI and load on empty libraries, so no GPU and no TensorRT is needed: `make
-test-tensorrt-api` fetches several versions. Where none is found these tests are skipped.
+The bindings come as a package of their own and load on empty libraries, so no GPU and no TensorRT is needed: `make
+test-tensorrt-api` fetches several versions. A plain run of pytest leaves these tests out.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ from support import tensorrt_double as double
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = [
-    *(ROOT / "builder" / "backends" / "tensorrt").glob("*.py"),
-    *(ROOT / "python" / "chunkkv" / "executors").glob("tensorrt*.py"),
+    *(ROOT / "builder" / "chunkkv_builder" / "backends" / "tensorrt").glob("*.py"),
+    *(ROOT / "python" / "chunkkv" / "executors" / "tensorrt").glob("*.py"),
+    *(ROOT / "python" / "chunkkv" / "gpu").glob("tensorrt*.py"),
 ]
+pytestmark = pytest.mark.tensorrt_api
 STUBS = {
     "nvinfer": "createInferBuilder_INTERNAL createInferRefitter_INTERNAL createInferRuntime_INTERNAL getPluginRegistry "
     "getBuilderPluginRegistry",
