@@ -16,8 +16,9 @@ from support import engines, needle_engine
 
 from chunkkv.cli import main as cli
 from chunkkv.errors import BackendUnavailableError, ConfigError, EngineMismatchError, RequestError
-from chunkkv.evaluation.evaluator import RECORDS_FILE, Evaluator, Plan, read_records
+from chunkkv.evaluation.evaluator import Evaluator, Plan
 from chunkkv.evaluation.policies import parse_policies
+from chunkkv.evaluation.records import RECORDS_FILE, read_records
 from chunkkv.evaluation.report import plots
 from chunkkv.evaluation.report.summary import summarize, table, write_results
 from chunkkv.evaluation.runner import PromptRunner

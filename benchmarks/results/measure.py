@@ -37,7 +37,7 @@ def run_one(session: ChunkKVSession, run: Run, folder: Path, progress: Progress)
     before = json.loads(clock.read_text(encoding="utf-8")) if clock.is_file() else 0.0
     folder.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
-    bar = progress.add_task(run.name, total=len(evaluator.work()))
+    bar = progress.add_task(run.name, total=len(evaluator.examples()))
 
     def advance(count: int) -> None:
         progress.advance(bar, count)

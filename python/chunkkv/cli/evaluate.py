@@ -126,7 +126,7 @@ def _with_progress(evaluator: Any, folder: Path, quiet: bool) -> list[Any]:
 
     columns = (TextColumn("prompts"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=quiet or not sys.stderr.isatty()) as progress:
-        bar = progress.add_task("prompts", total=len(evaluator.work()))
+        bar = progress.add_task("prompts", total=len(evaluator.examples()))
         return evaluator.run(folder, lambda count: progress.advance(bar, count))
 
 

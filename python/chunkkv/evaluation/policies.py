@@ -1,7 +1,7 @@
 """Which tokens of a prompt stay: ChunkKV in its variants and what it is compared with, all with as many tokens.
 
-To add a policy: write its choice here, list it in RULES, name it in docs/evaluation.md, and give it an oracle in
-tests/test_evaluation_policies.py.
+To add a policy: write a function (prompt, settings, kept) -> KeptPositions here, give it a line in RULES, name it in
+the table of docs/evaluation.md, and give it an oracle in tests/test_evaluation_policies.py.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -23,15 +23,25 @@ from chunkkv.settings import ChunkKVSettings
 SNAPKV_POOLING = 5
 PYRAMID_BETA = 20
 _NUMBERS = ("window", "chunk_size", "sinks", "pooling")
-_WORDS = ("boundaries", "score", "gate", "leader")
+_NAMES = ("boundaries", "score", "gate", "leader")
 
-Choice = list[np.ndarray]  # per layer, ascending positions
-Chooser = Callable[[PrefilledPrompt, ChunkKVSettings, int], Choice]
+KeptPositions = list[np.ndarray]  # per layer the ascending positions [N] that stay
+Chooser = Callable[[PrefilledPrompt, ChunkKVSettings, int], KeptPositions]
 
 
 @dataclass(frozen=True)
 class Policy:
-    """One way to choose: `name` is how it was asked for, `settings` what it works with."""
+    """One way to choose what stays.
+
+    Parameters
+    ----------
+    name : str
+        How it was asked for, such as "snapkv:pooling=7".
+    rule : str
+        A name in RULES.
+    settings : ChunkKVSettings
+        What the rule works with; its keep ratio and budget are not used, because `keep` is given a number of tokens.
+    """
 
     name: str
     rule: str
@@ -43,11 +53,21 @@ class Policy:
         return self.rule != "full"
 
     @property
+    def reads_cache(self) -> bool:
+        """Whether the policy chooses for itself, which needs an engine whose whole cache can be read after prefill."""
+        return RULES[self.rule].reads_cache
+
+    @property
+    def is_buildable(self) -> bool:
+        """Whether an engine can be built that keeps what this policy keeps."""
+        return RULES[self.rule].is_buildable
+
+    @property
     def least_tokens(self) -> int:
         """The fewest kept tokens that hold the window, the sinks and one chunk."""
         return self.settings.window + self.settings.sinks + self.settings.chunk_size
 
-    def keep(self, prompt: PrefilledPrompt, kept: int) -> Choice:
+    def keep(self, prompt: PrefilledPrompt, kept: int) -> KeptPositions:
         """Return per layer the ascending positions that stay: `kept` of them in every layer, or on average over all.
 
         Raises ConfigError for fewer kept tokens than the policy's window and sinks, or where the engine lacks what the
@@ -65,23 +85,43 @@ class Policy:
 
 @dataclass(frozen=True)
 class Rule:
-    """How a policy chooses, in a few words for --help, and the settings in which it differs from the engine's."""
+    """How a policy chooses.
+
+    Parameters
+    ----------
+    about : str
+        The rule in a few words.
+    choose : Chooser
+        Called with a prompt after prefill, the policy's settings and the number of tokens to keep per layer.
+    settings : dict[str, Any]
+        Settings in which the rule differs from the engine's; the user's override them.
+    scored_layers : {"leaders", "all", "none"}, default "leaders"
+        Layers whose window queries the rule scores with: the leaders of the policy's groups, every layer, or none.
+    reads_cache : bool, default True
+        Whether `choose` needs the prompt's whole cache or queries.
+    is_buildable : bool, default False
+        Whether an engine can be built that keeps the same tokens.
+    """
 
     about: str
     choose: Chooser
     settings: dict[str, Any] = field(default_factory=dict)
-    scores: bool = True  # whether it looks at the window's queries
+    scored_layers: Literal["leaders", "all", "none"] = "leaders"
+    reads_cache: bool = True
+    is_buildable: bool = False
 
 
-def _per_group(prompt: PrefilledPrompt, settings: ChunkKVSettings, choose: Callable[[int], np.ndarray]) -> Choice:
+def _per_group(
+    prompt: PrefilledPrompt, settings: ChunkKVSettings, choose: Callable[[int], np.ndarray]
+) -> KeptPositions:
     """Return per layer what `choose` says for the leader of its group."""
-    chosen: Choice = []
+    chosen: KeptPositions = []
     for group in settings.layer_groups:
         chosen += [choose(settings.leader_of(group))] * len(group)
     return chosen
 
 
-def _chunks(prompt: PrefilledPrompt, settings: ChunkKVSettings, kept: int) -> Choice:
+def _chunks(prompt: PrefilledPrompt, settings: ChunkKVSettings, kept: int) -> KeptPositions:
     flags = prompt.is_delimiter if settings.boundaries == "delimiter" else None
 
     def choose(leader: int) -> np.ndarray:
@@ -91,18 +131,18 @@ def _chunks(prompt: PrefilledPrompt, settings: ChunkKVSettings, kept: int) -> Ch
     return _per_group(prompt, settings, choose)
 
 
-def _engine(prompt: PrefilledPrompt, settings: ChunkKVSettings, kept: int) -> Choice:
+def _engine(prompt: PrefilledPrompt, settings: ChunkKVSettings, kept: int) -> KeptPositions:
     if prompt.engine_choice is None:
         raise ConfigError("policy engine needs an engine built with --chunkkv")
     return prompt.engine_choice(kept)
 
 
-def _streaming(prompt: PrefilledPrompt, settings: ChunkKVSettings, kept: int) -> Choice:
+def _streaming(prompt: PrefilledPrompt, settings: ChunkKVSettings, kept: int) -> KeptPositions:
     recent = len(prompt) - (kept - settings.sinks)
     return [np.concatenate([np.arange(settings.sinks), np.arange(recent, len(prompt))])] * prompt.num_layers
 
 
-def _random(prompt: PrefilledPrompt, settings: ChunkKVSettings, kept: int) -> Choice:
+def _random(prompt: PrefilledPrompt, settings: ChunkKVSettings, kept: int) -> KeptPositions:
     def choose(leader: int) -> np.ndarray:
         scores = np.random.default_rng([prompt.seed, leader]).random(len(prompt), dtype=np.float32)
         return reference.select_tokens(scores, len(prompt), kept, settings)
@@ -111,12 +151,12 @@ def _random(prompt: PrefilledPrompt, settings: ChunkKVSettings, kept: int) -> Ch
 
 
 def pyramid_budgets(layers: int, length: int, kept: int, always: int) -> list[int]:
-    """Return how many of `length` tokens each layer keeps: falling by equal steps, `kept` on average.
+    """Return how many of `length` tokens each of `layers` layers keeps: falling by equal steps, `kept` on average.
 
-    All keep at least `always`. Beyond that the last layer keeps 1/PYRAMID_BETA of the average, or more where the first
-    one would otherwise have to keep more than there is.
+    Every layer keeps at least `always` tokens (window and sinks). Beyond those the last layer keeps 1/PYRAMID_BETA of
+    the average, or more where the first layer would otherwise have to keep more tokens than the prompt has.
     """
-    share, most = kept - always, length - always
+    share, most = kept - always, length - always  # of the tokens that are ranked: mean per layer, and all there are
     last = max(share // PYRAMID_BETA, 2 * share - most)
     ideal = np.linspace(2 * share - last, last, layers) if layers > 1 else np.array([float(share)])
     budgets = np.floor(ideal + 1e-9).astype(int)
@@ -125,7 +165,7 @@ def pyramid_budgets(layers: int, length: int, kept: int, always: int) -> list[in
     return [always + int(budget) for budget in budgets]
 
 
-def _pyramid(prompt: PrefilledPrompt, settings: ChunkKVSettings, kept: int) -> Choice:
+def _pyramid(prompt: PrefilledPrompt, settings: ChunkKVSettings, kept: int) -> KeptPositions:
     budgets = pyramid_budgets(prompt.num_layers, len(prompt), kept, settings.window + settings.sinks)
     return [
         reference.select_tokens(prompt.token_scores(layer, settings), len(prompt), budget, settings)
@@ -133,33 +173,48 @@ def _pyramid(prompt: PrefilledPrompt, settings: ChunkKVSettings, kept: int) -> C
     ]
 
 
-def _everything(prompt: PrefilledPrompt, settings: ChunkKVSettings, kept: int) -> Choice:
+def _everything(prompt: PrefilledPrompt, settings: ChunkKVSettings, kept: int) -> KeptPositions:
     return [np.arange(len(prompt))] * prompt.num_layers
 
 
 _PLAIN: dict[str, Any] = {"boundaries": "fixed", "gate": "none"}
 _TOKENS: dict[str, Any] = {**_PLAIN, "chunk_size": 1, "pooling": SNAPKV_POOLING}
 RULES: dict[str, Rule] = {
-    "full": Rule("every token", _everything, scores=False),
-    "engine": Rule("what the engine's own compress graph keeps", _engine, scores=False),
-    "chunkkv": Rule("chunks of one length", _chunks, _PLAIN),
-    "chunkkv-delimiter": Rule("chunks that end with a clause or a line", _chunks, {"boundaries": "delimiter"}),
-    "chunkkv-entropy": Rule("chunks of one length behind the entropy gate", _chunks, {**_PLAIN, "gate": "entropy"}),
-    "snapkv": Rule("single tokens, scores pooled over 5 neighbours, heads sharing", _chunks, _TOKENS),
-    "pyramidkv": Rule("as snapkv, more in the first layers and less in the last", _pyramid, _TOKENS),
-    "streaming": Rule(
-        "the first tokens and the most recent ones", _streaming, {**_PLAIN, "chunk_size": 1}, scores=False
+    "full": Rule("every token", _everything, scored_layers="none", reads_cache=False),
+    "engine": Rule("what the engine's own compress graph keeps", _engine, scored_layers="none", reads_cache=False),
+    "chunkkv": Rule("chunks of one length", _chunks, _PLAIN, is_buildable=True),
+    "chunkkv-delimiter": Rule(
+        "chunks that end with a clause or a line", _chunks, {"boundaries": "delimiter"}, is_buildable=True
     ),
-    "random": Rule("chunks drawn at random", _random, _PLAIN, scores=False),
+    "chunkkv-entropy": Rule(
+        "chunks of one length behind the entropy gate", _chunks, {**_PLAIN, "gate": "entropy"}, is_buildable=True
+    ),
+    "snapkv": Rule("single tokens, scores pooled over 5 neighbours, heads sharing", _chunks, _TOKENS),
+    "pyramidkv": Rule(
+        "as snapkv, more in the first layers and less in the last", _pyramid, _TOKENS, scored_layers="all"
+    ),
+    "streaming": Rule(
+        "the first tokens and the most recent ones", _streaming, {**_PLAIN, "chunk_size": 1}, scored_layers="none"
+    ),
+    "random": Rule("chunks drawn at random", _random, _PLAIN, scored_layers="none"),
 }
 
 
 def parse_policies(text: str, engine: ChunkKVSettings) -> list[Policy]:
-    """Return the policies that `text` lists, separated by commas, each a rule's name and changed settings.
+    """Return the policies that `text` lists, in its order.
 
-    As in "full,chunkkv,snapkv:pooling=7,chunkkv:chunk_size=20:layer_reuse=0-1+2-3:leader=first". Settings that neither
-    the text nor the rule names are the engine's. Raises ConfigError for an unknown rule or setting, an invalid value,
-    and a policy that is listed twice.
+    Parameters
+    ----------
+    text : str
+        Entries separated by commas, each a rule's name and changed settings, as in
+        "full,chunkkv,snapkv:pooling=7,chunkkv:chunk_size=20:layer_reuse=0-1+2-3:leader=first".
+    engine : ChunkKVSettings
+        The engine's settings: they hold where neither the entry nor its rule names one.
+
+    Raises
+    ------
+    ConfigError
+        For an unknown rule or setting, an invalid value, and a policy that is listed twice.
     """
     policies = [make_policy(part.strip(), engine) for part in text.split(",")]
     names = [policy.name for policy in policies]
@@ -176,10 +231,10 @@ def make_policy(text: str, engine: ChunkKVSettings) -> Policy:
     values: dict[str, Any] = dict(RULES[rule].settings)
     for change in changes:
         name, equals, value = change.partition("=")
-        if not equals or name not in (*_NUMBERS, *_WORDS, "layer_reuse"):
+        if not equals or name not in (*_NUMBERS, *_NAMES, "layer_reuse"):
             raise ConfigError(
                 f"policies has {text!r}, where {change!r} is no setting; give name=value, with a name of "
-                f"{', '.join((*_NUMBERS, *_WORDS, 'layer_reuse'))}"
+                f"{', '.join((*_NUMBERS, *_NAMES, 'layer_reuse'))}"
             )
         if name == "layer_reuse":
             count = sum(map(len, engine.layer_groups))
@@ -195,16 +250,17 @@ def make_policy(text: str, engine: ChunkKVSettings) -> Policy:
 
 def check_policy(policy: Policy, engine: ChunkKVSettings) -> None:
     """Raise ConfigError where an engine of these settings does not give the queries that the policy scores with."""
-    if not RULES[policy.rule].scores:
+    scored = RULES[policy.rule].scored_layers
+    if scored == "none":
         return
-    there = [engine.leader_of(group) for group in engine.layer_groups]
+    with_queries = [engine.leader_of(group) for group in engine.layer_groups]
     for group in policy.settings.layer_groups:
-        for layer in group if policy.rule == "pyramidkv" else [policy.settings.leader_of(group)]:
-            check_queries(layer, policy.settings.window, there, engine.window)
+        for layer in group if scored == "all" else [policy.settings.leader_of(group)]:
+            check_queries(layer, policy.settings.window, with_queries, engine.window)
 
 
 def _settings(text: str, engine: ChunkKVSettings, values: dict[str, Any]) -> ChunkKVSettings:
-    merged = {**{name: getattr(engine, name) for name in (*_NUMBERS, *_WORDS)}, **values}
+    merged = {**{name: getattr(engine, name) for name in (*_NUMBERS, *_NAMES)}, **values}
     least = merged["window"] + merged["sinks"] + merged["chunk_size"]
     try:
         return dataclasses.replace(engine, **values, min_tokens=max(engine.min_tokens, least), budget_tokens=0)

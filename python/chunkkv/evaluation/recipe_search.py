@@ -19,7 +19,6 @@ from chunkkv.session import ChunkKVSession
 from chunkkv.settings import KEEP_SCALE, LEADERS, ChunkKVSettings
 
 RECIPE_SETTINGS = ("window", "chunk_size", "sinks", "pooling", "boundaries", "score", "gate", "leader")
-BUILDABLE_RULES = ("chunkkv", "chunkkv-delimiter", "chunkkv-entropy")
 ENGINE_NAME = "the engine's"  # the candidate with the engine's own settings
 _ROUNDING = 1e-12  # of a mean of shares: a loss of exactly max_loss is allowed
 
@@ -135,7 +134,7 @@ def parse_buildable_policies(text: str, engine: ChunkKVSettings) -> list[Policy]
     """Return the policies that `text` lists, none where it is blank; raises ConfigError for one no engine can have."""
     policies = parse_policies(text, engine) if text.strip() else []
     for policy in policies:
-        if policy.rule not in BUILDABLE_RULES:
+        if not policy.is_buildable:
             raise ConfigError(
                 f"policies names {policy.name}, which no engine can be built with; give chunkkv with settings"
             )

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from chunkkv.evaluation.evaluator import Record
+from chunkkv.evaluation.records import Record
 from chunkkv.evaluation.statistics import paired_difference, wilson
 from chunkkv.files import write_whole
 from chunkkv.settings import KEEP_SCALE
