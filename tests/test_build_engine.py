@@ -274,7 +274,7 @@ def test_a_head_size_without_a_kernel_is_refused_before_any_work(cli, tmp_path, 
         (KeyboardInterrupt(), 130, "interrupted"),
         (MemoryError("8 GiB"), 1, "unexpected MemoryError: 8 GiB; --log_level debug shows where"),
         (ValueError("two\nlines"), 1, "unexpected ValueError: two lines; --log_level debug shows where"),
-        (OSError(28, "No space left on device"), 1, "writing: No space left on device"),
+        (OSError(28, "No space left on device"), 1, "input or output: No space left on device"),
         (PermissionError(13, "Permission denied", "/x/y"), 1, "/x/y: Permission denied"),
     ],
 )
@@ -293,7 +293,7 @@ def test_a_file_too_large_for_the_disk_is_told_as_such(model: Path, tmp_path: Pa
     code = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (9999, 9999)); "
     code += "from chunkkv_builder.build import main; main(sys.argv[1:])"
     flags = ("--checkpoint_dir", model, "--output_dir", tmp_path / "engine", "--log_level", "error")
-    assert python("-c", code, *flags).error(1) == "writing: File too large"
+    assert python("-c", code, *flags).error(1) == "input or output: File too large"
     assert not list(tmp_path.iterdir())
 
 
@@ -356,6 +356,16 @@ def test_a_missing_dependency_is_named_in_one_line() -> None:
     """Python without site-packages is a machine on which nothing was installed."""
     done = python("-I", "-S", SCRIPT, "--help")
     assert re.fullmatch(r"the Python package '\w+' is missing; install this project with pip install \.", done.error(1))
+
+
+def test_a_broken_dependency_is_named_in_one_line(model: Path, tmp_path: Path) -> None:
+    """A package that is there but raises ImportError: of another version, or half installed."""
+    (tmp_path / "rich.py").write_text("raise ImportError(\"cannot import name 'x' from 'y'\")")
+    code = (
+        "import runpy, sys; sys.path.insert(0, sys.argv.pop(1)); runpy.run_path(sys.argv.pop(1), run_name='__main__')"
+    )
+    message = python("-c", code, tmp_path, SCRIPT, "--checkpoint_dir", model).error(1)
+    assert "cannot import name 'x' from 'y'; install this project again" in message
 
 
 def test_the_builder_can_be_called_from_another_thread(model: Path, tmp_path: Path) -> None:

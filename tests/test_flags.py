@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 from support import engines
-from support.builds import CommandLine
+from support.builds import CommandLine, Outcome
 
+import chunkkv
+from chunkkv.command_line import UsageError
 from chunkkv.errors import ConfigError
 from chunkkv.settings import ChunkKVSettings
-from chunkkv_builder.flags import UsageError, chunkkv_settings, parse
+from chunkkv_builder.flags import TRTLLM_FLAGS_WITHOUT_MEANING, chunkkv_settings, parse
 
 TRTLLM_FLAGS = (
     *("checkpoint_dir", "output_dir", "max_batch_size", "max_input_len", "max_seq_len", "max_num_tokens"),
@@ -26,17 +28,6 @@ CHUNKKV_FLAGS = tuple(
     )
 )
 OWN_FLAGS = ("overwrite", "backend", "dtype", "use_weight_only", "weight_only_precision", "timing_cache")
-# What trtllm-build offers and this builder has no use for.
-MEANINGLESS = (
-    "model_config build_config model_cls_file model_cls_name max_beam_width opt_num_tokens max_encoder_input_len "
-    "max_prompt_embedding_table_size max_multimodal_len kv_cache_type paged_kv_cache input_timing_cache "
-    "output_timing_cache profiling_verbosity strip_plan weight_sparsity weight_streaming fast_build workers "
-    "enable_debug_output visualize_network monitor_memory logits_dtype gather_context_logits "
-    "gather_generation_logits gather_all_token_logits lora_dir lora_ckpt_source lora_target_modules max_lora_rank "
-    "speculative_decoding_mode max_draft_len gpt_attention_plugin gemm_plugin nccl_plugin lora_plugin moe_plugin "
-    "context_fmha remove_input_padding tokens_per_block use_paged_context_fmha use_fp8_context_fmha "
-    "multiple_profiles reduce_fusion user_buffer"
-)
 LAYERS = 3  # of the llama3 checkpoint, whose context is 512
 
 
@@ -70,6 +61,12 @@ def test_help_names_every_flag_with_its_default_on_a_narrow_terminal(
     for name, text in entries.items():
         words = " ".join(text.split())
         assert ("default: " in words) == (name not in without_default), name
+
+
+def test_the_version_and_the_short_flag_for_help(cli: CommandLine) -> None:
+    assert cli("--version") == Outcome(0, f"chunkkv-build {chunkkv.__version__}\n", "")
+    for backend in ([], ["--backend", "tensorrt_llm"]):
+        assert cli(*backend, "-h") == cli(*backend, "--help") and cli(*backend, "-h").out.startswith("usage: ")
 
 
 def test_the_defaults_are_the_documented_ones() -> None:
@@ -156,6 +153,8 @@ def test_hyphens_serve_as_underscores_in_names_but_not_in_values() -> None:
         ("--output out", "unknown flag --output; did you mean --output_dir?"),
         ("-checkpoint_dir c", "unknown flag -checkpoint_dir; did you mean --checkpoint_dir?"),
         ("--max_batch 4", "unknown flag --max_batch; did you mean --max_batch_size?"),  # never a silent abbreviation
+        ("--overwite", "unknown flag --overwite; see --help for those there are"),  # no hint offers what deletes files
+        ("--over-write", "unknown flag --over-write; see --help for those there are"),
         ("-o out", "unknown flag -o; see --help for those there are"),
         ("--xyzzy", "unknown flag --xyzzy; see --help for those there are"),
         ("stray", "'stray' belongs to no flag; every value follows its flag, as in --max_seq_len 4096"),
@@ -165,7 +164,7 @@ def test_an_unknown_flag_gets_the_nearest_known_one(line: str, hint: str, cli: C
     assert cli("--checkpoint_dir", "c", *line.split()).error(2) == hint
 
 
-@pytest.mark.parametrize("name", MEANINGLESS.split())
+@pytest.mark.parametrize("name", sorted(TRTLLM_FLAGS_WITHOUT_MEANING))
 def test_flags_of_trtllm_build_without_a_meaning_here_are_named_as_such(name: str) -> None:
     for spelling in (f"--{name}", f"--{name.replace('_', '-')}"):
         for line in ([spelling, "1"], [f"{spelling}=1"]):

@@ -10,10 +10,11 @@ import pytest
 from support import engines
 from support.builds import CommandLine
 
+from chunkkv.command_line import UsageError
 from chunkkv.engine.directory import EngineFiles
 from chunkkv.engine.recipe import read_recipe, write_recipe
 from chunkkv.errors import ConfigError
-from chunkkv_builder.flags import UsageError, chunkkv_settings, parse
+from chunkkv_builder.flags import chunkkv_settings, parse
 
 LAYERS = 3
 SETTINGS = {"keep_ratio": 0.3, "window": 16, "chunk_size": 8, "boundaries": "fixed", "leader": "first"}

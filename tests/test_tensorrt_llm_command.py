@@ -16,10 +16,11 @@ from support.tensorrt_llm_builds import GENERATIONS, LlmBuild, doubles
 from support.tensorrt_llm_double import Machine
 
 import chunkkv
+from chunkkv.command_line import UsageError
 from chunkkv.engine.directory import EngineFiles, Manifest
 from chunkkv.engine.tensorrt_llm_side_file import SIDE_FILE, SideFile
 from chunkkv.errors import EngineError, EngineMismatchError
-from chunkkv_builder.flags import UsageError, parse
+from chunkkv_builder.flags import parse
 
 
 @pytest.fixture(params=GENERATIONS)

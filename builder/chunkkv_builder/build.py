@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import importlib
 import shutil
-import signal
-import sys
-import threading
-import traceback
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType, ModuleType
-from typing import TYPE_CHECKING, NoReturn
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from chunkkv.command_line import errors_name_flags, run_program, termination_as_exit
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,7 +20,6 @@ if TYPE_CHECKING:
     from chunkkv_builder.plan import Plan
     from chunkkv_builder.progress import Progress
 
-FAILED, BAD_USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 TOKENIZER_FILE = "tokenizer.json"
 _AUTO_BACKEND = "onnxruntime"
 _TENSORRT_LLM = "tensorrt_llm"
@@ -31,26 +27,18 @@ _AUTO_DTYPE = {"onnxruntime": "float32"}  # elsewhere bfloat16: fast attention k
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; raises SystemExit with 1 for failures, 2 for bad usage, 130 for Ctrl-C."""
-    try:
-        from chunkkv_builder.flags import UsageError, parse
+    """Run the command line; raises SystemExit with 1 for failures, 2 for bad usage, 130 for Ctrl-C, 143 for SIGTERM."""
 
-        flags = parse(arguments)
-    except ModuleNotFoundError as error:
-        _stop(_described(error), FAILED)
-    except KeyboardInterrupt:
-        _stop("interrupted", INTERRUPTED)
-    except UsageError as error:
-        _stop(str(error), BAD_USAGE)
-    try:
-        with _termination_as_exit():
+    def parse() -> Namespace:
+        from chunkkv_builder import flags  # only here is a missing package an error of one line
+
+        return flags.parse(arguments)
+
+    def run(flags: Namespace) -> None:
+        with termination_as_exit():
             build_engine(flags)
-    except (Exception, KeyboardInterrupt) as error:
-        if flags.log_level in ("verbose", "debug"):
-            traceback.print_exc()
-        if isinstance(error, KeyboardInterrupt):
-            _stop("interrupted", INTERRUPTED)
-        _stop(_described(error), BAD_USAGE if isinstance(error, UsageError) else FAILED)
+
+    run_program("chunkkv-build", parse, run)
 
 
 def build_engine(flags: Namespace) -> None:
@@ -59,7 +47,7 @@ def build_engine(flags: Namespace) -> None:
     from chunkkv_builder.manifest import check_target, staged_output, write_config, write_manifest
     from chunkkv_builder.progress import Progress
 
-    with _bad_usage():
+    with errors_name_flags():
         check_target(Path(flags.output_dir), flags.overwrite)
     if flags.backend == _TENSORRT_LLM:
         # Its checkpoints, flags and graphs are TensorRT-LLM's own.
@@ -116,14 +104,14 @@ def read_and_plan(flags: Namespace, progress: Progress) -> tuple[Checkpoint, Bui
     limits = {name: getattr(flags, name) for name in names}
     backend = _AUTO_BACKEND if flags.backend == "auto" else flags.backend
     dtype = _AUTO_DTYPE.get(backend, "bfloat16") if flags.dtype == "auto" else flags.dtype
-    with _bad_usage():
+    with errors_name_flags():
         build = BuildConfig.for_model(model, **limits, backend=backend, dtype=dtype)
         build.check_window(settings)
         build.check_gate(settings)
     delimiters = _read_tokenizer(
         checkpoint, progress, wanted=settings is not None and settings.boundaries == "delimiter"
     )
-    with _bad_usage("chunkkv_"):
+    with errors_name_flags("chunkkv_"):
         plan = make_plan(model, settings, delimiters)
     return checkpoint, build, plan
 
@@ -152,52 +140,6 @@ def _read_tokenizer(checkpoint: Checkpoint, progress: Progress, wanted: bool) ->
             "prompts with the others are refused"
         )
     return tokenizer.delimiter_token_table(vocab_size=model.vocab_size) if wanted else None
-
-
-@contextmanager
-def _bad_usage(prefix: str = "") -> Iterator[None]:
-    """Turn a ConfigError about a flag's value into a UsageError that names the flag."""
-    from chunkkv.errors import ConfigError
-    from chunkkv_builder.flags import UsageError, with_flag_name
-
-    try:
-        yield
-    except ConfigError as error:
-        raise UsageError(with_flag_name(str(error), prefix)) from None
-
-
-@contextmanager
-def _termination_as_exit() -> Iterator[None]:
-    """Let SIGTERM unwind like Ctrl-C, so that what is half written is removed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(TERMINATED)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _described(error: BaseException) -> str:
-    from chunkkv.errors import ChunkKVError
-
-    if isinstance(error, ChunkKVError):
-        return str(error)
-    if isinstance(error, ModuleNotFoundError):
-        return f"the Python package {error.name!r} is missing; install this project with pip install ."
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'writing'}: {error.strerror}"
-    return f"unexpected {type(error).__name__}: {error}; --log_level debug shows where"
-
-
-def _stop(message: str, code: int) -> NoReturn:
-    print(f"chunkkv-build: error: {' '.join(message.splitlines())}", file=sys.stderr)
-    raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from rich import progress as bars
 from rich.console import Console
 from rich.text import Text
 
-LOG_LEVELS = ("error", "warning", "info", "verbose", "debug")
+from chunkkv.command_line import LOG_LEVELS
 
 
 class Progress:

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from chunkkv.command_line import INTERRUPTED
 from chunkkv.engine.directory import EngineFiles
 from chunkkv.errors import EngineError
 from chunkkv_builder import backends, dry_run, manifest
@@ -72,7 +73,7 @@ def main(how: str, folder: Path, flags: list[str]) -> None:
         code = build(operation, how, folder, flags)
         present = sorted(folder.iterdir())
         rounds.append({"code": code, "names": [p.name for p in present], "load": [p.name for p in present if loads(p)]})
-        if code not in (-signal.SIGKILL, build_engine.INTERRUPTED):
+        if code not in (-signal.SIGKILL, INTERRUPTED):
             break
     print(json.dumps(rounds))
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from support.house import House, Module, circles, includes, native_sources, tree_folders
 
 GROUND = {
+    "command_line",
     "errors",
     "files",
     "findings",

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
+from chunkkv.command_line import UsageError, errors_name_flags
 from chunkkv.engine.preconditions import BUILD_PRECONDITIONS, build_values, check
-from chunkkv.errors import BackendUnavailableError, BuildError, ChunkKVError, ConfigError
+from chunkkv.errors import BackendUnavailableError, BuildError, ChunkKVError
 from chunkkv_builder.backends.tensorrt_llm import library
 from chunkkv_builder.backends.tensorrt_llm.api import EngineBuild
 from chunkkv_builder.backends.tensorrt_llm.layers import even_stages, rank_layers
@@ -19,7 +19,7 @@ from chunkkv_builder.backends.tensorrt_llm.model import LlmModel
 from chunkkv_builder.backends.tensorrt_llm.preconditions import check_lengths
 from chunkkv_builder.backends.tensorrt_llm.print_plan import print_plan
 from chunkkv_builder.backends.tensorrt_llm.trtllm_flags import read_flags
-from chunkkv_builder.flags import UsageError, chunkkv_settings, with_flag_name
+from chunkkv_builder.flags import chunkkv_settings
 from chunkkv_builder.manifest import staged_output, write_manifest
 from chunkkv_builder.progress import Progress
 
@@ -63,16 +63,16 @@ def _checked(flags: argparse.Namespace, given: argparse.Namespace) -> tuple[Engi
     source = getattr(given, "checkpoint_dir", None) or getattr(given, "model_config", None)
     if source is None:
         raise UsageError("--checkpoint_dir is missing; give the output directory of convert_checkpoint.py")
-    with _as_usage():
+    with errors_name_flags():
         check(BUILD_PRECONDITIONS, build_values(given))
     model = LlmModel.read(source)
     if not flags.dry_run:
         model.check_weights(source)
     settings = chunkkv_settings(flags, model.num_layers)
     assert settings is not None  # flags.py insists on --chunkkv
-    with _as_usage():
+    with errors_name_flags():
         check_lengths(model, given)
-    with _as_usage("chunkkv_"):
+    with errors_name_flags("chunkkv_"):
         build = EngineBuild(settings, flags.tokenizer_dir, flags.chunkkv_tp_agree)
         build.check_model(model)
         for number, stage in enumerate(even_stages(model.num_layers, model.pp_size) or []):
@@ -135,11 +135,3 @@ def _check_single_process(command: ModuleType | None) -> None:
 
     if (size := getattr(_utils, "mpi_world_size", lambda: 1)()) > 1:
         raise UsageError(f"{size} MPI processes build at once, which is not supported: start one without mpirun")
-
-
-@contextmanager
-def _as_usage(prefix: str = "") -> Iterator[None]:
-    try:
-        yield
-    except ConfigError as error:
-        raise UsageError(with_flag_name(str(error), prefix)) from None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import NoReturn
 
-from chunkkv_builder.flags import UsageError
+from chunkkv.command_line import UsageError
 
 _COUNTS = (
     *("max_batch_size", "max_input_len", "max_beam_width", "max_num_tokens", "opt_num_tokens", "workers"),
