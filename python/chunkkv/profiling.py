@@ -1,6 +1,6 @@
-"""Named ranges around the stages of a generation: for Nsight and other NVTX tools, and for a recorder of our own.
+"""Named ranges around the stages of a generation: for Nsight and other NVTX tools, and for a recorder in this process.
 
-Without either, a range is one call that finds nothing to do. NVTX is switched on by a tool (which sets
+With neither enabled, a range costs one function call. NVTX is switched on by a tool (which sets
 NVTX_INJECTION64_PATH before the process starts) or by enable_nvtx(); recording() needs no tool.
 """
 
@@ -12,18 +12,27 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from chunkkv.errors import BackendUnavailableError
-
-if TYPE_CHECKING:
-    from chunkkv.requests import Request
 
 DOMAIN = "chunkkv"
 PAYLOAD_SHIFT = 10**9  # decimal, so that both numbers can be read off in a tool's window
 TOOL_VARIABLE = "NVTX_INJECTION64_PATH"
 _COLOURS = {"request": "darkgreen", "load": "gray", "prefill": "blue", "decode": "orange", "sample": "yellow"}
 _COMPRESSION_COLOUR = "red"
+
+
+class Identified(Protocol):
+    """A request, as far as ranges are marked with it."""
+
+    @property
+    def request_id(self) -> int:
+        """Number of the request, from 1."""
+
+    @property
+    def kept_tokens(self) -> int:
+        """Prompt tokens that stay in its cache."""
 
 
 class Sink(Protocol):
@@ -44,21 +53,28 @@ _NOTHING = nullcontext()
 def range(name: str, *, request_id: int = 0, kept_tokens: int = 0) -> AbstractContextManager[None]:
     """Return a context that marks a stage of this thread; ranges nest, so a generator must not yield inside one.
 
-    `request_id` is 0 where the stage serves several requests, `kept_tokens` then the sum over them.
+    Parameters
+    ----------
+    name : str
+        The stage, such as "prefill"; docs/profiling.md lists them.
+    request_id : int, default 0
+        The request that the stage serves; 0 where it serves several, or none.
+    kept_tokens : int, default 0
+        Prompt tokens that stay in the cache, summed over the requests that the stage serves.
     """
     return _Range(_sinks, name, request_id, kept_tokens, True) if _sinks else _NOTHING
 
 
 def span(name: str, *, request_id: int = 0, kept_tokens: int = 0) -> AbstractContextManager[None]:
-    """Return a context that marks a time of the process, such as a request's life.
+    """Return a context that marks a time of the process, such as a request's life; parameters as for range().
 
     Spans may overlap and may end on another thread; a generator may yield inside one.
     """
     return _Range(_sinks, name, request_id, kept_tokens, False) if _sinks else _NOTHING
 
 
-def range_of(name: str, requests: Sequence[Request], nested: bool = True) -> AbstractContextManager[None]:
-    """Return the range, or span if not `nested`, of a stage that serves `requests` together."""
+def range_of(name: str, requests: Sequence[Identified], nested: bool = True) -> AbstractContextManager[None]:
+    """Return the range of a stage that serves `requests` (at least one) together, or its span if not `nested`."""
     if not _sinks:
         return _NOTHING
     request_id = requests[0].request_id if len(requests) == 1 else 0
@@ -106,7 +122,7 @@ class RecordedRange(NamedTuple):
 
 
 class Recorder:
-    """Keeps the finished ranges of all threads, at most `limit`; what comes after is counted in `dropped`."""
+    """Keeps the finished ranges of all threads, at most `limit`; those that end later are counted in `dropped`."""
 
     def __init__(self, limit: int = 1_000_000) -> None:
         self._limit = limit
@@ -117,13 +133,13 @@ class Recorder:
 
     @property
     def ranges(self) -> tuple[RecordedRange, ...]:
-        """What has ended so far, by start; a range before those inside it."""
+        """The ranges that have ended so far, by start; a range comes before those inside it."""
         with self._lock:
-            return tuple(sorted(self._ranges, key=lambda found: (found.start_ns, -found.end_ns)))
+            return tuple(sorted(self._ranges, key=lambda recorded: (recorded.start_ns, -recorded.end_ns)))
 
     def of_request(self, request_id: int) -> tuple[RecordedRange, ...]:
         """Return the ranges of one request."""
-        return tuple(found for found in self.ranges if found.request_id == request_id)
+        return tuple(recorded for recorded in self.ranges if recorded.request_id == request_id)
 
     def open(self, name: str, request_id: int, kept_tokens: int, nested: bool) -> tuple:
         """Begin a range; see Sink."""
@@ -147,7 +163,7 @@ class Recorder:
 
 @contextmanager
 def recording(limit: int = 1_000_000) -> Iterator[Recorder]:
-    """Record the ranges of the whole process while the context is open."""
+    """Record the ranges of the whole process while the context is open; yields the Recorder, which keeps `limit`."""
     recorder = Recorder(limit)
     _install(recorder)
     try:
@@ -158,7 +174,7 @@ def recording(limit: int = 1_000_000) -> Iterator[Recorder]:
 
 @contextmanager
 def muted() -> Iterator[None]:
-    """Begin no ranges in the whole process while the context is open; those open already go on."""
+    """Begin no ranges in the whole process while the context is open; ranges that are open already go on."""
     global _sinks  # noqa: PLW0603 - as in _install
     with _lock:
         before, _sinks = _sinks, ()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import shutil
 import subprocess
 import sys
@@ -19,22 +20,49 @@ import chunkkv
 from chunkkv import profiling
 from chunkkv.engine.json_files import read_object
 from chunkkv.errors import ChunkKVError, ProfileError, RequestError
+from chunkkv.files import write_whole
 from chunkkv.profile.nsys_export import read_export
-from chunkkv.profile.trace import Trace, from_recorder, write_json
+from chunkkv.profile.trace import Trace, from_recorder
 from chunkkv.sampling import SamplingParams
 from chunkkv.session import ChunkKVSession
 from chunkkv.text.tokenizer import encode_chat_prompt
 
 # Ranges inside a replayed CUDA graph exist only node by node; sampling the CPU would slow what is measured.
-NSYS_FLAGS = ("--trace=cuda,nvtx,osrt", "--sample=none", "--cpuctxsw=none", "--cuda-graph-trace=node")
-NSYS_FLAGS += ("--trace-fork-before-exec=true", "--force-overwrite=true")
+NSYS_FLAGS = (
+    "--trace=cuda,nvtx,osrt",
+    "--sample=none",
+    "--cpuctxsw=none",
+    "--cuda-graph-trace=node",
+    "--trace-fork-before-exec=true",
+    "--force-overwrite=true",
+)
 MAX_REPEATS = 1000
 _LAST_LINES = 5
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is measured: a prompt, text or token ids, answered once to warm up and then `repeats` times."""
+    """What is measured: one prompt, answered once to warm up and then `repeats` times.
+
+    Parameters
+    ----------
+    engine_dir : str
+        The engine directory.
+    prompt : str or list[int]
+        Text or token ids.
+    chat : bool, default False
+        Whether the text is put into the model's chat template.
+    max_new_tokens : int, default 32
+        Tokens of each answer; an end token does not end it.
+    repeats : int, default 3
+        Answers that are measured, 1 to MAX_REPEATS.
+    keep_ratio : float, optional
+        Share of the prompt kept, in (0, 1]; None for the engine's own.
+    budget_tokens : int, optional
+        Tokens kept, instead of a share.
+    threads : int, optional
+        Threads of the engine; None for one per core.
+    """
 
     engine_dir: str
     prompt: str | list[int]
@@ -46,17 +74,23 @@ class Job:
     threads: int | None = None
 
     def run(self) -> None:
-        """Do it; the warm-up is one range without stages inside."""
+        """Answer the prompt; the warm-up is one range without stages inside.
+
+        Raises RequestError for `repeats` out of range and for a prompt that the engine cannot serve.
+        """
         if not 1 <= self.repeats <= MAX_REPEATS:
             raise RequestError(f"--repeats is {self.repeats}; allowed is 1 to {MAX_REPEATS}")
         sampling = SamplingParams(max_new_tokens=self.max_new_tokens, ignore_eos=True)
         session = ChunkKVSession.from_dir(self.engine_dir, self.threads)
         prompt = encode_chat_prompt(session.tokenizer, self.prompt) if self.chat else self.prompt
-        budget = {"keep_ratio": self.keep_ratio, "budget_tokens": self.budget_tokens}
+
+        def answer() -> None:
+            session.generate(prompt, sampling, keep_ratio=self.keep_ratio, budget_tokens=self.budget_tokens)
+
         with profiling.range("warmup"), profiling.muted():
-            session.generate(prompt, sampling, **budget)
+            answer()
         for _ in range(self.repeats):
-            session.generate(prompt, sampling, **budget)
+            answer()
 
 
 def measure(job: Job, tool: str, output: Path) -> Trace | None:
@@ -120,9 +154,9 @@ def run_under_nsys(nsys: str, job: Job, output: Path) -> Trace:
     if importlib.util.find_spec("nvtx") is None:
         raise ProfileError("nsys sees the stages through the Python package 'nvtx': pip install 'chunkkv-trt[profile]'")
     with tempfile.TemporaryDirectory(prefix=".chunkkv-profile-", dir=output.absolute().parent) as folder:
-        plan, report, export = (Path(folder, name) for name in ("job.json", "trace.nsys-rep", "trace.sqlite"))
-        write_json(plan, dataclasses.asdict(job))
-        program = [sys.executable, "-m", "chunkkv.profile.measure", str(plan)]
+        job_file, report, export = (Path(folder, name) for name in ("job.json", "trace.nsys-rep", "trace.sqlite"))
+        write_whole(job_file, json.dumps(dataclasses.asdict(job)))
+        program = [sys.executable, "-m", "chunkkv.profile.measure", str(job_file)]
         _run([nsys, "profile", f"--output={report.with_suffix('')}", *NSYS_FLAGS, *program], report)
         _run([nsys, "export", "--type=sqlite", "--force-overwrite=true", f"--output={export}", str(report)], export)
         trace = read_export(export)
@@ -132,17 +166,19 @@ def run_under_nsys(nsys: str, job: Job, output: Path) -> Trace:
 
 
 def _run(command: Sequence[str], written: Path) -> None:
+    """Run nsys; raises ProfileError unless it ends well and has written the file `written`."""
     try:
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
         )
     except OSError as error:
         raise ProfileError(f"{command[0]} cannot be run: {error.strerror}; try --tool recorder") from None
-    told = "; ".join((done.stderr.strip() or done.stdout.strip()).splitlines()[-_LAST_LINES:]) or "it said nothing"
+    output = (done.stderr.strip() or done.stdout.strip()).splitlines()
+    said = "; ".join(output[-_LAST_LINES:]) or "it said nothing"
     if done.returncode:
-        raise ProfileError(f"nsys {command[1]} failed with {done.returncode}: {told}; --tool recorder needs no nsys")
+        raise ProfileError(f"nsys {command[1]} failed with {done.returncode}: {said}; --tool recorder needs no nsys")
     if not written.is_file():
-        raise ProfileError(f"nsys {command[1]} wrote no {written.suffix} file: {told}; --tool recorder needs no nsys")
+        raise ProfileError(f"nsys {command[1]} wrote no {written.suffix} file: {said}; --tool recorder needs no nsys")
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -58,7 +58,7 @@ class _Export:
             if name in (*_NEEDED, *_META)
         }
         for name, needed in _NEEDED.items():
-            if name in self._columns and (absent := [one for one in needed if one not in self._columns[name]]):
+            if name in self._columns and (absent := [column for column in needed if column not in self._columns[name]]):
                 raise ProfileError(f"{path}: table {name} has no column {absent[0]!r}; this schema is not known")
         self._strings: dict[int, str] = {}
         if _STRINGS in self._columns:
@@ -85,8 +85,8 @@ class _Export:
 
     def _name(self, text: Any, identity: Any) -> str:
         """Return the text of an event; a registered string leaves the text empty and names it by number."""
-        found = self._strings.get(identity, "") if text is None else text
-        return found if isinstance(found, str) else str(found)
+        name = self._strings.get(identity, "") if text is None else text
+        return name if isinstance(name, str) else str(name)
 
     def _ranges(self, last_ns: int) -> tuple[Range, ...]:
         """Return the ranges; those that had not ended are cut at the last time in the trace."""
@@ -103,10 +103,10 @@ class _Export:
             if kind == _DOMAIN_CREATE
         }
         ranges = [row for row in rows if row[2] != _DOMAIN_CREATE]
-        found_domains = [domains.get((self._count(row[3]) >> _PROCESS_BITS, row[6]), "") for row in ranges]
-        ours = [row for row, name in zip(ranges, found_domains, strict=True) if name == DOMAIN]
+        range_domains = [domains.get((self._count(row[3]) >> _PROCESS_BITS, row[6]), "") for row in ranges]
+        ours = [row for row, name in zip(ranges, range_domains, strict=True) if name == DOMAIN]
         if not ours:
-            others = ", ".join(sorted({name or "(default)" for name in found_domains})) or "none"
+            others = ", ".join(sorted({name or "(default)" for name in range_domains})) or "none"
             raise ProfileError(
                 f"{self._path} has no range of the domain {DOMAIN!r} (domains found: {others}); install the extra "
                 "'profile' where chunkkv runs, and profile again"

@@ -1,4 +1,4 @@
-"""Draws a report as one SVG: the stages of a request in time, and where the time went; needs no drawing library."""
+"""Draws a report as one SVG, without a drawing library: the stages of a request in time, and time per stage."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 
 from chunkkv.files import write_whole
-from chunkkv.profile.report import COMPRESSION, ORDER, Report
+from chunkkv.profile.report import COMPRESSION, Report, in_order
 from chunkkv.profile.trace import Range, Trace
 
 _COLOURS = {"prefill": "#4878a8", "decode": "#e0a030", "sample": "#8a8a8a", "load": "#b8b8b8"}
@@ -28,23 +28,25 @@ def write_picture(trace: Trace, report: Report, path: Path) -> None:
 
 def _timeline(trace: Trace, top: int, lines: list[str]) -> int:
     """Draw the last request, the one that is warm, one lane per stage; return where the next thing may begin."""
-    requests = [one for one in trace.ranges if one.name == "request"]
+    requests = [span for span in trace.ranges if span.name == "request"]
     if not requests:
         return top
-    request = max(requests, key=lambda one: one.start_ns)
+    request = max(requests, key=lambda span: span.start_ns)
     inside = [
-        one for one in trace.ranges if one.nested and request.start_ns <= one.start_ns and one.end_ns <= request.end_ns
+        stage
+        for stage in trace.ranges
+        if stage.nested and request.start_ns <= stage.start_ns and stage.end_ns <= request.end_ns
     ]
     total = max(request.end_ns - request.start_ns, 1)
     lines.append(_text(_LEFT, top, f"Request {request.request_id}: {total / 1e6:.1f} ms, one lane per stage"))
     top += 10
-    for name in _ordered({one.name for one in inside}):
+    for name in in_order({stage.name for stage in inside}):
         lines.append(_text(8, top + _ROW * 0.65, name))
         lines.append(_rect(_LEFT, top + _ROW - 2, _WIDTH - _LEFT - _RIGHT, 1, "#dddddd"))
-        for one in _at_most([one for one in inside if one.name == name]):
-            start = _LEFT + (one.start_ns - request.start_ns) / total * (_WIDTH - _LEFT - _RIGHT)
-            width = max((one.end_ns - one.start_ns) / total * (_WIDTH - _LEFT - _RIGHT), 0.5)
-            title = f"{name}: {(one.end_ns - one.start_ns) / 1e6:.3f} ms"
+        for stage in _thinned_out([stage for stage in inside if stage.name == name]):
+            start = _LEFT + (stage.start_ns - request.start_ns) / total * (_WIDTH - _LEFT - _RIGHT)
+            width = max((stage.end_ns - stage.start_ns) / total * (_WIDTH - _LEFT - _RIGHT), 0.5)
+            title = f"{name}: {(stage.end_ns - stage.start_ns) / 1e6:.3f} ms"
             lines.append(_rect(start, top + 4, width, _ROW - 8, _colour(name), title))
         top += _ROW
     return top
@@ -53,8 +55,8 @@ def _timeline(trace: Trace, top: int, lines: list[str]) -> int:
 def _bars(report: Report, top: int, lines: list[str]) -> int:
     """Draw each stage's own time, of the GPU where kernels were traced; return the picture's height."""
     gpu = report.kernel_ns > 0
-    stages = [one for one in report.stages if one.name not in ("load", "warmup")]
-    values = [one.own_kernel_ns if gpu else one.own_ns for one in stages]
+    stages = [stage for stage in report.stages if stage.name not in ("load", "warmup")]
+    values = [stage.own_kernel_ns if gpu else stage.own_ns for stage in stages]
     most, whole = max([1, *values]), max(sum(values), 1)
     lines.append(_text(_LEFT, top, f"{'GPU kernel' if gpu else 'Host'} time by stage, all requests"))
     top += 10
@@ -67,12 +69,8 @@ def _bars(report: Report, top: int, lines: list[str]) -> int:
     return top + 12
 
 
-def _ordered(names: set[str]) -> list[str]:
-    return sorted(names, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
-
-
-def _at_most(ranges: list[Range]) -> list[Range]:
-    """Thin out evenly what no screen could show."""
+def _thinned_out(ranges: list[Range]) -> list[Range]:
+    """Return at most _MOST_BARS of the ranges, evenly: no screen could show more."""
     step = -(-len(ranges) // _MOST_BARS)
     return ranges[:: max(step, 1)]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,20 @@ from rich.text import Text
 
 from chunkkv.profile.trace import Trace, Tree, enclosing
 
-ORDER = ("load", "warmup", "prefill", "compress", "prepare", "boundaries", "score", "select", "compact", "rope")
-ORDER += ("decode", "sample")
+ORDER = (
+    "load",
+    "warmup",
+    "prefill",
+    "compress",
+    "prepare",
+    "boundaries",
+    "score",
+    "select",
+    "compact",
+    "rope",
+    "decode",
+    "sample",
+)
 COMPRESSION = frozenset({"compress", "prepare", "boundaries", "score", "select", "compact"})
 
 
@@ -72,18 +85,18 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        found = dataclasses.asdict(self)
-        for row, request in zip(found["requests"], self.requests, strict=True):
+        values = dataclasses.asdict(self)
+        for row, request in zip(values["requests"], self.requests, strict=True):
             row["compress_share"] = request.compress_share
-        return found
+        return values
 
     def medians(self) -> dict[str, float | None]:
         """Return the medians over the requests."""
-        found: dict[str, float | None] = {}
+        medians: dict[str, float | None] = {}
         for name in ("ttft_ns", "prefill_ns", "compress_ns", "compress_share", "per_token_ns"):
-            values = [value for one in self.requests if (value := getattr(one, name)) is not None]
-            found[name] = statistics.median(values) if values else None
-        return found
+            values = [value for request in self.requests if (value := getattr(request, name)) is not None]
+            medians[name] = statistics.median(values) if values else None
+        return medians
 
 
 def make_report(trace: Trace) -> Report:
@@ -99,19 +112,23 @@ def make_report(trace: Trace) -> Report:
 
 
 def _stages(trace: Trace, tree: Tree) -> tuple[Stage, ...]:
-    durations, totals, own = defaultdict(list), defaultdict(int), defaultdict(int)
-    for index, one in enumerate(trace.ranges):
-        if not one.nested:
+    durations: defaultdict[str, list[int]] = defaultdict(list)
+    totals: defaultdict[str, int] = defaultdict(int)
+    own: defaultdict[str, int] = defaultdict(int)
+    for index, stage in enumerate(trace.ranges):
+        if not stage.nested:
             continue
-        length = one.end_ns - one.start_ns
-        durations[one.name].append(length)
-        own[one.name] += length
+        length = stage.end_ns - stage.start_ns
+        durations[stage.name].append(length)
+        own[stage.name] += length
         parent = tree.parents[index]
         if parent is not None:
             own[trace.ranges[parent].name] -= length
-        if one.name not in {trace.ranges[at].name for at in tree.path(parent)}:
-            totals[one.name] += length
-    counts, kernel_totals, kernel_own = defaultdict(int), defaultdict(int), defaultdict(int)
+        if stage.name not in {trace.ranges[at].name for at in tree.path(parent)}:  # else it is in its own name's total
+            totals[stage.name] += length
+    counts: defaultdict[str, int] = defaultdict(int)
+    kernel_totals: defaultdict[str, int] = defaultdict(int)
+    kernel_own: defaultdict[str, int] = defaultdict(int)
     for kernel, launcher in zip(trace.kernels, tree.launchers, strict=True):
         if launcher is None:
             continue
@@ -120,7 +137,6 @@ def _stages(trace: Trace, tree: Tree) -> tuple[Stage, ...]:
         for name in {trace.ranges[at].name for at in tree.path(launcher)}:
             counts[name] += 1
             kernel_totals[name] += length
-    names = sorted(durations, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
     return tuple(
         Stage(
             name,
@@ -132,8 +148,13 @@ def _stages(trace: Trace, tree: Tree) -> tuple[Stage, ...]:
             kernel_totals[name],
             kernel_own[name],
         )
-        for name in names
+        for name in in_order(durations)
     )
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Return the names of stages in the order of ORDER, others by name behind them."""
+    return sorted(names, key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
 
 
 def _requests(trace: Trace, tree: Tree) -> tuple[RequestTimes, ...]:
@@ -146,37 +167,38 @@ def _requests(trace: Trace, tree: Tree) -> tuple[RequestTimes, ...]:
     for kernel, launcher in zip(trace.kernels, tree.launchers, strict=True):
         if launcher is not None and any(trace.ranges[at].name in COMPRESSION for at in tree.path(launcher)):
             kernel_times[owners[launcher]].append((kernel.launch_start_ns, kernel.end_ns - kernel.start_ns))
-    found = []
-    for one in sorted((one for one in trace.ranges if one.name == "request"), key=lambda one: one.start_ns):
-        mine = members.get(one.request_id, []) if one.request_id else []
-        samples = sorted(trace.ranges[at].end_ns for at in mine if trace.ranges[at].name == "sample")
+    requests = []
+    spans = (span for span in trace.ranges if span.name == "request")
+    for span in sorted(spans, key=lambda span: span.start_ns):
+        own = members.get(span.request_id, []) if span.request_id else []
+        samples = sorted(trace.ranges[at].end_ns for at in own if trace.ranges[at].name == "sample")
         first = samples[0] if samples else None
-        prefills = [trace.ranges[at] for at in mine if trace.ranges[at].name == "prefill"]
-        times = kernel_times[one.request_id] if trace.kernels else _host_times(trace, tree, mine)
+        prefills = [trace.ranges[at] for at in own if trace.ranges[at].name == "prefill"]
+        times = kernel_times[span.request_id] if trace.kernels else _host_times(trace, tree, own)
         compress = None if first is None else sum(length for start, length in times if start <= first)
-        found.append(
+        requests.append(
             RequestTimes(
-                one.request_id,
-                one.kept_tokens,
-                None if first is None else first - one.start_ns,
+                span.request_id,
+                span.kept_tokens,
+                None if first is None else first - span.start_ns,
                 sum(prefill.end_ns - prefill.start_ns for prefill in prefills) if prefills else None,
                 compress,
                 len(samples),
                 (samples[-1] - samples[0]) / (len(samples) - 1) if len(samples) > 1 else None,
             )
         )
-    return tuple(found)
+    return tuple(requests)
 
 
 def _owner(trace: Trace, tree: Tree, index: int) -> int:
     return next((number for at in tree.path(index) if (number := trace.ranges[at].request_id)), 0)
 
 
-def _host_times(trace: Trace, tree: Tree, mine: list[int]) -> list[tuple[int, int]]:
-    """Return start and length of the outermost ranges of compression."""
+def _host_times(trace: Trace, tree: Tree, indices: list[int]) -> list[tuple[int, int]]:
+    """Return start and length of the outermost ranges of compression among the ranges at `indices`."""
     return [
         (trace.ranges[at].start_ns, trace.ranges[at].end_ns - trace.ranges[at].start_ns)
-        for at in mine
+        for at in indices
         if trace.ranges[at].name in COMPRESSION
         and not any(trace.ranges[around].name in COMPRESSION for around in tree.path(tree.parents[at]))
     ]
@@ -214,11 +236,11 @@ def _request_table(report: Report, most: int) -> Table:
     table = Table(title="Requests (ms)")
     for name in ("request", "kept", "first token", "prefill", "compress", "share", "tokens", "per token"):
         table.add_column(name, justify="right")
-    for one in report.requests[:most]:
-        share = one.compress_share
-        times = [_ms(value) for value in (one.ttft_ns, one.prefill_ns, one.compress_ns)]
-        cells = [*times, "–" if share is None else f"{share:.1%}", str(one.tokens), _ms(one.per_token_ns)]
-        table.add_row(str(one.request_id), str(one.kept_tokens), *cells)
+    for request in report.requests[:most]:
+        share = request.compress_share
+        times = [_ms(value) for value in (request.ttft_ns, request.prefill_ns, request.compress_ns)]
+        cells = [*times, "–" if share is None else f"{share:.1%}", str(request.tokens), _ms(request.per_token_ns)]
+        table.add_row(str(request.request_id), str(request.kept_tokens), *cells)
     medians = report.medians()
     share = medians["compress_share"]
     times = [_ms(medians[name]) for name in ("ttft_ns", "prefill_ns", "compress_ns")]

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from chunkkv.engine.json_files import read_object
 from chunkkv.errors import ProfileError
 from chunkkv.files import write_whole
 from chunkkv.profiling import RecordedRange
 
+Row = TypeVar("Row")
 _FORMAT, _VERSION = "chunkkv-profile", 1
 MAX_TIME = 2**62
 
@@ -43,7 +44,19 @@ class Kernel(NamedTuple):
 
 @dataclass(frozen=True)
 class Trace:
-    """What was measured; `about` says on what, `notes` what is missing from it."""
+    """What was measured.
+
+    Parameters
+    ----------
+    ranges : tuple[Range, ...]
+        The named ranges, in any order.
+    kernels : tuple[Kernel, ...], default ()
+        The GPU kernels; empty where none were traced.
+    notes : tuple[str, ...], default ()
+        What is missing from the trace, one sentence each.
+    about : dict[str, Any]
+        Where the trace comes from: the tool and its version.
+    """
 
     ranges: tuple[Range, ...]
     kernels: tuple[Kernel, ...] = ()
@@ -52,49 +65,63 @@ class Trace:
 
     def write(self, path: Path) -> None:
         """Write the trace as JSON."""
-        found = {"format": _FORMAT, "version": _VERSION, "about": self.about, "notes": self.notes}
-        found |= {"ranges": self.ranges, "kernels": self.kernels}
-        write_json(path, found)
+        values = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "about": self.about,
+            "notes": self.notes,
+            "ranges": self.ranges,
+            "kernels": self.kernels,
+        }
+        write_whole(path, json.dumps(values) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Trace:
         """Read what write() wrote; raises ProfileError for anything else."""
-        found = read_object(path, ProfileError)
-        if found.get("format") != _FORMAT or found.get("version") != _VERSION:
+        values = read_object(path, ProfileError)
+        if values.get("format") != _FORMAT or values.get("version") != _VERSION:
             raise ProfileError(f"{path} is no trace of this version; give a file that chunkkv profile wrote")
-        ranges = _rows(found.get("ranges"), Range, (str, int, int, int, bool, int, int))
-        kernels = _rows(found.get("kernels"), Kernel, (str, int, int, int, int, int))
-        notes, about = found.get("notes"), found.get("about")
-        sound = isinstance(notes, list) and all(isinstance(note, str) for note in notes) and isinstance(about, dict)
-        if ranges is None or kernels is None or not sound:
+        ranges = _rows(values.get("ranges"), Range, (str, int, int, int, bool, int, int))
+        kernels = _rows(values.get("kernels"), Kernel, (str, int, int, int, int, int))
+        notes, about = values.get("notes"), values.get("about")
+        if (
+            ranges is None
+            or kernels is None
+            or not isinstance(notes, list)
+            or not all(isinstance(note, str) for note in notes)
+            or not isinstance(about, dict)
+        ):
             raise ProfileError(f"{path} is damaged; profile again")
         return cls(ranges, kernels, tuple(notes), about)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, whole or not at all."""
-    write_whole(path, json.dumps(value) + "\n")
-
-
 def from_recorder(ranges: Iterable[RecordedRange], **about: Any) -> Trace:
-    """Return the trace of what a recorder saw."""
+    """Return the trace of the ranges that a recorder kept; the keyword arguments say where they come from."""
     return Trace(
         tuple(
-            Range(one.name, one.start_ns, one.end_ns, one.thread, one.nested, one.request_id, one.kept_tokens)
-            for one in ranges
+            Range(
+                recorded.name,
+                recorded.start_ns,
+                recorded.end_ns,
+                recorded.thread,
+                recorded.nested,
+                recorded.request_id,
+                recorded.kept_tokens,
+            )
+            for recorded in ranges
         ),
         about=about,
     )
 
 
-def _rows(value: Any, kind: type, types: tuple[type, ...]) -> tuple | None:
+def _rows(value: Any, kind: Callable[..., Row], types: tuple[type, ...]) -> tuple[Row, ...] | None:
     """Return a list of JSON rows as `kind`, or None where one has other types or a time that makes no sense."""
     if not isinstance(value, list):
         return None
     for row in value:
         if not isinstance(row, list) or len(row) != len(types):
             return None
-        if any(type(entry) is not wanted for entry, wanted in zip(row, types, strict=True)):
+        if any(type(entry) is not expected for entry, expected in zip(row, types, strict=True)):  # a bool is no int
             return None
         if not 0 <= row[1] <= row[2] < MAX_TIME:
             return None
@@ -122,22 +149,23 @@ class Tree:
 def enclosing(trace: Trace) -> Tree:
     """Find for every nested range and every kernel launch the innermost range around it, in one sweep per thread."""
     threads: dict[int, list[tuple[int, int, bool, int]]] = defaultdict(list)
-    for index, one in enumerate(trace.ranges):
-        if one.nested:
-            threads[one.thread].append((one.start_ns, -one.end_ns, False, index))
+    for index, stage in enumerate(trace.ranges):
+        if stage.nested:
+            threads[stage.thread].append((stage.start_ns, -stage.end_ns, False, index))
     for index, kernel in enumerate(trace.kernels):
         threads[kernel.thread].append((kernel.launch_start_ns, -kernel.launch_end_ns, True, index))
     parents: list[int | None] = [None] * len(trace.ranges)
     launchers: list[int | None] = [None] * len(trace.kernels)
     for events in threads.values():
-        open_ranges: list[int] = []
+        open_ranges: list[int] = []  # a stack, the innermost last; ends are negative so that outer ranges sort first
         for start, negative_end, is_kernel, index in sorted(events):
             while open_ranges and trace.ranges[open_ranges[-1]].end_ns < start:
                 open_ranges.pop()
-            found = next((at for at in reversed(open_ranges) if trace.ranges[at].end_ns >= -negative_end), None)
+            # What crosses the end of the innermost open range belongs to the range around both.
+            around = next((at for at in reversed(open_ranges) if trace.ranges[at].end_ns >= -negative_end), None)
             if is_kernel:
-                launchers[index] = found
+                launchers[index] = around
             else:
-                parents[index] = found
+                parents[index] = around
                 open_ranges.append(index)
     return Tree(tuple(parents), tuple(launchers))

@@ -1,1 +1,1 @@
-"""Text to tokens and back."""
+"""Text to tokens and back: the tokenizer of a checkpoint, its chat template, and text as a stream."""

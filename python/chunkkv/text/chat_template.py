@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import jinja2
 from jinja2 import ext, nodes
@@ -16,14 +16,14 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from chunkkv.errors import CheckpointError, RequestError
 
 
-class _Refused(TemplateError):
+class _MessagesRejected(TemplateError):
     """The template itself rejects the messages."""
 
 
 class _GenerationBlock(ext.Extension):
     """Accepts {% generation %} around an answer, which only matters for training."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares tags as an instance's, so ClassVar does not fit
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
@@ -31,7 +31,20 @@ class _GenerationBlock(ext.Extension):
 
 
 class ChatTemplate:
-    """One compiled template; `source` names its file in errors. Raises CheckpointError where it does not compile."""
+    """One compiled chat template.
+
+    Parameters
+    ----------
+    text : str
+        The template, in the dialect of jinja2 that transformers renders.
+    source : str
+        The name of its file, for errors.
+
+    Raises
+    ------
+    CheckpointError
+        Where the template does not compile.
+    """
 
     def __init__(self, text: str, source: str) -> None:
         self._source = source
@@ -53,13 +66,16 @@ class ChatTemplate:
     def render(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
         """Return the conversation as text.
 
+        `messages` are mappings with "role" and "content"; `variables` are what else the template may read, such as the
+        special tokens and add_generation_prompt.
+
         Raises RequestError for messages that are malformed or that the template rejects, CheckpointError for a template
         that breaks or tries to leave the sandbox.
         """
         _check_messages(messages)
         try:
             text = self._template.render(messages=[dict(message) for message in messages], **variables)
-        except _Refused as error:
+        except _MessagesRejected as error:
             raise RequestError(f"the chat template rejects these messages: {error.message}; change them") from None
         except SecurityError as error:
             raise CheckpointError(
@@ -88,7 +104,7 @@ def _check_messages(messages: Any) -> None:
 
 
 def _raise_exception(message: str) -> NoReturn:
-    raise _Refused(str(message))
+    raise _MessagesRejected(str(message))
 
 
 def _to_json(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,43 @@ TEMPLATE_FILE = "chat_template.jinja"
 DELIMITERS = ".!?;:,\n"
 _TOKEN_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _REPLACEMENT = "\ufffd"
-_HELD_TOKENS = 16  # an unfinished character takes 4 tokens at most; beyond this the bytes are simply invalid
-_BATCH = 4096
+_MAX_HELD_BACK = 16  # tokens; an unfinished character takes 4 at most, so more of them are invalid bytes
+_BATCH = 4096  # tokens that are decoded at once for the table of delimiters
 
 
 class Tokenizer:
-    """The tokenizer of a checkpoint or engine directory.
+    """The tokenizer of a checkpoint or engine directory; load it with from_dir.
 
-    `special_tokens` has the text of each named special token; `eos_token_ids` come from generation_config.json, else
-    from the end token. Ids at or above `size` have no text.
+    Attributes
+    ----------
+    special_tokens : dict[str, str]
+        Text of each named special token, such as "bos_token".
+    bos_token_id : int or None
+        The begin token.
+    eos_token_ids : tuple[int, ...]
+        The tokens that end an answer: those of generation_config.json, else the end token.
+    special_ids : frozenset[int]
+        All special tokens.
+    size : int
+        Ids at or above it have no text.
+
+    Parameters
+    ----------
+    backend : tokenizers.Tokenizer
+        What encodes and decodes.
+    settings : Mapping[str, Any]
+        The contents of tokenizer_config.json.
+    special_tokens : Mapping[str, str]
+        Text of each named special token.
+    eos_token_ids : Sequence[int]
+        The end tokens; empty for the one of `special_tokens`.
+    template : tuple[str, str], optional
+        The chat template and the name of its file.
+
+    Raises
+    ------
+    CheckpointError
+        For a special token that the vocabulary lacks.
     """
 
     def __init__(
@@ -45,14 +72,14 @@ class Tokenizer:
         self._backend = backend
         self.special_tokens = dict(special_tokens)
         self.bos_token_id = self._special_id("bos_token")
-        self.eos_token_ids = tuple(eos_token_ids) or _known(self._special_id("eos_token"))
+        self.eos_token_ids = tuple(eos_token_ids) or _none_or_one(self._special_id("eos_token"))
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(number for number, token in added.items() if token.special)
         self.size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self._frame = self._bos_eos_frame(settings)
         self._template_text = template
         self._template: ChatTemplate | None = None
-        # Decoders treat the first token specially, so a token's own text is read behind this one.
+        # Decoders treat the first token of a text specially, so a token's own text is read behind this one.
         self._anchor = backend.encode("a", add_special_tokens=False).ids
         self._anchor_text = backend.decode(self._anchor)
 
@@ -73,14 +100,17 @@ class Tokenizer:
             raise CheckpointError(f"{file} is no valid tokenizer: {error}; download it again") from None
         backend.no_truncation()
         backend.no_padding()
-        settings = _optional(path / SETTINGS_FILE)
-        special_tokens = _special_tokens(_optional(path / SPECIAL_TOKENS_FILE))
+        settings = _read_if_there(path / SETTINGS_FILE)
+        special_tokens = _special_tokens(_read_if_there(path / SPECIAL_TOKENS_FILE))
         special_tokens.update(_special_tokens(settings))
         ends = _generation_ends(path / GENERATION_FILE)
         return cls(backend, settings, special_tokens, ends, _template_text(path, settings))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Return the token ids of `text`; raises RequestError for text that is not valid Unicode."""
+        """Return the token ids of `text`; `add_special_tokens` puts the begin and end tokens of the model around them.
+
+        Raises RequestError for text that is not valid Unicode.
+        """
         _check_text(text)
         if not add_special_tokens or self._frame is None:
             return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
@@ -88,11 +118,11 @@ class Tokenizer:
         return [*before, *self._backend.encode(text, add_special_tokens=False).ids, *after]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """Return the text of `ids`; ids without text count for nothing."""
+        """Return the text of `ids`; ids without text are skipped. Raises RequestError for what is no token id."""
         return self._backend.decode(_checked_ids(ids), skip_special_tokens=skip_special_tokens)
 
     def token_text(self, token_id: int) -> str:
-        """Return what a token adds inside a text, leading space included; special tokens by their name."""
+        """Return what a token adds inside a text, with its leading space; the name of a special token."""
         return self._token_texts(_checked_ids([token_id]))[0]
 
     @property
@@ -107,10 +137,27 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> str:
-        """Return `messages` ({"role", "content"} each) as the prompt text the model was trained on.
+        """Return a conversation as the prompt text that the model was trained on.
 
         The text has its special tokens already: encode it with add_special_tokens=False, or call encode_chat.
-        Raises RequestError for malformed messages or where there is no template, CheckpointError for a bad template.
+
+        Parameters
+        ----------
+        messages : Sequence[Mapping[str, Any]]
+            Mappings with "role" and "content", in order.
+        add_generation_prompt : bool, default True
+            Whether the text ends with the header of the answer.
+        tools : Sequence[Mapping[str, Any]], optional
+            JSON schemas of functions that the model may call, for templates that describe them.
+        **variables : Any
+            What else the template reads.
+
+        Raises
+        ------
+        RequestError
+            For malformed messages, or where there is no template.
+        CheckpointError
+            For a template that does not compile or fails.
         """
         if self._template_text is None:
             raise RequestError(
@@ -128,9 +175,10 @@ class Tokenizer:
         return self.encode(self.apply_chat_template(messages, add_generation_prompt), add_special_tokens=False)
 
     def delimiter_token_table(self, vocab_size: int | None = None, delimiters: str = DELIMITERS) -> NDArray[np.bool_]:
-        """Return a table [vocab_size], True where a token's text, less spaces at its end, ends with a delimiter.
+        """Return which tokens end a clause or a line: bool [vocab_size].
 
-        Special tokens and ids without text are False. `vocab_size` is the model's and may differ from `size`.
+        A token does where its text, without spaces at its end, ends with one of `delimiters`. Special tokens and ids
+        without text do not. `vocab_size` is the model's and may differ from `size`, which is the default.
         """
         table = np.zeros(self.size if vocab_size is None else vocab_size, dtype=bool)
         ends = tuple(delimiters)
@@ -167,7 +215,7 @@ class Tokenizer:
         sides = [tuple(framed[:start]), tuple(framed[start + count :])]
         for side, role in enumerate(("bos_token", "eos_token")):
             if isinstance(flags[side], bool):
-                sides[side] = _known(self._special_id(role)) if flags[side] else ()
+                sides[side] = _none_or_one(self._special_id(role)) if flags[side] else ()
                 if flags[side] and not sides[side]:
                     raise CheckpointError(f"{SETTINGS_FILE} says add_{role} but has no {role}; give one or say false")
         return sides[0], sides[1]
@@ -184,15 +232,16 @@ def encode_chat_prompt(tokenizer: Tokenizer | None, prompt: str | list[int]) -> 
 
 
 class StreamDecoder:
-    """Turns tokens into text as they come; for valid UTF-8 the pieces together are what decode returns.
+    """Turns tokens into text as they come.
 
-    An unfinished character is held back until it is complete.
+    An unfinished character is held back until it is complete. For valid UTF-8 the pieces together are what
+    Tokenizer.decode returns for all tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._context: list[int] = []  # the tokens of the last piece: a decoder needs them to space the next one
-        self._new: list[int] = []
+        self._new: list[int] = []  # tokens whose text was not returned yet
 
     def push(self, token_id: int) -> str:
         """Take one token and return the text it completes, "" where there is none yet."""
@@ -200,23 +249,23 @@ class StreamDecoder:
             return ""
         self._new.append(token_id)
         text = self._pending()
-        if not text or (text.endswith(_REPLACEMENT) and len(self._new) < _HELD_TOKENS):
+        if not text or (text.endswith(_REPLACEMENT) and len(self._new) < _MAX_HELD_BACK):
             return ""
         self._context, self._new = self._new, []
         return text
 
     def finish(self) -> str:
-        """Return what is still held back, unfinished characters as U+FFFD."""
+        """Return the text that is still held back, unfinished characters as U+FFFD."""
         text = self._pending() if self._new else ""
         self._context, self._new = self._context + self._new, []
         return text
 
     def _pending(self) -> str:
-        shown = self._tokenizer.decode(self._context)
-        return self._tokenizer.decode(self._context + self._new)[len(shown) :]
+        returned = self._tokenizer.decode(self._context)
+        return self._tokenizer.decode(self._context + self._new)[len(returned) :]
 
 
-def _known(number: int | None) -> tuple[int, ...]:
+def _none_or_one(number: int | None) -> tuple[int, ...]:
     return () if number is None else (number,)
 
 
@@ -233,14 +282,16 @@ def _check_text(text: Any) -> None:
 
 
 def _checked_ids(ids: Iterable[int]) -> list[int]:
-    checked = list(ids)
-    for token in checked:
-        if isinstance(token, bool) or not isinstance(token, (Integral, np.integer)) or not 0 <= token < 2**31:
-            raise RequestError(f"token id {token!r} is not valid; give whole numbers from 0 to {2**31 - 1}")
-    return [int(token) for token in checked]
+    values: list[object] = list(ids)
+    checked = []
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 0 <= value < 2**31:
+            raise RequestError(f"token id {value!r} is not valid; give whole numbers from 0 to {2**31 - 1}")
+        checked.append(int(value))
+    return checked
 
 
-def _optional(path: Path) -> dict[str, Any]:
+def _read_if_there(path: Path) -> dict[str, Any]:
     return read_object(path, CheckpointError) if path.is_file() else {}
 
 
@@ -258,7 +309,7 @@ def _special_tokens(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _generation_ends(path: Path) -> list[int]:
-    ends = _optional(path).get("eos_token_id")
+    ends = _read_if_there(path).get("eos_token_id")
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
     if not all(isinstance(end, int) and not isinstance(end, bool) and end >= 0 for end in ends):
         raise CheckpointError(f"{path}: eos_token_id is {ends!r}; give a token id, or a list of them")
