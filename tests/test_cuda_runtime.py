@@ -1,16 +1,22 @@
-"""The CUDA runtime wrapper: on a double, and its names against a real libcudart where one is installed."""
+"""The CUDA runtime layer: on a double, and the double against NVIDIA's cuda.bindings.runtime."""
 
 from __future__ import annotations
 
 import gc
+import inspect
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
+from support import cuda_double
 from support.cuda_double import CudartDouble
 
 from chunkkv.errors import BackendUnavailableError, EngineRunError
 from chunkkv.gpu import cuda_runtime
-from chunkkv.gpu.cuda_runtime import FUNCTIONS, CudaRuntime
+from chunkkv.gpu.cuda_runtime import CudaRuntime, RuntimeBindings
 
 
 @pytest.fixture
@@ -20,7 +26,7 @@ def library() -> CudartDouble:
 
 @pytest.fixture
 def cuda(library: CudartDouble) -> CudaRuntime:
-    return CudaRuntime(library)  # type: ignore[arg-type]
+    return CudaRuntime(library)
 
 
 def test_copies_go_there_and_back(cuda: CudaRuntime) -> None:
@@ -76,9 +82,9 @@ def test_a_failed_capture_ends_and_passes_the_error_on(cuda: CudaRuntime, librar
 
 
 def test_a_failing_call_is_told_in_cudas_words_and_not_blamed_on_the_next(cuda: CudaRuntime, library) -> None:
-    with pytest.raises(EngineRunError, match="cudaFree failed with CUDA error 1: text of 1"):
-        cuda.call("cudaFree", 12345)
-    assert library.calls[-1] == "cudaGetLastError"
+    with pytest.raises(EngineRunError, match="cudaMalloc failed with cudaErrorMemoryAllocation: text of 2"):
+        cuda.device_memory(1 << 40)
+    assert library.cudaGetLastError() == (library.cudaError_t.cudaSuccess,)
 
 
 def test_no_gpu_is_no_error(library: CudartDouble, cuda: CudaRuntime) -> None:
@@ -87,18 +93,46 @@ def test_no_gpu_is_no_error(library: CudartDouble, cuda: CudaRuntime) -> None:
     assert cuda.device_count() == 0
 
 
-def test_a_machine_without_cuda_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_runtime, "_candidates", lambda: ["/nowhere/libcudart.so.13"])
-    with pytest.raises(
-        BackendUnavailableError, match=r"the CUDA runtime libcudart\.so\.13 or \.12, which was not found"
-    ):
+def test_a_machine_without_cuda_bindings_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    with pytest.raises(BackendUnavailableError, match=r"cuda-bindings.*chunkkv-trt\[tensorrt\].*not installed"):
         CudaRuntime.load.__wrapped__()
 
 
-def test_a_real_runtime_has_every_function() -> None:
-    try:
-        found = CudaRuntime.load()
-    except BackendUnavailableError as error:
-        pytest.skip(f"this machine lacks {error}")
-    assert all(getattr(found._library, name) for name in FUNCTIONS)
-    assert found.device_count() >= 0
+@pytest.fixture(scope="module")
+def bindings() -> ModuleType:
+    return pytest.importorskip("cuda.bindings.runtime", reason="this environment lacks cuda-bindings")
+
+
+USED = {name: hint for name, hint in get_type_hints(RuntimeBindings).items() if get_origin(hint) is Callable}
+
+
+@pytest.mark.parametrize("name", USED)
+def test_functions_have_the_parameters_of_the_real_bindings(bindings: ModuleType, name: str) -> None:
+    parameters = list(inspect.signature(getattr(bindings, name)).parameters)
+    assert list(inspect.signature(getattr(CudartDouble(), name)).parameters) == parameters
+    assert len(get_args(USED[name])[0]) == len(parameters)
+
+
+def test_enums_and_constants_have_the_values_of_the_real_bindings(bindings: ModuleType) -> None:
+    for double in (cuda_double.cudaError_t, cuda_double.cudaMemcpyKind, cuda_double.cudaStreamCaptureMode):
+        real = getattr(bindings, double.__name__)
+        assert {member.name: member.value for member in double} == {
+            member.name: int(getattr(real, member.name)) for member in double
+        }
+    assert CudartDouble.cudaStreamNonBlocking == bindings.cudaStreamNonBlocking
+
+
+def test_the_real_bindings_work_or_say_what_this_machine_lacks(bindings: ModuleType) -> None:
+    cuda = CudaRuntime(bindings)
+    if cuda.device_count() == 0:
+        with pytest.raises(EngineRunError, match=r"cudaMalloc failed with cudaError[A-Z][A-Za-z]+: "):
+            cuda.device_memory(256)
+        return
+    test_copies_go_there_and_back(cuda)
+    stream, pinned, buffer = cuda.stream(), cuda.pinned((4,), np.float32), cuda.device_memory(16)
+    stream.upload(buffer.address, np.arange(4, dtype=np.float32))
+    graph = stream.capture(lambda: stream.download(pinned.array, buffer.address))
+    graph.launch(stream)
+    stream.synchronize()
+    assert pinned.array.tolist() == [0, 1, 2, 3]

@@ -42,7 +42,7 @@ GOOD = {
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A machine that has all a late engine needs; returns the loader library that tritonserver preloads."""
-    runtime = CudaRuntime(CudartDouble())  # type: ignore[arg-type]
+    runtime = CudaRuntime(CudartDouble())
     monkeypatch.setattr(CudaRuntime, "load", staticmethod(lambda: runtime))
     monkeypatch.setattr(tensorrt_library, "_PLACES", (tmp_path,))
     versions = {"tensorrt": "10.14.1.48", "tensorrt_llm": "1.2.1"}

@@ -245,7 +245,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Machine
     """A machine with TensorRT-LLM, the plugins and a GPU whose memory is the host's."""
     with installed("late") as found:
         found.cuda = CudartDouble()
-        runtime = CudaRuntime(found.cuda)  # type: ignore[arg-type]
+        runtime = CudaRuntime(found.cuda)
         monkeypatch.setattr(CudaRuntime, "load", staticmethod(lambda: runtime))
         monkeypatch.setattr(tensorrt_library, "_PLACES", (tmp_path,))
         (tmp_path / "libchunkkv_tensorrt.so.10").touch()

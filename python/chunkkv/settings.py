@@ -18,11 +18,14 @@ DELIMITER_CHUNK_SIZE = 20
 GATE_TOKENS = 4
 
 
-def keep_ratio_to_per_10k(keep_ratio: float, setting: str = "keep_ratio") -> int:
-    """Return round(keep_ratio * 10000); raises ConfigError outside (0, 1] or where it rounds to zero."""
+def keep_ratio_to_per_10k(keep_ratio: object, setting: str = "keep_ratio") -> int:
+    """Return round(keep_ratio * 10000) for a real number in (0, 1].
+
+    Raises ConfigError, which calls the value `setting`, for anything else and for a ratio that rounds to zero.
+    """
     if isinstance(keep_ratio, bool) or not isinstance(keep_ratio, Real):
         raise ConfigError(f"{setting} is {keep_ratio!r}; give a number in (0, 1], e.g. 0.2 to keep 20 %")
-    if not 0.0 < keep_ratio <= 1.0:  # also refuses NaN
+    if not keep_ratio <= 1.0 or keep_ratio <= 0.0:  # the first also refuses NaN
         raise ConfigError(f"{setting} is {keep_ratio}; allowed is (0, 1]: 0.2 keeps 20 % of the prompt")
     per_10k = round(float(keep_ratio) * KEEP_SCALE)
     if per_10k == 0:

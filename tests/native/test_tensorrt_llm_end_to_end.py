@@ -155,7 +155,7 @@ def test_the_needle_is_found_in_a_fifth_of_the_cache(tmp_path: Path) -> None:
     checkpoint = convert(NEEDLE / "model", tmp_path / "checkpoint", "bfloat16")
     with installed("late") as machine, llm.plugin_library():
         machine.cuda, machine.plugins = CudartDouble(), llm.Machine().plugin
-        cuda = CudaRuntime(machine.cuda)  # type: ignore[arg-type]
+        cuda = CudaRuntime(machine.cuda)
         folder = llm.build_engine_dir(checkpoint, tokenizer_dir=NEEDLE / "model", **sizes, **flags)
         with mock.patch.object(CudaRuntime, "load", staticmethod(lambda: cuda)):
             session = ChunkKVSession.from_dir(folder)

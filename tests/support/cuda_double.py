@@ -1,146 +1,173 @@
-"""libcudart played by host memory: what CudaRuntime calls, with streams that can be captured into graphs.
+"""cuda.bindings.runtime played by host memory, with streams that can be captured into graphs. A contract as read.
 
 Copies are memmoves and "device" addresses are host addresses, so whatever runs on them can be NumPy. What is enqueued
 on a stream runs when that stream is synchronized, not before: what is read too early is not there yet.
+Its functions have the parameters of the real ones; tests/test_cuda_runtime.py compares them.
 """
 
 from __future__ import annotations
 
 import ctypes
+import enum
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from chunkkv.gpu.cuda_runtime import ALIGNMENT, FUNCTIONS
+from chunkkv.gpu.cuda_runtime import ALIGNMENT
 
-NO_DEVICE, INVALID, NOT_CAPTURABLE = 100, 1, 900
 PAYLOAD = 0xFF  # fresh memory holds NaN in every type, so that nothing may depend on it
 
 
-class _Function:
-    """A callable that takes argtypes and restype like a ctypes function, and counts its calls."""
+class cudaError_t(enum.IntEnum):
+    """The errors that the double returns."""
 
-    def __init__(self, run: Callable[..., Any]) -> None:
-        self.argtypes: Any = None
-        self.restype: Any = None
-        self._run = run
+    cudaSuccess = 0
+    cudaErrorInvalidValue = 1
+    cudaErrorMemoryAllocation = 2
+    cudaErrorNoDevice = 100
+    cudaErrorStreamCaptureUnsupported = 900
 
-    def __call__(self, *arguments: Any) -> Any:
-        assert self.argtypes is not None and len(arguments) == len(self.argtypes)
-        return self._run(*arguments)
+
+class cudaMemcpyKind(enum.IntEnum):
+    """Directions of a copy, named as in the bindings."""
+
+    cudaMemcpyHostToDevice = 1
+    cudaMemcpyDeviceToHost = 2
+
+
+class cudaStreamCaptureMode(enum.IntEnum):
+    """What other threads may do while a stream is captured."""
+
+    cudaStreamCaptureModeThreadLocal = 1
+
+
+SUCCESS = cudaError_t.cudaSuccess
+Action = Callable[[], None]
 
 
 class CudartDouble:
-    """Stands for the ctypes library; `devices` GPUs, capture refused where `capturable` is False."""
+    """Stands for the module; `devices` GPUs, capture refused where `capturable` is False."""
+
+    cudaStreamNonBlocking = 1
+    cudaError_t, cudaMemcpyKind, cudaStreamCaptureMode = cudaError_t, cudaMemcpyKind, cudaStreamCaptureMode
 
     def __init__(self, devices: int = 1, capturable: bool = True) -> None:
         self.devices, self.capturable = devices, capturable
-        self.free = 1 << 30  # bytes that cudaMemGetInfo tells
+        self.free = 1 << 30  # bytes that cudaMemGetInfo tells; a larger allocation fails
         self.memory: dict[int, Any] = {}  # of the device
         self.pinned: dict[int, Any] = {}  # of the host
-        self._queues: dict[int, list[Callable[[], None]]] = {}
-        self.calls: list[str] = []
         self.launches = 0
-        self._handles = iter(range(1, 10**9))
-        self._recording: dict[int, list[Callable[[], None]]] = {}
-        self._graphs: dict[int, list[Callable[[], None]]] = {}
         self.live_graphs: set[int] = set()
-        for name in FUNCTIONS:
-            setattr(self, name, _Function(self._counted(name)))
-        self.cudaGetErrorString = _Function(lambda code: f"text of {code}".encode())
+        self._last_error = SUCCESS
+        self._handles = iter(range(1, 10**9))
+        self._queues: dict[int, list[Action]] = {}
+        self._recording: dict[int, list[Action]] = {}
+        self._graphs: dict[int, list[Action]] = {}
 
-    def _counted(self, name: str) -> Callable[..., int]:
-        run = getattr(self, "_" + name)
-
-        def call(*arguments: Any) -> int:
-            self.calls.append(name)
-            return run(*arguments) or 0
-
-        return call
-
-    def enqueue(self, stream: int, action: Callable[[], None]) -> None:
+    def enqueue(self, stream: int, action: Action) -> None:
         """Queue `action` on `stream`, or record it where the stream is being captured."""
         self._recording.get(stream, self._queues[stream]).append(action)
-
-    def _cudaGetDeviceCount(self, out: Any) -> int:
-        out._obj.value = self.devices
-        return 0 if self.devices else NO_DEVICE
-
-    def _cudaMalloc(self, out: Any, nbytes: int) -> None:
-        self._allocate(self.memory, out, nbytes)
-
-    def _cudaMallocHost(self, out: Any, nbytes: int) -> None:
-        self._allocate(self.pinned, out, nbytes)
-
-    def _allocate(self, table: dict[int, Any], out: Any, nbytes: int) -> None:
-        block = (ctypes.c_ubyte * (nbytes + ALIGNMENT))()
-        address = -(-ctypes.addressof(block) // ALIGNMENT) * ALIGNMENT
-        ctypes.memset(ctypes.addressof(block), PAYLOAD, nbytes + ALIGNMENT)
-        table[address] = (block, nbytes)
-        out._obj.value = address
-
-    def _cudaFree(self, address: int) -> int:
-        return 0 if self.memory.pop(address, None) else INVALID
-
-    def _cudaFreeHost(self, address: int) -> int:
-        return 0 if self.pinned.pop(address, None) else INVALID
-
-    def _cudaMemcpyAsync(self, target: int, source: int, nbytes: int, kind: int, stream: int) -> None:
-        device, host = (target, source) if kind == 1 else (source, target)
-        assert self.contains(device, nbytes), "copy outside device memory"
-        if stream in self._recording:
-            assert within(self.pinned, host, nbytes), "a captured copy needs pinned memory on its host side"
-        self.enqueue(stream, lambda: ctypes.memmove(target, source, nbytes))
 
     def contains(self, address: int, nbytes: int) -> bool:
         """Return whether the range lies in one live allocation on the device."""
         return within(self.memory, address, nbytes)
 
-    def _cudaMemGetInfo(self, free: Any, total: Any) -> None:
-        free._obj.value, total._obj.value = self.free, 2 << 30
+    def _done(self, error: cudaError_t, *values: Any) -> tuple[Any, ...]:
+        if error:
+            self._last_error = error
+            return (error, *(None for _ in values))
+        return (error, *values)
 
-    def _cudaStreamCreateWithFlags(self, out: Any, flags: int) -> None:
-        out._obj.value = next(self._handles)
-        self._queues[out._obj.value] = []
+    def cudaGetErrorName(self, error: cudaError_t) -> tuple[Any, ...]:
+        return SUCCESS, error.name.encode()
 
-    def _cudaStreamDestroy(self, stream: int) -> None:
-        pass
+    def cudaGetErrorString(self, error: cudaError_t) -> tuple[Any, ...]:
+        return SUCCESS, f"text of {int(error)}".encode()
 
-    def _cudaStreamSynchronize(self, stream: int) -> int:
+    def cudaGetLastError(self) -> tuple[Any, ...]:
+        error, self._last_error = self._last_error, SUCCESS
+        return (error,)
+
+    def cudaGetDeviceCount(self) -> tuple[Any, ...]:
+        return self._done(SUCCESS if self.devices else cudaError_t.cudaErrorNoDevice, self.devices)
+
+    def cudaMemGetInfo(self) -> tuple[Any, ...]:
+        return self._done(SUCCESS, self.free, 2 << 30)
+
+    def cudaMalloc(self, size: int) -> tuple[Any, ...]:
+        return self._allocate(self.memory, size)
+
+    def cudaMallocHost(self, size: int) -> tuple[Any, ...]:
+        return self._allocate(self.pinned, size)
+
+    def _allocate(self, table: dict[int, Any], size: int) -> tuple[Any, ...]:
+        if size > 1 << 30:
+            return self._done(cudaError_t.cudaErrorMemoryAllocation, None)
+        block = (ctypes.c_ubyte * (size + ALIGNMENT))()
+        address = -(-ctypes.addressof(block) // ALIGNMENT) * ALIGNMENT
+        ctypes.memset(ctypes.addressof(block), PAYLOAD, size + ALIGNMENT)
+        table[address] = (block, size)
+        return self._done(SUCCESS, address)
+
+    def cudaFree(self, devPtr: int) -> tuple[Any, ...]:
+        return self._done(SUCCESS if self.memory.pop(devPtr, None) else cudaError_t.cudaErrorInvalidValue)
+
+    def cudaFreeHost(self, ptr: int) -> tuple[Any, ...]:
+        return self._done(SUCCESS if self.pinned.pop(ptr, None) else cudaError_t.cudaErrorInvalidValue)
+
+    def cudaMemcpyAsync(self, dst: int, src: int, count: int, kind: cudaMemcpyKind, stream: int) -> tuple[Any, ...]:
+        device, host = (dst, src) if kind is cudaMemcpyKind.cudaMemcpyHostToDevice else (src, dst)
+        assert self.contains(device, count), "copy outside device memory"
         if stream in self._recording:
-            return NOT_CAPTURABLE
+            assert within(self.pinned, host, count), "a captured copy needs pinned memory on its host side"
+        self.enqueue(stream, lambda: ctypes.memmove(dst, src, count) and None)
+        return self._done(SUCCESS)
+
+    def cudaStreamCreateWithFlags(self, flags: int) -> tuple[Any, ...]:
+        handle = next(self._handles)
+        self._queues[handle] = []
+        return self._done(SUCCESS, handle)
+
+    def cudaStreamDestroy(self, stream: int) -> tuple[Any, ...]:
+        return self._done(SUCCESS)
+
+    def cudaStreamSynchronize(self, stream: int) -> tuple[Any, ...]:
+        if stream in self._recording:
+            return self._done(cudaError_t.cudaErrorStreamCaptureUnsupported)
         while self._queues[stream]:
             self._queues[stream].pop(0)()
-        return 0
+        return self._done(SUCCESS)
 
-    def _cudaStreamBeginCapture(self, stream: int, mode: int) -> int:
+    def cudaStreamBeginCapture(self, stream: int, mode: cudaStreamCaptureMode) -> tuple[Any, ...]:
         if not self.capturable:
-            return NOT_CAPTURABLE
+            return self._done(cudaError_t.cudaErrorStreamCaptureUnsupported)
         self._recording[stream] = []
-        return 0
+        return self._done(SUCCESS)
 
-    def _cudaStreamEndCapture(self, stream: int, out: Any) -> None:
-        out._obj.value = handle = next(self._handles)
-        self._graphs[handle] = self._recording.pop(stream)
+    def cudaStreamEndCapture(self, stream: int) -> tuple[Any, ...]:
+        return self._done(SUCCESS, self._new_graph(self._recording.pop(stream)))
+
+    def cudaGraphInstantiate(self, graph: int, flags: int) -> tuple[Any, ...]:
+        return self._done(SUCCESS, self._new_graph(self._graphs[graph]))
+
+    def _new_graph(self, actions: list[Action]) -> int:
+        handle = next(self._handles)
+        self._graphs[handle] = actions
         self.live_graphs.add(handle)
+        return handle
 
-    def _cudaGraphInstantiateWithFlags(self, out: Any, graph: int, flags: int) -> None:
-        out._obj.value = handle = next(self._handles)
-        self._graphs[handle] = self._graphs[graph]
-        self.live_graphs.add(handle)
-
-    def _cudaGraphLaunch(self, graph: int, stream: int) -> None:
+    def cudaGraphLaunch(self, graphExec: int, stream: int) -> tuple[Any, ...]:
         self.launches += 1
-        self._queues[stream].extend(self._graphs[graph])
+        self._queues[stream].extend(self._graphs[graphExec])
+        return self._done(SUCCESS)
 
-    def _cudaGraphDestroy(self, graph: int) -> None:
+    def cudaGraphDestroy(self, graph: int) -> tuple[Any, ...]:
         self.live_graphs.remove(graph)
+        return self._done(SUCCESS)
 
-    _cudaGraphExecDestroy = _cudaGraphDestroy
-
-    def _cudaGetLastError(self) -> None:
-        pass
+    def cudaGraphExecDestroy(self, graphExec: int) -> tuple[Any, ...]:
+        return self.cudaGraphDestroy(graphExec)
 
 
 def within(table: dict[int, Any], address: int, nbytes: int) -> bool:

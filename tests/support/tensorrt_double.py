@@ -378,7 +378,7 @@ class Double:
         from chunkkv.gpu.cuda_runtime import CudaRuntime
 
         DOUBLES.append(self)
-        runtime = CudaRuntime(self.cuda)  # type: ignore[arg-type]
+        runtime = CudaRuntime(self.cuda)
         monkeypatch.setitem(sys.modules, "tensorrt", self.module)
         monkeypatch.setattr(tensorrt_library, "_PLACES", (folder,))  # not what this checkout may have built
         monkeypatch.setattr(tensorrt_library, "KERNEL_HEAD_SIZES", (16, 32, 64))  # the tiny models' own

@@ -103,7 +103,7 @@ def _gpu() -> Finding:
     try:
         count = CudaRuntime.load().device_count()
     except BackendUnavailableError as error:
-        return breaks("GPU", f"needs {error}", "install the CUDA runtime")
+        return breaks("GPU", f"needs {error}", "install it")
     return ok("GPU", f"{count} found") if count else breaks("GPU", "none found", "run it on a machine with one")
 
 

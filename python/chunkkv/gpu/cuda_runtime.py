@@ -1,157 +1,182 @@
-"""The few calls of the CUDA runtime that an executor needs, through ctypes: memory, streams, graphs.
+"""Device memory, streams and CUDA graphs for executors: a thin layer over NVIDIA's cuda.bindings.runtime.
 
-No Python package is needed beside the libcudart that comes with TensorRT or CUDA. Device memory is owned by
-DeviceBuffer, pinned host memory by PinnedArray; both free themselves.
+DeviceBuffer owns device memory and PinnedArray owns pinned host memory; each frees it when it is deleted.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import glob
-import sys
 import weakref
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, SupportsInt
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from chunkkv.errors import BackendUnavailableError, EngineRunError
 
-ALIGNMENT = 256  # what TensorRT asks of every address it is given
-_HOST_TO_DEVICE, _DEVICE_TO_HOST = 1, 2
-_NON_BLOCKING, _THREAD_LOCAL_CAPTURE = 1, 1
-_MAJORS = (13, 12)
-_POINTER, _SIZE, _INT, _OUT = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.POINTER(ctypes.c_void_p)
-FUNCTIONS = {
-    "cudaGetDeviceCount": (ctypes.POINTER(_INT),),
-    "cudaMalloc": (_OUT, _SIZE),
-    "cudaFree": (_POINTER,),
-    "cudaMallocHost": (_OUT, _SIZE),
-    "cudaFreeHost": (_POINTER,),
-    "cudaMemcpyAsync": (_POINTER, _POINTER, _SIZE, _INT, _POINTER),
-    "cudaMemGetInfo": (ctypes.POINTER(_SIZE), ctypes.POINTER(_SIZE)),
-    "cudaStreamCreateWithFlags": (_OUT, ctypes.c_uint),
-    "cudaStreamDestroy": (_POINTER,),
-    "cudaStreamSynchronize": (_POINTER,),
-    "cudaStreamBeginCapture": (_POINTER, _INT),
-    "cudaStreamEndCapture": (_POINTER, _OUT),
-    "cudaGraphInstantiateWithFlags": (_OUT, _POINTER, ctypes.c_ulonglong),
-    "cudaGraphLaunch": (_POINTER, _POINTER),
-    "cudaGraphExecDestroy": (_POINTER,),
-    "cudaGraphDestroy": (_POINTER,),
-    "cudaGetLastError": (),
-}
+ALIGNMENT = 256  # bytes: TensorRT asks for it at every address that it is given
+HOST_TO_DEVICE, DEVICE_TO_HOST = "cudaMemcpyHostToDevice", "cudaMemcpyDeviceToHost"
+THREAD_LOCAL_CAPTURE = "cudaStreamCaptureModeThreadLocal"  # other threads may use CUDA meanwhile
+_PACKAGE = "the Python package 'cuda-bindings' (pip install 'chunkkv-trt[tensorrt]')"
+
+
+_Done = tuple[int]  # the error of a function that returns nothing else
+
+
+class RuntimeBindings(Protocol):
+    """The part of cuda.bindings.runtime that is used here.
+
+    Every function returns a tuple: the error, 0 for success, then what the C function writes through its pointers.
+    Where a function takes an address or a handle (stream, graph, executable graph), an int will do.
+    """
+
+    cudaStreamNonBlocking: int
+    cudaMemcpyKind: Any  # enum
+    cudaStreamCaptureMode: Any  # enum
+
+    cudaGetErrorName: Callable[[int], tuple[int, bytes]]
+    cudaGetErrorString: Callable[[int], tuple[int, bytes]]
+    cudaGetLastError: Callable[[], _Done]
+    cudaGetDeviceCount: Callable[[], tuple[int, int]]
+    cudaMemGetInfo: Callable[[], tuple[int, int, int]]  # free, total
+    cudaMalloc: Callable[[int], tuple[int, int]]
+    cudaFree: Callable[[int], _Done]
+    cudaMallocHost: Callable[[int], tuple[int, int]]
+    cudaFreeHost: Callable[[int], _Done]
+    cudaMemcpyAsync: Callable[[int, int, int, Any, int], _Done]  # target, source, bytes, kind, stream
+    cudaStreamCreateWithFlags: Callable[[int], tuple[int, SupportsInt]]
+    cudaStreamDestroy: Callable[[int], _Done]
+    cudaStreamSynchronize: Callable[[int], _Done]
+    cudaStreamBeginCapture: Callable[[int, Any], _Done]  # stream, mode
+    cudaStreamEndCapture: Callable[[int], tuple[int, SupportsInt]]
+    cudaGraphInstantiate: Callable[[int, int], tuple[int, SupportsInt]]  # graph, flags
+    cudaGraphLaunch: Callable[[int, int], _Done]  # executable graph, stream
+    cudaGraphExecDestroy: Callable[[int], _Done]
+    cudaGraphDestroy: Callable[[int], _Done]
 
 
 class CudaRuntime:
-    """A loaded libcudart; every failing call raises EngineRunError with CUDA's own words. Thread safe."""
+    """The CUDA runtime of this process, on the current GPU. Thread safe.
 
-    def __init__(self, library: ctypes.CDLL) -> None:
-        self._library = library
-        for name, arguments in FUNCTIONS.items():
-            function = getattr(library, name)
-            function.argtypes, function.restype = arguments, _INT
-        library.cudaGetErrorString.argtypes, library.cudaGetErrorString.restype = (_INT,), ctypes.c_char_p
+    Every function that CUDA refuses raises EngineRunError with the name and the text of the CUDA error.
+    """
+
+    def __init__(self, bindings: RuntimeBindings) -> None:
+        self.bindings = bindings
 
     @staticmethod
     @cache
     def load() -> CudaRuntime:
-        """Return the CUDA runtime of this process; raises BackendUnavailableError where there is none."""
-        for name in _candidates():
-            with contextlib.suppress(OSError, AttributeError):
-                return CudaRuntime(ctypes.CDLL(name))
-        raise BackendUnavailableError(
-            f"the CUDA runtime libcudart.so.{' or .'.join(map(str, _MAJORS))}, which was not found"
-        )
+        """Return the CUDA runtime; raises BackendUnavailableError where the package cuda-bindings is missing."""
+        try:
+            from cuda.bindings import runtime
+        except ModuleNotFoundError:
+            raise BackendUnavailableError(f"{_PACKAGE}, which is not installed") from None
+        except ImportError as error:
+            raise BackendUnavailableError(f"{_PACKAGE}, which cannot be loaded ({error})") from None
+        return CudaRuntime(runtime)
 
-    def call(self, name: str, *arguments: Any) -> None:
-        """Call the CUDA function `name`."""
-        code = getattr(self._library, name)(*arguments)
-        if code:
-            text = (self._library.cudaGetErrorString(code) or b"unknown error").decode()
-            self._library.cudaGetLastError()  # a failed call must not be blamed on a later one
-            raise EngineRunError(f"{name} failed with CUDA error {code}: {text}")
+    def call(self, function: Callable[..., tuple[Any, ...]], *arguments: Any) -> tuple[Any, ...]:
+        """Call a function of the bindings and return what follows the error in its result."""
+        error, *values = function(*arguments)
+        if error != 0:
+            name = self.bindings.cudaGetErrorName(error)[1].decode()
+            text = self.bindings.cudaGetErrorString(error)[1].decode()
+            self.bindings.cudaGetLastError()  # resets it: otherwise the next user of it blames a later call
+            raise EngineRunError(f"{function.__name__} failed with {name}: {text}")
+        return tuple(values)
 
     def device_count(self) -> int:
-        """Return the number of usable GPUs, 0 where there is no driver."""
-        count = _INT(0)
+        """Return the number of usable GPUs; 0 where there is no driver, or one too old for the CUDA runtime."""
+        return 0 if self.why_no_device() else int(self.call(self.bindings.cudaGetDeviceCount)[0])
+
+    def why_no_device(self) -> str | None:
+        """Return None where a GPU can be used, else the reason in CUDA's words."""
         try:
-            self.call("cudaGetDeviceCount", ctypes.byref(count))
-        except EngineRunError:
-            return 0
-        return count.value
+            (count,) = self.call(self.bindings.cudaGetDeviceCount)
+        except EngineRunError as error:
+            return str(error)
+        return None if count > 0 else "cudaGetDeviceCount counts none"
 
     def free_memory(self) -> tuple[int, int]:
         """Return free and total bytes of the current GPU."""
-        free, total = _SIZE(0), _SIZE(0)
-        self.call("cudaMemGetInfo", ctypes.byref(free), ctypes.byref(total))
-        return free.value, total.value
-
-    def _new(self, name: str, *arguments: Any) -> int:
-        made = _POINTER()
-        self.call(name, ctypes.byref(made), *arguments)
-        return made.value or 0
-
-    def end_capture(self, stream: int) -> int:
-        """End the capture on `stream` and return its graph, which the caller destroys."""
-        made = _POINTER()
-        self.call("cudaStreamEndCapture", stream, ctypes.byref(made))
-        return made.value or 0
+        free, total = self.call(self.bindings.cudaMemGetInfo)
+        return int(free), int(total)
 
     def device_memory(self, nbytes: int) -> DeviceBuffer:
-        """Allocate `nbytes` on the GPU; contents are undefined."""
-        return DeviceBuffer(self, self._new("cudaMalloc", max(nbytes, 1)), nbytes)
+        """Allocate `nbytes` on the GPU; the contents are undefined."""
+        (address,) = self.call(self.bindings.cudaMalloc, max(nbytes, 1))
+        return DeviceBuffer(self, int(address), nbytes)
 
-    def pinned(self, shape: tuple[int, ...], dtype: Any) -> PinnedArray:
+    def pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> PinnedArray:
         """Allocate a zeroed NumPy array in pinned host memory, which copies inside a CUDA graph need."""
         nbytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-        return PinnedArray(self, self._new("cudaMallocHost", max(nbytes, 1)), nbytes, shape, dtype)
+        (address,) = self.call(self.bindings.cudaMallocHost, max(nbytes, 1))
+        return PinnedArray(self, int(address), nbytes, shape, dtype)
 
     def stream(self) -> Stream:
         """Return a new stream that does not wait for the default stream."""
-        return Stream(self, self._new("cudaStreamCreateWithFlags", _NON_BLOCKING))
+        (handle,) = self.call(self.bindings.cudaStreamCreateWithFlags, self.bindings.cudaStreamNonBlocking)
+        return Stream(self, int(handle))
+
+    def free_with(self, owner: object, function: Callable[..., tuple[Any, ...]], handle: int) -> None:
+        """Call `function`, which frees `handle`, when `owner` is deleted."""
+        weakref.finalize(owner, self._call_quietly, function, handle)
+
+    def _call_quietly(self, function: Callable[..., tuple[Any, ...]], handle: int) -> None:
+        with contextlib.suppress(EngineRunError):  # the driver may be gone when the interpreter ends
+            self.call(function, handle)
 
 
 class Stream:
-    """A CUDA stream with what is enqueued on it."""
+    """A CUDA stream with what is enqueued on it; `handle` is its cudaStream_t as int."""
 
     def __init__(self, cuda: CudaRuntime, handle: int) -> None:
         self._cuda, self.handle = cuda, handle
-        weakref.finalize(self, _quietly, cuda, "cudaStreamDestroy", handle)
+        cuda.free_with(self, cuda.bindings.cudaStreamDestroy, handle)
 
     def upload(self, target: int, array: np.ndarray) -> None:
         """Copy a contiguous host array to the device address `target`; the array must live until synchronize()."""
-        assert array.flags.c_contiguous
-        self._cuda.call("cudaMemcpyAsync", target, array.ctypes.data, array.nbytes, _HOST_TO_DEVICE, self.handle)
+        self._copy(target, array.ctypes.data, array, HOST_TO_DEVICE)
 
     def download(self, array: np.ndarray, source: int) -> None:
         """Copy from the device address `source` into a contiguous host array, complete after synchronize()."""
+        self._copy(array.ctypes.data, source, array, DEVICE_TO_HOST)
+
+    def _copy(self, target: int, source: int, array: np.ndarray, kind: str) -> None:
         assert array.flags.c_contiguous
-        self._cuda.call("cudaMemcpyAsync", array.ctypes.data, source, array.nbytes, _DEVICE_TO_HOST, self.handle)
+        bindings = self._cuda.bindings
+        direction = getattr(bindings.cudaMemcpyKind, kind)
+        self._cuda.call(bindings.cudaMemcpyAsync, target, source, array.nbytes, direction, self.handle)
 
     def synchronize(self) -> None:
         """Wait for everything enqueued so far."""
-        self._cuda.call("cudaStreamSynchronize", self.handle)
+        self._cuda.call(self._cuda.bindings.cudaStreamSynchronize, self.handle)
 
     def capture(self, enqueue: Callable[[], None]) -> Graph:
         """Return what `enqueue` enqueues on this stream as a CUDA graph; nothing runs meanwhile."""
-        self._cuda.call("cudaStreamBeginCapture", self.handle, _THREAD_LOCAL_CAPTURE)
+        cuda, bindings = self._cuda, self._cuda.bindings
+        mode = getattr(bindings.cudaStreamCaptureMode, THREAD_LOCAL_CAPTURE)
+        cuda.call(bindings.cudaStreamBeginCapture, self.handle, mode)
         try:
             enqueue()
         except BaseException:
-            with contextlib.suppress(EngineRunError):  # the capture is already invalid
-                self._cuda.call("cudaGraphDestroy", self._cuda.end_capture(self.handle))
+            with contextlib.suppress(EngineRunError):  # what failed may have ended the capture
+                cuda.call(bindings.cudaGraphDestroy, self._end_capture())
             raise
-        graph = self._cuda.end_capture(self.handle)
+        graph = self._end_capture()
         try:
-            made = _POINTER()
-            self._cuda.call("cudaGraphInstantiateWithFlags", ctypes.byref(made), graph, 0)
+            (executable,) = cuda.call(bindings.cudaGraphInstantiate, graph, 0)
         finally:
-            self._cuda.call("cudaGraphDestroy", graph)
-        return Graph(self._cuda, made.value or 0)
+            cuda.call(bindings.cudaGraphDestroy, graph)
+        return Graph(cuda, int(executable))
+
+    def _end_capture(self) -> int:
+        (graph,) = self._cuda.call(self._cuda.bindings.cudaStreamEndCapture, self.handle)
+        return int(graph)
 
 
 class Graph:
@@ -159,43 +184,26 @@ class Graph:
 
     def __init__(self, cuda: CudaRuntime, handle: int) -> None:
         self._cuda, self._handle = cuda, handle
-        weakref.finalize(self, _quietly, cuda, "cudaGraphExecDestroy", handle)
+        cuda.free_with(self, cuda.bindings.cudaGraphExecDestroy, handle)
 
     def launch(self, stream: Stream) -> None:
         """Enqueue the whole graph."""
-        self._cuda.call("cudaGraphLaunch", self._handle, stream.handle)
+        self._cuda.call(self._cuda.bindings.cudaGraphLaunch, self._handle, stream.handle)
 
 
 class DeviceBuffer:
-    """Device memory, freed with this object."""
+    """Device memory at `address`, freed with this object."""
 
     def __init__(self, cuda: CudaRuntime, address: int, nbytes: int) -> None:
         self.address, self.nbytes = address, nbytes
-        weakref.finalize(self, _quietly, cuda, "cudaFree", address)
+        cuda.free_with(self, cuda.bindings.cudaFree, address)
 
 
 class PinnedArray:
     """A NumPy array in pinned host memory, which is freed with the last view of it."""
 
-    def __init__(self, cuda: CudaRuntime, address: int, nbytes: int, shape: tuple[int, ...], dtype: Any) -> None:
+    def __init__(self, cuda: CudaRuntime, address: int, nbytes: int, shape: tuple[int, ...], dtype: DTypeLike) -> None:
         memory = (ctypes.c_byte * nbytes).from_address(address)
-        self.array: np.ndarray = np.frombuffer(memory, dtype=dtype).reshape(shape)
+        self.array: np.ndarray = np.frombuffer(memoryview(memory), dtype=dtype).reshape(shape)
         self.array[...] = 0
-        weakref.finalize(memory, _quietly, cuda, "cudaFreeHost", address)
-
-
-def _quietly(cuda: CudaRuntime, name: str, handle: int) -> None:
-    with contextlib.suppress(EngineRunError):  # the driver may be gone when the interpreter ends
-        cuda.call(name, handle)
-
-
-def _candidates() -> list[str]:
-    """Return where libcudart may be: the loader's own path, then the wheels in site-packages."""
-    names = [f"libcudart.so.{major}" for major in _MAJORS]
-    wheels = [
-        found
-        for entry in sys.path
-        for name in names
-        for found in sorted(glob.glob(str(Path(entry or ".") / "nvidia" / "*" / "lib" / name)))
-    ]
-    return names + wheels
+        cuda.free_with(memory, cuda.bindings.cudaFreeHost, address)  # every view keeps `memory` alive, not this object

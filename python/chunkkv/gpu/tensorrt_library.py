@@ -52,8 +52,8 @@ def missing(plugins: bool) -> list[str]:
     except BackendUnavailableError as error:
         found.append(str(error))
     try:
-        if CudaRuntime.load().device_count() < 1:
-            found.append("an NVIDIA GPU, which was not found")
+        if reason := CudaRuntime.load().why_no_device():
+            found.append(f"an NVIDIA GPU, which was not found ({reason})")
     except BackendUnavailableError as error:
         found.append(str(error))
     if plugins and trt is not None:
