@@ -144,7 +144,7 @@ def test_a_manifest_cannot_name_files_elsewhere(engine: Path, tmp_path: Path, na
 )
 def test_a_malformed_entry_is_refused(engine: Path, record: object) -> None:
     rewrite(engine, lambda manifest: manifest["files"].update({"step.onnx": record}))
-    with pytest.raises(EngineError, match=r"'step.onnx' must have a size and a sha256"):
+    with pytest.raises(EngineError, match=r"step\.onnx(: '(size|sha256)'|' is None)"):
         EngineFiles.load(engine)
 
 
@@ -185,25 +185,28 @@ def test_another_format_version_is_a_mismatch(engine: Path, version: object) -> 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.pop("build_config"), "'build_config' must be an object"),
-        (lambda c: c.update(pretrained_config=3), "'pretrained_config' must be an object"),
-        (lambda c: c["build_config"].pop("max_seq_len"), r"build_config.max_seq_len is None"),
-        (lambda c: c["build_config"].update(max_batch_size=0), r"build_config.max_batch_size is 0"),
-        (lambda c: c["pretrained_config"].update(vocab_size="many"), r"pretrained_config.vocab_size is 'many'"),
-        (lambda c: c.update(chunkkv=None), "'chunkkv' must be an object"),
+        (lambda c: c.pop("build_config"), "'build_config' is missing"),
+        (lambda c: c.update(pretrained_config=3), "'pretrained_config' is 3"),
+        (lambda c: c["build_config"].pop("max_seq_len"), "build_config: 'max_seq_len' is missing"),
+        (lambda c: c["build_config"].update(max_batch_size=0), "build_config: 'max_batch_size' is 0"),
+        (lambda c: c["pretrained_config"].update(vocab_size="many"), "pretrained_config: 'vocab_size' is 'many'"),
+        (lambda c: c.update(chunkkv=None), "'chunkkv' is None"),
         (lambda c: c["chunkkv"].update(window=0), "chunkkv: window is 0; allowed is 1 to 128"),
         (lambda c: c["chunkkv"].update(colour="red"), "chunkkv: unknown chunkkv setting 'colour'"),
-        (lambda c: c["chunkkv"].update(layer_groups=[[0, 1]]), r"layer_groups is \(\(0, 1\),\); the model has layers"),
+        (
+            lambda c: c["chunkkv"].update(layer_groups=[[0, 1]]),
+            r"'layer_groups' is \[\[0, 1\]\]; the model has layers 0 to 2",
+        ),
         (
             lambda c: c["pretrained_config"].update(eos_token_ids=None),
-            "eos_token_ids is None; it must be a list of ids",
+            "'eos_token_ids' is None",
         ),
-        (lambda c: c["pretrained_config"].update(eos_token_ids=[True]), "eos_token_ids is .True.; it must be a list"),
+        (lambda c: c["pretrained_config"].update(eos_token_ids=[True]), "'eos_token_ids' is .True."),
         (
             lambda c: c["build_config"].update(max_num_tokens=3),
-            "max_num_tokens is 3, below the observation window of 4",
+            "'max_num_tokens' is 3; .* observation window of 4",
         ),
-        (lambda c: c["build_config"].update(backend="tensorrt"), "says backend 'tensorrt', manifest.json says 'onnx"),
+        (lambda c: c["build_config"].update(backend="tensorrt"), "'backend' is 'tensorrt'; manifest.json says 'onnx"),
     ],
 )
 def test_a_config_that_makes_no_sense_is_refused(engine: Path, change: Callable, message: str) -> None:

@@ -181,7 +181,7 @@ def test_json_gives_the_same_trace_and_refuses_other_types(tmp_path: Path) -> No
         ("about", []),
     ):
         (tmp_path / "a.json").write_text(json.dumps({**sound, key: value}), encoding="utf-8")
-        with pytest.raises(ProfileError, match="is damaged; profile again"):
+        with pytest.raises(ProfileError, match=r"a\.json.* profile again"):
             Trace.read(tmp_path / "a.json")
 
 

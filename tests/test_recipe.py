@@ -57,12 +57,12 @@ def test_flags_win_over_a_recipe(recipe: Path) -> None:
         ({"format": "other"}, "format is 'other' version 1; this program reads 'chunkkv-recipe' version 1"),
         ({"format_version": 2}, "format is 'chunkkv-recipe' version 2"),
         ({"num_hidden_layers": 4}, "was made for a model of 4 layers, this one has 3"),
-        ({"settings": [1]}, "settings is \\[1\\]; it must be an object"),
-        ({"settings": {"windw": 1}}, "settings has 'windw'; known are budget_tokens, chunk_size"),
-        ({"settings": {"window": "16"}}, "window is '16'; it must be a whole number"),
-        ({"settings": {"window": True}}, "window is True; it must be a whole number"),
-        ({"settings": {"keep_ratio": None}}, "keep_ratio is None; it must be a number"),
-        ({"settings": {"layer_reuse": [[0]]}}, "layer_reuse is \\[\\[0\\]\\]; it must be text"),
+        ({"settings": [1]}, "'settings' is \\[1\\]"),
+        ({"settings": {"windw": 1}}, "settings has the unknown key 'windw'; known are .*, window"),
+        ({"settings": {"window": "16"}}, "settings: 'window' is '16'"),
+        ({"settings": {"window": True}}, "settings: 'window' is True"),
+        ({"settings": {"keep_ratio": None}}, "settings: 'keep_ratio' is None"),
+        ({"settings": {"layer_reuse": [[0]]}}, "settings: 'layer_reuse' is \\[\\[0\\]\\]"),
     ],
 )
 def test_what_is_no_recipe_is_refused(recipe: Path, changes: dict[str, Any], message: str) -> None:

@@ -148,15 +148,15 @@ def relist(folder: Path, name: str, text: str) -> None:
     ("change", "said"),
     [
         ({"schema_version": 2}, "another schema_version than 1"),
-        ({"ranks": []}, "does not list every rank"),
-        ({"kv_dtype": "fp4"}, "kv_dtype is 'fp4'"),
-        ({"tokens_per_block": 0}, "tokens_per_block is 0"),
-        ({"mapping_rank": 3}, "mapping_rank must be 1 or 2"),
-        ({"eos_token_ids": [-1]}, "must be a list of token ids"),
-        ({"versions": {"x": 1}}, "must be an object of texts"),
+        ({"ranks": []}, "'ranks' is \\[\\]"),
+        ({"kv_dtype": "fp4"}, "'kv_dtype' is 'fp4'"),
+        ({"tokens_per_block": 0}, "'tokens_per_block' is 0"),
+        ({"mapping_rank": 3}, "'mapping_rank' is 3"),
+        ({"eos_token_ids": [-1]}, "'eos_token_ids' is .-1"),
+        ({"versions": {"x": 1}}, "versions: 'x' is 1"),
         ({"settings": {}}, "is missing"),
-        ({"new": 1}, "'new' is missing or unknown"),
-        ({"ranks": [{"rank": 0}]}, "tp_rank of a rank is None"),
+        ({"new": 1}, "unknown key 'new'"),
+        ({"ranks": [{"rank": 0}]}, "entry 0 of ranks: 'tp_rank' is missing"),
     ],
 )
 def test_a_damaged_side_file_is_refused(tmp_path: Path, side_file: str, change: dict, said: str) -> None:

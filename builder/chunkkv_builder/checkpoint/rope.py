@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkkv.engine.fields import REQUIRED, Fields
+from chunkkv.engine.fields import Fields
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 DEFAULT_THETA = 10_000.0
@@ -67,7 +67,10 @@ def read_rope(config: Fields, max_position_embeddings: int) -> tuple[float, Rope
 def read_scaling(rope: Fields, config: Fields, max_position_embeddings: int) -> RopeScaling | None:
     """Return the scaling that the JSON object `rope` describes; raises ConfigError like read_rope."""
     key = "rope_type" if rope.get("rope_type") is not None else "type"
-    kind = rope.text(key, allowed=ROPE_TYPES, default=REQUIRED if "factor" in rope.values else "default")
+    if "factor" in rope.values:  # a factor without the kind of scaling would be passed over
+        kind = rope.text(key, ROPE_TYPES)
+    else:
+        kind = rope.text(key, ROPE_TYPES, default="default")
     if kind == "default":
         return None
     if kind == "linear":

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from chunkkv.engine.fields import Fields
 from chunkkv.engine.json_files import read_object
 from chunkkv.errors import ConfigError
 from chunkkv.files import write_whole
@@ -19,9 +20,14 @@ _LARGEST_BYTES = 1 << 24
 
 
 def write_recipe(path: Path, settings: Mapping[str, Any], num_layers: int, measured: Mapping[str, Any]) -> None:
-    """Write `settings`, under the names of chunkkv-build's flags, for a model of `num_layers` layers.
+    """Write a recipe to `path`.
 
-    `measured` says what the settings were found by; a build does not read it.
+    Parameters
+    ----------
+    path : the JSON file; its folder must exist.
+    settings : values under the names of chunkkv-build's flags without `chunkkv_`, of NUMBERS, RATIOS and WORDS.
+    num_layers : layers of the model that the settings were measured on; other models refuse the recipe.
+    measured : JSON values that say what the settings were found by. A build does not read them.
     """
     values = {"format": FORMAT, "format_version": FORMAT_VERSION, "num_hidden_layers": num_layers}
     text = json.dumps({**values, "settings": dict(settings), "measured": measured}, indent=1) + "\n"
@@ -37,29 +43,25 @@ def read_recipe(path: Path, num_layers: int) -> dict[str, Any]:
         raise ConfigError(
             f"{path} has {path.stat().st_size} bytes, too many for a recipe; give one of chunkkv calibrate"
         )
-    values = read_object(path, ConfigError)
-    if values.get("format") != FORMAT or values.get("format_version") != FORMAT_VERSION:
+    recipe = Fields(read_object(path, ConfigError), str(path))
+    if recipe.get("format") != FORMAT or recipe.get("format_version") != FORMAT_VERSION:
         raise ConfigError(
-            f"{path}: format is {values.get('format')!r} version {values.get('format_version')!r}; this program reads "
+            f"{path}: format is {recipe.get('format')!r} version {recipe.get('format_version')!r}; this program reads "
             f"{FORMAT!r} version {FORMAT_VERSION}, which chunkkv calibrate writes"
         )
-    if values.get("num_hidden_layers") != num_layers:
+    if recipe.get("num_hidden_layers") != num_layers:
         raise ConfigError(
-            f"{path} was made for a model of {values.get('num_hidden_layers')!r} layers, this one has {num_layers}: "
+            f"{path} was made for a model of {recipe.get('num_hidden_layers')!r} layers, this one has {num_layers}: "
             "calibrate on an engine of this model"
         )
-    settings = values.get("settings")
-    if not isinstance(settings, dict):
-        raise ConfigError(f"{path}: settings is {settings!r}; it must be an object")
-    for name, value in settings.items():
-        _check(path, name, value)
-    return settings
-
-
-def _check(path: Path, name: str, value: Any) -> None:
-    kinds = {**dict.fromkeys(NUMBERS, int), **dict.fromkeys(RATIOS, (int, float)), **dict.fromkeys(WORDS, str)}
-    if name not in kinds:
-        raise ConfigError(f"{path}: settings has {name!r}; known are {', '.join(kinds)}")
-    if isinstance(value, bool) or not isinstance(value, kinds[name]):
-        kind = "text" if name in WORDS else "a whole number" if name in NUMBERS else "a number"
-        raise ConfigError(f"{path}: {name} is {value!r}; it must be {kind}")
+    settings = recipe.section("settings")
+    settings.allow((*NUMBERS, *RATIOS, *WORDS))
+    values: dict[str, Any] = {}
+    for name in settings.values:
+        if name in NUMBERS:
+            values[name] = settings.integer(name, low=0)
+        elif name in RATIOS:
+            values[name] = settings.number(name)
+        else:
+            values[name] = settings.text(name)
+    return values

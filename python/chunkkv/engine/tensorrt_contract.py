@@ -6,17 +6,21 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from chunkkv.engine.fields import LARGEST_OFFSET, Fields
 from chunkkv.engine.json_files import read_object
 from chunkkv.errors import EngineError
 
 CONTRACT_FILE = "tensorrt.json"
 PREFILL_FILE = "prefill.engine"
 WEIGHTS_FILE = "weights.safetensors"
+_COUNTS = (
+    *("num_layers", "num_kv_heads", "head_dim", "vocab_size"),
+    *("max_input_len", "prefill_rows", "group_layers"),
+)
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -27,12 +31,18 @@ def decode_file(capacity: int) -> str:
 
 @dataclass(frozen=True)
 class Contract:
-    """The engines' inputs and outputs, as far as their names do not say them.
+    """What a runtime must know of the engines of one directory beyond the names of their inputs and outputs.
 
-    `capacities` are the slots of the decode engines, ascending: a cache has one of these sizes. `prefill_rows` prompts
-    of up to `max_input_len` tokens are prefilled at once. `group_layers` is the size of the largest layer-reuse group,
-    whose keys and values are alive together, 1 without ChunkKV. `weights` gives offset and size in bytes of every
-    matrix in the weights file; all engines take them as inputs of the same names.
+    Parameters
+    ----------
+    dtype : type of weights and KV cache, a key of DTYPES.
+    num_layers, num_kv_heads, head_dim, vocab_size : sizes of the model.
+    max_input_len : longest prompt in tokens.
+    prefill_rows : how many prompts are prefilled at once.
+    group_layers : layers of the largest layer-reuse group, whose keys and values are alive together; 1 without ChunkKV.
+    leaders : layers that score and select, ascending; empty without ChunkKV.
+    capacities : slots of the decode engines, ascending; a cache has one of these sizes.
+    weights : offset and size in bytes of every matrix in the weights file; all engines take them as inputs.
     """
 
     dtype: str
@@ -62,46 +72,32 @@ class Contract:
 
     @classmethod
     def read(cls, folder: Path) -> Contract:
-        """Read tensorrt.json; raises EngineError where an entry is missing, foreign or makes no sense."""
+        """Read tensorrt.json; raises EngineError for an entry that is missing, unknown or out of range."""
         path = folder / CONTRACT_FILE
-        values = read_object(path, EngineError)
-        names = {field.name for field in dataclasses.fields(cls)}
-        if set(values) != names:
-            wrong = sorted(set(values) ^ names)[0]
-            raise EngineError(f"{path}: entry {wrong!r} is missing or foreign; build the engine again")
-        counts = [name for name in names if name not in ("dtype", "leaders", "capacities", "weights")]
-        lists_fit = all(
-            isinstance(values[name], list) and all(_is_count(entry, low) for entry in values[name])
-            for name, low in (("leaders", 0), ("capacities", 1))
+        fields = Fields(read_object(path, EngineError), str(path), EngineError, "build the engine again")
+        fields.allow(field.name for field in dataclasses.fields(cls))
+        counts = {name: fields.integer(name) for name in _COUNTS}
+        capacities = fields.integers("capacities", low=1)
+        if not capacities or list(capacities) != sorted(set(capacities)):
+            raise fields.error("capacities", "give at least one, ascending")
+        return cls(
+            **counts,
+            dtype=fields.text("dtype", allowed=tuple(DTYPES)),
+            leaders=fields.integers("leaders", high=counts["num_layers"] - 1),
+            capacities=capacities,
+            weights=_weights(fields.section("weights"), folder / WEIGHTS_FILE),
         )
-        sensible = (
-            values["dtype"] in DTYPES
-            and all(_is_count(values[name], 1) for name in counts)
-            and lists_fit
-            and values["capacities"]
-            and sorted(set(values["capacities"])) == values["capacities"]
-            and all(leader < values["num_layers"] for leader in values["leaders"])
-            and _weights_fit(values["weights"], folder / WEIGHTS_FILE)
-        )
-        if not sensible:
-            raise EngineError(f"{path} makes no sense; build the engine again")
-        values["weights"] = {name: tuple(place) for name, place in values["weights"].items()}
-        return cls(**{**values, "leaders": tuple(values["leaders"]), "capacities": tuple(values["capacities"])})
 
 
-def _is_count(value: Any, low: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value < 2**62
-
-
-def _weights_fit(weights: Any, path: Path) -> bool:
-    """Return whether every entry lies inside the weights file."""
-    if not isinstance(weights, dict) or not path.is_file():
-        return False
-    size = path.stat().st_size
-    return all(
-        isinstance(place, list)
-        and len(place) == 2
-        and all(_is_count(number, 0) for number in place)
-        and place[0] + place[1] <= size
-        for place in weights.values()
-    )
+def _weights(entries: Fields, file: Path) -> dict[str, tuple[int, int]]:
+    """Return offset and size of every matrix; raises EngineError for one that lies outside of the weights file."""
+    if not file.is_file():
+        raise EngineError(f"{file} is missing; build the engine again")
+    file_size = file.stat().st_size
+    places = {}
+    for name in entries.values:
+        offset, nbytes = entries.integers(name, high=LARGEST_OFFSET, count=2)
+        if offset + nbytes > file_size:
+            raise entries.error(name, f"{WEIGHTS_FILE} has {file_size} bytes")
+        places[name] = (offset, nbytes)
+    return places

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from chunkkv.engine.fields import Fields
 from chunkkv.engine.json_files import read_object
 from chunkkv.errors import ConfigError, EngineError, EngineMismatchError
 from chunkkv.settings import ChunkKVSettings
@@ -31,9 +30,15 @@ def engine_file(rank: int) -> str:
 
 @dataclass(frozen=True)
 class RankLayers:
-    """The layers of one rank: local layer `i` is layer `first_layer + i` of the model.
+    """The layers of one rank of an engine.
 
-    `groups` has every local layer once, in order; `leaders` one layer of each group.
+    Parameters
+    ----------
+    rank : number of the rank among all.
+    tp_rank, pp_rank : its place among the tensor-parallel ranks and the pipeline stages.
+    first_layer : layer of the model that is the rank's layer 0; local layer `i` is layer `first_layer + i`.
+    groups : the layer-reuse groups in local numbers; every layer of the rank once, in order.
+    leaders : the layer of each group, in local numbers, whose attention decides what the group keeps.
     """
 
     rank: int
@@ -48,16 +53,46 @@ class RankLayers:
         """How many layers this rank has."""
         return sum(map(len, self.groups))
 
+    @property
+    def layers(self) -> range:
+        """The local numbers of its layers."""
+        return range(self.num_layers)
+
+    @classmethod
+    def from_fields(cls, fields: Fields) -> RankLayers:
+        """Read an entry of `ranks`; raises the error of `fields` where groups and leaders do not fit together."""
+        rank = cls(
+            **{name: fields.integer(name, low=0) for name in ("rank", "tp_rank", "pp_rank", "first_layer")},
+            groups=fields.integer_lists("groups"),
+            leaders=fields.integers("leaders"),
+        )
+        if [layer for group in rank.groups for layer in group] != list(rank.layers):
+            raise fields.error("groups", "list the rank's layers once, in order")
+        pairs = zip(rank.leaders, rank.groups, strict=False)
+        if len(rank.leaders) != len(rank.groups) or not all(leader in group for leader, group in pairs):
+            raise fields.error("leaders", "give one layer of each group")
+        return rank
+
 
 @dataclass(frozen=True)
 class SideFile:
     """The content of chunkkv_config.json.
 
-    `num_heads`, `num_kv_heads`, `head_size` are those of one tensor-parallel rank; `kv_dtype` is a key of
-    KV_ITEM_BYTES; `mapping_rank` is the number of dimensions of host_kv_cache_pool_mapping; `max_positions` the rows of
-    the rotary table, or max_seq_len where the model has none; `tp_agree` whether ranks add up their chunk scores.
-    `delimiters` is None, or the tokenizer file they come from and the sha256 of the bitmap in the engine;
-    `plugin_library` name and sha256 of the library the engine was built with; `versions` the packages'.
+    Parameters
+    ----------
+    settings : ChunkKV's settings; layer groups in the numbers of the whole model.
+    ranks : the layers of each rank, in the order of the ranks.
+    tokens_per_block : tokens in one block of the paged KV cache.
+    num_heads, num_kv_heads, head_size : query heads, KV heads and size of a head of one tensor-parallel rank.
+    kv_dtype : type of a cached number, a key of KV_ITEM_BYTES.
+    mapping_rank : number of dimensions of the input host_kv_cache_pool_mapping, 1 or 2.
+    max_positions : rows of the rotary table, or max_seq_len where the model has no such table.
+    tp_size, pp_size : number of tensor-parallel ranks and of pipeline stages.
+    tp_agree : whether tensor-parallel ranks add up their chunk scores, so that all keep the same tokens.
+    eos_token_ids : tokens that end an answer.
+    delimiters : None, or the tokenizer file (`source`) that delimiters come from and the `sha256` of their bitmap.
+    plugin_library : `name` and `sha256` of the plugin library that the engine was built with.
+    versions : versions of the packages that took part, by name.
     """
 
     settings: ChunkKVSettings
@@ -91,66 +126,38 @@ class SideFile:
     def read(cls, engine_dir: Path) -> SideFile:
         """Read the file; raises EngineError where it is missing or damaged, EngineMismatchError for another schema."""
         path = engine_dir / SIDE_FILE
-        values = read_object(path, EngineError)
-        if values.pop("schema_version", None) != SCHEMA_VERSION:
+        fields = Fields(read_object(path, EngineError), str(path), EngineError, "build the engine again")
+        if fields.get("schema_version") != SCHEMA_VERSION:
             raise EngineMismatchError(
                 f"{path} has another schema_version than {SCHEMA_VERSION}: build the engine with this version of "
                 "ChunkKV-TRT"
             )
+        side = cls._parsed(fields)
+        if [rank.rank for rank in side.ranks] != list(range(side.tp_size * side.pp_size)):
+            raise fields.error("ranks", f"list each of the {side.tp_size * side.pp_size} ranks once, in order")
+        layers = [rank.first_layer + layer for rank in side.ranks if rank.tp_rank == 0 for layer in rank.layers]
+        if layers != [layer for group in side.settings.layer_groups for layer in group]:
+            raise fields.error("ranks", "their layers must be those of settings.layer_groups")
+        return side
+
+    @classmethod
+    def _parsed(cls, fields: Fields) -> SideFile:
+        fields.allow(["schema_version", *(field.name for field in dataclasses.fields(cls))])
+        settings = fields.section("settings")
         try:
-            return _checked(values)
-        except (ConfigError, KeyError, TypeError) as error:
-            raise EngineError(f"{path} is damaged ({error}): build the engine again") from None
-
-
-def _checked(values: dict[str, Any]) -> SideFile:
-    names = {field.name for field in dataclasses.fields(SideFile)}
-    if wrong := sorted(names.symmetric_difference(values)):
-        raise ConfigError(f"{wrong[0]!r} is missing or unknown")
-    for name in _COUNTS:
-        if not _is_count(values[name], low=1):
-            raise ConfigError(f"{name} is {values[name]!r}, no whole number of at least 1")
-    settings = ChunkKVSettings.from_dict(_mapping(values["settings"], "settings"))
-    if values["kv_dtype"] not in KV_ITEM_BYTES:
-        raise ConfigError(f"kv_dtype is {values['kv_dtype']!r}, none of {', '.join(KV_ITEM_BYTES)}")
-    if values["mapping_rank"] not in (1, 2) or not isinstance(values["tp_agree"], bool):
-        raise ConfigError("mapping_rank must be 1 or 2 and tp_agree true or false")
-    if not isinstance(values["eos_token_ids"], list) or not all(map(_is_count, values["eos_token_ids"])):
-        raise ConfigError("eos_token_ids must be a list of token ids")
-    texts = ["plugin_library", "versions", *(["delimiters"] if values["delimiters"] is not None else [])]
-    for name in texts:
-        if not all(isinstance(text, str) for text in _mapping(values[name], name).values()):
-            raise ConfigError(f"{name} must be an object of texts")
-    ranks = tuple(_rank(entry) for entry in values["ranks"])
-    if [rank.rank for rank in ranks] != list(range(values["tp_size"] * values["pp_size"])):
-        raise ConfigError("ranks does not list every rank once, in order")
-    layers = [rank.first_layer + layer for rank in ranks if rank.tp_rank == 0 for layer in range(rank.num_layers)]
-    if layers != [layer for group in settings.layer_groups for layer in group]:
-        raise ConfigError("the layers of the ranks are not those of settings.layer_groups")
-    ends = tuple(values["eos_token_ids"])
-    return SideFile(**{**values, "settings": settings, "ranks": ranks, "eos_token_ids": ends})
-
-
-def _rank(entry: Any) -> RankLayers:
-    fields = _mapping(entry, "an entry of ranks")
-    for name in ("rank", "tp_rank", "pp_rank", "first_layer"):
-        if not _is_count(fields.get(name)):
-            raise ConfigError(f"{name} of a rank is {fields.get(name)!r}")
-    groups = tuple(tuple(group) for group in fields["groups"])
-    leaders = tuple(fields["leaders"])
-    rank = RankLayers(**{**fields, "groups": groups, "leaders": leaders})
-    if [layer for group in groups for layer in group] != list(range(rank.num_layers)):
-        raise ConfigError(f"groups of rank {rank.rank} do not list its layers once, in order")
-    if len(leaders) != len(groups) or not all(leader in group for leader, group in zip(leaders, groups, strict=True)):
-        raise ConfigError(f"leaders of rank {rank.rank} are not one of each group")
-    return rank
-
-
-def _mapping(value: Any, name: str) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise ConfigError(f"{name} must be an object")
-    return value
-
-
-def _is_count(value: Any, low: int = 0) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+            chunkkv_settings = ChunkKVSettings.from_dict(settings.values)
+        except ConfigError as error:
+            raise EngineError(f"{settings.source}: {error}: build the engine again") from None
+        counts = {name: fields.integer(name) for name in _COUNTS}
+        return cls(
+            **counts,
+            settings=chunkkv_settings,
+            ranks=tuple(RankLayers.from_fields(entry) for entry in fields.sections("ranks")),
+            kv_dtype=fields.text("kv_dtype", allowed=tuple(KV_ITEM_BYTES)),
+            mapping_rank=fields.integer("mapping_rank", low=1, high=2),
+            tp_agree=fields.flag("tp_agree"),
+            eos_token_ids=fields.integers("eos_token_ids"),
+            delimiters=None if fields.get("delimiters") is None else fields.text_section("delimiters"),
+            plugin_library=fields.text_section("plugin_library"),
+            versions=fields.text_section("versions"),
+        )

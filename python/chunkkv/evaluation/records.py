@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from chunkkv.engine.fields import Fields
 from chunkkv.errors import ConfigError
 
 RECORDS_FILE = "records.jsonl"
@@ -72,23 +73,22 @@ def resume_records(path: Path, header: Record) -> list[Record]:
 def check_records(path: Path, records: Sequence[Record], keys: Sequence[Mapping[str, Any]]) -> None:
     """Raise ConfigError unless the records are undamaged and of the examples that `keys` describe, in their order."""
     for number, (record, key) in enumerate(zip(records, keys, strict=False), 2):  # line 1 is the header
-        if not _is_undamaged(record):
-            raise ConfigError(f"{path} line {number} is damaged; remove it and what follows it to go on from there")
+        remedy = "the record is damaged, remove this line and those below it to go on from there"
+        _check_record(Fields(record, f"{path} line {number}", ConfigError, remedy))
         if any(record.get(name) != value for name, value in key.items()):
             raise ConfigError(f"{path} has {record.get('suite')!r} where {dict(key)} was to come; remove the file")
     if len(records) > len(keys):
         raise ConfigError(f"{path} holds {len(records)} records for {len(keys)} examples; remove the file")
 
 
-def _is_undamaged(record: Record) -> bool:
-    """Return whether a record has what tables are made of."""
-    outcomes, pieces = record.get("outcomes"), record.get("pieces")
-    if not (isinstance(record.get("tokens"), int) and isinstance(outcomes, list) and isinstance(pieces, list)):
-        return False
-    types = {"policy": str, "keep": int, "kept": int, "right": list, "through": list}
-    return all(
-        isinstance(outcome, dict)
-        and all(isinstance(outcome.get(name), kind) for name, kind in types.items())
-        and len(outcome["right"]) == len(outcome["through"]) == len(pieces) > 0
-        for outcome in outcomes
-    )
+def _check_record(fields: Fields) -> None:
+    """Raise the error of `fields` where a record lacks what tables are made of."""
+    fields.integer("tokens", low=0)
+    pieces = fields.items("pieces")
+    for outcome in fields.sections("outcomes"):
+        outcome.text("policy")
+        outcome.integer("keep", low=0)
+        outcome.integer("kept", low=0)
+        for name in ("right", "through"):
+            if not pieces or len(outcome.items(name)) != len(pieces):
+                raise outcome.error(name, f"give one entry for each of the {len(pieces)} pieces of the answer")

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
+from chunkkv.engine.fields import Fields
 from chunkkv.engine.json_files import read_object
 from chunkkv.errors import ProfileError
 from chunkkv.files import write_whole
 from chunkkv.profiling import RecordedRange
 
-Row = TypeVar("Row")
 _FORMAT, _VERSION = "chunkkv-profile", 1
 MAX_TIME = 2**62
 
@@ -78,21 +78,17 @@ class Trace:
     @classmethod
     def read(cls, path: Path) -> Trace:
         """Read what write() wrote; raises ProfileError for anything else."""
-        values = read_object(path, ProfileError)
-        if values.get("format") != _FORMAT or values.get("version") != _VERSION:
+        fields = Fields(read_object(path, ProfileError), str(path), ProfileError, "the file is damaged, profile again")
+        if fields.get("format") != _FORMAT or fields.get("version") != _VERSION:
             raise ProfileError(f"{path} is no trace of this version; give a file that chunkkv profile wrote")
-        ranges = _rows(values.get("ranges"), Range, (str, int, int, int, bool, int, int))
-        kernels = _rows(values.get("kernels"), Kernel, (str, int, int, int, int, int))
-        notes, about = values.get("notes"), values.get("about")
-        if (
-            ranges is None
-            or kernels is None
-            or not isinstance(notes, list)
-            or not all(isinstance(note, str) for note in notes)
-            or not isinstance(about, dict)
-        ):
-            raise ProfileError(f"{path} is damaged; profile again")
-        return cls(ranges, kernels, tuple(notes), about)
+        ranges = tuple(Range(*row) for row in fields.rows("ranges", (str, int, int, int, bool, int, int)))
+        kernels = tuple(Kernel(*row) for row in fields.rows("kernels", (str, int, int, int, int, int)))
+        events: tuple[Range | Kernel, ...] = (*ranges, *kernels)
+        for event in events:
+            if not 0 <= event.start_ns <= event.end_ns < MAX_TIME:
+                span = f"{event.start_ns} to {event.end_ns}"
+                raise ProfileError(f"{path}: {event.name!r} runs from {span}; the file is damaged, profile again")
+        return cls(ranges, kernels, fields.texts("notes"), dict(fields.section("about").values))
 
 
 def from_recorder(ranges: Iterable[RecordedRange], **about: Any) -> Trace:
@@ -112,20 +108,6 @@ def from_recorder(ranges: Iterable[RecordedRange], **about: Any) -> Trace:
         ),
         about=about,
     )
-
-
-def _rows(value: Any, kind: Callable[..., Row], types: tuple[type, ...]) -> tuple[Row, ...] | None:
-    """Return a list of JSON rows as `kind`, or None where one has other types or a time that makes no sense."""
-    if not isinstance(value, list):
-        return None
-    for row in value:
-        if not isinstance(row, list) or len(row) != len(types):
-            return None
-        if any(type(entry) is not expected for entry, expected in zip(row, types, strict=True)):  # a bool is no int
-            return None
-        if not 0 <= row[1] <= row[2] < MAX_TIME:
-            return None
-    return tuple(kind(*row) for row in value)
 
 
 @dataclass(frozen=True)
