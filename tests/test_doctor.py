@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,8 +23,7 @@ from chunkkv.errors import ConfigError
 from chunkkv.findings import BREAKS, OK, WARNING, Finding
 from chunkkv.gpu import tensorrt_library
 from chunkkv.gpu.cuda_runtime import CudaRuntime
-from chunkkv.triton.repository import pbtxt
-from chunkkv.triton.repository.check import LOADER
+from chunkkv.triton.repository.cpp_backend import LOADER_LIBRARY
 from chunkkv_builder.manifest import write_manifest
 from chunkkv_builder.progress import Progress
 
@@ -48,8 +47,8 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     versions = {"tensorrt": "10.14.1.48", "tensorrt_llm": "1.2.1"}
     monkeypatch.setattr(doctor, "_installed", versions.get)
     (tmp_path / "libchunkkv_tensorrt.so.10").touch()
-    (tmp_path / LOADER).touch()
-    return tmp_path / LOADER
+    (tmp_path / LOADER_LIBRARY).touch()
+    return tmp_path / LOADER_LIBRARY
 
 
 def repository(folder: Path, backend: str = "tensorrtllm", **changes: Any) -> Path:
@@ -96,7 +95,12 @@ def test_a_good_engine_and_repository(machine: Path, tmp_path: Path) -> None:
         ({"enable_kv_cache_reuse": None}, "enable_kv_cache_reuse", WARNING, "not set: the default differs"),
         ({"enable_kv_cache_reuse": "${enable_kv_cache_reuse}"}, "enable_kv_cache_reuse", WARNING, "${enable"),
         ({"enable_chunked_context": "true"}, "enable_chunked_context", BREAKS, "second chunk fails"),
-        ({"batching_strategy": "V1"}, "batching_strategy", WARNING, "V1; looked at was inflight_fused_batching"),
+        (
+            {"batching_strategy": "V1"},
+            "batching_strategy",
+            WARNING,
+            "V1; ChunkKV was checked with inflight_fused_batching",
+        ),
         ({"batch_scheduler_policy": "max_utilization"}, "batch_scheduler_policy", WARNING, "prefilled again"),
         ({"batch_scheduler_policy": None}, "batch_scheduler_policy", WARNING, "not set"),
         ({"max_beam_width": "2"}, "max_beam_width", BREAKS, "2: beams share"),
@@ -129,7 +133,7 @@ def test_each_setting_of_a_repository(
 def test_what_a_server_needs_around_the_repository(machine: Path, tmp_path: Path) -> None:
     path, repo = engine_dir("late"), repository(tmp_path)
     assert "finds no ChunkKV plugins" in named(checked(path, repo), "LD_PRELOAD").found
-    gone = tmp_path / "gone" / LOADER
+    gone = tmp_path / "gone" / LOADER_LIBRARY
     assert named(checked(path, repo, gone), "LD_PRELOAD").state == BREAKS
     both = f"/usr/lib/libother.so:{machine}"
     assert named(checked(path, repo, both), "LD_PRELOAD").state == OK
@@ -138,7 +142,7 @@ def test_what_a_server_needs_around_the_repository(machine: Path, tmp_path: Path
     assert "no model that runs an engine" in named(checked(path, tmp_path / "empty"), "triton repository").found
     (repo / "tensorrt_llm" / "config.pbtxt").write_text('name: "open')
     (refused,) = [finding for finding in checked(path, repo, machine) if finding.check == "tensorrt_llm"]
-    assert refused.state == BREAKS and "a quote is not closed" in refused.found
+    assert refused.state == BREAKS and "no valid Triton model configuration" in refused.found
     plain = engines.engine_dir("llama3")
     other = checked(plain, repository(tmp_path, gpt_model_path=str(plain)), machine)
     assert "runs no engine of backend onnxruntime" in named(other, ": backend").found
@@ -249,43 +253,13 @@ def test_an_engine_for_onnx_runtime(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.splitlines()[-1] == "3 checks: 0 would break, 0 to note"
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ('a: "x" "y\\"z"', {"a": ['xy"z']}),
-        ("a: 1 a: 2", {"a": ["1", "2"]}),
-        ("a [1, 2,]", {"a": ["1", "2"]}),
-        ("a < b: TYPE_X; > # c", {"a": [{"b": ["TYPE_X"]}]}),
-        ("n: ${max_batch_size}", {"n": ["${max_batch_size}"]}),
-        ("", {}),
-    ],
-)
-def test_the_reader_of_configurations(tmp_path: Path, text: str, expected: dict) -> None:
-    path = tmp_path / "config.pbtxt"
-    path.write_text(text, encoding="utf-8")
-    assert pbtxt.read_config(path) == expected
-
-
-@pytest.mark.parametrize("text", ["a {", "a: [1", "}", ": 1", "a:", 'a: "x', "a: ]", "a {" * 10**5, " " * (5 << 20)])
-def test_the_reader_refuses_what_does_not_close(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "config.pbtxt"
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"config\.pbtxt"):
-        pbtxt.read_config(path)
-
-
-def test_the_reader_takes_plain_files_only(tmp_path: Path) -> None:
-    path = tmp_path / "config.pbtxt"
-    for make in (os.mkfifo, os.mkdir):
-        make(path)
-        with pytest.raises(ConfigError, match="is no plain file"):
-            pbtxt.read_config(path)
-        path.rmdir() if path.is_dir() else path.unlink()
-
-
-def test_parameters_of_another_shape_are_passed_over(tmp_path: Path) -> None:
-    path = tmp_path / "config.pbtxt"
-    texts = 'parameters: 3 parameters { key: "x" } parameters { key: "y" value: [] } backend: []'
-    path.write_text(texts + "parameters { key: {} value { string_value: {} } }", encoding="utf-8")
-    config = pbtxt.read_config(path)
-    assert pbtxt.parameters(config) == {"": ""} and pbtxt.text_of(config, "backend") == ""
+def test_a_repository_is_not_checked_without_its_messages(
+    monkeypatch: pytest.MonkeyPatch, machine: Path, tmp_path: Path
+) -> None:
+    """The other checks stay; this one names the package to install."""
+    monkeypatch.setitem(sys.modules, "tritonclient", None)
+    monkeypatch.setitem(sys.modules, "tritonclient.grpc", None)
+    findings = checked(engine_dir("late"), repository(tmp_path), machine)
+    refused = named(findings, "triton repository")
+    assert refused.state == BREAKS and "pip install 'chunkkv-trt[triton]'" in refused.change
+    assert "\n" not in refused.change and named(findings, "ChunkKV").state == OK

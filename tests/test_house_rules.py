@@ -18,7 +18,6 @@ STILL: set[str] = {
     "chunkkv.requests imports chunkkv.text.tokenizer",
     "chunkkv.executors.onnxruntime.executor ⇄ chunkkv.executors.onnxruntime.layer_lengths"
     " ⇄ chunkkv.executors.onnxruntime.prefill",
-    "chunkkv.triton.repository.write ⇄ chunkkv.triton.repository.write_trtllm",
     "chunkkv.executors.tensorrt_llm.engine imports tensorrt",
     "chunkkv.evaluation.prefilled imports chunkkv.executors.onnxruntime.executor",
     "chunkkv.evaluation.runner imports chunkkv.executors.onnxruntime.prefill",

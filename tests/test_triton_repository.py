@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from support import engines
 from test_tensorrt_llm_executor import engine_dir as llm_engine_dir
 
 from chunkkv.cli.main import main
 from chunkkv.engine.directory import EngineFiles
-from chunkkv.errors import ConfigError, EngineError, RequestError
+from chunkkv.errors import BackendUnavailableError, ConfigError, EngineError
 from chunkkv.findings import BREAKS, WARNING
-from chunkkv.triton.models import inputs, words
-from chunkkv.triton.repository import check as doctor_triton
-from chunkkv.triton.repository import pbtxt
-from chunkkv.triton.repository.config_text import read_config
+from chunkkv.triton.repository.check import check_repository
+from chunkkv.triton.repository.config_text import read_config, string_parameters
 from chunkkv.triton.repository.patch import patch_repository
 from chunkkv.triton.repository.write import ServeOptions, write_repository
+from chunkkv.triton.server import processes
 
 # Names, types and dims of TensorRT-LLM's own models (tensorrtllm_backend, branch r25.05), for what this layout has.
 TENSORRT_LLM = {
@@ -124,7 +122,7 @@ def test_the_single_layout(engine, tmp_path, capsys) -> None:
     assert sorted(path.name for path in tmp_path.rglob("*")) == [
         "1", "chunkkv", "config.pbtxt", "model.py", "new", "repository",
     ]  # fmt: skip
-    found = doctor_triton.check_repository(repository, EngineFiles.load(engine), {})
+    found = check_repository(repository, EngineFiles.load(engine), {})
     assert [finding for finding in found if finding.state == BREAKS] == []
 
 
@@ -200,7 +198,7 @@ def test_a_patched_repository_passes_the_doctor(stock, capsys) -> None:
     assert '-  value: { string_value: "/engines/old" }  # where it was' in shown
     assert f'+  value: {{ string_value: "{engine}" }}  # where it was' in shown
     assert "preprocessing" not in shown and "LD_PRELOAD" in shown
-    found = doctor_triton.check_repository(stock, EngineFiles.load(engine), {})
+    found = check_repository(stock, EngineFiles.load(engine), {})
     assert [finding.check for finding in found if finding.state == BREAKS] == ["tensorrt_llm: LD_PRELOAD"]
     assert [finding.check for finding in found if finding.state == WARNING] == ["tensorrt_llm: memory"]
     assert read_config(stock / "tensorrt_llm" / "config.pbtxt").max_batch_size == 4
@@ -221,7 +219,7 @@ def test_what_cannot_be_patched_is_named(stock, engine, tmp_path) -> None:
     with pytest.raises(ConfigError, match="has no model with backend tensorrtllm"):
         patch_repository(llm, stock)
     path.write_text("parameters {", encoding="utf-8")
-    with pytest.raises(ConfigError, match="not closed"):
+    with pytest.raises(ConfigError, match=r"config\.pbtxt is no valid Triton model configuration"):
         patch_repository(llm, stock)
 
 
@@ -234,41 +232,63 @@ def test_a_template_that_is_not_filled_is_no_config(tmp_path) -> None:
         read_config(tmp_path / "config.pbtxt")
 
 
-@given(st.lists(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=5), max_size=6))
-def test_word_lists_come_back(lists) -> None:
-    packed = words.pack(lists)
-    assert packed.dtype == np.int32 and packed.shape[0] == 2 and packed.shape[1] >= 1
-    assert words.unpack(packed, "words") == words.unpack(packed[None], "words") == lists
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('parameters { key: "a" value { string_value: "x" "y\\"z" } }', {"a": 'xy"z'}),
+        ('parameters { key: "a" value { string_value: " 1 " } } # ${b}', {"a": "1"}),
+        ("parameters [ { key: \"a\", value < string_value: '${b}'; > } ]", {"a": "${b}"}),
+        ("max_batch_size: ${b} model_transaction_policy { decoupled: ${c} } input [ { data_type: ${d} } ]", {}),
+        ('newer_field { list: [ 1, 2 ] } parameters { key: "a" }', {"a": ""}),
+        ("", {}),
+    ],
+)
+def test_a_template_is_read_with_its_placeholders(tmp_path, text: str, expected: dict[str, str]) -> None:
+    path = tmp_path / "config.pbtxt"
+    path.write_text(text, encoding="utf-8")
+    assert string_parameters(read_config(path, is_template=True)) == expected
 
 
 @pytest.mark.parametrize(
-    ("array", "named"),
+    "text",
     [
-        (np.zeros((3, 2), np.int32), r"has shape \[3, 2\]"),
-        (np.zeros(4, np.int32), r"has shape \[4\]"),
-        (np.array([[1, 2], [2, 1]]), r"has ends \[2, 1\]"),
-        (np.array([[1, 2], [1, 3]]), r"has ends \[1, 3\]"),
-        (np.array([[1, 2], [0, 1]]), r"has ends \[0, 1\]"),
+        "a {",
+        "a: [1",
+        "}",
+        ": 1",
+        "a:",
+        'a: "x',
+        "a: ]",
+        "a {" * 10**5,
+        "ensemble_scheduling {" * 10**5,
+        " " * (5 << 20),
     ],
 )
-def test_broken_word_lists_are_named(array, named: str) -> None:
-    with pytest.raises(RequestError, match=named):
-        words.unpack(array, "words")
+def test_what_is_no_configuration_is_refused(tmp_path, text: str) -> None:
+    path = tmp_path / "config.pbtxt"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"config\.pbtxt") as refused:
+        read_config(path, is_template=True)
+    assert "\n" not in str(refused.value)
 
 
-def test_a_float32_means_the_decimal_it_was_written_as() -> None:
-    for written in (0.7, 0.2, 1e-05, 1.3):
-        assert inputs.one({"x": np.array([[written]], np.float32)}.get, "x") == written
+def test_only_plain_files_are_read(tmp_path) -> None:
+    path = tmp_path / "config.pbtxt"
+    for make in (os.mkfifo, os.mkdir):
+        make(path)
+        with pytest.raises(ConfigError, match="is no plain file"):
+            read_config(path)
+        path.rmdir() if path.is_dir() else path.unlink()
 
 
-def test_a_parameter_of_the_server_is_no_unknown_field() -> None:
-    inputs.refuse_unknown('{"triton_enable_empty_final_response": true, "id": "a"}', ["text_input"])
-    inputs.refuse_unknown("", ["text_input"])
-    with pytest.raises(RequestError, match="there is no input 'keep'; known are text_input"):
-        inputs.refuse_unknown('{"keep": 1}', ["text_input"])
-
-
-def test_pbtxt_and_protobuf_read_the_same(trtllm, tmp_path) -> None:
-    for name, config in trtllm.items():
-        mine = pbtxt.read_config(tmp_path / "repository" / name / "config.pbtxt")
-        assert pbtxt.parameters(mine) == {key: value.string_value for key, value in config.parameters.items()}
+def test_commands_name_the_package_that_is_missing(engine, stock, tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "tritonclient", None)
+    monkeypatch.setitem(sys.modules, "tritonclient.grpc", None)
+    with pytest.raises(BackendUnavailableError, match=r"tritonclient .*: pip install 'chunkkv-trt\[triton\]'$"):
+        patch_repository(llm_engine_dir("late"), stock)
+    with pytest.raises(BackendUnavailableError, match=r"tritonclient .*: pip install 'chunkkv-trt\[triton\]'$"):
+        write_repository(engine, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    with pytest.raises(BackendUnavailableError, match=r"psutil .*: pip install 'chunkkv-trt\[triton\]'$"):
+        processes.is_running(1)

@@ -42,12 +42,14 @@ ENGINES = ("onnxruntime", "tensorrt", "tensorrt_llm")
 # Which rooms may import a package. An empty tuple: none.
 ONLY_IN = {
     "cuda": ("chunkkv.gpu",),
+    "google": ("chunkkv.triton.repository",),
     "kvpress": (),
     "lm_eval": ("chunkkv.cli.lm_eval", "chunkkv.evaluation.lm_eval"),
     "matplotlib": ("chunkkv.evaluation.report", "chunkkv.profile.picture"),
     "nvtx": ("chunkkv.profile", "chunkkv.profiling"),
     "onnxruntime": ("chunkkv.executors.onnxruntime",),
     "pickle": (),
+    "psutil": ("chunkkv.triton.server",),
     "safetensors": (),
     "tensorrt": ("chunkkv.gpu", "chunkkv_builder.backends"),
     "tensorrt_llm": ("chunkkv.executors.tensorrt_llm", "chunkkv_builder.backends.tensorrt_llm"),

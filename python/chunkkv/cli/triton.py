@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from chunkkv.cli.options import EngineDir, float_option, int_option, one_line_errors
-from chunkkv.triton.models.logs import LEVELS, Log
+from chunkkv.triton.logs import LEVELS, configure
 
 app = typer.Typer(help="Serve an engine on NVIDIA Triton.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -106,7 +106,8 @@ def serve(
         python = Path(sys.executable) if python_env is None else python_env / "bin" / "python"
         with tempfile.TemporaryDirectory(prefix="chunkkv-triton-") as folder:
             files = ServerFiles.find(Path(os.path.abspath(folder)), python, server)
-            supervisor = Supervisor(settings, files, Log(source="supervisor"))
+            configure(source="supervisor")
+            supervisor = Supervisor(settings, files)
             supervisor.handle_signals()
             code = supervisor.run()
         raise SystemExit(code)

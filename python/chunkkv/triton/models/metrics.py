@@ -5,10 +5,10 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
-from typing import Any
 
 from chunkkv.batching.batcher import Load
 from chunkkv.results import GenerationResult
+from chunkkv.triton.models.backend import PbMetric, PbMetricFamily, PythonBackend
 
 OUTCOMES = ("stop", "length", "cancelled", "rejected", "timeout", "invalid", "error")
 TTFT_BUCKETS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0]
@@ -19,13 +19,17 @@ REFRESH_S = 0.25
 class Metrics:
     """Publishes counts, times and load from a thread of its own, because each change is a message to the server.
 
-    `pb_utils` is the python backend's module, `load` says what the batcher is doing.
+    Parameters
+    ----------
+    backend : Triton's module for python models.
+    labels : labels of every metric.
+    load : says what the batcher is doing; asked after each change, and every REFRESH_S seconds without one.
     """
 
-    def __init__(self, pb_utils: Any, labels: dict[str, str], load: Callable[[], Load]) -> None:
-        self._pb, self._labels, self._load = pb_utils, labels, load
-        self._families: list[Any] = []  # a metric dies with its family
-        kind = pb_utils.MetricFamily
+    def __init__(self, backend: PythonBackend, labels: dict[str, str], load: Callable[[], Load]) -> None:
+        self._backend, self._labels, self._load = backend, labels, load
+        self._families: list[PbMetricFamily] = []  # a metric dies with its family
+        kind = backend.MetricFamily
         requests = self._family("chunkkv_requests_total", "requests by how they ended", kind.COUNTER)
         self._requests = {outcome: self._metric(requests, outcome=outcome) for outcome in OUTCOMES}
         self._tokens = {
@@ -36,20 +40,27 @@ class Metrics:
                 ("generated", "tokens of the answers"),
             )
         }
-        state = self._family("chunkkv_requests", "requests in work and waiting", kind.GAUGE)
-        self._states = {name: self._metric(state, state=name) for name in ("active", "waiting")}
+        states = self._family("chunkkv_requests", "requests in work and waiting", kind.GAUGE)
+        self._states = {name: self._metric(states, state=name) for name in ("active", "waiting")}
         cache = self._family("chunkkv_kv_cache_bytes", "bytes of KV caches used by answers, and allocated", kind.GAUGE)
         self._bytes = {name: self._metric(cache, kind=name) for name in ("used", "allocated")}
-        times = self._family("chunkkv_ttft_seconds", "time to first token, waiting included", kind.HISTOGRAM)
-        self._ttft = self._metric(times, buckets=TTFT_BUCKETS)
-        times = self._family("chunkkv_tpot_seconds", "mean time between tokens of an answer", kind.HISTOGRAM)
-        self._tpot = self._metric(times, buckets=TPOT_BUCKETS)
+        ttft = self._family("chunkkv_ttft_seconds", "time to first token, waiting included", kind.HISTOGRAM)
+        self._ttft = self._metric(ttft, buckets=TTFT_BUCKETS)
+        tpot = self._family("chunkkv_tpot_seconds", "mean time between tokens of an answer", kind.HISTOGRAM)
+        self._tpot = self._metric(tpot, buckets=TPOT_BUCKETS)
         self._changes: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="chunkkv-metrics", daemon=True)
         self._thread.start()
 
     def count(self, outcome: str, result: GenerationResult | None = None, tpot_s: float | None = None) -> None:
-        """Count a request that ended; `tpot_s` is the time between its tokens as its client saw it."""
+        """Count a request that ended.
+
+        Parameters
+        ----------
+        outcome : one of OUTCOMES.
+        result : its answer; None where it failed.
+        tpot_s : mean time between its tokens as its client saw it, in seconds; None for fewer than two tokens.
+        """
         self._changes.put(lambda: self._count(outcome, result, tpot_s))
 
     def close(self) -> None:
@@ -61,11 +72,11 @@ class Metrics:
         self._requests[outcome].increment(1)
         if result is None or not result.token_ids:
             return
-        costs = result.statistics
-        for name, number in (("prompt", costs.prompt_tokens), ("kept", costs.kept_tokens)):
-            self._tokens[name].increment(number)
-        self._tokens["generated"].increment(costs.new_tokens)
-        self._ttft.observe(costs.ttft_s)
+        statistics = result.statistics
+        self._tokens["prompt"].increment(statistics.prompt_tokens)
+        self._tokens["kept"].increment(statistics.kept_tokens)
+        self._tokens["generated"].increment(statistics.new_tokens)
+        self._ttft.observe(statistics.ttft_s)
         if tpot_s is not None:
             self._tpot.observe(tpot_s)
 
@@ -84,11 +95,13 @@ class Metrics:
             self._bytes["used"].set(load.kv_bytes_used)
             self._bytes["allocated"].set(load.kv_bytes_allocated)
 
-    def _family(self, name: str, text: str, kind: Any) -> Any:
-        family = self._pb.MetricFamily(name=name, description=text, kind=kind)
+    def _family(self, name: str, description: str, kind: int) -> PbMetricFamily:
+        family = self._backend.MetricFamily(name=name, description=description, kind=kind)
         self._families.append(family)
         return family
 
-    def _metric(self, family: Any, buckets: list[float] | None = None, **labels: str) -> Any:
-        given = {**self._labels, **labels}
-        return family.Metric(labels=given) if buckets is None else family.Metric(labels=given, buckets=buckets)
+    def _metric(self, family: PbMetricFamily, buckets: list[float] | None = None, **labels: str) -> PbMetric:
+        all_labels = {**self._labels, **labels}
+        if buckets is None:
+            return family.Metric(labels=all_labels)
+        return family.Metric(labels=all_labels, buckets=buckets)

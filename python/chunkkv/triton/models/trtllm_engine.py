@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from functools import partial
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from chunkkv.errors import RequestError
-from chunkkv.requests import Prompt
-from chunkkv.results import StreamEvent
-from chunkkv.triton.models.inputs import Wish, one, wish
-from chunkkv.triton.models.serving import Client, Parameters, Serving
-from chunkkv.triton.models.words import unpack
-from chunkkv.triton.repository.write_trtllm import TEXT
+from chunkkv.triton.models.answers import AnswerListener, ResponsePart
+from chunkkv.triton.models.backend import PbRequest, PbTensor, ReadTensor, tensor_reader
+from chunkkv.triton.models.inputs import ParsedRequest, parse_request, scalar, unpack_word_lists
+from chunkkv.triton.models.serving import Parameters, Serving
+from chunkkv.triton.repository.tensors import ENGINE_TEXT
 
-NAMES = {
+_TENSOR_NAMES = {
     "max_tokens": "request_output_len",
     "top_k": "runtime_top_k",
     "top_p": "runtime_top_p",
@@ -32,110 +31,103 @@ class TritonPythonModel:
         """Load the engine that config.pbtxt names."""
         self._serving = Serving(pb_utils, args)
         self._excludes_input = Parameters(args["model_config"]).text("exclude_input_in_output", "true") == "true"
-        self._clients: dict[str, Client] = {}
+        # By the id that the client chose, for stop requests. The batcher's thread removes answers that have ended.
+        self._running: dict[str, AnswerListener] = {}
         self._lock = threading.Lock()
 
-    def execute(self, requests: list[Any]) -> None:
+    def execute(self, requests: list[PbRequest]) -> None:
         """Queue the requests; one with `stop` ends the running request of the same id."""
         for request in requests:
-            if one(_reader(request), "stop", False):
-                with self._lock:
-                    running = self._clients.pop(request.request_id(), None)
-                if running is not None:
-                    running.stopped.set()
+            read = tensor_reader(pb_utils, request)
+            if scalar(read, "stop", False):
+                self._stop(request.request_id())
                 request.get_response_sender().send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-                continue
-            client = _EngineClient(self._serving, request, pb_utils, _tensors)
-            client.on_end = self._forget
-            if request.request_id():
-                with self._lock:
-                    self._clients[client.name] = client
-            self._serving.submit(client, lambda request=request, client=client: self._read(request, client))
+            else:
+                self._queue(request, read)
 
     def finalize(self) -> None:
         """End what is open."""
         self._serving.close()
 
-    def _forget(self, client: Client) -> None:
+    def _queue(self, request: PbRequest, read: ReadTensor) -> None:
+        responder, request_id = self._serving.responder(request), request.request_id()
+        try:
+            parsed = self._parse(read)
+            listener = AnswerListener(
+                responder,
+                reply=partial(_output_tensors, *self._echoed(parsed)),
+                stream=parsed.stream,
+                stream_interval_s=self._serving.stream_interval_s,
+                on_end=lambda: self._forget(request_id, listener),
+            )
+        except Exception as error:
+            responder.fail(error)
+            return
+        if request_id:
+            with self._lock:
+                self._running[request_id] = listener
+        self._serving.submit(parsed, listener)
+
+    def _stop(self, request_id: str) -> None:
         with self._lock:
-            if self._clients.get(client.name) is client:
-                del self._clients[client.name]
+            listener = self._running.pop(request_id, None)
+        if listener is not None:
+            listener.stop()
 
-    def _read(self, request: Any, client: Client) -> tuple[Prompt, Wish]:
-        read, session = _reader(request), self._serving.session
-        given = read("input_ids")
-        if given is None:
+    def _forget(self, request_id: str, listener: AnswerListener) -> None:
+        with self._lock:
+            if self._running.get(request_id) is listener:  # a later request may have the same id
+                del self._running[request_id]
+
+    def _parse(self, read: ReadTensor) -> ParsedRequest:
+        input_ids, length = read("input_ids"), scalar(read, "input_lengths")
+        if input_ids is None:
             raise RequestError("input_ids is missing; give the prompt's token ids")
-        ids, length = given.reshape(-1), one(read, "input_lengths")
-        if not 0 <= length <= ids.size:
-            raise RequestError(f"input_lengths is {length}; input_ids has {ids.size}")
-        ids = ids[:length].tolist()
-        if unpack(read("bad_words_list"), "bad_words_list"):
+        if not 0 <= length <= input_ids.size:
+            raise RequestError(f"input_lengths is {length}; input_ids has {input_ids.size}")
+        if unpack_word_lists(read("bad_words_list"), "bad_words_list"):
             raise RequestError("bad_words_list has words; this engine cannot forbid words: leave it out")
-        stop = []
-        for word in unpack(read("stop_words_list"), "stop_words_list"):
-            if session.tokenizer is None:
-                raise RequestError("stop words need a tokenizer; this engine was built without one")
-            stop.append(session.tokenizer.decode(word))
-        asked = wish(read, [text for text in stop if text], session.eos_token_ids, NAMES)
-        excludes = one(read, "exclude_input_in_output", self._excludes_input)
-        if not excludes and not asked.stream:
-            client.prompt_ids = ids
-            client.prompt = session.tokenizer.decode(ids) if session.tokenizer is not None else ""
-        return ids, asked
+        return parse_request(
+            read,
+            input_ids.reshape(-1)[:length].tolist(),
+            self._stop_words(read),
+            self._serving.session.eos_token_ids,
+            excludes_input=self._excludes_input,
+            tensor_names=_TENSOR_NAMES,
+        )
+
+    def _stop_words(self, read: ReadTensor) -> list[str]:
+        tokenizer = self._serving.session.tokenizer
+        words = unpack_word_lists(read("stop_words_list"), "stop_words_list")
+        if words and tokenizer is None:
+            raise RequestError("stop words need a tokenizer; this engine was built without one")
+        texts = [] if tokenizer is None else [tokenizer.decode(word) for word in words]
+        return [text for text in texts if text]
+
+    def _echoed(self, request: ParsedRequest) -> tuple[list[int], str]:
+        """Return the token ids and the text of the prompt that come before the answer; a stream repeats nothing."""
+        if not request.echo or request.stream:
+            return [], ""
+        tokenizer = self._serving.session.tokenizer
+        ids = [int(token) for token in request.prompt]
+        return ids, "" if tokenizer is None else tokenizer.decode(ids)
 
 
-class _EngineClient(Client):
-    prompt_ids: list[int] = []  # noqa: RUF012 - replaced, never changed
-    sent = 0
-
-    def on_end(self, client: Client) -> None:
-        """Called with this client once its answer has ended."""
-
-    def on_event(self, event: StreamEvent) -> None:
-        """Send and, at the end, forget."""
-        try:
-            super().on_event(event)
-        finally:
-            if event.finished is not None:
-                self.on_end(self)
-
-    def on_error(self, error: Exception) -> None:
-        """Send and forget."""
-        try:
-            super().on_error(error)
-        finally:
-            self.on_end(self)
-
-
-def _reader(request: Any) -> Any:
-    def read(name: str) -> np.ndarray | None:
-        tensor = pb_utils.get_input_tensor_by_name(request, name)
-        return None if tensor is None else tensor.as_numpy()
-
-    return read
-
-
-def _tensors(client: _EngineClient, events: list[StreamEvent]) -> list[Any]:
-    """Return the outputs of one response; the counts are those so far."""
-    new = [token for event in events for token in event.token_ids]
-    ids, text = [*client.prompt_ids, *new], client.prompt + "".join(event.text for event in events)
-    client.prompt_ids, client.prompt = [], ""
-    client.sent += len(new)
-    finished = events[-1].finished
-    reason = finished.finish_reason if finished is not None else ""
-    request = client.request
-    numbers = {
+def _output_tensors(echoed_ids: list[int], echoed_text: str, part: ResponsePart) -> list[PbTensor]:
+    """Return the outputs of one response; the counts are those so far, `echoed` is what the first one repeats."""
+    ids, text = part.token_ids, part.text
+    if part.is_first:
+        ids, text = [*echoed_ids, *ids], echoed_text + text
+    finish_reason = "" if part.result is None else part.result.finish_reason
+    values = {
+        "output_ids": np.array([[ids]], np.int32),
+        ENGINE_TEXT: np.array([[text.encode()]], dtype=object),
+        "finish_reason": np.array([[finish_reason.encode()]], dtype=object),
         "sequence_length": np.array([[len(ids)]], np.int32),
         "batch_index": np.zeros((1, 1), np.int32),
         "sequence_index": np.zeros((1, 1), np.int32),
-        "num_input_tokens": np.array([[len(request.ids)]], np.int32),
-        "num_output_tokens": np.array([[client.sent]], np.int32),
-        "kept_tokens": np.array([[request.kept_tokens]], np.int32),
+        "num_input_tokens": np.array([[len(part.request.ids)]], np.int32),
+        "num_output_tokens": np.array([[part.sent_tokens]], np.int32),
+        "kept_tokens": np.array([[part.request.kept_tokens]], np.int32),
     }
-    return [
-        pb_utils.Tensor("output_ids", np.array([[ids]], np.int32)),
-        pb_utils.Tensor(TEXT, np.array([[text.encode()]], dtype=object)),
-        pb_utils.Tensor("finish_reason", np.array([[reason.encode()]], dtype=object)),
-        *(pb_utils.Tensor(name, value) for name, value in numbers.items()),
-    ]
+    return [pb_utils.Tensor(name, value) for name, value in values.items()]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from chunkkv.text.tokenizer import Tokenizer
+from chunkkv.triton.models.backend import PbRequest, PbResponse, PbTensor
 from chunkkv.triton.models.serving import Parameters
-from chunkkv.triton.repository.write_trtllm import TEXT
+from chunkkv.triton.repository.tensors import ENGINE_TEXT
 
 
 class TritonPythonModel:
@@ -19,14 +18,14 @@ class TritonPythonModel:
         """Load the tokenizer that config.pbtxt names."""
         self._tokenizer = Tokenizer.from_dir(Parameters(args["model_config"]).text("tokenizer_dir"))
 
-    def execute(self, requests: list[Any]) -> list[Any]:
+    def execute(self, requests: list[PbRequest]) -> list[PbResponse]:
         """Return the text that the engine's model sent along, or else that of the ids."""
         return [pb_utils.InferenceResponse(output_tensors=[self._text(request)]) for request in requests]
 
-    def _text(self, request: Any) -> Any:
-        sent = pb_utils.get_input_tensor_by_name(request, TEXT)
-        if sent is not None:
-            return pb_utils.Tensor("OUTPUT", sent.as_numpy().reshape(1, -1))
+    def _text(self, request: PbRequest) -> PbTensor:
+        engine_text = pb_utils.get_input_tensor_by_name(request, ENGINE_TEXT)
+        if engine_text is not None:
+            return pb_utils.Tensor("OUTPUT", engine_text.as_numpy().reshape(1, -1))
         tokens = pb_utils.get_input_tensor_by_name(request, "TOKENS_BATCH").as_numpy()[0]
         lengths = pb_utils.get_input_tensor_by_name(request, "SEQUENCE_LENGTH").as_numpy()[0]
         texts = [self._tokenizer.decode(ids[:length]).encode() for ids, length in zip(tokens, lengths, strict=True)]

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from chunkkv.errors import ChunkKVError
 from chunkkv.text.tokenizer import Tokenizer
-from chunkkv.triton.models.inputs import one, prompt_text, words
-from chunkkv.triton.models.serving import CODES, Parameters
-from chunkkv.triton.models.words import pack
+from chunkkv.triton.models.answers import ERROR_CODES
+from chunkkv.triton.models.backend import PbRequest, PbResponse, ReadTensor, tensor_reader
+from chunkkv.triton.models.inputs import pack_word_lists, prompt_text, scalar, strings
+from chunkkv.triton.models.serving import Parameters
 
 MAX_PROMPT_BYTES = 1 << 20
 
@@ -25,39 +24,34 @@ class TritonPythonModel:
         self._tokenizer = Tokenizer.from_dir(parameters.text("tokenizer_dir"))
         self._max_bytes = parameters.number("max_prompt_bytes", int, MAX_PROMPT_BYTES)
 
-    def execute(self, requests: list[Any]) -> list[Any]:
+    def execute(self, requests: list[PbRequest]) -> list[PbResponse]:
         """Return token ids and word lists for each request."""
-        return [self._answer(request) for request in requests]
+        return [self._respond(request) for request in requests]
 
-    def _answer(self, request: Any) -> Any:
-        def read(name: str) -> np.ndarray | None:
-            tensor = pb_utils.get_input_tensor_by_name(request, name)
-            return None if tensor is None else tensor.as_numpy()
-
+    def _respond(self, request: PbRequest) -> PbResponse:
         try:
-            outputs = self._outputs(read)
+            values = self._output_values(tensor_reader(pb_utils, request))
         except ChunkKVError as error:
-            message = f"{CODES['invalid']}: {error}"
+            message = f"{ERROR_CODES['invalid']}: {error}"
             return pb_utils.InferenceResponse(
                 output_tensors=[], error=pb_utils.TritonError(message, pb_utils.TritonError.INVALID_ARG)
             )
-        return pb_utils.InferenceResponse(output_tensors=[pb_utils.Tensor(*pair) for pair in outputs.items()])
+        outputs = [pb_utils.Tensor(name, value) for name, value in values.items()]
+        return pb_utils.InferenceResponse(output_tensors=outputs)
 
-    def _outputs(self, read: Any) -> dict[str, np.ndarray]:
+    def _output_values(self, read: ReadTensor) -> dict[str, np.ndarray]:
         prompt = prompt_text(read, "QUERY", self._max_bytes)
         ids = self._tokenizer.encode(prompt) if prompt.strip() else []
-        first_end = next(iter(self._tokenizer.eos_token_ids), -1)
-        end = one(read, "END_ID", first_end)
-        lists = {
-            kind: pack([self._tokenizer.encode(word, add_special_tokens=False) for word in words(read, f"{kind}_DICT")])
-            for kind in ("BAD_WORDS", "STOP_WORDS")
-        }
+        end_id = scalar(read, "END_ID", next(iter(self._tokenizer.eos_token_ids), -1))
         return {
             "INPUT_ID": np.array([ids], np.int32),
             "REQUEST_INPUT_LEN": np.array([[len(ids)]], np.int32),
-            "REQUEST_OUTPUT_LEN": np.array([[one(read, "REQUEST_OUTPUT_LEN")]], np.int32),
-            "BAD_WORDS_IDS": lists["BAD_WORDS"][None],
-            "STOP_WORDS_IDS": lists["STOP_WORDS"][None],
-            "OUT_END_ID": np.array([[end]], np.int32),
-            "OUT_PAD_ID": np.array([[one(read, "PAD_ID", end)]], np.int32),
+            "REQUEST_OUTPUT_LEN": np.array([[scalar(read, "REQUEST_OUTPUT_LEN")]], np.int32),
+            "BAD_WORDS_IDS": self._word_lists(read, "BAD_WORDS_DICT")[None],
+            "STOP_WORDS_IDS": self._word_lists(read, "STOP_WORDS_DICT")[None],
+            "OUT_END_ID": np.array([[end_id]], np.int32),
+            "OUT_PAD_ID": np.array([[scalar(read, "PAD_ID", end_id)]], np.int32),
         }
+
+    def _word_lists(self, read: ReadTensor, name: str) -> np.ndarray:
+        return pack_word_lists([self._tokenizer.encode(word, add_special_tokens=False) for word in strings(read, name)])

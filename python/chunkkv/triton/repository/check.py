@@ -1,4 +1,4 @@
-"""What in a Triton model repository would break an engine with ChunkKV, or take its benefit away."""
+"""What in a Triton model repository would break an engine with ChunkKV, or undo its benefit."""
 
 from __future__ import annotations
 
@@ -8,129 +8,153 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from chunkkv.engine.directory import TENSORRT_LLM, EngineFiles
-from chunkkv.errors import ConfigError
+from chunkkv.errors import BackendUnavailableError, ConfigError
 from chunkkv.findings import Finding, breaks, ok, warning
-from chunkkv.triton.repository import pbtxt
+from chunkkv.triton.repository.config_text import CONFIG_FILE, read_config, string_parameters
+from chunkkv.triton.repository.cpp_backend import (
+    BACKEND,
+    IN_FLIGHT_BATCHING,
+    LOADER_LIBRARY,
+    NO_EVICTION,
+    attention_windows,
+    is_placeholder,
+    is_speculative,
+    whole_number,
+)
 
-LOADER = "libchunkkv_tensorrt_loader.so"
-_TRUE = ("1", "true", "yes", "on")
-_REUSE = "blocks of a compacted prompt hold other tokens than their hash says: the second hit of a prefix fails"
-_CHUNKED = "a prompt must come in one piece: its second chunk fails"
-# name: what happens with true, what to set
-_MUST_BE_FALSE = {"enable_kv_cache_reuse": _REUSE, "enable_chunked_context": _CHUNKED}
-SPECULATIVE = ("medusa", "eagle", "lookahead", "redrafter", "explicit_draft_tokens", "beam_search")
+_TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+# Settings that must be false, and what happens where they are true.
+_MUST_BE_FALSE = {
+    "enable_kv_cache_reuse": "blocks of a compacted prompt hold other tokens than their hash says: "
+    "the second hit of a prefix fails",
+    "enable_chunked_context": "a prompt must come in one piece: its second chunk fails",
+}
+# Settings with a largest value: the value, and why no larger one works.
+_LARGEST = {
+    "max_beam_width": (1, "beams share a prompt's blocks"),
+    "sink_token_length": (0, "ChunkKV keeps sinks"),
+    "kv_cache_host_memory_bytes": (0, "a live request's block on the host fails the step"),
+}
 
 
 def check_repository(repository: Path, files: EngineFiles, environment: Mapping[str, str]) -> list[Finding]:
-    """Return what a look at every config.pbtxt in `repository` says about serving the engine in `files`."""
+    """Return what every config.pbtxt of a repository says about serving an engine.
+
+    Parameters
+    ----------
+    repository : Triton's model repository.
+    files : the engine directory that it should serve.
+    environment : variables with which tritonserver is going to be started.
+
+    Without the extra `triton` the one finding says what to install.
+    """
     if not repository.is_dir():
         return [breaks("triton repository", f"{repository} is no directory", "give the --model-repository of Triton")]
-    found, serving = [], False
-    for path in sorted(repository.glob(f"*/{pbtxt.CONFIG_FILE}")):
+    findings: list[Finding] = []
+    runs_engine = False
+    for path in sorted(repository.glob(f"*/{CONFIG_FILE}")):
+        model = path.parent.name
         try:
-            config = pbtxt.read_config(path)
+            config = read_config(path, is_template=True)
+        except BackendUnavailableError as error:
+            return [breaks("triton repository", "was not checked", str(error))]
         except ConfigError as error:
-            found.append(breaks(path.parent.name, str(error), "repair the file"))
+            findings.append(breaks(model, str(error), "repair the file"))
             continue
-        values = pbtxt.parameters(config)
-        if pbtxt.text_of(config, "backend") == "tensorrtllm":
-            serving = True
-            model = path.parent.name
-            found += _check_engine_model(model, config, values, files)
-            found += _check_environment(model, files, environment)
-        elif "engine_dir" in values:
-            serving = True
-            found += _check_path(path.parent.name, "engine_dir", values["engine_dir"], files)
-    if not serving:
-        change = "make one with chunkkv triton init, or add a model with backend tensorrtllm"
-        found.append(breaks("triton repository", f"{repository} has no model that runs an engine", change))
-    return found
+        parameters = string_parameters(config)
+        if config.backend == BACKEND:
+            runs_engine = True
+            findings += _check_engine_model(model, config.max_batch_size, parameters, files)
+            findings += _check_environment(model, files, environment)
+        elif "engine_dir" in parameters:
+            runs_engine = True
+            findings += _check_path(model, "engine_dir", parameters["engine_dir"], files)
+    if not runs_engine:
+        change = f"make one with chunkkv triton init, or add a model with backend {BACKEND}"
+        findings.append(breaks("triton repository", f"{repository} has no model that runs an engine", change))
+    return findings
 
 
 def _check_engine_model(
-    model: str, config: pbtxt.Message, values: Mapping[str, str], files: EngineFiles
+    model: str, max_batch_size: int, parameters: Mapping[str, str], files: EngineFiles
 ) -> list[Finding]:
     """Check a model of the C++ backend, which allocates blocks by logical length and returns none."""
     if files.backend != TENSORRT_LLM:
         change = "build with --backend tensorrt_llm, or serve it with chunkkv triton init"
-        return [breaks(f"{model}: backend", f"tensorrtllm runs no engine of backend {files.backend}", change)]
-    name = "gpt_model_path"
-    found = _check_path(model, name, values.get(name, ""), files)
-    found += [_must_be_false(model, name, values.get(name, ""), why) for name, why in _MUST_BE_FALSE.items()]
-    found.append(_batching(model, values.get("batching_strategy") or values.get("gpt_model_type", "")))
-    found.append(_policy(model, values.get("batch_scheduler_policy", "")))
-    found.append(
-        _at_most(model, "max_beam_width", values.get("max_beam_width", ""), 1, "beams share a prompt's blocks")
-    )
-    found.append(_at_most(model, "sink_token_length", values.get("sink_token_length", ""), 0, "ChunkKV keeps sinks"))
-    name, why = "kv_cache_host_memory_bytes", "a live request's block on the host fails the step"
-    found.append(_at_most(model, name, values.get(name, ""), 0, why))
-    found.append(_window(model, values.get("max_attention_window_size", ""), files.build["max_seq_len"]))
-    mode = values.get("decoding_mode", "").lower()
-    if any(word in mode for word in SPECULATIVE):
-        why = f"{mode}: draft tokens and beams take tokens back by cache length"
-        found.append(breaks(f"{model}: decoding_mode", why, "leave it empty, or top_k_top_p"))
-    size = pbtxt.text_of(config, "max_batch_size")
-    if (_whole(size) or 0) > files.build["max_batch_size"]:
-        limit = files.build["max_batch_size"]
-        found.append(breaks(f"{model}: max_batch_size", f"{size}, the engine takes {limit}", f"set it to {limit}"))
+        return [breaks(f"{model}: backend", f"{BACKEND} runs no engine of backend {files.backend}", change)]
+
+    def value(name: str) -> str:
+        return parameters.get(name, "")
+
+    findings = _check_path(model, "gpt_model_path", value("gpt_model_path"), files)
+    findings += [_must_be_false(model, name, value(name), reason) for name, reason in _MUST_BE_FALSE.items()]
+    findings.append(_check_batching(model, value("batching_strategy") or value("gpt_model_type")))
+    findings.append(_check_eviction(model, value("batch_scheduler_policy")))
+    for name, (largest, reason) in _LARGEST.items():
+        findings.append(_at_most(model, name, value(name), largest, reason))
+    findings.append(_check_window(model, value("max_attention_window_size"), files.build["max_seq_len"]))
+    if is_speculative(value("decoding_mode")):
+        problem = f"{value('decoding_mode').lower()}: draft tokens and beams take tokens back by cache length"
+        findings.append(breaks(f"{model}: decoding_mode", problem, "leave it empty, or top_k_top_p"))
+    if max_batch_size > (limit := files.build["max_batch_size"]):
+        problem = f"{max_batch_size}, the engine takes {limit}"
+        findings.append(breaks(f"{model}: max_batch_size", problem, f"set it to {limit}"))
     memory = "the C++ runtime keeps allocating by logical length: decode gets faster, no KV memory comes back"
-    found.append(warning(f"{model}: memory", memory, "serve it with chunkkv triton init to get blocks back"))
-    return found
+    findings.append(warning(f"{model}: memory", memory, "serve it with chunkkv triton init to get blocks back"))
+    return findings
 
 
 def _check_path(model: str, name: str, value: str, files: EngineFiles) -> list[Finding]:
-    check, here = f"{model}: {name}", os.path.realpath(files.path)
-    if not value or _is_placeholder(value):
-        return [breaks(check, f"{value or 'nothing'} is set", f"set {name} to {here}")]
+    check, engine_dir = f"{model}: {name}", os.path.realpath(files.path)
+    if not value or is_placeholder(value):
+        return [breaks(check, f"{value or 'nothing'} is set", f"set {name} to {engine_dir}")]
     if not os.path.isdir(value):
-        change = f"make sure that the server finds {here} there"
+        change = f"make sure that the server finds {engine_dir} there"
         return [warning(check, f"{value} is not on this machine, so it was not compared", change)]
-    if os.path.realpath(value) != here:
-        return [breaks(check, f"{value} is another engine", f"set {name} to {here}")]
+    if os.path.realpath(value) != engine_dir:
+        return [breaks(check, f"{value} is another engine", f"set {name} to {engine_dir}")]
     return [ok(check, value)]
 
 
-def _must_be_false(model: str, name: str, value: str, why: str) -> Finding:
+def _must_be_false(model: str, name: str, value: str, reason: str) -> Finding:
     check, change = f"{model}: {name}", f'set {name} to "false"'
     if value.lower() in _TRUE:
-        return breaks(check, f"{value}: {why}", change)
-    if value.lower() in ("false", "0", "no", "off"):
+        return breaks(check, f"{value}: {reason}", change)
+    if value.lower() in _FALSE:
         return ok(check, value)
     return warning(check, f"{value or 'not set'}: the default differs between versions", change)
 
 
-def _batching(model: str, value: str) -> Finding:
-    check, wanted = f"{model}: batching_strategy", "inflight_fused_batching"
-    if value == wanted:
+def _check_batching(model: str, value: str) -> Finding:
+    check = f"{model}: batching_strategy"
+    if value == IN_FLIGHT_BATCHING:
         return ok(check, value)
-    return warning(check, f"{value or 'not set'}; looked at was {wanted}", f"set it to {wanted}")
+    problem = f"{value or 'not set'}; ChunkKV was checked with {IN_FLIGHT_BATCHING} only"
+    return warning(check, problem, f"set it to {IN_FLIGHT_BATCHING}")
 
 
-def _policy(model: str, value: str) -> Finding:
-    check, wanted = f"{model}: batch_scheduler_policy", "guaranteed_no_evict"
-    if value == wanted:
+def _check_eviction(model: str, value: str) -> Finding:
+    check = f"{model}: batch_scheduler_policy"
+    if value == NO_EVICTION:
         return ok(check, value)
-    why = f"{value or 'not set'}: a request that is paused is prefilled again, and compressed with another length"
-    return warning(check, why, f"set it to {wanted}")
+    problem = f"{value or 'not set'}: a request that is paused is prefilled again, and compressed with another length"
+    return warning(check, problem, f"set it to {NO_EVICTION}")
 
 
-def _at_most(model: str, name: str, value: str, most: int, why: str) -> Finding:
-    if not value or _is_placeholder(value):
-        return ok(f"{model}: {name}", f"not set, {most}")
-    number = _whole(value)
-    if number is None or number > most:
-        return breaks(f"{model}: {name}", f"{value}: {why}", f"set it to {most}, or leave it out")
+def _at_most(model: str, name: str, value: str, largest: int, reason: str) -> Finding:
+    if not value or is_placeholder(value):
+        return ok(f"{model}: {name}", f"not set, {largest}")
+    number = whole_number(value)
+    if number is None or number > largest:
+        return breaks(f"{model}: {name}", f"{value}: {reason}", f"set it to {largest}, or leave it out")
     return ok(f"{model}: {name}", value)
 
 
-def _window(model: str, value: str, max_seq_len: int) -> Finding:
-    check = f"{model}: max_attention_window_size"
-    words = [] if _is_placeholder(value) else re.findall(r"[0-9]+", value)
-    windows = [window for word in words if (window := _whole(word)) is not None]
+def _check_window(model: str, value: str, max_seq_len: int) -> Finding:
+    check, windows = f"{model}: max_attention_window_size", attention_windows(value)
     if windows and min(windows) < max_seq_len:
-        why = f"{value}, below max_seq_len {max_seq_len}: a window that slides overwrites kept tokens"
-        return breaks(check, why, f"leave it out, or at least {max_seq_len}")
+        problem = f"{value}, below max_seq_len {max_seq_len}: a window that slides overwrites kept tokens"
+        return breaks(check, problem, f"leave it out, or at least {max_seq_len}")
     return ok(check, value if windows else "not set")
 
 
@@ -138,19 +162,10 @@ def _check_environment(model: str, files: EngineFiles, environment: Mapping[str,
     if files.settings is None:
         return []
     check, preload = f"{model}: LD_PRELOAD", environment.get("LD_PRELOAD", "")
-    change = f"start tritonserver with LD_PRELOAD=/path/to/{LOADER} (mpirun: -x LD_PRELOAD)"
-    libraries = [word for word in re.split(r"[:\s]+", preload) if Path(word).name.startswith("libchunkkv_tensorrt")]
-    if not libraries:
+    change = f"start tritonserver with LD_PRELOAD=/path/to/{LOADER_LIBRARY} (mpirun: -x LD_PRELOAD)"
+    paths = [path for path in re.split(r"[:\s]+", preload) if Path(path).name.startswith("libchunkkv_tensorrt")]
+    if not paths:
         return [breaks(check, "the C++ backend finds no ChunkKV plugins in this environment", change)]
-    if not Path(libraries[0]).is_file():
-        return [breaks(check, f"{libraries[0]} is no file", change)]
-    return [ok(check, libraries[0])]
-
-
-def _whole(text: str) -> int | None:
-    """Return a whole number, None where `text` is none; beyond 18 digits any is too large for a setting."""
-    return int(text[:18]) if re.fullmatch("[0-9]+", text) else None
-
-
-def _is_placeholder(value: str) -> bool:
-    return value.startswith("${")
+    if not Path(paths[0]).is_file():
+        return [breaks(check, f"{paths[0]} is no file", change)]
+    return [ok(check, paths[0])]

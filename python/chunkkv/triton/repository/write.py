@@ -5,82 +5,39 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from chunkkv.batching.batcher import BatchingLimits
 from chunkkv.engine.directory import EngineFiles
 from chunkkv.errors import ConfigError
 from chunkkv.files import whole_directory
 from chunkkv.session import MAX_THREADS
-from chunkkv.triton.models.logs import LEVELS
-from chunkkv.triton.repository.config_text import (
-    CONFIG_FILE,
-    Tensor,
-    add_tensors,
-    new_config,
-    parse,
-    run_on_cpu,
-    set_parameters,
-    to_text,
-)
+from chunkkv.triton.logs import LEVELS
+from chunkkv.triton.repository.config_text import CONFIG_FILE, parse, set_parameters, to_text
+from chunkkv.triton.repository.layouts import LAYOUTS, RepositoryModel, single_layout, trtllm_layout
 
-LAYOUTS = ("single", "trtllm")
 MODEL_FILE = "model.py"
-_SINGLE = "chunkkv"
-
-# Per request, besides TensorRT-LLM's names.
-BUDGET: tuple[Tensor, ...] = (("keep_ratio", "FP32", (1,)), ("budget_tokens", "INT32", (1,)))
-SAMPLING: tuple[Tensor, ...] = (
-    ("temperature", "FP32", (1,)),
-    ("top_k", "INT32", (1,)),
-    ("top_p", "FP32", (1,)),
-    ("repetition_penalty", "FP32", (1,)),
-    ("seed", "UINT64", (1,)),
-    ("end_id", "INT32", (1,)),
-    ("pad_id", "INT32", (1,)),
-    # Accepted at the value that means "off", so that clients which always send them work.
-    ("beam_width", "INT32", (1,)),
-    ("num_return_sequences", "INT32", (1,)),
-    ("min_tokens", "INT32", (1,)),
-    ("presence_penalty", "FP32", (1,)),
-    ("frequency_penalty", "FP32", (1,)),
-    ("length_penalty", "FP32", (1,)),
-)
-TEXT_INPUTS: tuple[Tensor, ...] = (
-    ("text_input", "STRING", (1,)),
-    ("max_tokens", "INT32", (1,)),
-    ("stop_words", "STRING", (-1,)),
-    ("bad_words", "STRING", (-1,)),
-    ("stream", "BOOL", (1,)),
-    ("exclude_input_in_output", "BOOL", (1,)),
-    ("ignore_eos", "BOOL", (1,)),
-    *SAMPLING,
-    *BUDGET,
-)
-SINGLE_INPUTS: tuple[Tensor, ...] = (
-    *TEXT_INPUTS,
-    ("return_num_input_tokens", "BOOL", (1,)),
-    ("return_num_output_tokens", "BOOL", (1,)),
-)
-COUNTS: tuple[Tensor, ...] = tuple(
-    (name, "INT32", (1,)) for name in ("num_input_tokens", "num_output_tokens", "kept_tokens")
-)
-SINGLE_OUTPUTS: tuple[Tensor, ...] = (
-    ("text_output", "STRING", (1,)),
-    ("output_ids", "INT32", (-1,)),
-    ("finish_reason", "STRING", (1,)),
-    *COUNTS,
-    ("kv_cache_bytes", "INT64", (1,)),
-    *((name, "FP32", (1,)) for name in ("ttft_ms", "tpot_ms", "prefill_ms", "compress_ms")),
-)
 
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """Parameters of the model that holds the engine; None leaves the default of the model (chunkkv.batching)."""
+    """Parameters of the model that holds the engine, written to its config.pbtxt.
+
+    None, the default of each, leaves the parameter out; the model then uses the default named here.
+
+    Parameters
+    ----------
+    slots : answers that grow at once; 8, or as many rows as the engine takes.
+    waiting : requests that may wait for a slot; 64. One more is refused.
+    queue_timeout_s : longest wait for a slot, in seconds; 60.
+    request_timeout_s : longest time of a request, waiting and answering together, in seconds; 600.
+    kv_bytes : bound of the memory of all KV caches, in bytes; none.
+    max_prompt_bytes : longest prompt, in bytes of UTF-8; 32 per token of the engine's longest prompt, at least 64 KiB.
+    stream_interval_ms : tokens that come sooner after the last response than this share one; 0 milliseconds.
+    threads : threads of an engine on the CPU; one per core.
+    log_level : least important log lines that are written: debug, info, warning or error; info.
+    """
 
     slots: int | None = None
     waiting: int | None = None
@@ -99,9 +56,8 @@ class ServeOptions:
                 f"slots is {self.slots}; this engine takes 1 to {max_batch_size} rows: give fewer, or build with a "
                 "larger --max_batch_size"
             )
-        names = {field.name for field in dataclasses.fields(BatchingLimits)}
-        given = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
-        BatchingLimits(**{name: value for name, value in given.items() if name in names})
+        limits = {field.name: getattr(self, field.name) for field in dataclasses.fields(BatchingLimits)}
+        BatchingLimits(**{name: value for name, value in limits.items() if value is not None})
         if self.max_prompt_bytes is not None and self.max_prompt_bytes < 1:
             raise ConfigError(f"max_prompt_bytes is {self.max_prompt_bytes}; give a number of bytes of at least 1")
         if self.stream_interval_ms is not None and not 0 <= self.stream_interval_ms < math.inf:
@@ -110,14 +66,6 @@ class ServeOptions:
             raise ConfigError(f"threads is {self.threads}; allowed is 1 to {MAX_THREADS}")
         if self.log_level is not None and self.log_level not in LEVELS:
             raise ConfigError(f"log_level is {self.log_level!r}; allowed is {' or '.join(LEVELS)}")
-
-
-@dataclass(frozen=True)
-class Model:
-    """One model of a repository: its configuration and the Python class behind it, None for an ensemble."""
-
-    config: Any
-    python: str | None
 
 
 def write_repository(
@@ -130,36 +78,40 @@ def write_repository(
 ) -> list[str]:
     """Write the models of a layout and return their names.
 
-    `python_env` is the virtual environment that runs them (None: the python3 that the server finds). Raises
-    EngineError for a directory that holds no engine, ConfigError for a repository that exists or an unknown layout.
+    Parameters
+    ----------
+    engine_dir : engine directory that the models serve.
+    repository : folder of the new model repository; it must not exist yet, or be empty.
+    layout : `single`, one model, or `trtllm`, five under TensorRT-LLM's names.
+    options : parameters of the engine's model; None leaves the default of each.
+    python_env : virtual environment that runs the models; None: the python3 that the server finds.
+    bls_instances : layout `trtllm`: number of processes of tensorrt_llm_bls, at least 1.
+
+    Raises EngineError for a directory that holds no engine, ConfigError for a repository that exists, an unknown layout
+    or an option out of range, BackendUnavailableError without the extra `triton`. Nothing is written then.
     """
+    options = ServeOptions() if options is None else options
     if layout not in LAYOUTS:
         raise ConfigError(f"layout is {layout!r}; allowed is {' or '.join(LAYOUTS)}")
-    check_place(repository)
+    check_path(repository)
     if repository.exists() and any(repository.iterdir() if repository.is_dir() else [repository]):
         raise ConfigError(f"model_repository {repository} exists and is not empty; give a new directory")
     if python_env is not None and not (python_env / "bin" / "python").exists():
         raise ConfigError(f"python_env {python_env} has no bin/python; give a virtual environment")
-    files = EngineFiles.load(engine_dir)
-    parameters = {"engine_dir": os.path.abspath(engine_dir), **dataclasses.asdict(options or ServeOptions())}
-    (options or ServeOptions()).check(files.build["max_batch_size"])
+    options.check(EngineFiles.load(engine_dir).build["max_batch_size"])
     if bls_instances < 1:
         raise ConfigError(f"bls_instances is {bls_instances}; give at least 1")
-    if layout == "single":
-        models = [single(parameters)]
-    else:
-        from chunkkv.triton.repository.write_trtllm import trtllm
-
-        models = trtllm(parameters, bls_instances)
-    if python_env is not None:
+    parameters = {"engine_dir": os.path.abspath(engine_dir), **dataclasses.asdict(options)}
+    models = single_layout(parameters) if layout == "single" else trtllm_layout(parameters, bls_instances)
+    with whole_directory(repository) as folder:
         for model in models:
-            if model.python is not None:
+            if python_env is not None and model.module is not None:
                 set_parameters(model.config, {"EXECUTION_ENV_PATH": os.path.abspath(python_env)})
-    _write(repository, models)
+            _write_model(model, folder / model.config.name)
     return [model.config.name for model in models]
 
 
-def check_place(repository: Path) -> None:
+def check_path(repository: Path) -> None:
     """Raise ConfigError for a path with white space: Triton's python backend splits it and never starts."""
     if any(letter.isspace() for letter in os.path.abspath(repository)):
         raise ConfigError(
@@ -168,35 +120,15 @@ def check_place(repository: Path) -> None:
         )
 
 
-def single(parameters: Mapping[str, object]) -> Model:
-    """Return the one model of layout `single`.
-
-    Its batch dimension of 1 is for clients that send every value as [[x]]; batching is the model's own matter.
-    """
-    config = new_config(name=_SINGLE, backend="python", max_batch_size=1)
-    config.model_transaction_policy.decoupled = True
-    add_tensors(config, SINGLE_INPUTS, ("text_input",), SINGLE_OUTPUTS)
-    run_on_cpu(config)
-    set_parameters(config, parameters)
-    return Model(config, "chunkkv.triton.models.model")
-
-
-def _write(repository: Path, models: list[Model]) -> None:
-    """Write all models to a folder beside the repository and rename it."""
-    with whole_directory(repository) as folder:
-        for model in models:
-            _write_model(model, folder / model.config.name)
-
-
-def _write_model(model: Model, folder: Path) -> None:
+def _write_model(model: RepositoryModel, folder: Path) -> None:
     (folder / "1").mkdir(parents=True)
     text = to_text(model.config)
-    assert parse(text, folder) == model.config
+    assert parse(text, folder) == model.config, "what is written is what Triton will read"
     (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
-    if model.python is not None:
+    if model.module is not None:
         program = (
             '"""Made by chunkkv triton init; the model itself is part of the package chunkkv."""\n\n'
-            f"from {model.python} import TritonPythonModel\n\n"
+            f"from {model.module} import TritonPythonModel\n\n"
             '__all__ = ["TritonPythonModel"]\n'
         )
         (folder / "1" / MODEL_FILE).write_text(program, encoding="utf-8")

@@ -13,7 +13,7 @@ from pathlib import Path
 from chunkkv.errors import BackendUnavailableError
 
 CONTAINER_SERVER = Path("/opt/tritonserver/bin/tritonserver")
-_ASK_PYTHON = (
+_PRINT_VERSION = (
     "import sys, sysconfig; print(f'{sys.version_info.major}.{sys.version_info.minor}'); "
     "print(sysconfig.get_config_var('LIBDIR') if sysconfig.get_config_var('Py_ENABLE_SHARED') else '')"
 )
@@ -21,7 +21,14 @@ _ASK_PYTHON = (
 
 @dataclass(frozen=True)
 class ServerFiles:
-    """A server's program, its backends (None: the server's own default) and the environment to start it in."""
+    """What it takes to start a server.
+
+    Parameters
+    ----------
+    binary : the program tritonserver.
+    backends : folder of its backends; None: the server's own default.
+    environment : environment variables to start it in.
+    """
 
     binary: Path
     backends: Path | None
@@ -31,45 +38,51 @@ class ServerFiles:
     def find(cls, work_dir: Path, python: Path, server: Path | None = None) -> ServerFiles:
         """Return the server given, else that of the wheel nvidia-pytriton in `python`'s environment, else PATH's.
 
-        `python` runs the models. Raises BackendUnavailableError with what was looked for.
+        Parameters
+        ----------
+        work_dir : folder for what a server from the wheel needs; it must stay there while the server runs.
+        python : the interpreter that runs the models.
+        server : the program to use. Default: look for one.
+
+        Raises BackendUnavailableError with what was looked for.
         """
         environment = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
         environment["PATH"] = os.pathsep.join([str(python.parent), environment.get("PATH", os.defpath)])
-        wheel = _site_packages(python)
-        if server is None and wheel is not None:
-            return _from_wheel(wheel, python, work_dir, environment)
+        site_packages = _site_packages(python)
+        if server is None and site_packages is not None:
+            return _from_wheel(site_packages, python, work_dir, environment)
         on_path = shutil.which("tritonserver")
-        found = server or (Path(on_path) if on_path else CONTAINER_SERVER)
-        if not found.is_file():
+        binary = server or (Path(on_path) if on_path else CONTAINER_SERVER)
+        if not binary.is_file():
             raise BackendUnavailableError(
-                f"no tritonserver: {found} does not exist, none is on PATH, and {python} has no nvidia-pytriton; run "
+                f"no tritonserver: {binary} does not exist, none is on PATH, and {python} has no nvidia-pytriton; run "
                 "in NVIDIA's Triton container, give --server, or pip install --no-deps nvidia-pytriton==0.7.0"
             )
-        return cls(found, None, environment)
+        return cls(binary, None, environment)
 
 
 def _site_packages(python: Path) -> Path | None:
     """Return the folder that holds the wheel's server, in this interpreter's or `python`'s environment."""
     if python.resolve() == Path(sys.executable).resolve() and python.parent == Path(sys.executable).parent:
-        found = importlib.util.find_spec("pytriton")
-        places = list(found.submodule_search_locations or []) if found else []
+        spec = importlib.util.find_spec("pytriton")
+        places = list(spec.submodule_search_locations or []) if spec else []
     else:
         program = "import importlib.util as u; s = u.find_spec('pytriton'); print(s.submodule_search_locations[0])"
-        done = subprocess.run([str(python), "-c", program], capture_output=True, text=True, check=False)
-        places = done.stdout.split() if done.returncode == 0 else []
+        completed = subprocess.run([str(python), "-c", program], capture_output=True, text=True, check=False)
+        places = completed.stdout.split() if completed.returncode == 0 else []
     folders = [Path(place).parent for place in places]
     return next((folder for folder in folders if (folder / "pytriton/tritonserver/bin/tritonserver").is_file()), None)
 
 
-def _from_wheel(site: Path, python: Path, work_dir: Path, environment: dict[str, str]) -> ServerFiles:
+def _from_wheel(site_packages: Path, python: Path, work_dir: Path, environment: dict[str, str]) -> ServerFiles:
     """Lay out the wheel's python backend with the stub for `python`'s version.
 
     The stub finds its libraries by a path relative to the wheel, so a copied one needs LD_LIBRARY_PATH; `python`'s own
     libpython must come before another of the same version.
     """
-    done = subprocess.run([str(python), "-c", _ASK_PYTHON], capture_output=True, text=True, check=True)
-    version, library_dir = done.stdout.split("\n")[:2]
-    server = site / "pytriton" / "tritonserver"
+    completed = subprocess.run([str(python), "-c", _PRINT_VERSION], capture_output=True, text=True, check=True)
+    version, library_dir = completed.stdout.split("\n")[:2]
+    server = site_packages / "pytriton" / "tritonserver"
     stub = server / "python_backend_stubs" / version / "triton_python_backend_stub"
     if not stub.is_file():
         raise BackendUnavailableError(
@@ -84,6 +97,6 @@ def _from_wheel(site: Path, python: Path, work_dir: Path, environment: dict[str,
         stub,
     ):
         shutil.copy(source, backend)
-    libraries = [library_dir, str(site / "nvidia_pytriton.libs"), environment.get("LD_LIBRARY_PATH", "")]
+    libraries = [library_dir, str(site_packages / "nvidia_pytriton.libs"), environment.get("LD_LIBRARY_PATH", "")]
     environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, libraries))
     return ServerFiles(server / "bin" / "tritonserver", backend.parent, environment)

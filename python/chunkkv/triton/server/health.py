@@ -8,28 +8,35 @@ import urllib.request
 from collections.abc import Callable
 from typing import Any
 
-CANARY_ID = "chunkkv-canary"  # of requests that are in no log and no metric
+CANARY_ID = "chunkkv-canary"  # requests with this id are in no log and no metric
 CANARY = {"id": CANARY_ID, "text_input": "a", "max_tokens": 1}
-# Words of a model that lives but takes no more work.
-BUSY = ("CHUNKKV_OVERLOADED", "CHUNKKV_TIMEOUT")
-_HANDS_ON = "tensorrt_llm_model_name"  # a parameter of BLS models
-_WANTED = {"text_input", "max_tokens"}
+# Codes in the errors of a model that lives but takes no more work.
+BUSY_CODES = ("CHUNKKV_OVERLOADED", "CHUNKKV_TIMEOUT")
+_FORWARDS = "tensorrt_llm_model_name"  # a parameter that only BLS models have
+_TEXT_INPUTS = {"text_input", "max_tokens"}
 
 
 class Health:
-    """Asks the HTTP endpoint of the server at `host`; a canary may take `timeout_s`."""
+    """Asks the HTTP endpoint of a server for its health.
+
+    Parameters
+    ----------
+    host : address that the server listens on; for one that stands for all, the loopback interface is asked.
+    port : HTTP port.
+    timeout_s : longest time for a canary request, in seconds.
+    """
 
     def __init__(self, host: str, port: int, timeout_s: float) -> None:
-        there = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-        self._base = f"http://[{there}]:{port}" if ":" in there else f"http://{there}:{port}"
+        address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        self._base_url = f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
         self._timeout_s = timeout_s
         self._models: list[str] | None = None
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy: the server is here
 
     def is_ready(self) -> bool:
         """Return whether the server says that all models are loaded."""
         try:
-            self._ask("/v2/health/ready", timeout_s=2)
+            self._fetch("/v2/health/ready", timeout_s=2)
             return True
         except OSError:
             return False
@@ -37,37 +44,44 @@ class Health:
     def problem(self, is_wanted: Callable[[], bool] = lambda: True) -> str | None:
         """Return what is wrong, None where every model that takes text gives a token or is busy with others' requests.
 
-        A failure that comes while `is_wanted` says False is none.
+        Failures are ignored while `is_wanted()` returns False. Default: none is.
         """
         try:
             if self._models is None:
                 self._models = self._text_models()
             for name in self._models:
-                if wrong := self._canary(name):
-                    return f"model {name}: {wrong}" if is_wanted() else None
+                if error := self._canary_error(name):
+                    return f"model {name}: {error}" if is_wanted() else None
         except (OSError, ValueError) as error:
             return f"{type(error).__name__}: {error}" if is_wanted() else None
         return None
 
     def _text_models(self) -> list[str]:
-        """Return the models to ask; one that hands on to another's engine is left out where others are there, because
-        it may have all its processes at work on one request each."""
-        found, hand_on = [], []
-        for entry in self._ask("/v2/repository/index", b"{}", 10):
-            config = self._ask(f"/v2/models/{entry['name']}/config", timeout_s=10)
-            if {value["name"] for value in config.get("input", [])} >= _WANTED:
-                (hand_on if _HANDS_ON in config.get("parameters", {}) else found).append(entry["name"])
-        return found or hand_on
+        """Return the models to ask.
 
-    def _canary(self, model: str) -> str | None:
+        Models that only forward to another model are skipped, unless there is no other: each of their processes serves
+        one request at a time, so all of them may be at work while the engine is well.
+        """
+        engine_models: list[str] = []
+        forwarding_models: list[str] = []
+        for entry in self._fetch("/v2/repository/index", b"{}"):
+            config = self._fetch(f"/v2/models/{entry['name']}/config")
+            if {tensor["name"] for tensor in config.get("input", [])} >= _TEXT_INPUTS:
+                forwards = _FORWARDS in config.get("parameters", {})
+                (forwarding_models if forwards else engine_models).append(entry["name"])
+        return engine_models or forwarding_models
+
+    def _canary_error(self, model: str) -> str | None:
+        """Ask a model for one token; returns its error, None for a token or a model that is busy."""
         try:
-            answer = self._ask(f"/v2/models/{model}/generate", json.dumps(CANARY).encode(), self._timeout_s)
+            answer = self._fetch(f"/v2/models/{model}/generate", json.dumps(CANARY).encode(), self._timeout_s)
         except urllib.error.HTTPError as error:
             answer = {"error": error.read().decode(errors="replace")}
-        wrong = answer.get("error")
-        return None if wrong is None or any(word in wrong for word in BUSY) else str(wrong)
+        message = answer.get("error")
+        return None if message is None or any(code in message for code in BUSY_CODES) else str(message)
 
-    def _ask(self, path: str, body: bytes | None = None, timeout_s: float = 10) -> Any:
-        with self._opener.open(urllib.request.Request(self._base + path, body), timeout=timeout_s) as response:
+    def _fetch(self, path: str, body: bytes | None = None, timeout_s: float = 10) -> Any:
+        """Return the JSON answer to a GET, or to a POST of `body`; None for an empty one."""
+        with self._opener.open(urllib.request.Request(self._base_url + path, body), timeout=timeout_s) as response:
             content = response.read()
         return json.loads(content) if content else None

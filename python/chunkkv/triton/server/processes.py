@@ -5,34 +5,36 @@ from __future__ import annotations
 import os
 import signal
 import time
-from pathlib import Path
+from types import ModuleType
 
-STUB = "triton_python_backend_stub"
+from chunkkv.errors import BackendUnavailableError
+
+STUB_PROGRAM = "triton_python_backend_stub"  # the program that runs a python model
 
 
 def is_running(pid: int) -> bool:
-    """Return whether a process exists and has not ended (a zombie has)."""
-    return _stat(pid) not in (None, "Z", "X")
+    """Return whether a process exists and has not ended; a zombie has."""
+    psutil = _psutil()
+    try:
+        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def model_processes(shm_prefix: str) -> frozenset[int]:
-    """Return the processes that run python models of the server with this shared-memory prefix."""
-    found = set()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                command = (entry / "cmdline").read_bytes().decode(errors="replace")
-            except OSError:
-                continue
-            if STUB in command and shm_prefix in command:
-                found.add(int(entry.name))
-    return frozenset(found)
+    """Return the processes that run python models of one server; their command lines have its shared-memory prefix."""
+    pids = set()
+    for process in _psutil().process_iter(["cmdline"]):
+        command = " ".join(process.info["cmdline"] or ())
+        if STUB_PROGRAM in command and shm_prefix in command:
+            pids.add(process.pid)
+    return frozenset(pids)
 
 
-def end_group(group: int, grace_s: float) -> None:
-    """Wait until a process group is empty, for at most `grace_s`."""
-    until = time.monotonic() + grace_s
-    while _members(group) and time.monotonic() < until:
+def wait_for_group(group: int, timeout_s: float) -> None:
+    """Wait until a process group has no running process any more, for at most `timeout_s` seconds."""
+    until = time.monotonic() + timeout_s
+    while _has_running(group) and time.monotonic() < until:
         time.sleep(0.02)
 
 
@@ -42,21 +44,25 @@ def kill_group(group: int) -> None:
         os.killpg(group, signal.SIGKILL)
     except ProcessLookupError:
         return
-    end_group(group, grace_s=10)
+    wait_for_group(group, timeout_s=10)
 
 
-def _members(group: int) -> list[int]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and _stat(int(entry.name), group) not in (None, "Z", "X"):
-            found.append(int(entry.name))
-    return found
+def _has_running(group: int) -> bool:
+    return any(_group_of(pid) == group and is_running(pid) for pid in _psutil().pids())
 
 
-def _stat(pid: int, group: int | None = None) -> str | None:
-    """Return the state letter of a process, None where it does not exist or is of another group."""
+def _group_of(pid: int) -> int | None:
     try:
-        state, _, its_group = Path(f"/proc/{pid}/stat").read_bytes().rsplit(b")", 1)[1].split()[:3]
-    except (OSError, IndexError, ValueError):
+        return os.getpgid(pid)
+    except (ProcessLookupError, PermissionError):
         return None
-    return None if group not in (None, int(its_group)) else state.decode()
+
+
+def _psutil() -> ModuleType:
+    try:
+        import psutil
+    except ImportError as error:
+        raise BackendUnavailableError(
+            f"watching a server's processes needs the package psutil ({error}): pip install 'chunkkv-trt[triton]'"
+        ) from None
+    return psutil

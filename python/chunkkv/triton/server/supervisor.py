@@ -7,6 +7,7 @@ client notices, and a new server serves again within seconds.
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import signal
@@ -20,29 +21,39 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from chunkkv.errors import ConfigError
-from chunkkv.triton.models.logs import Log
-from chunkkv.triton.repository.write import check_place
+from chunkkv.triton.logs import fields
+from chunkkv.triton.repository.write import check_path
 from chunkkv.triton.server.files import ServerFiles
 from chunkkv.triton.server.health import Health
-from chunkkv.triton.server.processes import end_group, is_running, kill_group, model_processes
+from chunkkv.triton.server.processes import is_running, kill_group, model_processes, wait_for_group
 
 POLL_S = 0.1
-STEADY_S = 60.0  # a server that lived this long failed for a new reason
-MAX_DELAY_S = 30.0
+STEADY_S = 60.0  # a server that was up for this long failed for a new reason
+MAX_DELAY_S = 30.0  # longest pause before a restart; it doubles with each failure
 # Ask the kernel for SIGTERM at the death of the parent, and become the server.
 _LAUNCH = (
     "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15, 0, 0, 0); "
     "os.getppid() == int(sys.argv[1]) or sys.exit('the supervisor is gone'); os.execv(sys.argv[2], sys.argv[2:])"
 )
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """How to run a server; times are seconds.
+    """How to run a server; raises ConfigError for a value out of range.
 
-    `canary_s` is the time between two canary requests, each of which may take `canary_timeout_s`; on SIGTERM open
-    requests have `exit_timeout_s` to end. `restarts` failures in a row, without STEADY_S between them, are one too
-    many.
+    Parameters
+    ----------
+    repository : the model repository.
+    host : address that the server listens on. Default: the loopback interface.
+    http_port, grpc_port, metrics_port : ports, 1 to 65535; they must differ. Defaults: 8000, 8001, 8002.
+    start_timeout_s : longest time from a start to the first token, in seconds. Default: 300.
+    canary_s : time between two canary requests, in seconds. Default: 5.
+    canary_timeout_s : longest time for a canary request, in seconds. Default: 60.
+    exit_timeout_s : time that open requests have to end after SIGTERM, in whole seconds. Default: 30.
+    restarts : the supervisor gives up after this many restarts without success; a server that was up for STEADY_S
+        seconds resets the count. Default: 5.
+    server_arguments : further arguments for tritonserver. Default: none.
     """
 
     repository: Path
@@ -60,7 +71,7 @@ class ServeSettings:
     def __post_init__(self) -> None:
         if not self.repository.is_dir():
             raise ConfigError(f"model_repository {self.repository} is no directory; make one with chunkkv triton init")
-        check_place(self.repository)
+        check_path(self.repository)
         ports = {"http_port": self.http_port, "grpc_port": self.grpc_port, "metrics_port": self.metrics_port}
         for name, port in ports.items():
             if not 1 <= port <= 65535:
@@ -74,7 +85,8 @@ class ServeSettings:
     def check_ports(self) -> None:
         """Raise ConfigError for a port that is taken: the server there would be asked for its health instead."""
         for name in ("http_port", "grpc_port", "metrics_port"):
-            port, family = getattr(self, name), socket.AF_INET6 if ":" in self.host else socket.AF_INET
+            port = getattr(self, name)
+            family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
             try:
                 socket.create_server((self.host, port), family=family).close()
             except OSError as error:
@@ -82,13 +94,19 @@ class ServeSettings:
 
 
 class Supervisor:
-    """Runs one server until it is told to stop, by stop() or by SIGTERM or SIGINT; a second signal kills it."""
+    """Runs one server until it is told to stop, by stop() or by SIGTERM or SIGINT; a second signal kills it.
 
-    def __init__(self, settings: ServeSettings, files: ServerFiles, log: Log | None = None) -> None:
-        self._settings, self._files, self._log = settings, files, log or Log()
+    Parameters
+    ----------
+    settings : how to run the server.
+    files : its program and the environment to start it in.
+    """
+
+    def __init__(self, settings: ServeSettings, files: ServerFiles) -> None:
+        self._settings, self._files = settings, files
         self._health = Health(settings.host, settings.http_port, settings.canary_timeout_s)
         self._stopping, self._killing = threading.Event(), threading.Event()
-        self._prefix = ""
+        self._shm_prefix = ""  # names of the server's shared memory begin with it; every start gets its own
         self._process: subprocess.Popen[bytes] | None = None
 
     def stop(self) -> None:
@@ -107,7 +125,7 @@ class Supervisor:
     def run(self) -> int:
         """Serve until stopped; returns 0 after a stop, 1 where the server does not stay up.
 
-        Raises ConfigError for a port that is taken.
+        Raises ConfigError for a port that is taken, BackendUnavailableError without the extra `triton`.
         """
         self._settings.check_ports()
         failures, failed_at = 0, None
@@ -119,10 +137,10 @@ class Supervisor:
             failed_at = time.monotonic()
             failures = 1 if failed_at - started > STEADY_S else failures + 1
             if failures > self._settings.restarts:
-                self._log("error", "gave_up", reason=reason, failures=failures)
+                _log.error("gave_up", extra=fields(reason=reason, failures=failures))
                 return 1
             delay = 0.0 if failures == 1 else min(2.0 ** (failures - 2), MAX_DELAY_S)
-            self._log("error", "restarting", reason=reason, delay_s=delay)
+            _log.error("restarting", extra=fields(reason=reason, delay_s=delay))
             if self._stopping.wait(delay):
                 return 0
 
@@ -138,19 +156,19 @@ class Supervisor:
             self._clean_up()
 
     def _start(self) -> None:
-        self._prefix = f"chunkkv{secrets.token_hex(4)}_"
-        s, address = self._settings, self._settings.host
+        self._shm_prefix = f"chunkkv{secrets.token_hex(4)}_"
+        settings, host = self._settings, self._settings.host
         command = [
             str(self._files.binary),
-            f"--model-repository={s.repository}",
-            f"--backend-config=python,shm-region-prefix-name={self._prefix}",
+            f"--model-repository={settings.repository}",
+            f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}",
             "--disable-auto-complete-config",
-            f"--exit-timeout-secs={s.exit_timeout_s}",
-            *(f"--{kind}-address={address}" for kind in ("http", "grpc", "metrics")),
-            f"--http-port={s.http_port}",
-            f"--grpc-port={s.grpc_port}",
-            f"--metrics-port={s.metrics_port}",
-            *s.server_arguments,
+            f"--exit-timeout-secs={settings.exit_timeout_s}",
+            *(f"--{kind}-address={host}" for kind in ("http", "grpc", "metrics")),
+            f"--http-port={settings.http_port}",
+            f"--grpc-port={settings.grpc_port}",
+            f"--metrics-port={settings.metrics_port}",
+            *settings.server_arguments,
         ]
         if self._files.backends is not None:
             command.append(f"--backend-directory={self._files.backends}")
@@ -158,7 +176,7 @@ class Supervisor:
         self._process = subprocess.Popen(
             [*launcher, *command], env=self._files.environment, start_new_session=True, stdin=subprocess.DEVNULL
         )
-        self._log("info", "server_started", pid=self._process.pid, http=f"{address}:{s.http_port}")
+        _log.info("server_started", extra=fields(pid=self._process.pid, http=f"{host}:{settings.http_port}"))
 
     def _wait_until_ready(self, failed_at: float | None) -> str | None:
         """Return None once the server gives a token, or is to stop; else what is wrong."""
@@ -168,10 +186,10 @@ class Supervisor:
             if (code := self._process.poll()) is not None:
                 return f"the server exited with code {code} before it was ready"
             if self._health.is_ready() and not self._health.problem(self._is_alive):
-                facts = {"start_s": round(time.monotonic() - began, 3)}
+                times = {"start_s": round(time.monotonic() - began, 3)}
                 if failed_at is not None:
-                    facts["recovery_s"] = round(time.monotonic() - failed_at, 3)
-                self._log("info", "server_ready", **facts)
+                    times["recovery_s"] = round(time.monotonic() - failed_at, 3)
+                _log.info("server_ready", extra=fields(**times))
                 return None
             if time.monotonic() - began > self._settings.start_timeout_s:
                 return f"the server was not ready after {self._settings.start_timeout_s:g} s"
@@ -181,14 +199,14 @@ class Supervisor:
     def _watch(self) -> str | None:
         """Return what is wrong with a running server once something is, None once it is to stop."""
         assert self._process is not None
-        processes = model_processes(self._prefix)
+        processes = model_processes(self._shm_prefix)
         canary = _Canary(lambda: self._health.problem(self._is_alive), self._settings.canary_s)
         try:
             while not self._stopping.is_set():
                 if (code := self._process.poll()) is not None:
                     return f"the server ended with code {code}"
-                if lost := [pid for pid in processes if not is_running(pid)]:
-                    return f"model process {min(lost)} died"
+                if dead := [pid for pid in processes if not is_running(pid)]:
+                    return f"model process {min(dead)} died"
                 if canary.problem:
                     return canary.problem
                 time.sleep(POLL_S)
@@ -202,24 +220,25 @@ class Supervisor:
     def _drain(self) -> None:
         """Let open requests end: on SIGTERM the server takes no new ones and exits after the last."""
         assert self._process is not None
-        self._log("info", "draining", at_most_s=self._settings.exit_timeout_s)
+        _log.info("draining", extra=fields(at_most_s=self._settings.exit_timeout_s))
         self._process.send_signal(signal.SIGTERM)
         until = time.monotonic() + self._settings.exit_timeout_s + 5
         while self._process.poll() is None and time.monotonic() < until and not self._killing.is_set():
             time.sleep(POLL_S)
         if (code := self._process.poll()) is None:
-            self._log("warning", "killed", reason="it did not end in time" if not self._killing.is_set() else "signal")
+            reason = "signal" if self._killing.is_set() else "it did not end in time"
+            _log.warning("killed", extra=fields(reason=reason))
         else:
-            self._log("info", "server_stopped", code=code)
+            _log.info("server_stopped", extra=fields(code=code))
 
     def _clean_up(self) -> None:
         """End every process of the server's group and remove its shared memory."""
         assert self._process is not None
         if self._stopping.is_set() and self._process.poll() is not None:
-            end_group(self._process.pid, grace_s=1.0)  # model processes end by themselves after a clean exit
+            wait_for_group(self._process.pid, timeout_s=1.0)  # model processes end by themselves after a clean exit
         kill_group(self._process.pid)
         self._process.wait()
-        for region in Path("/dev/shm").glob(f"{self._prefix}*"):
+        for region in Path("/dev/shm").glob(f"{self._shm_prefix}*"):
             region.unlink(missing_ok=True)
 
 

@@ -1,0 +1,207 @@
+"""Triton's models without a server: written repositories run, request tensors are read, logs are lines of JSON."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support import engines
+
+from chunkkv import ChunkKVSession, SamplingParams
+from chunkkv.errors import RequestError
+from chunkkv.triton import logs
+from chunkkv.triton.models import inputs
+from chunkkv.triton.repository.write import write_repository
+
+TESTS = Path(__file__).parent
+PROMPT = "the quick brown fox"
+
+
+@pytest.fixture(scope="module")
+def engine() -> Path:
+    return engines.engine_dir("llama3")
+
+
+@pytest.fixture(scope="module")
+def session(engine: Path) -> ChunkKVSession:
+    return ChunkKVSession.from_dir(engine, threads=1)
+
+
+@pytest.fixture(scope="module")
+def repositories(engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a repository of each layout."""
+    folder = tmp_path_factory.mktemp("repositories")
+    for layout in ("single", "trtllm"):
+        write_repository(engine, folder / layout, layout)
+    return folder
+
+
+def ask(model: Path, *requests: dict[str, Any]) -> tuple[list[list[dict[str, Any]]], list[dict[str, Any]]]:
+    """Run a model in a process of its own, as Triton does; returns each request's responses, and the log's lines."""
+    path = os.pathsep.join([str(TESTS), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-m", "support.triton_backend_double", str(model)],
+        input=json.dumps(requests),
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), [json.loads(line) for line in done.stderr.splitlines()]
+
+
+def test_the_single_model_answers_as_the_library_does(repositories: Path, session: ChunkKVSession) -> None:
+    own = session.generate(PROMPT, SamplingParams(max_new_tokens=6, ignore_eos=True))
+    asked = {"text_input": [PROMPT], "max_tokens": [6], "ignore_eos": [True]}
+    (whole, stream, echo, bad, unknown), lines = ask(
+        repositories / "single" / "chunkkv",
+        {"id": "whole", "inputs": asked},
+        {"inputs": {**asked, "stream": [True]}},
+        {"inputs": {**asked, "exclude_input_in_output": [False]}},
+        {"id": "bad", "inputs": {**asked, "max_tokens": [0]}},
+        {"inputs": asked, "parameters": {"keep": 1}},
+    )
+    (answer,) = whole
+    assert (answer["text_output"], answer["output_ids"]) == ([own.text], [list(own.token_ids)])
+    counts = [answer[name][0][0] for name in ("num_input_tokens", "kept_tokens", "num_output_tokens")]
+    assert counts == [own.statistics.prompt_tokens, own.statistics.kept_tokens, 6]
+    assert "".join(part["text_output"][0] for part in stream) == own.text
+    assert [token for part in stream for token in part["output_ids"][0]] == list(own.token_ids)
+    assert ["finish_reason" in part for part in stream] == [False] * (len(stream) - 1) + [True] and len(stream) > 1
+    assert echo[0]["text_output"] == [PROMPT + own.text]
+    assert bad[0]["error"].startswith("CHUNKKV_INVALID: max_new_tokens is 0")
+    assert unknown[0]["error"].startswith("CHUNKKV_INVALID: there is no input 'keep'; known are text_input")
+    assert {line["model"] for line in lines} == {"chunkkv"}
+    (done,) = [line for line in lines if line.get("request_id") == "whole"]
+    assert (done["level"], done["event"], done["new_tokens"]) == ("info", "request_done", 6)
+    (refused,) = [line for line in lines if line.get("request_id") == "bad"]
+    assert (refused["level"], refused["event"]) == ("warning", "request_invalid")
+
+
+def test_the_engine_model_takes_and_gives_token_ids(repositories: Path, session: ChunkKVSession) -> None:
+    ids = session.tokenizer.encode(PROMPT)
+    own = session.generate(ids, SamplingParams(max_new_tokens=5, ignore_eos=True))
+    asked = {"input_ids": ids, "input_lengths": [len(ids)], "request_output_len": [5], "ignore_eos": [True]}
+    (whole, stream, echo, stop, bad), _ = ask(
+        repositories / "trtllm" / "tensorrt_llm",
+        {"id": "a", "inputs": asked},
+        {"id": "b", "inputs": {**asked, "streaming": [True]}},
+        {"inputs": {**asked, "exclude_input_in_output": [False]}},
+        {"id": "nobody", "inputs": {**asked, "stop": [True]}},
+        {"inputs": {**asked, "input_lengths": [len(ids) + 1]}},
+    )
+    assert whole[0]["output_ids"] == [[list(own.token_ids)]] and whole[0]["chunkkv_text"] == [own.text]
+    assert [token for part in stream for token in part["output_ids"][0][0]] == list(own.token_ids)
+    assert [part["num_output_tokens"] for part in stream][-1] == [[5]]
+    assert echo[0]["output_ids"] == [[[*ids, *own.token_ids]]]
+    assert echo[0]["chunkkv_text"] == [session.tokenizer.decode(ids) + own.text]
+    assert stop == [], "a stop request for no running answer just ends"
+    assert bad[0]["error"] == f"CHUNKKV_INVALID: input_lengths is {len(ids) + 1}; input_ids has {len(ids)}"
+
+
+def test_preprocessing_gives_what_the_engine_model_reads(repositories: Path, session: ChunkKVSession) -> None:
+    (answer, refused), _ = ask(
+        repositories / "trtllm" / "preprocessing",
+        {"inputs": {"QUERY": [PROMPT], "REQUEST_OUTPUT_LEN": [5], "STOP_WORDS_DICT": ["fox", ""]}},
+        {"inputs": {"REQUEST_OUTPUT_LEN": [5]}},
+    )
+    assert answer[0]["INPUT_ID"] == [session.tokenizer.encode(PROMPT)]
+    words = inputs.unpack_word_lists(np.array(answer[0]["STOP_WORDS_IDS"]), "stop_words_list")
+    assert words == [session.tokenizer.encode("fox", add_special_tokens=False)]
+    assert refused[0]["error"] == "CHUNKKV_INVALID: QUERY is missing; give the prompt"
+
+
+@pytest.mark.parametrize("model", ["postprocessing", "tensorrt_llm_bls"])
+def test_the_other_models_start(repositories: Path, model: str) -> None:
+    """They need other models, or arrays of two dimensions, to answer."""
+    assert ask(repositories / "trtllm" / model) == ([], [])
+
+
+@given(st.lists(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=5), max_size=6))
+def test_word_lists_come_back(lists) -> None:
+    packed = inputs.pack_word_lists(lists)
+    assert packed.dtype == np.int32 and packed.shape[0] == 2 and packed.shape[1] >= 1
+    assert inputs.unpack_word_lists(packed, "words") == inputs.unpack_word_lists(packed[None], "words") == lists
+
+
+@pytest.mark.parametrize(
+    ("array", "named"),
+    [
+        (np.zeros((3, 2), np.int32), r"has shape \[3, 2\]"),
+        (np.zeros(4, np.int32), r"has shape \[4\]"),
+        (np.array([[1, 2], [2, 1]]), r"has ends \[2, 1\]"),
+        (np.array([[1, 2], [1, 3]]), r"has ends \[1, 3\]"),
+        (np.array([[1, 2], [0, 1]]), r"has ends \[0, 1\]"),
+    ],
+)
+def test_broken_word_lists_are_named(array, named: str) -> None:
+    with pytest.raises(RequestError, match=named):
+        inputs.unpack_word_lists(array, "words")
+
+
+def test_a_float32_means_the_decimal_it_was_written_as() -> None:
+    for written in (0.7, 0.2, 1e-05, 1.3):
+        assert inputs.scalar({"x": np.array([[written]], np.float32)}.get, "x") == written
+
+
+def test_a_parameter_of_the_server_is_no_unknown_field() -> None:
+    inputs.refuse_unknown_fields('{"triton_enable_empty_final_response": true, "id": "a"}', ["text_input"])
+    inputs.refuse_unknown_fields("", ["text_input"])
+    with pytest.raises(RequestError, match="there is no input 'keep'; known are text_input"):
+        inputs.refuse_unknown_fields('{"keep": 1}', ["text_input"])
+
+
+@contextmanager
+def unconfigured_logging() -> Iterator[logging.Logger]:
+    """Yield the logger above all of this package, without the handlers that pytest has added for the test."""
+    logger = logging.getLogger("chunkkv")
+    handlers, level, propagate = logger.handlers, logger.level, logger.propagate
+    logger.handlers, logger.propagate = [], False
+    try:
+        yield logger
+    finally:
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
+
+
+def test_log_lines_are_json_with_their_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    with unconfigured_logging():
+        logs.configure("info", model="m")
+        logger = logging.getLogger("chunkkv.triton.models.test")
+        logger.debug("unimportant")
+        logger.info("request_done", extra=logs.fields(new_tokens=3, path=Path("a")))
+    (line,) = [json.loads(text) for text in capsys.readouterr().err.splitlines()]
+    assert line.pop("time").endswith("+00:00")
+    assert line == {"level": "info", "event": "request_done", "model": "m", "new_tokens": 3, "path": "a"}
+
+
+def test_a_hosts_own_logging_is_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    text = io.StringIO()
+    with unconfigured_logging() as logger:
+        logger.addHandler(logging.StreamHandler(text))
+        logs.configure("info", model="m")
+        logging.getLogger("chunkkv.triton.models.test").error("gave_up", extra=logs.fields(failures=2))
+    assert (text.getvalue(), capsys.readouterr().err) == ("gave_up\n", "")
+
+
+def test_a_log_that_cannot_be_written_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", closed)
+    with unconfigured_logging():
+        logs.configure()
+        closed.close()
+        logging.getLogger("chunkkv.triton.models.test").error("gave_up")
