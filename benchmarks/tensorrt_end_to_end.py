@@ -106,7 +106,7 @@ def run_random(work: Path, dtype: str, cache: Path, config: dict[str, Any], leng
     session = ChunkKVSession.from_dir(work / "engine")
     loaded = before - cuda.free_memory()[0]
     rows = [measure(session, length, ratio) for length in lengths for ratio in KEEP_RATIOS]
-    size = sum(nbytes for _, nbytes in session._executor.contract.weights.values())
+    size = sum(nbytes for _, nbytes in session.executor.contract.weights.values())
     return {"build_s": seconds, "weights_bytes": size, "gpu_bytes_after_load": loaded, "rows": rows}
 
 

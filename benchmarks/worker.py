@@ -32,28 +32,27 @@ def run_ours(case: dict[str, Any], ids: np.ndarray) -> dict[str, Any]:
     """Prefill, compress and decode with an engine directory; decode is teacher-forced, as on the other side."""
     from threading import Event
 
-    from chunkkv.executors.onnxruntime.prefill import BlockwisePrefiller
+    from chunkkv.executors.onnxruntime.prefill import OnnxRuntimePrefiller
     from chunkkv.requests import make_requests
     from chunkkv.session import ChunkKVSession
 
     session = ChunkKVSession.from_dir(case["engine_dir"], threads=case["threads"])
-    executor, loaded = session._executor, resident_mb()
+    executor, loaded = session.executor, resident_mb()
 
     ratio = case["keep_ratio"]
     request = make_requests([ids], None, session.limits, session.settings, ratio, None, case["steps"])[0]
     prefills, compressions, decodes = [], [], []
     for _ in range(case["repeats"]):
         cache = executor.new_cache(1, request.kept_tokens + case["steps"])
-        (found,) = BlockwisePrefiller(executor, case["block"], case["window"]).run([request], cache, Event())
+        prefiller = OnnxRuntimePrefiller(executor.step, executor.compress, case["block"], case["window"])
+        (found,) = prefiller.run([request], cache, Event())
         prefills.append(found.prefill_s)
         compressions.append(found.compress_s)
         decoder = executor.decoder(cache)
         times = []
         for step in range(case["steps"]):
             started = time.perf_counter()
-            decoder.input_ids[0], decoder.position_ids[0] = ids[step], len(ids) + step
-            decoder.cache_lengths[0] = request.kept_tokens + step
-            last = decoder.run()
+            last = decoder.step([0], [ids[step]], [len(ids) + step], [request.kept_tokens + step])
             times.append(time.perf_counter() - started)
         decodes.append(statistics.median(times))
     return {

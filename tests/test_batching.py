@@ -12,10 +12,11 @@ import pytest
 from support import engines
 
 from chunkkv import SamplingParams, profiling
-from chunkkv.batching.batcher import PROBE_WAIT_S, BatchingLimits, ContinuousBatcher, _QueueListener
-from chunkkv.batching.lanes import Lanes
+from chunkkv.batching import PROBE_WAIT_S, BatchingLimits, ContinuousBatcher, QueueListener
+from chunkkv.batching.cache_pool import CachePool
 from chunkkv.errors import ConfigError, EngineRunError, OverloadedError, RequestError, RequestTimeoutError
-from chunkkv.executors.onnxruntime.executor import Decoder
+from chunkkv.executors.onnxruntime.decode import OnnxRuntimeDecoder
+from chunkkv.executors.onnxruntime.graphs import OnnxRuntimeStep
 
 GREEDY = SamplingParams(max_new_tokens=12, ignore_eos=True)
 LONG = dataclasses.replace(GREEDY, max_new_tokens=100)
@@ -44,19 +45,25 @@ def batcher(session):
 @pytest.fixture
 def gate(monkeypatch):
     """Decode steps wait until the test opens the gate; `steps` counts them."""
-    decode = Decoder.run
+    make, decode = OnnxRuntimeDecoder.__init__, OnnxRuntimeDecoder.step
+    computed_rows = {}
 
     class Gate:
         opened, steps, rows = threading.Event(), 0, []
 
-    def run(self):
+    def made(self, graph, cache):
+        computed_rows[self] = cache.row_count
+        make(self, graph, cache)
+
+    def step(self, *inputs):
         assert Gate.opened.wait(30)
         Gate.steps += 1
-        Gate.rows.append(len(self.input_ids))
-        return decode(self)
+        Gate.rows.append(computed_rows[self])
+        return decode(self, *inputs)
 
     Gate.opened, Gate.steps, Gate.rows = threading.Event(), 0, []
-    monkeypatch.setattr(Decoder, "run", run)
+    monkeypatch.setattr(OnnxRuntimeDecoder, "__init__", made)
+    monkeypatch.setattr(OnnxRuntimeDecoder, "step", step)
     yield Gate
     Gate.opened.set()
 
@@ -165,7 +172,7 @@ def test_cancelling_while_waiting_frees_the_queue(session, gate) -> None:
         next(running)
         waiting = batcher._queue
         given_up = batcher.stream(prompt(21), GREEDY)
-        waiting[0].listener._cancelled = True
+        waiting[0].listener.cancel()
         gate.opened.set()
         assert last(given_up).finish_reason == "cancelled" and last(running).finish_reason == "length"
 
@@ -191,11 +198,11 @@ def test_a_wait_too_long_and_an_answer_too_long(session, gate) -> None:
 
 
 def test_a_failing_step_ends_its_answers_and_the_next_request_works(session, batcher, monkeypatch) -> None:
-    decode = Decoder.run
-    monkeypatch.setattr(Decoder, "run", lambda self: 1 / 0)
+    decode = OnnxRuntimeDecoder.step
+    monkeypatch.setattr(OnnxRuntimeDecoder, "step", lambda *_: 1 / 0)
     with pytest.raises(EngineRunError, match="the engine failed: ZeroDivisionError"):
         last(batcher.stream(prompt(40), GREEDY))
-    monkeypatch.setattr(Decoder, "run", decode)
+    monkeypatch.setattr(OnnxRuntimeDecoder, "step", decode)
     assert last(batcher.stream(prompt(40), GREEDY)).token_ids == session.generate(prompt(40), GREEDY).token_ids
 
 
@@ -203,7 +210,7 @@ def test_a_failing_prefill_ends_its_own_request_only(session, batcher, gate, mon
     running = batcher.stream(prompt(40), GREEDY)
     next(running)
     with monkeypatch.context() as patch:
-        patch.setattr(session.executor, "prefill_block", lambda *_: 1 / 0)
+        patch.setattr(OnnxRuntimeStep, "append_prompt_block", lambda *_: 1 / 0)
         failing = batcher.stream(prompt(30), GREEDY)
         gate.opened.set()
         with pytest.raises(EngineRunError, match="ZeroDivisionError"):
@@ -263,15 +270,15 @@ def test_a_probe_is_answered_while_others_hold_every_place_unless_the_engine_is_
     with ContinuousBatcher(session, BatchingLimits(slots=1, waiting=1)) as batcher:
         streams = [batcher.stream(prompt(20 + n), GREEDY) for n in range(2)]
         next(streams[0])
-        probe = _QueueListener()
+        probe = QueueListener()
         batcher.submit(prompt(5), GREEDY, probe, probe=True)
         time.sleep(PROBE_WAIT_S + 0.1)
-        assert probe._events.empty(), "no step, no answer"
+        assert probe.is_empty, "no step, no answer"
         gate.opened.set()
         with pytest.raises(RequestTimeoutError):
             last(probe.events())
         assert [len(last(stream).token_ids) for stream in streams] == [12, 12]
-        probe = _QueueListener()
+        probe = QueueListener()
         batcher.submit(prompt(5), GREEDY, probe, probe=True)
         assert len(last(probe.events()).token_ids) == 12, "an idle batcher serves it"
 
@@ -310,17 +317,17 @@ def test_memory_stays_within_its_bound(session) -> None:
         batcher.stream(prompt(30), GREEDY)
 
 
-def test_lanes_are_dropped_only_when_idle(session) -> None:
+def test_caches_are_dropped_only_when_idle(session) -> None:
     executor = session.executor
-    lanes = Lanes(executor, slots=2, max_tokens=256, kv_bytes=2 * 128 * executor.kv_bytes_per_token)
-    small = [lanes.seat(60), lanes.seat(61)]
-    assert lanes.seat(62) is None and lanes.seat(200) is None, "both rows are taken"
-    small[0].lane.free(small[0].row)
-    assert lanes.seat(200) is None, "a row of the small lane is still in use"
-    small[1].lane.free(small[1].row)
-    large = lanes.seat(200)
-    assert large.lane.capacity == 256 and large.lane.rows == 1
-    assert lanes.seat(60) is None
+    pool = CachePool(executor, slots=2, max_tokens=256, kv_bytes=2 * 128 * executor.kv_bytes_per_token)
+    small = [pool.take_row(60), pool.take_row(61)]
+    assert pool.take_row(62) is None and pool.take_row(200) is None, "both rows are taken"
+    small[0].bucket.free(small[0].row)
+    assert pool.take_row(200) is None, "a row of the small cache is still in use"
+    small[1].bucket.free(small[1].row)
+    large = pool.take_row(200)
+    assert large.bucket.capacity == 256 and large.bucket.rows == 1
+    assert pool.take_row(60) is None
 
 
 def test_profilers_see_each_request_and_the_steps_they_share(batcher, gate) -> None:

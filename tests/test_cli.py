@@ -19,7 +19,7 @@ from support import engines
 import chunkkv
 from chunkkv import SamplingParams
 from chunkkv.cli import main as cli
-from chunkkv.executors.onnxruntime.executor import Decoder
+from chunkkv.executors.onnxruntime.decode import OnnxRuntimeDecoder
 from chunkkv.session import ChunkKVSession
 
 CONSOLE_SCRIPT = Path(sys.executable).with_name("chunkkv")
@@ -260,8 +260,8 @@ def test_the_summary_is_for_terminals_only(engine, run, monkeypatch) -> None:
 def test_text_comes_while_decoding_goes_on(engine, run, monkeypatch) -> None:
     """Decode steps counted at every write: the first piece is out before the first step, none waits for a later one."""
     steps, written = [], []
-    decode, write = Decoder.run, sys.stdout.write
-    monkeypatch.setattr(Decoder, "run", lambda self: steps.append(1) or decode(self))
+    decode, write = OnnxRuntimeDecoder.step, sys.stdout.write
+    monkeypatch.setattr(OnnxRuntimeDecoder, "step", lambda *inputs: steps.append(1) or decode(*inputs))
     monkeypatch.setattr(sys.stdout, "write", lambda text: written.append((len(steps), text)) or write(text))
     _, out, _ = run("generate", "--engine_dir", engine, *TEXT_FLAGS, PROMPT)
     assert [count for count, _ in written] == [*range(9), 8]  # the last write ends the line
@@ -271,16 +271,16 @@ def test_text_comes_while_decoding_goes_on(engine, run, monkeypatch) -> None:
 @pytest.mark.parametrize("interrupts", [1, 2])
 def test_an_interrupt_ends_within_a_token(engine, run, monkeypatch, interrupts: int) -> None:
     """The first Ctrl-C ends the answer with what there is, the second one at once; 130 either way."""
-    decode, handler, steps = Decoder.run, signal.getsignal(signal.SIGINT), []
+    decode, handler, steps = OnnxRuntimeDecoder.step, signal.getsignal(signal.SIGINT), []
 
-    def interrupted(self):
+    def interrupted(*inputs):
         steps.append(1)
         if len(steps) == 3:
             for _ in range(interrupts):
                 signal.raise_signal(signal.SIGINT)
-        return decode(self)
+        return decode(*inputs)
 
-    monkeypatch.setattr(Decoder, "run", interrupted)
+    monkeypatch.setattr(OnnxRuntimeDecoder, "step", interrupted)
     code, out, err = run("generate", "--engine_dir", engine, *TEXT_FLAGS, "--max_new_tokens", "90", "--json", PROMPT)
     assert code == 130 and err == "chunkkv: error: interrupted\n" and len(steps) == 3
     assert signal.getsignal(signal.SIGINT) is handler

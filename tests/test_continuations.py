@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -54,16 +55,17 @@ def test_compression_changes_all_but_the_first_score(session: ChunkKVSession) ->
 
 
 class _StepsOnly:
-    """An executor that scores one token at a time, as those without score_block do."""
+    """An executor that scores one token at a time, as those without the capability block_scoring do."""
 
     def __init__(self, executor: Any) -> None:
+        self.capabilities = replace(executor.capabilities, block_scoring=False)
         for name in ("capacity_for", "new_cache", "prefiller", "decoder"):
             setattr(self, name, getattr(executor, name))
 
 
 def test_token_by_token_gives_the_same(session: ChunkKVSession) -> None:
     ids, tokens = prompt(70), prompt(STEPS)
-    stepwise = ChunkKVSession(_StepsOnly(session._executor), session.settings, session.limits)
+    stepwise = ChunkKVSession(_StepsOnly(session.executor), session.settings, session.limits)
     for keep_ratio in (1.0, 0.3):
         expected = CompressedPrompt(session, ids, STEPS, keep_ratio).score(tokens)
         found = CompressedPrompt(stepwise, ids, STEPS, keep_ratio).score(tokens)

@@ -233,9 +233,9 @@ def test_layers_of_different_lengths_attend_to_their_own_tokens_only(
     runner: PromptRunner, prefilled: PrefilledPrompt
 ) -> None:
     """A layer that keeps fewer tokens equals one of full length whose other keys no query of this step can reach."""
-    executor = runner._executor
+    executor = runner.session.executor
     short, long, layer = 40, 60, 2
-    lengths = np.full((4, 1), long, np.int32)
+    lengths = np.full((4, 1), long, np.int32)  # [layers,rows]
     lengths[layer] = short
     caches = [executor.new_cache(1, long + 1) for _ in range(2)]
     for cache in caches:
@@ -245,12 +245,9 @@ def test_layers_of_different_lengths_attend_to_their_own_tokens_only(
     caches[0].values[layer][:, :, short:] = np.nan  # must never be read
     uneven = executor.layer_lengths_decoder(caches[0])
     even = executor.decoder(caches[1])
-    for decoder in (uneven, even):
-        decoder.input_ids[:], decoder.position_ids[:], decoder.cache_lengths[:] = 7, long, long
-    uneven.layer_lengths[:] = lengths
-    found = uneven.run().copy()
+    found = uneven.step([0], [7], [long], lengths)
     query = uneven._queries[f"query.{layer}"][0, :, 0]  # [4,64], two heads to a key
     for head in range(2):
         unreachable = np.linalg.lstsq(query[2 * head : 2 * head + 2], np.full(2, -1e5, np.float32), rcond=None)[0]
         caches[1].keys[layer][0, head, short:long] = unreachable
-    np.testing.assert_allclose(found, even.run(), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found, even.step([0], [7], [long], [long]), rtol=1e-4, atol=1e-4)

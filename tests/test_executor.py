@@ -13,8 +13,9 @@ from support.checkpoints import VARIANTS
 from support.op_cases import OpCase
 
 from chunkkv import SamplingParams, reference
-from chunkkv.errors import ConfigError
-from chunkkv.executors.onnxruntime.executor import KVCache, OnnxRuntimeExecutor
+from chunkkv.errors import ConfigError, EngineRunError
+from chunkkv.executors.host_cache import HostKVCache
+from chunkkv.executors.onnxruntime.executor import OnnxRuntimeExecutor
 from chunkkv.session import ChunkKVSession
 from chunkkv_builder.onnx_graph import functions
 from chunkkv_builder.onnx_graph.transformer import StepGraph
@@ -43,7 +44,7 @@ def small_session(boundaries: str = "fixed", **flags) -> ChunkKVSession:
 
 
 def case_of(session: ChunkKVSession, name: str = "compress graph", **changes) -> OpCase:
-    model = session._executor
+    model = session.executor.step
     heads = {"heads": 4, "kv_heads": model.num_kv_heads, "head_dim": model.head_dim}
     budgets = {"keep_per_10k": RATIOS, "budget_tokens": BUDGETS}
     return OpCase(name, session.settings, LENGTHS, extra_padding=5, **heads, **{**budgets, **changes})
@@ -67,12 +68,12 @@ def compress_feeds(
     everything.update({f"query.{leader}": query for leader, query in queries.items()})
     everything.update({f"key.{layer}": key for layer, key in enumerate(keys)})
     everything.update({f"value.{layer}": value for layer, value in enumerate(values)})
-    wanted = {value.name for value in session._executor._compress.get_inputs()}
+    wanted = {value.name for value in session.executor.compress.session.get_inputs()}
     return {name: array for name, array in everything.items() if name in wanted}
 
 
 def run_compress(session: ChunkKVSession, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    graph = session._executor._compress
+    graph = session.executor.compress.session
     return dict(zip((value.name for value in graph.get_outputs()), graph.run(None, inputs), strict=True))
 
 
@@ -81,7 +82,7 @@ def select_of(session: ChunkKVSession) -> Callable:
 
     def select(query, key, lengths, settings, **optional):
         named = onnx_op.feeds(query, key, lengths, settings, **optional)
-        leaders, layers = session._executor._query_heads, range(session._executor.num_layers)
+        leaders, layers = session.executor.step.query_heads, range(session.executor.step.num_layers)
         keys = [named["key"]] * len(layers)
         inputs = compress_feeds(session, named, dict.fromkeys(leaders, named["query"]), keys, keys, key.shape[2])
         found = run_compress(session, inputs)
@@ -107,7 +108,7 @@ def test_compress_graph_keeps_the_contract_on_ragged_batches(boundaries: str, ch
 @pytest.mark.parametrize("boundaries", ["fixed", "delimiter"])
 def test_each_layer_keeps_its_leaders_rows_with_unchanged_bytes(boundaries: str, leader: str, pooling: int) -> None:
     session = small_session(boundaries, chunkkv_leader=leader, chunkkv_pooling=pooling)
-    settings, layers = session.settings, range(session._executor.num_layers)
+    settings, layers = session.settings, range(session.executor.step.num_layers)
     calls = [case_of(session, f"layer {layer}").inputs() for layer in layers]
     flags, lengths = calls[0].is_delimiter, calls[0].lengths
     raw = np.random.default_rng(0).integers(0, 2**32, (*calls[0].key.shape, len(layers)), np.uint32)
@@ -138,10 +139,10 @@ def test_each_layer_keeps_its_leaders_rows_with_unchanged_bytes(boundaries: str,
 @pytest.fixture(scope="module", params=["llama3", "qwen3", "llama_bias"])
 def executors(request) -> tuple[OnnxRuntimeExecutor, OnnxRuntimeExecutor]:
     session = engines.session(request.param, chunkkv_layer_reuse=2)
-    return session._executor, graphs.standard_executor(request.param, session)
+    return session.executor, graphs.standard_executor(request.param, session)
 
 
-def random_cache(executor: OnnxRuntimeExecutor, rows: int, capacity: int, seed: int) -> KVCache:
+def random_cache(executor: OnnxRuntimeExecutor, rows: int, capacity: int, seed: int) -> HostKVCache:
     rng = np.random.default_rng(seed)
     cache = executor.new_cache(rows, capacity)
     for array in (*cache.keys, *cache.values):
@@ -149,7 +150,7 @@ def random_cache(executor: OnnxRuntimeExecutor, rows: int, capacity: int, seed: 
     return cache
 
 
-def assert_same_cache(first: KVCache, second: KVCache, filled: list[int]) -> None:
+def assert_same_cache(first: HostKVCache, second: HostKVCache, filled: list[int]) -> None:
     for one, other in zip((*first.keys, *first.values), (*second.keys, *second.values), strict=True):
         for row, count in enumerate(filled):
             assert np.abs(one[row, :, :count] - other[row, :, :count]).max() <= TOLERANCE
@@ -164,7 +165,8 @@ def test_prefill_blocks_agree_between_both_attentions(executors, sizes: tuple[in
     for size in sizes:
         block = ids[filled : filled + size]
         (logits, queries), (other_logits, other_queries) = (
-            executor.prefill_block(cache, block, filled) for executor, cache in zip(executors, caches, strict=True)
+            executor.step.append_prompt_block(cache, block, filled)
+            for executor, cache in zip(executors, caches, strict=True)
         )
         filled += size
         assert np.abs(logits - other_logits).max() <= TOLERANCE
@@ -180,13 +182,41 @@ def test_ragged_decode_agrees_between_both_attentions(executors) -> None:
     caches = [random_cache(executor, 3, 24, seed=2) for executor in executors]
     decoders = [executor.decoder(cache) for executor, cache in zip(executors, caches, strict=True)]
     for step in range(3):
-        for decoder in decoders:
-            decoder.input_ids[:, 0] = [7, 200, 31 + step]
-            decoder.position_ids[:, 0] = positions + step
-            decoder.cache_lengths[:] = slots + step
-        logits, other = (decoder.run() for decoder in decoders)
+        inputs = range(3), [7, 200, 31 + step], positions + step, slots + step
+        logits, other = (decoder.step(*inputs) for decoder in decoders)
         assert np.abs(logits - other).max() <= TOLERANCE
     assert_same_cache(*caches, (slots + 3).tolist())
+
+
+def test_a_step_leaves_idle_rows_alone_but_for_their_first_slot(executors) -> None:
+    for executor in executors:
+        cache, alone = (random_cache(executor, 3, 24, seed=2) for _ in range(2))
+        before = [array.copy() for array in (*cache.keys, *cache.values)]
+        logits = executor.decoder(cache).step([2, 0], [31, 7], [40, 90], [11, 20])
+        for row, token, position, slot, row_logits in zip([2, 0], [31, 7], [40, 90], [11, 20], logits, strict=True):
+            own = executor.decoder(alone.rows(row, 1)).step([0], [token], [position], [slot])
+            assert np.abs(own[0] - row_logits).max() <= TOLERANCE
+        for array, old in zip((*cache.keys, *cache.values), before, strict=True):
+            assert np.array_equal(array[1, :, 1:], old[1, :, 1:])
+            for row, slot in ((0, 20), (2, 11)):
+                assert np.array_equal(np.delete(array[row], slot, axis=1), np.delete(old[row], slot, axis=1))
+                assert not np.array_equal(array[row, :, slot], old[row, :, slot])
+
+
+def test_a_step_keeps_the_logits_of_earlier_steps(executors) -> None:
+    executor, _ = executors
+    decoder = executor.decoder(random_cache(executor, 2, 24, seed=2))
+    first = decoder.step([0, 1], [7, 200], [20, 3], [20, 3])
+    copy = first.copy()
+    decoder.step([0, 1], [9, 9], [21, 4], [21, 4])
+    assert np.array_equal(first, copy)
+
+
+def test_a_slot_behind_the_cache_is_refused(executors) -> None:
+    for executor in executors:
+        decoder = executor.decoder(executor.new_cache(2, 24))
+        with pytest.raises(EngineRunError, match="row 1 was to write slot 24 of a cache with 24 slots"):
+            decoder.step([0, 1], [7, 7], [30, 30], [23, 24])
 
 
 @pytest.mark.parametrize("variant", sorted(VARIANTS))

@@ -72,8 +72,8 @@ def run_prefill(variant: str, session: ChunkKVSession, requests: list[Request], 
 def assert_row_equals(session: ChunkKVSession, request: Request, row: int, found: dict) -> None:
     """Compare one row with its own blockwise run; tokens in chunks at the cut may differ, their rows are skipped."""
     settings, length, kept = session.settings, len(request.ids), request.kept_tokens
-    cache = session._executor.new_cache(1, kept)
-    (own,) = session._executor.prefiller().run([request], cache, threading.Event())
+    cache = session.executor.new_cache(1, kept)
+    (own,) = session.executor.prefiller().run([request], cache, threading.Event())
     choice = own.choice
     assert np.abs(found["logits"][row, 0] - own.logits).max() <= TOLERANCE
     assert found["kept_lengths"][row] == kept
@@ -156,8 +156,8 @@ def test_a_plan_without_chunkkv_keeps_every_token() -> None:
     graph = graphs.load(graphs.prefill_path("llama3", session))
     ids = requests_of(engines.session("llama3"))[0].ids
     request = make_requests([ids], None, session.limits, None, None, None, 1)[0]
-    cache = session._executor.new_cache(1, len(ids))
-    (own,) = session._executor.prefiller().run([request], cache, threading.Event())
+    cache = session.executor.new_cache(1, len(ids))
+    (own,) = session.executor.prefiller().run([request], cache, threading.Event())
     inputs = {
         "input_ids": ids[None],
         "lengths": np.array([len(ids)], np.int32),
@@ -166,7 +166,7 @@ def test_a_plan_without_chunkkv_keeps_every_token() -> None:
     found = dict(zip((value.name for value in graph.get_outputs()), graph.run(None, inputs), strict=True))
     assert np.abs(found["logits"][0, 0] - own.logits).max() <= TOLERANCE
     assert found["kept_lengths"] == [len(ids)]
-    for layer in range(session._executor.num_layers):
+    for layer in range(session.executor.step.num_layers):
         for kind, rows in (("key", cache.keys[layer]), ("value", cache.values[layer])):
             kept = found[f"kept_{kind}.{layer}"]
             assert kept.shape[2] == len(ids) + SPARE and not kept[:, :, len(ids) :].any()
@@ -191,7 +191,7 @@ def test_packed_weights_run_too(precision: str) -> None:
         "budget_tokens": np.zeros(1, np.int32),
         "capacity": np.array([request.kept_tokens], np.int64),
     }
-    cache = session._executor.new_cache(1, request.kept_tokens)
-    (expected,) = session._executor.prefiller().run([request], cache, threading.Event())
+    cache = session.executor.new_cache(1, request.kept_tokens)
+    (expected,) = session.executor.prefiller().run([request], cache, threading.Event())
     difference = np.abs(graph.run(["logits"], inputs)[0][0, 0] - expected.logits).max()
     assert difference <= TOLERANCE

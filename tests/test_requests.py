@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from support.tiny_tokenizers import write_tokenizer
 
 from chunkkv.errors import ConfigError, EngineMismatchError, RequestError
-from chunkkv.requests import Limits, is_single, make_requests
+from chunkkv.requests import Limits, as_batch, make_requests
 from chunkkv.settings import ChunkKVSettings
 from chunkkv.text.tokenizer import Tokenizer
 
@@ -52,7 +52,10 @@ def make(prompts: Any = (IDS,), ratio: Any = None, budget: Any = None, new: int 
     ],
 )
 def test_one_prompt_is_told_from_a_list(prompts: Any, single: bool) -> None:
-    assert is_single(prompts) is single
+    batch, is_single = as_batch(prompts)
+    assert is_single is single
+    expected = [prompts] if single else list(prompts)
+    assert len(batch) == len(expected) and all(one is other for one, other in zip(batch, expected, strict=True))
 
 
 @pytest.mark.parametrize("prompt", [[3, 299], (3, 299), np.array([3, 299], np.uint16), range(3, 5)])

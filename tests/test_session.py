@@ -158,7 +158,7 @@ def test_stop_strings_end_the_answer_before_them(session) -> None:
 def test_end_token_stops_unless_ignored(session) -> None:
     ids = prompt(40)
     tokens = session.generate(ids, GREEDY).token_ids
-    ended = type(session)(session._executor, session.settings, session.limits, session.tokenizer, [tokens[3]])
+    ended = type(session)(session.executor, session.settings, session.limits, session.tokenizer, [tokens[3]])
     first = tokens.index(tokens[3])
     result = ended.generate(ids, dataclasses.replace(GREEDY, ignore_eos=False))
     assert result.finish_reason == "stop" and result.token_ids == tokens[: first + 1]
@@ -219,7 +219,7 @@ def test_two_runs_give_the_same_bits(session) -> None:
     ],
 )
 def test_bad_prompts_are_refused_before_any_work(session, monkeypatch, prompts, named: str) -> None:
-    monkeypatch.setattr(session._executor, "new_cache", None)
+    monkeypatch.setattr(session.executor, "new_cache", None)
     with pytest.raises(RequestError, match=named):
         session.generate(prompts, GREEDY)
 
@@ -237,7 +237,7 @@ def test_bad_prompts_are_refused_before_any_work(session, monkeypatch, prompts, 
     ],
 )
 def test_bad_budgets_are_refused_before_any_work(session, monkeypatch, options, named: str) -> None:
-    monkeypatch.setattr(session._executor, "new_cache", None)
+    monkeypatch.setattr(session.executor, "new_cache", None)
     with pytest.raises(RequestError, match=named):
         session.generate(prompt(40), GREEDY, **options)
 

@@ -65,7 +65,7 @@ def test_rows_may_be_prefilled_together(machine: Double, tmp_path: Path, leader:
     flags = {"chunkkv_leader": leader, "chunkkv_pooling": pooling, "chunkkv_layer_reuse": 3}
     expected = engines.session("llama3", **flags).generate(PROMPTS, PARAMS, keep_ratio=RATIOS)
     session = ChunkKVSession.from_dir(build(tmp_path / "engine", max_num_tokens=256 * rows, **flags))
-    assert session._executor.prefiller().max_rows == rows
+    assert session.executor.prefiller().max_rows == rows
     assert_same_answers(session.generate(PROMPTS, PARAMS, keep_ratio=RATIOS), expected)
 
 
@@ -89,7 +89,7 @@ def test_float16_stays_close(machine: Double, tmp_path: Path) -> None:
 def test_weights_of_any_size_lie_where_tensorrt_accepts_them(machine: Double, tmp_path: Path) -> None:
     odd = engines.checkpoint_dir("llama3", vocab_size=301)  # in float16 not a multiple of 256 bytes
     session = ChunkKVSession.from_dir(build(tmp_path / "engine", dtype="float16", checkpoint_dir=odd))
-    sizes = [nbytes for _, nbytes in session._executor.contract.weights.values()]
+    sizes = [nbytes for _, nbytes in session.executor.contract.weights.values()]
     assert any(size % 256 for size in sizes[:-1])
     assert len(session.generate(PROMPTS[0], PARAMS).token_ids) == PARAMS.max_new_tokens
 
@@ -123,7 +123,7 @@ def test_decode_without_a_graph_gives_the_same_tokens(machine: Double, session: 
 
 
 def test_an_answer_runs_on_the_smallest_engine_that_fits(session: ChunkKVSession) -> None:
-    executor = session._executor
+    executor = session.executor
     assert [executor.capacity_for(tokens) for tokens in (1, 128, 129, 256)] == [128, 128, 256, 256]
     with pytest.raises(RequestError, match="257 tokens do not fit the largest cache of this engine, 256 slots"):
         executor.capacity_for(257)
@@ -154,9 +154,9 @@ def test_cancel_before_prefill_does_no_work(machine: Double, session: ChunkKVSes
 
 def test_a_plugin_that_counts_differently_is_noticed(session: ChunkKVSession) -> None:
     requests = [dataclasses.replace(session_request(session), kept_tokens=30)]
-    cache = session._executor.new_cache(1, 128)
+    cache = session.executor.new_cache(1, 128)
     with pytest.raises(EngineRunError, match="the engine kept 24 of 61 tokens, expected 30"):
-        session._executor.prefiller().run(requests, cache, threading.Event())
+        session.executor.prefiller().run(requests, cache, threading.Event())
 
 
 def session_request(session: ChunkKVSession):
@@ -168,7 +168,7 @@ def session_request(session: ChunkKVSession):
 def test_shapes_outside_the_profile_and_failing_runs_are_errors(
     session: ChunkKVSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    executor = session._executor
+    executor = session.executor
     with pytest.raises(
         EngineRunError, match=r"does not take input_ids of shape \(5, 1\): it is outside the engine's profile"
     ):
@@ -181,7 +181,7 @@ def test_shapes_outside_the_profile_and_failing_runs_are_errors(
 def test_caches_that_are_not_updated_in_place_are_refused(session, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt_double.Engine, "get_aliased_input_tensor", lambda self, name: None)
     with pytest.raises(EngineMismatchError, match=r"present_key\.0 shares memory with None, expected 'past_key\.0'"):
-        session._executor.decoder(session._executor.new_cache(1, 128))
+        session.executor.decoder(session.executor.new_cache(1, 128))
 
 
 def test_an_engine_of_another_tensorrt_or_gpu_is_refused(machine: Double, tmp_path: Path, monkeypatch) -> None:

@@ -34,7 +34,7 @@ from chunkkv.errors import (
     EngineRunError,
     RequestError,
 )
-from chunkkv.executors.tensorrt_llm.executor import TensorRTLLMExecutor, _geometry
+from chunkkv.executors.tensorrt_llm.executor import TensorRTLLMExecutor, paged_geometry
 from chunkkv.executors.tensorrt_llm.paged_inputs import PagedGeometry, StepInputs, StepRow
 from chunkkv.executors.tensorrt_llm.step_engine import StepTensor
 from chunkkv.gpu import tensorrt_library
@@ -68,7 +68,7 @@ def recorded(path: Path, pool_tokens: int | None = None) -> tuple[ChunkKVSession
     files, side, pools = EngineFiles.load(path), SideFile.read(path), Pools()
     graph = Graph.from_bytes((path / engine_file(0)).read_bytes())
     engine = RecordedStepEngine(Execution(graph, oracle_plugins(pools), pools))
-    executor = TensorRTLLMExecutor(engine, _geometry(files, side), files.settings, pool_tokens)
+    executor = TensorRTLLMExecutor(engine, paged_geometry(files, side), files.settings, pool_tokens)
     limits = Limits(4, files.build["max_input_len"], 256, files.model["vocab_size"], files.budget_is_fixed)
     return ChunkKVSession(executor, files.settings, limits), engine
 
@@ -121,7 +121,7 @@ def test_prompts_that_do_not_fit_together_are_staged() -> None:
     used = [set(np.unique(step["kv_cache_block_offsets"][:, :, 0]).tolist()) for step in engine.steps[:4]]
     assert used[0] & used[1], "the second prompt lies in blocks that the first one gave back"
     gc.collect()
-    assert session._executor.blocks.free_blocks == 30
+    assert session.executor.blocks.free_blocks == 30
 
 
 def test_a_full_pool_refuses_before_any_work_and_names_the_setting() -> None:
@@ -132,7 +132,7 @@ def test_a_full_pool_refuses_before_any_work_and_names_the_setting() -> None:
     with pytest.raises(CacheFullError, match="a prompt of 190 tokens"):  # its answer would fit, its prompt does not
         session.generate(PROMPTS[3], PARAMS)
     gc.collect()
-    assert session._executor.blocks.free_blocks == 10
+    assert session.executor.blocks.free_blocks == 10
     assert_same_answers([session.generate(PROMPTS[2], PARAMS)], expected_answers()[2:3])
 
 
@@ -140,7 +140,7 @@ def test_rows_that_ended_leave_the_batch() -> None:
     session, engine = recorded(engine_dir("late", chunkkv_layer_reuse=2))
     expected = expected_answers()
     end = expected[1].token_ids[3]
-    ending = ChunkKVSession(session._executor, session.settings, session.limits, None, [end])
+    ending = ChunkKVSession(session.executor, session.settings, session.limits, None, [end])
     found = ending.generate(PROMPTS, SamplingParams(max_new_tokens=12))
     assert found[1].finish_reason == "stop" and len(found[1].token_ids) == expected[1].token_ids.index(end) + 1
     rows = [len(step["context_lengths"]) for step in engine.steps]
@@ -149,28 +149,24 @@ def test_rows_that_ended_leave_the_batch() -> None:
         assert one.token_ids == other.token_ids[: len(one.token_ids)]
 
 
-def test_a_row_may_be_filled_again_and_empty_rows_ride_along() -> None:
+def test_a_row_may_be_filled_again_and_idle_rows_are_left_out() -> None:
     session, engine = recorded(engine_dir("late", chunkkv_layer_reuse=2))
-    executor = session._executor
+    executor = session.executor
     cache = executor.new_cache(3, executor.capacity_for(120))
     prefiller, decoder = executor.prefiller(), executor.decoder(cache)
-    decoder.position_ids[:] = 0
-    decoder.run()
-    assert not engine.steps, "nothing to do"
+    with pytest.raises(EngineRunError, match="row 0 was to decode at position 0; it holds a prompt of 0 tokens"):
+        decoder.step([0], [0], [0], [0])
+    assert not engine.steps
     for prompt, answer in ((PROMPTS[3], expected_answers()[3]), (PROMPTS[2], expected_answers()[2])):
         requests = session_requests(session, prompt)
         logits = prefiller.run(requests, cache.rows(1, 1), threading.Event())[0].logits
         assert int(logits.argmax()) == answer.token_ids[0]
         assert len(executor.blocks.blocks(cache.sequences[1])) == executor.blocks.blocks_for(requests[0].kept_tokens)
-        decoder.input_ids[:] = decoder.position_ids[:] = 0
-        decoder.cache_lengths[:] = 0
-        decoder.input_ids[1], decoder.position_ids[1] = answer.token_ids[0], len(prompt)
-        decoder.cache_lengths[1] = requests[0].kept_tokens
-        assert int(decoder.run()[1].argmax()) == answer.token_ids[1]
+        logits = decoder.step([1], [answer.token_ids[0]], [len(prompt)], [requests[0].kept_tokens])
+        assert int(logits[0].argmax()) == answer.token_ids[1]
         assert engine.steps[-1]["context_lengths"].tolist() == [len(prompt)]
-    decoder.position_ids[1], decoder.cache_lengths[1] = 500, cache.capacity
-    with pytest.raises(EngineRunError, match=f"row 1 was to write slot {cache.capacity} of {cache.capacity}"):
-        decoder.run()
+    with pytest.raises(EngineRunError, match=f"row 1 was to write slot {cache.capacity} of a cache with"):
+        decoder.step([1], [0], [500], [cache.capacity])
 
 
 def session_requests(session: ChunkKVSession, prompt: np.ndarray) -> list[Request]:
@@ -190,7 +186,7 @@ def test_calls_on_several_threads_share_the_pool() -> None:
         thread.join()
     assert_same_answers([found[number] for number in range(4)], expected_answers())
     gc.collect()
-    assert session._executor.blocks.free_blocks == session._executor.blocks.num_blocks
+    assert session.executor.blocks.free_blocks == session.executor.blocks.num_blocks
 
 
 def test_a_budget_of_its_own_and_inspection_are_refused() -> None:
@@ -256,7 +252,7 @@ def test_a_directory_runs_on_device_memory(machine: Machine) -> None:
     session = ChunkKVSession.from_dir(
         engine_dir("late", chunkkv_layer_reuse=2), max_tokens_in_paged_kv_cache=48 * TOKENS_PER_BLOCK
     )
-    assert session._executor.blocks.num_blocks == 48
+    assert session.executor.blocks.num_blocks == 48
     assert session.limits.budget_is_fixed
     assert_same_answers(session.generate(PROMPTS, PARAMS), expected_answers())
     assert machine.cuda.launches == 0, "plugins read lengths on the host: no graph may freeze them"
@@ -265,10 +261,10 @@ def test_a_directory_runs_on_device_memory(machine: Machine) -> None:
 def test_the_pool_takes_what_is_free_up_to_what_can_be_used(machine: Machine) -> None:
     path = engine_dir("late", chunkkv_layer_reuse=2)
     session = ChunkKVSession.from_dir(path)
-    assert session._executor.blocks.num_blocks == 4 * 256 // TOKENS_PER_BLOCK
-    block = session._executor.kv_pool_bytes // 64
+    assert session.executor.blocks.num_blocks == 4 * 256 // TOKENS_PER_BLOCK
+    block = session.executor.capabilities.pool_bytes // 64
     machine.cuda.free = 10 * block
-    assert ChunkKVSession.from_dir(path)._executor.blocks.num_blocks == 9
+    assert ChunkKVSession.from_dir(path).executor.blocks.num_blocks == 9
     with pytest.raises(RequestError, match=r"max_tokens_in_paged_kv_cache 1000 gives a pool of 63 .* from 1 to 160"):
         ChunkKVSession.from_dir(path, max_tokens_in_paged_kv_cache=1000)
     machine.cuda.free = 0
@@ -299,7 +295,7 @@ def test_a_plugin_that_refuses_a_step_ends_the_answer_with_its_words(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = ChunkKVSession.from_dir(engine_dir("late", chunkkv_layer_reuse=2))
-    engine = session._executor.engine
+    engine = session.executor.engine
 
     def refuse(stream: int) -> bool:
         engine._logger.log(engine._trt.ILogger.Severity.ERROR, "chunked context is on")
@@ -309,4 +305,4 @@ def test_a_plugin_that_refuses_a_step_ends_the_answer_with_its_words(
     with pytest.raises(EngineRunError, match="could not run the engine: chunked context is on"):
         session.generate(PROMPTS[0], PARAMS)
     gc.collect()
-    assert session._executor.blocks.free_blocks == session._executor.blocks.num_blocks
+    assert session.executor.blocks.free_blocks == session.executor.blocks.num_blocks

@@ -40,7 +40,7 @@ def test_every_variant_is_recorded(golden) -> None:
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
 def test_logits_of_prefill_and_continuation(golden, variant: str, number: int) -> None:
     session = engines.session(variant)
-    executor = session._executor
+    executor = session.executor
     prompt, expected = (golden[f"{variant}/{key}{number}"] for key in ("prompt", "prefill_logits"))
     for cut, logits in zip(range(len(expected))[::-1], expected, strict=True):
         ids = prompt[: len(prompt) - cut]
@@ -52,9 +52,8 @@ def test_logits_of_prefill_and_continuation(golden, variant: str, number: int) -
     decoder = executor.decoder(cache)
     continuation, later = (golden[f"{variant}/{key}{number}"] for key in ("continuation", "continuation_logits"))
     for step, (token, logits) in enumerate(zip(continuation, later, strict=False)):
-        decoder.input_ids[0] = token
-        decoder.position_ids[0] = decoder.cache_lengths[0] = len(prompt) + step
-        assert np.abs(decoder.run()[0] - logits).max() <= TOLERANCE
+        found = decoder.step([0], [token], [len(prompt) + step], [len(prompt) + step])
+        assert np.abs(found[0] - logits).max() <= TOLERANCE
 
 
 @pytest.mark.parametrize("chunkkv", [True, False])
@@ -90,10 +89,9 @@ def test_a_wrong_position_would_be_seen(golden) -> None:
     """Positions shifted by one step move the logits far beyond the tolerance, so the checks above can fail."""
     session = engines.session("llama3")
     prompt, expected = golden["llama3/prompt0"], golden["llama3/continuation_logits0"][0]
-    cache = session._executor.new_cache(1, len(prompt) + 1)
+    cache = session.executor.new_cache(1, len(prompt) + 1)
     request = make_requests([prompt], None, session.limits, session.settings, 1.0, None, 1)[0]
-    session._executor.prefiller().run([request], cache, threading.Event())
-    decoder = session._executor.decoder(cache)
-    decoder.input_ids[0], decoder.cache_lengths[0] = golden["llama3/continuation0"][0], len(prompt)
-    decoder.position_ids[0] = len(prompt) + 1
-    assert np.abs(decoder.run()[0] - expected).max() > 100 * TOLERANCE
+    session.executor.prefiller().run([request], cache, threading.Event())
+    decoder = session.executor.decoder(cache)
+    found = decoder.step([0], [golden["llama3/continuation0"][0]], [len(prompt) + 1], [len(prompt)])
+    assert np.abs(found[0] - expected).max() > 100 * TOLERANCE

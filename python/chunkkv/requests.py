@@ -6,20 +6,44 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from numbers import Integral
+from typing import Protocol, TypeVar, cast
 
 import numpy as np
 
 from chunkkv.errors import ConfigError, EngineMismatchError, RequestError
 from chunkkv.settings import KEEP_SCALE, ChunkKVSettings, keep_ratio_to_per_10k
-from chunkkv.text.tokenizer import Tokenizer
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | np.ndarray
 _next_id = count(1).__next__
+
+
+T = TypeVar("T")
+
+
+class TextEncoder(Protocol):
+    """Turns text into tokens; chunkkv.text.tokenizer.Tokenizer is one."""
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of `text`."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What an engine was built for; `budget_is_fixed`: a request may not bring a budget of its own."""
+    """The sizes that an engine was built for.
+
+    Parameters
+    ----------
+    max_batch_size : int
+        Prompts in one call.
+    max_input_len : int
+        Tokens of one prompt.
+    max_seq_len : int
+        Tokens of one prompt and its answer together.
+    vocab_size : int
+        Token ids are below this.
+    budget_is_fixed : bool, default False
+        The engine decides how much of a prompt stays; a request may not bring a budget of its own.
+    """
 
     max_batch_size: int
     max_input_len: int
@@ -30,7 +54,21 @@ class Limits:
 
 @dataclass(frozen=True)
 class Request:
-    """One checked prompt: token ids [L] int64, its budget as the graph takes it, N(L), and a number of its own."""
+    """One checked prompt.
+
+    Parameters
+    ----------
+    ids : numpy.ndarray
+        Token ids [L] int64.
+    keep_per_10k : int
+        Keep ratio times 10,000, as the engine's graph takes it.
+    budget_tokens : int
+        Tokens to keep instead of a ratio; 0 selects the ratio.
+    kept_tokens : int
+        N(L): how many of the L tokens stay in the cache.
+    request_id : int
+        A number of its own within the process, by which profilers tell requests apart.
+    """
 
     ids: np.ndarray
     keep_per_10k: int
@@ -39,28 +77,47 @@ class Request:
     request_id: int = field(default_factory=_next_id)
 
 
-def is_single(prompts: Prompt | Sequence[Prompt]) -> bool:
-    """Return whether `prompts` is one prompt, text or token ids, or else a list; raises RequestError for neither."""
+def as_batch(prompts: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
+    """Return the prompts as a list, and whether `prompts` was one prompt; raises RequestError for neither of both."""
     if isinstance(prompts, str):
-        return True
+        return [prompts], True
     if isinstance(prompts, bytes) or not isinstance(prompts, (Sequence, np.ndarray)):
         raise RequestError(f"prompts is {type(prompts).__name__}; give text, a list of token ids, or a list of these")
-    return isinstance(prompts, np.ndarray) or (len(prompts) > 0 and isinstance(prompts[0], (Integral, np.integer)))
+    if isinstance(prompts, np.ndarray) or (len(prompts) > 0 and isinstance(prompts[0], (Integral, np.integer))):
+        return [cast(Prompt, prompts)], True
+    return list(cast("Sequence[Prompt]", prompts)), False
 
 
 def make_requests(
     prompts: Sequence[Prompt],
-    tokenizer: Tokenizer | None,
+    tokenizer: TextEncoder | None,
     limits: Limits,
     settings: ChunkKVSettings | None,
     keep_ratio: float | Sequence[float | None] | None,
     budget_tokens: int | Sequence[int | None] | None,
     max_new_tokens: int,
 ) -> list[Request]:
-    """Return the checked requests.
+    """Return the checked requests of `prompts`, with the budget of each.
 
     Raises RequestError for a prompt or budget outside the engine's limits, EngineMismatchError where a budget is asked
     of an engine built without ChunkKV.
+
+    Parameters
+    ----------
+    prompts : sequence of str or sequence of int
+        Text or token ids.
+    tokenizer : TextEncoder or None
+        None refuses text.
+    limits : Limits
+        The sizes that the engine was built for.
+    settings : ChunkKVSettings or None
+        What the engine was built with; None for an engine that keeps every token.
+    keep_ratio : float, or one per prompt, or None
+        Share of the tokens that stay, in (0, 1]; None takes the engine's own.
+    budget_tokens : int, or one per prompt, or None
+        Tokens that stay, instead of a ratio.
+    max_new_tokens : int
+        Room that each answer needs.
     """
     count = len(prompts)
     if not 0 < count <= limits.max_batch_size:
@@ -74,28 +131,28 @@ def make_requests(
     for number, (prompt, ratio, budget) in enumerate(zip(prompts, ratios, budgets, strict=True)):
         ids = _token_ids(prompt, number, tokenizer, limits.vocab_size)
         _check_length(len(ids), number, limits, max_new_tokens)
-        made = Request(ids, *_budget(len(ids), settings, ratio, budget))
-        if limits.budget_is_fixed and settings and made.kept_tokens != settings.kept_tokens(len(ids)):
+        request = Request(ids, *_budget(len(ids), settings, ratio, budget))
+        if limits.budget_is_fixed and settings and request.kept_tokens != settings.kept_tokens(len(ids)):
             raise RequestError(
-                f"prompt {number} was to keep {made.kept_tokens} of {len(ids)} tokens; this engine keeps "
+                f"prompt {number} was to keep {request.kept_tokens} of {len(ids)} tokens; this engine keeps "
                 f"{settings.kept_tokens(len(ids))}, which is fixed when it is built: leave keep_ratio and "
                 "budget_tokens out, or build with another --chunkkv_keep_ratio"
             )
-        requests.append(made)
+        requests.append(request)
     return requests
 
 
-def _per_prompt(name: str, value, count: int) -> list:
+def _per_prompt(name: str, value: T | Sequence[T | None] | None, count: int) -> list[T | None]:
     if isinstance(value, (list, tuple, np.ndarray)) and np.ndim(value) > 0:
         if len(value) != count:
             raise RequestError(
                 f"{name} has {len(value)} entries for {count} prompts; give one value, or one per prompt"
             )
         return list(value)
-    return [value] * count
+    return [cast("T | None", value)] * count
 
 
-def _token_ids(prompt: Prompt, number: int, tokenizer: Tokenizer | None, vocab_size: int) -> np.ndarray:
+def _token_ids(prompt: Prompt, number: int, tokenizer: TextEncoder | None, vocab_size: int) -> np.ndarray:
     if isinstance(prompt, str):
         if tokenizer is None:
             raise RequestError("this engine was built without a tokenizer; give token ids instead of text")
@@ -103,20 +160,20 @@ def _token_ids(prompt: Prompt, number: int, tokenizer: Tokenizer | None, vocab_s
             raise RequestError(f"prompt {number} is empty; give at least one word")
         prompt = tokenizer.encode(prompt)
     try:
-        wide = np.asarray(prompt)
-        if wide.ndim != 1 or (wide.size and wide.dtype.kind not in "iu"):
+        ids = np.asarray(prompt)
+        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
             raise ValueError
     except (ValueError, TypeError):
         raise RequestError(f"prompt {number} is neither text nor a list of token ids") from None
-    if wide.size == 0:
+    if ids.size == 0:
         raise RequestError(f"prompt {number} is empty; give at least one token")
-    outside = (wide < 0) | (wide >= vocab_size)
+    outside = (ids < 0) | (ids >= vocab_size)
     if outside.any():
-        place = int(outside.argmax())
+        position = int(outside.argmax())
         raise RequestError(
-            f"prompt {number} has token id {wide[place]} at position {place}; allowed is 0 to {vocab_size - 1}"
+            f"prompt {number} has token id {ids[position]} at position {position}; allowed is 0 to {vocab_size - 1}"
         )
-    return np.ascontiguousarray(wide, dtype=np.int64)
+    return np.ascontiguousarray(ids, dtype=np.int64)
 
 
 def _check_length(length: int, number: int, limits: Limits, max_new_tokens: int) -> None:
@@ -139,9 +196,7 @@ def _budget(
     """Return keep_per_10k, budget_tokens (0 = ratio mode) and N(L)."""
     if ratio is not None and budget is not None:
         raise RequestError(f"keep_ratio {ratio} and budget_tokens {budget} were both given; give one of them")
-    if budget is not None and (
-        isinstance(budget, bool) or not isinstance(budget, (Integral, np.integer)) or not 0 < budget < 2**31
-    ):
+    if budget is not None and not (_is_whole(budget) and 0 < budget < 2**31):
         raise RequestError(f"budget_tokens is {budget!r}; give a whole number from 1 to {2**31 - 1}")
     try:
         per_10k = None if ratio is None else keep_ratio_to_per_10k(ratio)
@@ -149,9 +204,9 @@ def _budget(
         raise RequestError(str(error)) from None
     if settings is None:
         if budget is not None or (per_10k is not None and per_10k != KEEP_SCALE):
-            given = f"keep_ratio {ratio}" if budget is None else f"budget_tokens {budget}"
+            asked = f"keep_ratio {ratio}" if budget is None else f"budget_tokens {budget}"
             raise EngineMismatchError(
-                f"{given} was asked for, but this engine was built without ChunkKV and keeps every token: "
+                f"{asked} was asked for, but this engine was built without ChunkKV and keeps every token: "
                 "build it with --chunkkv"
             )
         return KEEP_SCALE, 0, length
@@ -160,10 +215,14 @@ def _budget(
     kept = settings.kept_tokens(length, per_10k, budget)
     most = settings.kept_tokens(length, settings.max_keep_per_10k)
     if kept > most:
-        given = f"keep_ratio {ratio}" if budget is None else f"budget_tokens {budget}"
+        asked = f"keep_ratio {ratio}" if budget is None else f"budget_tokens {budget}"
         raise RequestError(
-            f"{given} keeps {kept} of {length} tokens; "
+            f"{asked} keeps {kept} of {length} tokens; "
             f"this engine was built for at most {most} (max_keep_ratio {settings.max_keep_per_10k / KEEP_SCALE}): "
             "ask for less, or build with a larger --chunkkv_max_keep_ratio"
         )
     return settings.keep_per_10k if per_10k is None else per_10k, int(budget or 0), kept
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, (Integral, np.integer)) and not isinstance(value, bool)

@@ -15,12 +15,31 @@ from chunkkv.settings import ChunkKVSettings
 class RequestStatistics:
     """Counts and times of one prompt.
 
-    Times are seconds: `ttft_s` from the call to the first token (compression and the prompts served before it
-    included), `tpot_s` the mean decode step this prompt took part in (None for a single token). `cache_bytes` is the
-    KV cache of the kept prompt tokens, `full_cache_bytes` that of the whole prompt, `allocated_cache_bytes` what decode
-    holds for this prompt: kept tokens and room for the new ones, of the longest prompt of its batch. `peak_cache_bytes`
-    adds the keys and values that were alive beside it during prefill: the whole prompt's in all layers, or in one
-    layer-reuse group where the engine compacts within prefill; `compress_s` is 0 there, as `prefill_s` includes it.
+    Parameters
+    ----------
+    prompt_tokens : int
+        Tokens of the prompt.
+    kept_tokens : int
+        How many of them stayed in the cache.
+    new_tokens : int
+        Tokens of the answer, the end token included.
+    ttft_s : float
+        Seconds from the call to the first token; compression, and the prompts that were served before, included.
+    tpot_s : float or None
+        Mean seconds of the decode steps that this prompt took part in; None for an answer of a single token.
+    prefill_s : float
+        Seconds of prefill.
+    compress_s : float
+        Seconds of compression; 0 where the engine compacts within prefill, so that `prefill_s` includes it.
+    cache_bytes : int
+        Bytes of KV cache that the kept prompt tokens take.
+    full_cache_bytes : int
+        Bytes that the whole prompt would take.
+    allocated_cache_bytes : int
+        Bytes that decode held for this prompt: kept tokens and room for new ones, of the longest prompt of its batch.
+    peak_cache_bytes : int
+        The same and the keys and values that were alive beside it during prefill: the whole prompt's in all layers, or
+        in one layer-reuse group where the engine compacts within prefill.
     """
 
     prompt_tokens: int
@@ -40,9 +59,18 @@ class RequestStatistics:
 class GenerationResult:
     """The answer to one prompt.
 
-    `token_ids` holds every generated token, the end token included; `text` leaves special tokens and stop strings out.
-    `finish_reason` is "stop" (end token or stop string), "length" or "cancelled". `logprobs` has one value per token
-    where asked for.
+    Parameters
+    ----------
+    text : str
+        The answer without special tokens and stop strings; empty for an engine without a tokenizer.
+    token_ids : tuple of int
+        Every generated token, the end token included.
+    finish_reason : str
+        "stop" (end token or stop string), "length" or "cancelled".
+    logprobs : tuple of float or None
+        Natural logarithm of each token's probability; None unless SamplingParams asked for it.
+    statistics : RequestStatistics
+        Counts and times.
     """
 
     text: str
@@ -58,7 +86,19 @@ class GenerationResult:
 
 @dataclass(frozen=True)
 class StreamEvent:
-    """New text of prompt `row`; the last event of a row carries its whole result in `finished`."""
+    """A piece of one prompt's answer.
+
+    Parameters
+    ----------
+    row : int
+        Which prompt of the call, from 0.
+    text : str
+        New text; may be empty while a character or a stop string is incomplete.
+    token_ids : tuple of int
+        New tokens.
+    finished : GenerationResult or None, default None
+        The whole answer, in the last event of a row.
+    """
 
     row: int
     text: str
@@ -68,7 +108,21 @@ class StreamEvent:
 
 @dataclass(frozen=True)
 class GroupChoice:
-    """What one layer-reuse group keeps: ascending positions, the token scores [L] and the chunk starts behind them."""
+    """What one layer-reuse group keeps of a prompt of L tokens.
+
+    Parameters
+    ----------
+    layers : tuple of int
+        The layers of the group.
+    leader : int
+        The layer whose attention decides.
+    kept : numpy.ndarray
+        Kept positions, ascending.
+    scores : numpy.ndarray
+        Score of every token [L] float32.
+    chunk_starts : numpy.ndarray
+        Position of each chunk's first token, ascending.
+    """
 
     layers: tuple[int, ...]
     leader: int
@@ -79,7 +133,21 @@ class GroupChoice:
 
 @dataclass(frozen=True)
 class Inspection:
-    """One prompt as ChunkKV sees it: its tokens as text and ids, and the choice of every layer-reuse group."""
+    """One prompt as ChunkKV sees it.
+
+    Parameters
+    ----------
+    tokens : tuple of str
+        The prompt's tokens as text, or their ids where there is no tokenizer.
+    token_ids : tuple of int
+        The prompt's token ids.
+    kept_tokens : int
+        How many of them stay.
+    settings : ChunkKVSettings
+        What the engine was built with.
+    groups : tuple of GroupChoice
+        The choice of every layer-reuse group.
+    """
 
     tokens: tuple[str, ...]
     token_ids: tuple[int, ...]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 
@@ -16,12 +17,30 @@ _WHOLE = "a whole number"
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen, for every prompt of a request; raises RequestError for a value out of range.
+    """How tokens are chosen, for every prompt of a call; raises RequestError for a value out of range.
 
-    `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off. `seed` starts each prompt's own generator, so a prompt
-    gives the same tokens alone and in a batch; None draws a fresh one. `repetition_penalty` covers prompt and answer
-    (1 = off; Keskar et al., arXiv 1909.05858). `stop` ends the answer before any of its strings. `logprobs` asks for
-    the natural logarithm of each chosen token's probability under the model, before temperature and filters.
+    Parameters
+    ----------
+    max_new_tokens : int, default 128
+        The longest answer, in tokens.
+    temperature : float, default 0.0
+        Logits are divided by it before a token is drawn; 0 takes the likeliest token (greedy).
+    top_k : int, default 0
+        Draw from this many likeliest tokens; 0 is off.
+    top_p : float, default 1.0
+        Draw from the smallest set of likeliest tokens that holds this probability, in (0, 1]; 1 is off.
+    repetition_penalty : float, default 1.0
+        Divides the positive logits of tokens that prompt or answer hold already, and multiplies negative ones
+        (Keskar et al., arXiv 1909.05858); 1 is off.
+    seed : int or None, default None
+        Starts each prompt's own generator, so a prompt gives the same tokens alone and in a batch. None draws a fresh
+        seed.
+    stop : str or sequence of str, default ()
+        The answer ends before any of these strings.
+    ignore_eos : bool, default False
+        Do not end at an end token.
+    logprobs : bool, default False
+        Return the natural logarithm of each chosen token's probability under the model, before temperature and filters.
     """
 
     max_new_tokens: int = 128
@@ -30,19 +49,15 @@ class SamplingParams:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     seed: int | None = None
-    stop: tuple[str, ...] = field(default=())
+    stop: str | Sequence[str] = ()  # a tuple once it is checked
     ignore_eos: bool = False
     logprobs: bool = False
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
-        if not isinstance(stop, Sequence):
-            raise RequestError(f"stop is {self.stop!r}; give a string or a list of strings")
-        stop = tuple(stop)
         for name in ("ignore_eos", "logprobs"):
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} is {getattr(self, name)!r}; give True or False")
-        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop", _stop_strings(self.stop))
         self._check("max_new_tokens", Integral, lambda v: v >= 1, f"{_WHOLE} of at least 1")
         self._check("temperature", Real, lambda v: 0 <= v < math.inf, "a number of at least 0 (0 = greedy)")
         self._check("top_k", Integral, lambda v: v >= 0, f"{_WHOLE} of at least 0 (0 = off)")
@@ -50,14 +65,21 @@ class SamplingParams:
         self._check("repetition_penalty", Real, lambda v: 0 < v < math.inf, "a number above 0 (1 = off)")
         if self.seed is not None:
             self._check("seed", Integral, lambda v: 0 <= v < 2**63, f"{_WHOLE} from 0 to 2**63 - 1")
-        for text in stop:
-            if not isinstance(text, str) or not text:
-                raise RequestError(f"stop contains {text!r}; give non-empty strings")
 
-    def _check(self, name: str, kind: type, allowed, rule: str) -> None:
+    def _check(self, name: str, kind: type, allowed: Callable[[Any], bool], rule: str) -> None:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, kind) or not allowed(value):
             raise RequestError(f"{name} is {value!r}; give {rule}")
+
+
+def _stop_strings(stop: object) -> tuple[str, ...]:
+    stop = (stop,) if isinstance(stop, str) else stop or ()
+    if not isinstance(stop, Sequence):
+        raise RequestError(f"stop is {stop!r}; give a string or a list of strings")
+    for text in stop:
+        if not isinstance(text, str) or not text:
+            raise RequestError(f"stop contains {text!r}; give non-empty strings")
+    return tuple(stop)
 
 
 class Sampler:
@@ -96,8 +118,8 @@ class Sampler:
             before = np.cumsum(weights) - weights
             count = max(1, int((before < self._params.top_p).sum()))
             order, weights = order[:count], weights[:count] / weights[:count].sum()
-        place = np.searchsorted(np.cumsum(weights), self._random.random(), side="right")
-        return int(order[min(int(place), len(order) - 1)])
+        rank = np.searchsorted(np.cumsum(weights), self._random.random(), side="right")
+        return int(order[min(int(rank), len(order) - 1)])  # rounding may leave the sum of the weights below 1
 
 
 def log_softmax_at(logits: np.ndarray, token: int) -> float:
@@ -110,7 +132,7 @@ def log_softmax_at(logits: np.ndarray, token: int) -> float:
 class StopText:
     """Cuts a stream of text before the first stop string; holds back what may yet become one."""
 
-    def __init__(self, stop: tuple[str, ...]) -> None:
+    def __init__(self, stop: Sequence[str]) -> None:
         self._stop = stop
         self._held = ""
         self.found = False
@@ -120,11 +142,11 @@ class StopText:
         if self.found:
             return ""
         held = self._held + text
-        places = [place for place in (held.find(stop) for stop in self._stop) if place >= 0]
-        if places:
+        starts = [start for start in (held.find(stop) for stop in self._stop) if start >= 0]
+        if starts:
             self.found = True
             self._held = ""
-            return held[: min(places)]
+            return held[: min(starts)]
         keep = max((_overlap(held, stop) for stop in self._stop), default=0)
         self._held = held[len(held) - keep :]
         return held[: len(held) - keep]

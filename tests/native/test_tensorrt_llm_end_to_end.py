@@ -62,7 +62,7 @@ def session_of(graph: Graph, kv_bytes: int, settings: ChunkKVSettings | None, li
 
 def choices(session: ChunkKVSession, lengths: tuple[int, ...]) -> list[list[np.ndarray]]:
     """Return what the leaders kept of each prompt that is longer than what is kept anyway."""
-    contexts = session._executor.engine.contexts  # type: ignore[attr-defined]
+    contexts = session.executor.engine.contexts  # type: ignore[attr-defined]
     kept = [session.settings.kept_tokens(length) for length in lengths]
     pairs = zip(contexts, kept, lengths, strict=True)
     return [[indices[:count] for indices in context] for context, count, length in pairs if count < length]

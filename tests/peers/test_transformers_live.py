@@ -42,14 +42,12 @@ def model(variant: str):
 def engine_steps(session: ChunkKVSession, ids: np.ndarray, forced: np.ndarray, keep_ratio: float | None):
     """Prefill, then feed `forced` one by one; return prefill logits, decode logits and the choice."""
     request = make_requests([ids], None, session.limits, session.settings, keep_ratio, None, len(forced))[0]
-    executor = session._executor
+    executor = session.executor
     cache = executor.new_cache(1, request.kept_tokens + len(forced))
     (first,) = executor.prefiller().run([request], cache, threading.Event())
     decoder, logits = executor.decoder(cache), []
     for step, token in enumerate(forced):
-        decoder.input_ids[0], decoder.position_ids[0] = token, len(ids) + step
-        decoder.cache_lengths[0] = request.kept_tokens + step
-        logits.append(decoder.run()[0].copy())
+        logits.append(decoder.step([0], [token], [len(ids) + step], [request.kept_tokens + step])[0])
     return first.logits, np.array(logits), first.choice
 
 

@@ -89,7 +89,7 @@ def test_the_server_answers_as_the_page_says(folder) -> None:
 
 
 def test_defaults_are_those_of_the_code() -> None:
-    from chunkkv.batching.batcher import BatchingLimits
+    from chunkkv.batching import BatchingLimits
     from chunkkv.triton.server.supervisor import ServeSettings
 
     defaults = dict(re.findall(r"`--(\w+)` \(([\d.]+)\)", PAGE))

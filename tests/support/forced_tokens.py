@@ -17,12 +17,12 @@ def forced_logits(
     session: ChunkKVSession, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]
 ) -> list[np.ndarray]:
     """Return logits [steps,vocab] per prompt; an answer shorter than the longest must end with an end token."""
-    executor, recorder = session._executor, _Recorder(tokens)
-    session._executor = _Forced(executor, recorder)  # type: ignore[assignment]
+    executor, recorder = session.executor, _Recorder(tokens)
+    session.executor = _Forced(executor, recorder)  # type: ignore[assignment]
     try:
         results = session.generate([list(prompt) for prompt in prompts], SamplingParams(max(map(len, tokens))))
     finally:
-        session._executor = executor
+        session.executor = executor
     assert [list(result.token_ids) for result in results] == [list(row) for row in tokens]
     return [np.array(row) for row in recorder.logits]
 
@@ -69,6 +69,6 @@ class _Prefiller(_Wrapped):
 
 
 class _Decoder(_Wrapped):
-    def run(self) -> np.ndarray:
-        logits = self.inner.run()
-        return np.array([self.recorder.take(row, logits[row]) for row in range(len(logits))])
+    def step(self, rows: Sequence[int], *inputs: Any) -> np.ndarray:
+        logits = self.inner.step(rows, *inputs)
+        return np.array([self.recorder.take(row, row_logits) for row, row_logits in zip(rows, logits, strict=True)])

@@ -31,6 +31,7 @@ FLOORS = (
     {"batching"},
     {"chunkkv"},
     {"session"},
+    {"answer"},
     {"executors"},
     {"gpu", "native", "text"},
     {"engine"},

@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from chunkkv import reference
 from chunkkv.errors import ConfigError
 from chunkkv.evaluation.requirements import check_queries
+from chunkkv.executors.host_cache import HostKVCache
 from chunkkv.settings import ChunkKVSettings
-
-if TYPE_CHECKING:
-    from chunkkv.executors.onnxruntime.executor import KVCache
 
 
 @dataclass
@@ -29,7 +26,7 @@ class PrefilledPrompt:
 
     ids: np.ndarray
     logits: np.ndarray
-    cache: KVCache
+    cache: HostKVCache
     queries: dict[int, np.ndarray]
     delimiter_table: np.ndarray | None
     seed: int

@@ -1,17 +1,17 @@
-"""Prefills a prompt once, keeps of it what many policies choose, and lets each answer: all as rows of one decode."""
+"""Prefills once, applies each policy to a copy of the cache, and decodes all copies as one batch."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from chunkkv.errors import BackendUnavailableError, RequestError
 from chunkkv.evaluation.prefilled import PrefilledPrompt
 from chunkkv.evaluation.texts.questions import Question
-from chunkkv.executors.onnxruntime.prefill import BlockwisePrefiller
+from chunkkv.executors.host_cache import HostKVCache
+from chunkkv.executors.interface import BlockwisePrefiller, Decoder
 from chunkkv.requests import make_requests
 from chunkkv.session import ChunkKVSession
 
@@ -28,40 +28,43 @@ class PromptRunner:
 
     def __init__(self, session: ChunkKVSession) -> None:
         self.session = session
-        self._executor = session._executor
+        self._executor = session.executor
         tokenizer = session.tokenizer
         vocab_size = session.limits.vocab_size
         self._delimiters = None if tokenizer is None else tokenizer.delimiter_token_table(vocab_size=vocab_size)
 
     def sees_caches(self) -> bool:
         """Return whether the engine leaves a prompt's whole cache where a policy can look at it."""
-        return isinstance(self._executor.prefiller(), BlockwisePrefiller)
+        return self._executor.capabilities.blockwise_prefill
 
-    def prefill(self, ids: np.ndarray, seed: int = 0) -> PrefilledPrompt:
-        """Prefill one prompt [L] and keep all of it; raises RequestError for a prompt the engine cannot take."""
-        prefiller: Any = self._executor.prefiller()
-        if not isinstance(prefiller, BlockwisePrefiller):
+    def _prefiller(self) -> BlockwisePrefiller:
+        if not self.sees_caches():
             raise BackendUnavailableError(
                 "this engine compacts within prefill, so no policy but 'engine' can choose: "
                 "build for backend onnxruntime to compare policies"
             )
+        return self._executor.blockwise_prefiller()
+
+    def prefill(self, ids: np.ndarray, seed: int = 0) -> PrefilledPrompt:
+        """Prefill one prompt [L] and keep all of it; raises RequestError for a prompt the engine cannot take."""
+        prefiller = self._prefiller()
         request = make_requests([ids], None, self.session.limits, None, None, None, 0)[0]
-        cache = self._executor.new_cache(1, len(ids))
+        cache = prefiller.new_cache(1, len(ids))
         logits, queries = prefiller.fill(request.ids, cache, threading.Event())
         assert logits is not None
-        found = {layer: query[0] for layer, query in queries.items()}
-        prompt = PrefilledPrompt(request.ids, logits, cache, found, self._delimiters, seed)
-        if self.session.settings is not None:
-            prompt.engine_choice = lambda kept: self._engine_choice(prompt, queries, kept)
-        return prompt
-
-    def _engine_choice(self, prompt: PrefilledPrompt, queries: dict[int, np.ndarray], kept: int) -> list[np.ndarray]:
+        row_queries = {layer: query[0] for layer, query in queries.items()}
+        prompt = PrefilledPrompt(request.ids, logits, cache, row_queries, self._delimiters, seed)
         settings = self.session.settings
-        assert settings is not None
-        executor: Any = self._executor
-        out = executor.new_cache(1, kept)
-        chosen = executor.compress(prompt.cache, queries, prompt.ids, settings.keep_per_10k, kept, out).kept_indices
-        return [chosen[settings.leader_of(group)] for group in settings.layer_groups for _ in group]
+        if settings is not None:
+
+            def engine_choice(kept: int) -> list[np.ndarray]:
+                out = prefiller.new_cache(1, kept)
+                choice = prefiller.compress(cache, queries, request.ids, settings.keep_per_10k, kept, out)
+                leaders = [settings.leader_of(group) for group in settings.layer_groups for _ in group]
+                return [choice.kept_indices[leader] for leader in leaders]
+
+            prompt.engine_choice = engine_choice
+        return prompt
 
     def answer(
         self, prompt: PrefilledPrompt, choices: Sequence[Sequence[np.ndarray]], questions: Sequence[Question]
@@ -74,13 +77,13 @@ class PromptRunner:
         room = self._room(len(prompt), questions)
         for numbers in self._batches(choices, room):
             lengths = np.array([[len(kept) for kept in choices[number]] for number in numbers], np.int32)  # [B,layers]
-            cache = self._executor.new_cache(len(numbers), int(lengths.max()) + room)
+            cache = self._prefiller().new_cache(len(numbers), int(lengths.max()) + room)
             for row, number in enumerate(numbers):
                 _compact(prompt.cache, choices[number], cache, row)
-            decoder = self._decoder(cache, lengths)
+            batch = self._batch(cache, lengths, len(prompt))
             for question in questions:
-                found = self._ask(decoder, lengths, (len(prompt), prompt.logits), question)
-                for number, tokens in zip(numbers, found, strict=True):
+                rows_tokens = self._ask(batch, prompt.logits, question)
+                for number, tokens in zip(numbers, rows_tokens, strict=True):
                     answers[number].append(tokens)
         return answers
 
@@ -94,9 +97,9 @@ class PromptRunner:
         room = self._room(len(ids), questions)
         cache = self._executor.new_cache(1, self._executor.capacity_for(kept + room))
         prefilled = self._executor.prefiller().run([request], cache.rows(0, 1), threading.Event())[0]
-        decoder = self._executor.decoder(cache)
-        lengths = np.array([[kept]], np.int32)
-        return [self._ask(decoder, lengths, (len(ids), prefilled.logits), question)[0] for question in questions]
+        assert prefilled.logits is not None
+        batch = _DecodeBatch(self._executor.decoder(cache), np.array([kept]), len(ids))
+        return [self._ask(batch, prefilled.logits, question)[0] for question in questions]
 
     def _room(self, length: int, questions: Sequence[Question]) -> int:
         """Return how many tokens may follow a prompt of `length`; raises RequestError where the engine has no room."""
@@ -125,54 +128,57 @@ class PromptRunner:
                 batches.append([number])
         return batches
 
-    def _decoder(self, cache: Any, lengths: np.ndarray) -> Any:
-        """Return a decoder for rows whose layers hold `lengths` [B,layers] tokens."""
-        executor: Any = self._executor
-        even = (lengths == lengths[:, :1]).all()
-        return executor.decoder(cache) if even else executor.layer_lengths_decoder(cache)
+    def _batch(self, cache: HostKVCache, lengths: np.ndarray, prompt_tokens: int) -> _DecodeBatch:
+        """Return the batch of a cache whose layers hold `lengths` [B,layers] tokens of one prompt."""
+        if (lengths == lengths[:, :1]).all():
+            return _DecodeBatch(self._executor.decoder(cache), lengths[:, 0], prompt_tokens)
+        return _DecodeBatch(self._executor.layer_lengths_decoder(cache), lengths.T, prompt_tokens)
 
-    def _ask(
-        self, decoder: Any, lengths: np.ndarray, prefilled: tuple[int, np.ndarray], question: Question
-    ) -> list[list[int]]:
+    def _ask(self, batch: _DecodeBatch, prefill_logits: np.ndarray, question: Question) -> list[list[int]]:
         """Feed the question to all rows, then generate until every row is finished; returns each row's tokens."""
-        length, logits = prefilled
-        rows = len(lengths)
         steps = 0
-        tokens: list[list[int]] = [[] for _ in range(rows)]
-        logits = np.broadcast_to(logits, (rows, len(logits)))
+        tokens: list[list[int]] = [[] for _ in batch.rows]
+        logits = np.broadcast_to(prefill_logits, (len(batch.rows), len(prefill_logits)))
         for token in question.ids:
-            logits = _step(decoder, [token] * rows, length + steps, lengths + steps)
+            logits = batch.step([token] * len(batch.rows), steps)
             steps += 1
         while True:
-            for row in range(rows):
+            for row in batch.rows:
                 if not self._finished(question, tokens[row]):
                     tokens[row].append(int(logits[row].argmax()))
-            if all(self._finished(question, given) for given in tokens):
+            if all(self._finished(question, answer) for answer in tokens):
                 return tokens
-            logits = _step(decoder, [given[-1] for given in tokens], length + steps, lengths + steps)
+            # Finished rows take part too: an idle row may lose its slot 0, which the next question still needs.
+            logits = batch.step([answer[-1] for answer in tokens], steps)
             steps += 1
 
-    def _finished(self, question: Question, given: list[int]) -> bool:
-        if not given:
+    def _finished(self, question: Question, answer: list[int]) -> bool:
+        if not answer:
             return False
         return (
-            given[-1] in self.session.eos_token_ids
-            or len(given) >= question.max_new_tokens
-            or question.is_settled(given)
+            answer[-1] in self.session.eos_token_ids
+            or len(answer) >= question.max_new_tokens
+            or question.is_settled(answer)
         )
 
 
-def _step(decoder: Any, tokens: list[int], position: int, lengths: np.ndarray) -> np.ndarray:
-    """Run one step: a token per row at one logical position, written behind `lengths` [B,layers] slots; [B,vocab]."""
-    decoder.input_ids[:, 0] = tokens
-    decoder.position_ids[:, 0] = position
-    decoder.cache_lengths[:] = lengths[:, 0]
-    if hasattr(decoder, "layer_lengths"):
-        decoder.layer_lengths[:] = lengths.T
-    return decoder.run()
+class _DecodeBatch:
+    """Rows of one prompt that decode together, each behind what its policy kept.
+
+    `filled` [B] or [layers,B] are the slots of the kept tokens, `prompt_tokens` the length of the whole prompt.
+    """
+
+    def __init__(self, decoder: Decoder, filled: np.ndarray, prompt_tokens: int) -> None:
+        self._decoder, self._filled, self._prompt_tokens = decoder, filled, prompt_tokens
+        self.rows = range(filled.shape[-1])
+
+    def step(self, tokens: Sequence[int], steps: int) -> np.ndarray:
+        """Append a token per row behind the kept ones and `steps` further tokens; return the logits [B,vocab]."""
+        positions = [self._prompt_tokens + steps] * len(self.rows)
+        return self._decoder.step(self.rows, tokens, positions, self._filled + steps)
 
 
-def _compact(full: Any, choice: Sequence[np.ndarray], out: Any, row: int) -> None:
+def _compact(full: HostKVCache, choice: Sequence[np.ndarray], out: HostKVCache, row: int) -> None:
     """Copy the kept positions of every layer to the first slots of a row (section 5 of the op contract)."""
     for source, target in ((full.keys, out.keys), (full.values, out.values)):
         for layer, kept in enumerate(choice):

@@ -1,32 +1,80 @@
-"""What a session needs of an engine, whichever engine it is: caches, a prefiller, a decoder."""
+"""The contract between a session and an engine: caches, a prefiller, a decoder, and what else the engine can do.
+
+Every executor implements `Executor`. What an executor cannot do stands in its `capabilities`; callers look there and
+never probe the object. The optional methods raise BackendUnavailableError where the capability is not declared.
+"""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import NoReturn, Protocol, TypeVar
 
 import numpy as np
 
+from chunkkv.errors import BackendUnavailableError
+from chunkkv.executors.host_cache import HostKVCache
 from chunkkv.requests import Request
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What ChunkKV decided for one row: per leader layer the kept positions (ascending) and the token scores."""
+class Capabilities:
+    """What an executor can do beyond prefilling prompts and decoding token by token.
 
-    kept_indices: dict[int, np.ndarray]
-    token_scores: dict[int, np.ndarray]
+    Parameters
+    ----------
+    reports_choice : bool
+        Prefill tells which tokens it kept (`Prefilled.choice`).
+    blockwise_prefill : bool
+        `blockwise_prefiller()` works: a prompt's whole cache can be read before it is compressed.
+    block_scoring : bool
+        `score_block()` works: the logits after every token of a block come from one call.
+    layer_lengths : bool
+        `layer_lengths_decoder()` works: the layers of a row may hold different numbers of tokens.
+    pool_bytes : int or None, default None
+        Size of the memory that all caches of the executor share, in bytes. None means that every cache has memory of
+        its own.
+    """
+
+    reports_choice: bool
+    blockwise_prefill: bool
+    block_scoring: bool
+    layer_lengths: bool
+    pool_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What ChunkKV decided for one row.
+
+    Parameters
+    ----------
+    kept_indices : mapping of int to numpy.ndarray
+        Per leader layer the kept positions [N] int32, ascending.
+    token_scores : mapping of int to numpy.ndarray
+        Per leader layer the score of every prompt token [L] float32.
+    """
+
+    kept_indices: Mapping[int, np.ndarray]
+    token_scores: Mapping[int, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Prefilled:
     """What prefill made of one prompt.
 
-    `logits` [vocab] float32 follow its last token, None where cancelled; `choice` is None where every token stays.
-    Times are seconds; `compress_s` is 0 where the engine compacts within prefill. `scratch_cache_bytes` are keys and
-    values that were alive for this prompt beside its own rows of the cache.
+    Parameters
+    ----------
+    logits : numpy.ndarray or None
+        Logits [vocab] float32 after the last prompt token; None where prefill was cancelled.
+    choice : Choice or None, default None
+        None where every token stays, or where the engine does not report its choice.
+    prefill_s : float, default 0.0
+        Seconds of prefill.
+    compress_s : float, default 0.0
+        Seconds of compression; 0 where the engine compacts within prefill.
+    scratch_cache_bytes : int, default 0
+        Bytes of keys and values that were alive for this prompt beside its own rows of the cache.
     """
 
     logits: np.ndarray | None
@@ -36,56 +84,138 @@ class Prefilled:
     scratch_cache_bytes: int = 0
 
 
+class CancelSignal(Protocol):
+    """Says whether the caller has given up; a threading.Event is one."""
+
+    def is_set(self) -> bool:
+        """Return whether to stop."""
+
+
 class KVCache(Protocol):
-    """Keys and values of some rows; rows are independent requests."""
+    """Keys and values of some rows; rows are independent requests. Only the executor that made it can read it."""
 
     @property
     def capacity(self) -> int:
         """Slots per row."""
 
-    def rows(self, first: int, count: int) -> Any:
+    def rows(self: CacheT, first: int, count: int) -> CacheT:
         """Return `count` rows from `first` as a cache that shares this cache's memory."""
 
 
-class Prefiller(Protocol):
+CacheT = TypeVar("CacheT", bound=KVCache)
+CacheT_contra = TypeVar("CacheT_contra", bound=KVCache, contravariant=True)
+
+
+class Prefiller(Protocol[CacheT_contra]):
     """Runs prompts and leaves their kept tokens in the first slots of a cache; lives as long as one call needs it."""
 
-    max_rows: int  # prompts that one run takes
+    @property
+    def max_rows(self) -> int:
+        """Prompts that one run takes."""
 
-    def run(self, requests: Sequence[Request], out: Any, cancel: threading.Event) -> list[Prefilled]:
-        """Prefill the prompts into `out`, a cache of as many rows; slots behind the kept tokens are meaningless."""
+    def run(self, requests: Sequence[Request], out: CacheT_contra, cancel: CancelSignal) -> list[Prefilled]:
+        """Prefill at most `max_rows` prompts into `out`, a cache of as many rows.
+
+        Slots behind the kept tokens are meaningless afterwards. Where `cancel` is set before the end, the prompt's
+        logits are None and its row is meaningless.
+        """
 
 
 class Decoder(Protocol):
-    """One decode step for all rows of a cache.
+    """Appends one token at a time to rows of one cache."""
 
-    Before run(), fill input_ids [B,1] int64, position_ids [B,1] int64 (logical) and cache_lengths [B] int32 (the slot
-    to write). A row without an answer rides along; where all three are 0 it may write its slot 0, and nothing else.
-    """
+    def step(
+        self, rows: Sequence[int], tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int] | np.ndarray
+    ) -> np.ndarray:
+        """Append one token to each row in `rows` and return its logits [len(rows),vocab] float32, a new array.
 
-    input_ids: np.ndarray
-    position_ids: np.ndarray
-    cache_lengths: np.ndarray
+        Rows that are not named are idle. An executor may overwrite slot 0 of an idle row and nothing else, so a row
+        takes part in every step from its prefill to its last token.
 
-    def run(self) -> np.ndarray:
-        """Run one step and return the logits [B,vocab] float32; the array is overwritten by the next step."""
+        Parameters
+        ----------
+        rows : sequence of int
+            Different rows of the cache, at least one, each with a prefilled prompt.
+        tokens : sequence of int
+            Per row the token id to append.
+        positions : sequence of int
+            Per row the logical position of that token: how many tokens of prompt and answer come before it.
+        slots : sequence of int, or numpy.ndarray
+            Per row the cache slot to write, which is the number of slots filled so far; compression makes it smaller
+            than the position. A decoder from `layer_lengths_decoder` takes [layers,len(rows)].
+
+        Raises EngineRunError for a slot beyond the cache, or where the engine fails.
+        """
 
 
-class Executor(Protocol):
+class BlockwisePrefiller(Protocol):
+    """Prefill and compression as two calls, over caches in host memory that can be read in between."""
+
+    def new_cache(self, rows: int, capacity: int) -> HostKVCache:
+        """Return an empty cache of `rows` rows with `capacity` slots each."""
+
+    def fill(
+        self, ids: np.ndarray, cache: HostKVCache, cancel: CancelSignal
+    ) -> tuple[np.ndarray | None, dict[int, np.ndarray]]:
+        """Write the keys and values of a whole prompt, ids [L] int64, to the first L slots of a cache of one row.
+
+        Returns the logits [vocab] after its last token, None where cancelled, and per leader layer its last w rotated
+        queries [1,Hq,min(w,L),D].
+        """
+
+    def compress(
+        self,
+        full: HostKVCache,
+        queries: Mapping[int, np.ndarray],
+        ids: np.ndarray,
+        keep_per_10k: int,
+        budget_tokens: int,
+        out: HostKVCache,
+    ) -> Choice:
+        """Choose what one row keeps and copy it to the first slots of `out`.
+
+        `full` [1,Hkv,L,D] and `queries` come from fill(). Slots of `out` behind the kept tokens become meaningless.
+        """
+
+
+class Executor(Protocol[CacheT]):
     """The graphs of one engine directory, ready to run; thread-safe, each call on caches of its own."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What this executor can do beyond prefill and decode."""
 
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes that one cached token takes in all layers together."""
 
     def capacity_for(self, tokens: int) -> int:
-        """Return the slots that a cache for `tokens` tokens has."""
+        """Return the slots that a cache for `tokens` tokens has; raises RequestError where the engine has none."""
 
-    def new_cache(self, rows: int, capacity: int) -> Any:
-        """Return an empty cache; `capacity` comes from capacity_for."""
+    def new_cache(self, rows: int, capacity: int) -> CacheT:
+        """Return an empty cache; `capacity` comes from capacity_for. Raises CacheFullError where a pool is full."""
 
-    def prefiller(self) -> Prefiller:
+    def prefiller(self) -> Prefiller[CacheT]:
         """Return what prefills the prompts of one call."""
 
-    def decoder(self, cache: Any) -> Decoder:
-        """Return a loop body that appends one token per row to `cache`."""
+    def decoder(self, cache: CacheT) -> Decoder:
+        """Return what appends tokens to the rows of `cache`; it keeps the cache alive."""
+
+    def blockwise_prefiller(self) -> BlockwisePrefiller:
+        """Return prefill and compression as two calls; needs capability `blockwise_prefill`."""
+        _refuse("hand out a prompt's whole cache")
+
+    def score_block(self, cache: CacheT, ids: np.ndarray, slot: int, position: int) -> np.ndarray:
+        """Append the tokens ids [S] int64 to a cache of one row and return the logits [S,vocab] after each of them.
+
+        The first one is written to `slot` and stands at logical `position`. Needs capability `block_scoring`.
+        """
+        _refuse("score a block of tokens at once")
+
+    def layer_lengths_decoder(self, cache: CacheT) -> Decoder:
+        """Return a decoder whose steps take slots [layers,rows]; needs capability `layer_lengths`."""
+        _refuse("decode over layers of different lengths")
+
+
+def _refuse(ability: str) -> NoReturn:
+    raise BackendUnavailableError(f"this engine cannot {ability}: build the checkpoint for backend onnxruntime")

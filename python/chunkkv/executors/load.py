@@ -2,37 +2,45 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from chunkkv.engine.directory import TENSORRT_LLM, EngineFiles
 from chunkkv.errors import EngineMismatchError, RequestError
-from chunkkv.executors.interface import Executor
+from chunkkv.executors.interface import Executor, KVCache
 
 RUNNABLE = ("onnxruntime", "tensorrt", TENSORRT_LLM)
 
 
 def load_executor(
     files: EngineFiles, threads: int | None = None, max_tokens_in_paged_kv_cache: int | None = None
-) -> Executor:
-    """Return the executor of a checked engine directory; `threads` is for engines that run on the CPU.
+) -> Executor[KVCache]:
+    """Return the executor of a checked engine directory.
 
-    `max_tokens_in_paged_kv_cache` sizes the pool of a TensorRT-LLM engine; RequestError where another one gets it.
-    Raises EngineMismatchError for another backend's engine, BackendUnavailableError where its libraries are missing.
+    Raises EngineMismatchError for another backend's engine, BackendUnavailableError where its libraries are missing,
+    RequestError for a pool size that the engine has no use for.
+
+    Parameters
+    ----------
+    files : EngineFiles
+        The checked directory.
+    threads : int or None, default None
+        Threads of an engine that runs on the CPU; None leaves the number to it.
+    max_tokens_in_paged_kv_cache : int or None, default None
+        Tokens in the pool of a TensorRT-LLM engine; None takes what the GPU has free.
     """
     if max_tokens_in_paged_kv_cache is not None and files.backend != TENSORRT_LLM:
         raise RequestError(
             f"max_tokens_in_paged_kv_cache was given, but {files.path} was built for backend {files.backend!r}, whose "
             "caches are not paged: leave it out"
         )
-    if files.backend == "onnxruntime":
-        from chunkkv.executors.onnxruntime.executor import OnnxRuntimeExecutor
+    # Each executor takes caches of its own class only. Callers hand back what new_cache() gave them, so they need not
+    # know that class; Python has no type that says so, hence the cast.
+    return cast("Executor[KVCache]", _load(files, threads, max_tokens_in_paged_kv_cache))
 
-        executor = OnnxRuntimeExecutor(files.path, files.build["max_num_tokens"], files.settings, threads)
-        for name, found in (("vocab_size", executor.vocab_size), ("num_hidden_layers", executor.num_layers)):
-            if files.model[name] != found:
-                raise EngineMismatchError(
-                    f"{files.path}: config.json says {name} is {files.model[name]}, its graph has {found}; "
-                    "build the engine again"
-                )
-        return executor
+
+def _load(files: EngineFiles, threads: int | None, pool_tokens: int | None) -> object:
+    if files.backend == "onnxruntime":
+        return _load_onnxruntime(files, threads)
     if files.backend == "tensorrt":
         from chunkkv.executors.tensorrt.executor import TensorRTExecutor
 
@@ -40,7 +48,20 @@ def load_executor(
     if files.backend == TENSORRT_LLM:
         from chunkkv.executors.tensorrt_llm.executor import load_tensorrt_llm
 
-        return load_tensorrt_llm(files, max_tokens_in_paged_kv_cache)
+        return load_tensorrt_llm(files, pool_tokens)
     raise EngineMismatchError(
         f"{files.path} was built for backend {files.backend!r}; this session runs {' and '.join(map(repr, RUNNABLE))}"
     )
+
+
+def _load_onnxruntime(files: EngineFiles, threads: int | None) -> object:
+    from chunkkv.executors.onnxruntime.executor import OnnxRuntimeExecutor
+
+    executor = OnnxRuntimeExecutor(files.path, files.build["max_num_tokens"], files.settings, threads)
+    for name, in_graph in (("vocab_size", executor.step.vocab_size), ("num_hidden_layers", executor.step.num_layers)):
+        if files.model[name] != in_graph:
+            raise EngineMismatchError(
+                f"{files.path}: config.json says {name} is {files.model[name]}, its graph has {in_graph}; "
+                "build the engine again"
+            )
+    return executor

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -15,10 +14,23 @@ BLOCK = 64  # tokens whose logits are held at once
 
 
 class CompressedPrompt:
-    """One prompt's kept cache with room for `room` tokens behind it, on any executor.
+    """One prompt's kept cache with room for tokens behind it, on any executor.
 
     Every call of `score` starts anew behind the prompt. Raises RequestError for a prompt or budget that the engine
     cannot serve.
+
+    Parameters
+    ----------
+    session : ChunkKVSession
+        The engine.
+    ids : sequence of int
+        Token ids of the prompt.
+    room : int
+        Tokens that may follow the prompt.
+    keep_ratio : float or None, default None
+        Share of the prompt that stays; None takes the engine's own.
+    budget_tokens : int or None, default None
+        Tokens that stay, instead of a ratio.
     """
 
     def __init__(
@@ -29,7 +41,7 @@ class CompressedPrompt:
         keep_ratio: float | None = None,
         budget_tokens: int | None = None,
     ) -> None:
-        executor: Any = session._executor
+        executor = session.executor
         request = make_requests(
             [ids], None, session.limits, session.settings, keep_ratio, budget_tokens, max_new_tokens=room
         )[0]
@@ -45,10 +57,10 @@ class CompressedPrompt:
         """
         total, greedy, place = 0.0, True, 0
         for logits in self._logits(np.asarray(tokens[:-1], np.int64)):
-            wanted = np.asarray(tokens[place : place + len(logits)], np.int64)
+            expected = np.asarray(tokens[place : place + len(logits)], np.int64)
             counted = np.arange(place, place + len(logits)) >= skipped
-            total += float(log_probabilities(logits, wanted)[counted].sum())
-            greedy = greedy and bool((logits.argmax(axis=1) == wanted)[counted].all())
+            total += float(log_probabilities(logits, expected)[counted].sum())
+            greedy = greedy and bool((logits.argmax(axis=1) == expected)[counted].all())
             place += len(logits)
         return total, greedy
 
@@ -56,16 +68,14 @@ class CompressedPrompt:
         """Yield the logits [n,vocab] after the prompt, then after each token of `fed`."""
         assert self._prefilled.logits is not None
         yield self._prefilled.logits[None]
-        if hasattr(self._executor, "score_block"):
+        if self._executor.capabilities.block_scoring:
             for first in range(0, len(fed), BLOCK):
                 slot, position = self.kept_tokens + first, self._length + first
                 yield self._executor.score_block(self._cache, fed[first : first + BLOCK], slot, position)
-            return
-        decoder = self._executor.decoder(self._cache) if len(fed) else None
-        for step, token in enumerate(fed):
-            decoder.input_ids[0], decoder.position_ids[0] = token, self._length + step
-            decoder.cache_lengths[0] = self.kept_tokens + step
-            yield decoder.run()
+        elif len(fed):
+            decoder = self._executor.decoder(self._cache)
+            for step, token in enumerate(fed.tolist()):
+                yield decoder.step([0], [token], [self._length + step], [self.kept_tokens + step])
 
 
 def log_probabilities(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:

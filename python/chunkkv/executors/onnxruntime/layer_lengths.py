@@ -5,7 +5,7 @@ The engines themselves keep the same number of tokens in every layer; this graph
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,40 +14,59 @@ import onnxruntime as ort
 from onnx import helper
 
 from chunkkv.errors import EngineError
-from chunkkv.executors.onnxruntime.executor import Decoder, KVCache, bind_arrays
+from chunkkv.executors.host_cache import HostKVCache
+from chunkkv.executors.onnxruntime.binding import CPU, bind_arrays, session_options
+from chunkkv.executors.onnxruntime.decode import OnnxRuntimeDecoder
+from chunkkv.executors.onnxruntime.graphs import OnnxRuntimeStep
+from chunkkv.executors.step_arrays import check_slots
 
 LENGTHS_INPUT = "layer_lengths"
-_LENGTHS_AT = 5  # of GroupQueryAttention's inputs: the last filled slot of each row, then the largest length
+# Inputs of com.microsoft.GroupQueryAttention: at this place the last filled slot of each row (seqlens_k), then the
+# largest length of all rows (total_sequence_length).
+_SEQLENS_INPUT = 5
 _FOLDER_OPTION = "session.model_external_initializers_file_folder_path"
 
 
-class LayerLengthsStep:
-    """The step graph of `path` with one more input, layer_lengths [layers,B] int32, in place of cache_lengths.
+def load_layer_lengths_graph(path: Path, threads: int) -> ort.InferenceSession:
+    """Return the step graph of `path` with one more input, layer_lengths [layers,B] int32.
 
-    Raises EngineError for a graph without GroupQueryAttention.
+    It takes the place of cache_lengths, which stays an input without effect. Raises EngineError for a graph without
+    GroupQueryAttention.
+    """
+    options = session_options(threads)
+    options.add_session_config_entry(_FOLDER_OPTION, str(path.parent))
+    model = _with_layer_lengths(onnx.load(str(path), load_external_data=False), path)
+    return ort.InferenceSession(model.SerializeToString(), options, providers=CPU)
+
+
+class LayerLengthsDecoder(OnnxRuntimeDecoder):
+    """Appends tokens to a cache whose layers are filled to different lengths: steps take slots [layers,rows].
+
+    Parameters
+    ----------
+    step : OnnxRuntimeStep
+        The engine's own step graph, for its shapes.
+    cache : HostKVCache
+        The cache to append to.
+    session : onnxruntime.InferenceSession
+        The graph of load_layer_lengths_graph.
     """
 
-    def __init__(self, path: Path, threads: int) -> None:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        options.enable_mem_pattern = False
-        options.add_session_config_entry(_FOLDER_OPTION, str(path.parent))
-        model = onnx.load(str(path), load_external_data=False)
-        self.session = ort.InferenceSession(
-            _with_layer_lengths(model, path).SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+    def __init__(self, step: OnnxRuntimeStep, cache: HostKVCache, session: ort.InferenceSession) -> None:
+        super().__init__(step, cache, session)
+        self._layer_lengths = np.zeros((step.num_layers, cache.row_count), np.int32)
+        bind_arrays(self._binding, {LENGTHS_INPUT: self._layer_lengths}, {})
 
-
-class LayerLengthsDecoder(Decoder):
-    """One decode step for all rows of a cache, where layer l of row b writes slot layer_lengths[l,b]."""
-
-    def __init__(
-        self, step: LayerLengthsStep, binding: ort.IOBinding, cache: KVCache, vocab_size: int, heads: Mapping[int, int]
-    ) -> None:
-        super().__init__(step.session, binding, cache, vocab_size, heads, cache.keys[0].shape[3])
-        self.layer_lengths = np.zeros((len(cache.keys), cache.keys[0].shape[0]), np.int32)
-        bind_arrays(binding, {LENGTHS_INPUT: self.layer_lengths}, {})
+    def step(
+        self, rows: Sequence[int], tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int] | np.ndarray
+    ) -> np.ndarray:
+        """Append one token to each row in `rows`; layer l of rows[i] writes slot slots[l,i]. See Decoder.step."""
+        check_slots(rows, slots, self._cache.capacity)
+        layer_slots = np.asarray(slots, np.int32)
+        self._arrays.fill(rows, tokens, positions, layer_slots[0])
+        self._layer_lengths[:] = 0
+        self._layer_lengths[:, list(rows)] = layer_slots
+        return self._run(rows)
 
 
 def _with_layer_lengths(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
@@ -57,10 +76,10 @@ def _with_layer_lengths(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
         raise EngineError(f"{path} has no GroupQueryAttention; layers of different lengths cannot run on it")
     lengths = helper.make_tensor_value_info(LENGTHS_INPUT, onnx.TensorProto.INT32, [len(attention), "batch"])
     graph.input.append(lengths)
-    one = helper.make_tensor("one", onnx.TensorProto.INT32, [], [1])
+    number_one = helper.make_tensor("one", onnx.TensorProto.INT32, [], [1])
     axis = helper.make_tensor("axis", onnx.TensorProto.INT64, [1], [1])
-    made = [
-        helper.make_node("Constant", [], ["layer_lengths.one"], value=one),
+    new_nodes = [
+        helper.make_node("Constant", [], ["layer_lengths.one"], value=number_one),
         helper.make_node("Constant", [], ["layer_lengths.axis"], value=axis),
         helper.make_node("Shape", ["input_ids"], ["layer_lengths.block64"], start=1, end=2),
         helper.make_node("Squeeze", ["layer_lengths.block64"], ["layer_lengths.block_"]),
@@ -72,14 +91,14 @@ def _with_layer_lengths(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
     ]
     for layer, node in enumerate(attention):
         index = helper.make_tensor("index", onnx.TensorProto.INT64, [], [layer])
-        made.append(helper.make_node("Constant", [], [f"layer_lengths.{layer}"], value=index))
-        for place, source in ((_LENGTHS_AT, "last"), (_LENGTHS_AT + 1, "total")):
+        new_nodes.append(helper.make_node("Constant", [], [f"layer_lengths.{layer}"], value=index))
+        for place, source in ((_SEQLENS_INPUT, "last"), (_SEQLENS_INPUT + 1, "total")):
             name = f"layer_lengths.{source}.{layer}"
-            made.append(
+            new_nodes.append(
                 helper.make_node("Gather", [f"layer_lengths.{source}", f"layer_lengths.{layer}"], [name], axis=0)
             )
             node.input[place] = name
-    nodes = [*made, *graph.node]
+    nodes = [*new_nodes, *graph.node]
     del graph.node[:]
     graph.node.extend(nodes)
     return model

@@ -6,7 +6,7 @@ import queue
 import threading
 from collections.abc import Callable
 
-from chunkkv.batching.batcher import Load
+from chunkkv.batching import Load
 from chunkkv.results import GenerationResult
 from chunkkv.triton.models.backend import PbMetric, PbMetricFamily, PythonBackend
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from itertools import count
 from typing import TypeVar
 
-from chunkkv.batching.batcher import BatchingLimits, ContinuousBatcher
+from chunkkv.batching import BatchingLimits, ContinuousBatcher
 from chunkkv.errors import ConfigError
 from chunkkv.session import ChunkKVSession
 from chunkkv.triton.logs import LEVELS, configure, fields

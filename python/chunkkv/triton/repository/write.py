@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from chunkkv.batching.batcher import BatchingLimits
+from chunkkv.batching import BatchingLimits
 from chunkkv.engine.directory import EngineFiles
 from chunkkv.errors import ConfigError
 from chunkkv.files import whole_directory

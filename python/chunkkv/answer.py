@@ -1,0 +1,193 @@
+"""One prompt's answer while it grows: from logits to tokens, text, the end of the answer and its statistics."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from chunkkv import profiling
+from chunkkv.executors.interface import Decoder, Prefilled
+from chunkkv.requests import Request
+from chunkkv.results import GenerationResult, RequestStatistics, StreamEvent
+from chunkkv.sampling import Sampler, SamplingParams, StopText
+from chunkkv.text.tokenizer import StreamDecoder, Tokenizer
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """What an answer must know of the model that gives it.
+
+    Parameters
+    ----------
+    vocab_size : int
+        Length of its logits.
+    eos_token_ids : frozenset of int
+        Tokens that end an answer.
+    tokenizer : Tokenizer or None
+        Turns tokens into text; None leaves texts empty.
+    kv_bytes_per_token : int
+        Bytes that one cached token takes in all layers together.
+    """
+
+    vocab_size: int
+    eos_token_ids: frozenset[int]
+    tokenizer: Tokenizer | None
+    kv_bytes_per_token: int
+
+
+class Answer:
+    """One prompt's answer as it grows.
+
+    Parameters
+    ----------
+    row : int
+        Its row of the cache that it decodes in; the `row` of its events.
+    request : Request
+        The prompt.
+    sampling : SamplingParams
+        How tokens are chosen and what ends the answer.
+    capacity : int
+        Slots of that row, for the statistics.
+    model : ModelOutput
+        The model that answers.
+    """
+
+    def __init__(self, row: int, request: Request, sampling: SamplingParams, capacity: int, model: ModelOutput) -> None:
+        self.row, self.request = row, request
+        self._sampling, self._capacity, self._model = sampling, capacity, model
+        self._sampler = Sampler(sampling, request.ids, model.vocab_size)
+        self._decoder = StreamDecoder(model.tokenizer) if model.tokenizer else None
+        self._stop = StopText(sampling.stop)
+        self.tokens: list[int] = []
+        self._logprobs: list[float] = []
+        self._text = ""
+        self.finished = False
+        self._prefilled = Prefilled(None)
+        self.decode_s = self._ttft_s = 0.0
+
+    @property
+    def next_position(self) -> int:
+        """Logical position of the last token, which the next decode step appends."""
+        return len(self.request.ids) + len(self.tokens) - 1
+
+    @property
+    def next_slot(self) -> int:
+        """Cache slot that the next decode step writes: dropped prompt tokens take none."""
+        return self.request.kept_tokens + len(self.tokens) - 1
+
+    def begin(self, prefilled: Prefilled, began: float) -> StreamEvent:
+        """Choose the first token after prefill; `began` is the perf_counter() of the call that asked for the answer."""
+        self._prefilled = prefilled
+        if prefilled.logits is None:
+            return self.cancelled()
+        token, logprob = self._choose(prefilled.logits)
+        self._ttft_s = time.perf_counter() - began
+        return self._append(token, logprob)
+
+    def accept(self, logits: np.ndarray) -> StreamEvent:
+        """Choose the next token from logits [vocab] float32."""
+        return self._append(*self._choose(logits))
+
+    def cancelled(self) -> StreamEvent:
+        """End the answer with what there is."""
+        return self._finish("", "cancelled", None)
+
+    def _choose(self, logits: np.ndarray) -> tuple[int, float | None]:
+        with profiling.range_of("sample", (self.request,)):
+            return self._sampler.choose(logits)
+
+    def _append(self, token: int, logprob: float | None) -> StreamEvent:
+        self.tokens.append(token)
+        if logprob is not None:
+            self._logprobs.append(logprob)
+        ended = token in self._model.eos_token_ids and not self._sampling.ignore_eos
+        text = "" if ended or self._decoder is None else self._stop.push(self._decoder.push(token))
+        if ended or self._stop.found:
+            return self._finish(text, "stop", token)
+        if len(self.tokens) >= self._sampling.max_new_tokens:
+            return self._finish(text, "length", token)
+        self._text += text
+        return StreamEvent(self.row, text, (token,))
+
+    def _held_back_text(self) -> str:
+        """Return the text that was held back because it might have become a character or a stop string."""
+        if self._decoder is None or self._stop.found:
+            return ""
+        return self._stop.push(self._decoder.finish()) + self._stop.flush()
+
+    def _finish(self, text: str, reason: str, token: int | None) -> StreamEvent:
+        self.finished = True
+        text += self._held_back_text()
+        if self._stop.found:
+            reason = "stop"
+        self._text += text
+        result = GenerationResult(
+            text=self._text,
+            token_ids=tuple(self.tokens),
+            finish_reason=reason,
+            logprobs=tuple(self._logprobs) if self._sampling.logprobs else None,
+            statistics=_statistics(
+                self.request,
+                self._model.kv_bytes_per_token,
+                self._prefilled,
+                self._capacity,
+                len(self.tokens),
+                self._ttft_s,
+                self.decode_s,
+            ),
+        )
+        return StreamEvent(self.row, text, () if token is None else (token,), result)
+
+
+def cancelled_in_queue(request: Request, sampling: SamplingParams, kv_bytes_per_token: int) -> StreamEvent:
+    """Return the only event of an answer that was cancelled before its prompt was prefilled: it never had a cache."""
+    statistics = _statistics(request, kv_bytes_per_token, Prefilled(None), capacity=0)
+    logprobs: tuple[float, ...] | None = () if sampling.logprobs else None
+    return StreamEvent(0, "", (), GenerationResult("", (), "cancelled", logprobs, statistics))
+
+
+def decode_step(decoder: Decoder, answers: Sequence[Answer]) -> np.ndarray:
+    """Append the last token of every answer to its row of the cache and return the logits [len(answers),vocab].
+
+    Each answer counts the time of the whole step, because it waited as long.
+    """
+    started = time.perf_counter()
+    with profiling.range_of("decode", [answer.request for answer in answers]):
+        logits = decoder.step(
+            [answer.row for answer in answers],
+            [answer.tokens[-1] for answer in answers],
+            [answer.next_position for answer in answers],
+            [answer.next_slot for answer in answers],
+        )
+    seconds = time.perf_counter() - started
+    for answer in answers:
+        answer.decode_s += seconds
+    return logits
+
+
+def _statistics(
+    request: Request,
+    kv_bytes_per_token: int,
+    prefilled: Prefilled,
+    capacity: int,
+    new_tokens: int = 0,
+    ttft_s: float = 0.0,
+    decode_s: float = 0.0,
+) -> RequestStatistics:
+    allocated = capacity * kv_bytes_per_token
+    return RequestStatistics(
+        prompt_tokens=len(request.ids),
+        kept_tokens=request.kept_tokens,
+        new_tokens=new_tokens,
+        ttft_s=ttft_s,
+        tpot_s=decode_s / (new_tokens - 1) if new_tokens > 1 else None,
+        prefill_s=prefilled.prefill_s,
+        compress_s=prefilled.compress_s,
+        cache_bytes=request.kept_tokens * kv_bytes_per_token,
+        full_cache_bytes=len(request.ids) * kv_bytes_per_token,
+        allocated_cache_bytes=allocated,
+        peak_cache_bytes=allocated + prefilled.scratch_cache_bytes,
+    )

@@ -1,0 +1,156 @@
+"""The two graphs of an engine directory: one appends tokens to a cache, one compresses the cache of a prompt.
+
+Graphs are shared and thread-safe; every call binds its own caches, so calls on several threads do not meet.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from chunkkv.errors import EngineError, EngineMismatchError
+from chunkkv.executors.host_cache import HostKVCache
+from chunkkv.executors.interface import Choice
+from chunkkv.executors.onnxruntime.binding import bind_arrays, bind_cache, load_graph
+from chunkkv.settings import ChunkKVSettings
+
+
+class OnnxRuntimeStep:
+    """The step graph: runs a block of tokens against a cache and appends their keys and values to it.
+
+    Shapes of the model are read from the graph. Raises EngineError for a file that is no step graph.
+
+    Parameters
+    ----------
+    path : Path
+        The graph's file.
+    window : int
+        Observation window w in tokens: how many of a block's last queries the graph returns.
+    threads : int
+        Intra-op threads; 0 leaves the number to ONNX Runtime.
+    """
+
+    def __init__(self, path: Path, window: int, threads: int) -> None:
+        self.path, self.threads = path, threads
+        self.session = load_graph(path, threads)
+        self._window = window
+        shapes = {value.name: value.shape for value in (*self.session.get_inputs(), *self.session.get_outputs())}
+        if not {"past_key.0", "logits"} <= set(shapes):
+            raise EngineError(f"{path} is no step graph; build the engine again")
+        self.num_layers = sum(name.startswith("past_key.") for name in shapes)
+        self.num_kv_heads, self.head_dim = int(shapes["past_key.0"][1]), int(shapes["past_key.0"][3])
+        self.vocab_size = int(shapes["logits"][2])
+        self.query_heads = {
+            int(name.split(".")[1]): int(shape[1]) for name, shape in shapes.items() if name.startswith("query.")
+        }
+
+    def new_cache(self, rows: int, capacity: int) -> HostKVCache:
+        """Return an empty cache; memory is touched only where tokens are written."""
+        shape = (rows, self.num_kv_heads, capacity, self.head_dim)
+        keys, values = (tuple(np.zeros(shape, np.float32) for _ in range(self.num_layers)) for _ in range(2))
+        return HostKVCache(keys, values)
+
+    def append_prompt_block(
+        self, cache: HostKVCache, ids: np.ndarray, filled: int
+    ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+        """Append the tokens ids [S] int64 of one row at slots and positions filled … filled+S-1.
+
+        Returns the logits [vocab] after the last token and, per leader layer, the block's last w rotated queries
+        [1,Hq,min(w,S),D].
+        """
+        logits, queries = self._append(cache, ids, filled, filled, np.array([len(ids) - 1]))
+        return logits[0], queries
+
+    def append_scored_block(self, cache: HostKVCache, ids: np.ndarray, slot: int, position: int) -> np.ndarray:
+        """Append the tokens ids [S] int64 of one row at slots from `slot` and positions from `position`.
+
+        Returns the logits [S,vocab] after each of them.
+        """
+        return self._append(cache, ids, slot, position, np.arange(len(ids)))[0]
+
+    def _append(
+        self, cache: HostKVCache, ids: np.ndarray, slot: int, position: int, logit_indices: np.ndarray
+    ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+        """Append a block of one row; return the logits [P,vocab] after its tokens at logit_indices [P], and queries."""
+        size = len(ids)
+        binding = bind_cache(self.session, cache)
+        logits = np.empty((1, len(logit_indices), self.vocab_size), np.float32)
+        inputs: dict[str, np.ndarray] = {
+            "input_ids": np.ascontiguousarray(ids, dtype=np.int64).reshape(1, size),
+            "position_ids": np.arange(position, position + size, dtype=np.int64).reshape(1, size),
+            "cache_lengths": np.array([slot], np.int32),
+            "logit_indices": np.ascontiguousarray(logit_indices, dtype=np.int64).reshape(1, -1),
+        }
+        queries: dict[int, np.ndarray] = {
+            leader: np.empty((1, heads, min(self._window, size), self.head_dim), np.float32)
+            for leader, heads in self.query_heads.items()
+        }
+        outputs = {"logits": logits, **{f"query.{leader}": array for leader, array in queries.items()}}
+        bind_arrays(binding, inputs, outputs)
+        self.session.run_with_iobinding(binding)
+        return logits[0], queries
+
+
+class OnnxRuntimeCompress:
+    """The compress graph: chooses the tokens of one row that stay and copies them to another cache.
+
+    Raises EngineError for a file that does not load, EngineMismatchError for a graph built with other settings.
+
+    Parameters
+    ----------
+    path : Path
+        The graph's file.
+    settings : ChunkKVSettings
+        The settings in the engine's config.json, which the graph must agree with.
+    threads : int
+        Intra-op threads; 0 leaves the number to ONNX Runtime.
+    """
+
+    def __init__(self, path: Path, settings: ChunkKVSettings, threads: int) -> None:
+        self.session = load_graph(path, threads)
+        built_with = json.loads(self.session.get_modelmeta().custom_metadata_map.get("chunkkv.settings", "{}"))
+        for name, value in settings.to_dict().items():
+            if built_with.get(name) != value:
+                raise EngineMismatchError(
+                    f"{path.parent}: config.json says {name} is {value!r}, {path.name} was built with "
+                    f"{built_with.get(name)!r}; build the engine again"
+                )
+        self._input_names = {value.name for value in self.session.get_inputs()}
+
+    def run(
+        self,
+        full: HostKVCache,
+        queries: Mapping[int, np.ndarray],
+        ids: np.ndarray,
+        keep_per_10k: int,
+        budget_tokens: int,
+        out: HostKVCache,
+    ) -> Choice:
+        """Choose what one row keeps and copy it to the first slots of `out`; see BlockwisePrefiller.compress."""
+        binding = self.session.io_binding()
+        inputs: dict[str, np.ndarray] = {
+            "lengths": np.array([full.capacity], np.int32),
+            "keep_per_10k": np.array([keep_per_10k], np.int32),
+            "budget_tokens": np.array([budget_tokens], np.int32),
+            "capacity": np.array([out.capacity], np.int64),
+            "input_ids": np.ascontiguousarray(ids, dtype=np.int64).reshape(1, -1),
+            **{f"query.{leader}": query for leader, query in queries.items()},
+        }
+        outputs: dict[str, np.ndarray] = {}
+        for layer in range(len(full.keys)):
+            inputs[f"key.{layer}"], inputs[f"value.{layer}"] = full.keys[layer], full.values[layer]
+            outputs[f"kept_key.{layer}"], outputs[f"kept_value.{layer}"] = out.keys[layer], out.values[layer]
+        # ids are an input only where delimiters cut chunks; a graph takes no array that it does not declare
+        bind_arrays(binding, {name: array for name, array in inputs.items() if name in self._input_names}, outputs)
+        names = [f"{kind}.{leader}" for leader in queries for kind in ("kept_indices", "token_scores")]
+        for name in (*names, "kept_lengths"):
+            binding.bind_output(name, "cpu")
+        self.session.run_with_iobinding(binding)
+        results = dict(zip((*outputs, *names), binding.get_outputs(), strict=False))
+        return Choice(
+            {leader: results[f"kept_indices.{leader}"].numpy()[0] for leader in queries},
+            {leader: results[f"token_scores.{leader}"].numpy()[0] for leader in queries},
+        )
