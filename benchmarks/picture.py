@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
-
+from chunkkv.evaluation.report.figures import INK, OTHER, OURS, labelled_bars, new_figure, png, title
 from chunkkv.files import write_whole
 
-INK, OURS, PEER = "#1f2430", "#2a78d6", "#c9d4e3"
 PANELS = (
     ("prefill_ms", "prefill (ms)", "{:.0f}"),
     ("compress_ms", "compression alone (ms)", "{:.1f}"),
     ("decode_ms", "time per token (ms)", "{:.1f}"),
     ("peak_mb", "peak memory (MB)", "{:.0f}"),
+)
+SIDES = (
+    (-0.2, "ours", OURS, "ChunkKV-TRT"),
+    (0.2, "transformers_kvpress", OTHER, "transformers + kvpress"),
 )
 
 
@@ -28,23 +26,20 @@ def draw(result: dict[str, Any], path: Path) -> None:
     """Write one PNG of the 4-layer model: a panel per quantity, a pair of bars per length and keep ratio."""
     rows = [row for row in result["rows"] if row["model"] == "medium"]
     names = [f"{row['tokens'] // 1024}k, keep {row['keep_ratio']:.0%}" for row in rows]
-    figure, axes = plt.subplots(2, 2, figsize=(9, 6.4), layout="constrained")
-    for axis, (key, title, form) in zip(axes.flat, PANELS, strict=True):
-        for shift, side, colour, label in (
-            (-0.2, "ours", OURS, "ChunkKV-TRT"),
-            (0.2, "transformers_kvpress", PEER, "transformers + kvpress"),
-        ):
+    figure = new_figure(9, 6.4)
+    panels = figure.subplots(2, 2)
+    for axes, (key, heading, form) in zip(panels.flat, PANELS, strict=True):
+        for shift, side, colour, legend in SIDES:
             values = [row[side][key] for row in rows]
             values = [value["median"] if isinstance(value, dict) else value for value in values]
+            labels = [form.format(value) if value else "" for value in values]
             places = [place + shift for place in range(len(rows))]
-            bars = axis.barh(places, values, height=0.38, color=colour, label=label)
-            axis.bar_label(bars, [form.format(v) if v else "" for v in values], padding=3, fontsize=7, color=INK)
-        axis.set_yticks(range(len(rows)), names, fontsize=8)
-        axis.invert_yaxis()
-        axis.margins(x=0.14)
-        axis.set_title(title, loc="left", fontsize=10, color=INK)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 1].legend(fontsize=8, frameon=False, loc="upper right")
+            labelled_bars(axes, places, values, labels, colours=colour, height=0.38, legend=legend, fontsize=7)
+        axes.set_yticks(range(len(rows)), names, fontsize=8)
+        axes.invert_yaxis()
+        axes.margins(x=0.14)
+        title(axes, heading)
+    panels[0, 1].legend(fontsize=8, frameon=False, loc="upper right")
     shapes = result["shapes"]
     figure.suptitle(
         f"{shapes['num_hidden_layers']} layers, hidden {shapes['hidden_size']}, {shapes['num_attention_heads']}/"
@@ -52,9 +47,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
         fontsize=9,
         color=INK,
     )
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    write_whole(path, picture.getvalue())
+    write_whole(path, png(figure, dpi=120))
 
 
 def main() -> None:

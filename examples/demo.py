@@ -7,24 +7,20 @@ for keep 50, 20 and 10 %, and writes a picture and an HTML page of what was kept
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import matplotlib as mpl
 from rich.console import Console
 from rich.table import Table
 
 from chunkkv import ChunkKVSession, SamplingParams
+from chunkkv.evaluation.report.figures import INK, OTHER, OURS, labelled_bars, new_figure, png, title
 from chunkkv.evaluation.report.inspect_page import write_page
 from chunkkv.files import write_whole
 from chunkkv.results import GenerationResult, Inspection
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "examples" / "needle" / "model"
@@ -33,7 +29,6 @@ KEEP_RATIOS = (0.5, 0.2, 0.1)
 # What measured best on this model, see examples/needle/README.md: its facts are sentences of up to 14 tokens.
 CHOICE = {"chunkkv_layer_reuse": "2", "chunkkv_boundaries": "delimiter", "chunkkv_chunk_size": "20"}
 REPEATS = 3  # the best of three, because a laptop does other things too
-INK, ACCENT, PALE = "#1f2430", "#2a78d6", "#c9d4e3"
 
 
 def build(output: Path, *flags: str) -> None:
@@ -51,16 +46,16 @@ def ask(session: ChunkKVSession, prompt: str, keep_ratio: float | None = None) -
 
 
 def show(console: Console, rows: list[tuple[str, GenerationResult]], expected: str) -> None:
-    """Print what was found and what it cost."""
+    """Print each answer, whether it is right, and what it cost."""
     table = Table(title="One question, one long document, one thread", title_justify="left")
     for column in ("cache", "answer", "prompt tokens", "kept tokens", "KV cache", "first token", "per token"):
         table.add_column(column, justify="left" if column in ("cache", "answer") else "right")
     for name, result in rows:
-        found = result.text.strip() == expected
+        is_right = result.text.strip() == expected
         costs = result.statistics
         table.add_row(
             name,
-            f"[green]{result.text.strip()} ✓[/]" if found else f"[red]{result.text.strip()} ✗[/]",
+            f"[green]{result.text.strip()} ✓[/]" if is_right else f"[red]{result.text.strip()} ✗[/]",
             f"{costs.prompt_tokens}",
             f"{costs.kept_tokens}",
             f"{costs.cache_bytes / 1024:.0f} KiB",
@@ -70,8 +65,8 @@ def show(console: Console, rows: list[tuple[str, GenerationResult]], expected: s
     console.print(table)
 
 
-def shown(path: Path) -> str:
-    """Return a path as short as it can be said from here."""
+def relative(path: Path) -> str:
+    """Return a path relative to the working directory where it lies below that."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
@@ -79,33 +74,30 @@ def draw(
     path: Path, rows: list[tuple[str, GenerationResult]], choice: Inspection, answer_span: tuple[int, int]
 ) -> None:
     """Draw KV bytes and time per token, and where in the prompt the kept tokens lie."""
-    figure, (sizes, times, places) = plt.subplots(3, 1, figsize=(8, 7), height_ratios=[2, 2, 1.6], layout="constrained")
+    figure = new_figure(8, 7)
+    sizes, times, places = figure.subplots(3, 1, height_ratios=[2, 2, 1.6])
     names = [name for name, _ in rows]
-    figures = (
+    panels = (
         (sizes, [r.statistics.cache_bytes / 1024 for _, r in rows], "KV cache of the prompt (KiB)", "{:.0f}"),
         (times, [(r.statistics.tpot_s or 0) * 1e3 for _, r in rows], "time per token (ms)", "{:.2f}"),
     )
-    for axis, values, title, form in figures:
-        bars = axis.barh(names, values, color=[PALE, ACCENT, ACCENT, ACCENT], height=0.62)
-        axis.bar_label(bars, [form.format(value) for value in values], padding=4, color=INK)
-        axis.set_title(title, loc="left", fontsize=10, color=INK)
-        axis.invert_yaxis()
-        axis.margins(x=0.12)
-        axis.spines[["top", "right"]].set_visible(False)
+    for axes, values, heading, form in panels:
+        labels = [form.format(value) for value in values]
+        labelled_bars(axes, names, values, labels, colours=[OTHER, *[OURS] * (len(rows) - 1)])
+        title(axes, heading)
+        axes.invert_yaxis()
+        axes.margins(x=0.12)
     length = len(choice.token_ids)
     for number, group in enumerate(choice.groups):
-        places.eventplot(group.kept, lineoffsets=number, linelengths=0.7, linewidths=0.6, colors=ACCENT)
+        places.eventplot(group.kept, lineoffsets=number, linelengths=0.7, linewidths=0.6, colors=OURS)
     places.axvspan(*answer_span, color="#eb6834", alpha=0.6, lw=0)
     places.set_yticks(range(len(choice.groups)), [f"layers {g.layers[0]}-{g.layers[-1]}" for g in choice.groups])
     places.set_xlim(0, length)
     share = choice.kept_tokens / length
-    title = f"positions kept at {share:.0%}, by layer-reuse group (orange: the sentence that holds the answer)"
-    places.set_title(title, loc="left", fontsize=10, color=INK)
-    places.set_xlabel("position in the prompt")
+    title(places, f"positions kept at {share:.0%}, by layer-reuse group (orange: the sentence that holds the answer)")
+    places.set_xlabel("position in the prompt", color=INK)
     places.spines[["top", "right"]].set_visible(False)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=130)
-    write_whole(path, picture.getvalue())
+    write_whole(path, png(figure, dpi=130))
 
 
 def main() -> None:
@@ -130,7 +122,7 @@ def main() -> None:
     picture, page = folder / "demo.png", folder / "demo.html"
     draw(picture, rows, choice, tuple(prompt["answer_span"]))
     write_page(choice, page)
-    console.print(f"\nPicture: {shown(picture)}\nWhat was kept, token by token: {shown(page)}", soft_wrap=True)
+    console.print(f"\nPicture: {relative(picture)}\nWhat was kept, token by token: {relative(page)}", soft_wrap=True)
     console.print(f"Took {time.perf_counter() - started:.0f} s.")
     at_20 = dict(rows)["keep 20%"]
     if at_20.text.strip() != prompt["expected"]:

@@ -19,7 +19,7 @@ from chunkkv.errors import BackendUnavailableError, ConfigError, EngineMismatchE
 from chunkkv.evaluation.evaluator import Evaluator, Plan
 from chunkkv.evaluation.policies import parse_policies
 from chunkkv.evaluation.records import RECORDS_FILE, read_records
-from chunkkv.evaluation.report import plots
+from chunkkv.evaluation.report import figures, plots
 from chunkkv.evaluation.report.summary import summarize, table, write_results
 from chunkkv.evaluation.runner import PromptRunner
 from chunkkv.evaluation.statistics import jaccard, paired_difference, wilson
@@ -280,7 +280,7 @@ def test_pictures_are_drawn(finished: tuple[Path, list[dict]], tmp_path: Path) -
 def test_pictures_need_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(BackendUnavailableError, match="pip install 'chunkkv-trt\\[eval\\]', or give --no_plots"):
-        plots.check_plots()
+        figures.check_matplotlib()
 
 
 Run = Callable[..., tuple[int, str, str]]

@@ -62,18 +62,17 @@ def test_the_page_loads_nothing_and_runs_no_text(session: ChunkKVSession) -> Non
 
 
 def test_a_page_is_written_whole_or_not_at_all(session: ChunkKVSession, tmp_path: Path, monkeypatch) -> None:
-    found = session.inspect(PROMPT)
-    write_page(found, tmp_path / "page.html")
+    inspection = session.inspect(PROMPT)
+    write_page(inspection, tmp_path / "page.html")
     before = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert before == render_page(found)
+    assert before == render_page(inspection)
 
-    def interrupted(self: Path, text: str, **options: str) -> int:
-        self.write_bytes(text.encode()[:100])
+    def interrupted(*paths: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Path, "write_text", interrupted)
+    monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        write_page(found, tmp_path / "page.html")
+        write_page(session.inspect(PROMPT + " more"), tmp_path / "page.html")
     assert (tmp_path / "page.html").read_bytes().decode() == before
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
 

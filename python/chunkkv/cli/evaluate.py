@@ -44,14 +44,15 @@ def evaluate(
     with one_line_errors(log_level):
         from chunkkv.evaluation.evaluator import Evaluator, Plan
         from chunkkv.evaluation.policies import make_policy, parse_policies
-        from chunkkv.evaluation.report.plots import check_plots, draw_all
+        from chunkkv.evaluation.report.figures import check_matplotlib
+        from chunkkv.evaluation.report.plots import draw_all
         from chunkkv.evaluation.report.summary import FULL, summarize, write_results
         from chunkkv.evaluation.requirements import engine_fingerprint, settings_and_tokenizer
         from chunkkv.evaluation.texts.suite_list import parse_suites
         from chunkkv.evaluation.texts.templates import choose_wording
 
         if not no_plots:
-            check_plots()
+            check_matplotlib()
         sizes, keeps, chosen_modes = whole_numbers("lengths", lengths), shares(keep), _modes(modes)
         for name, value in (("examples", examples), ("seed", seed + 1)):
             if value < 1:

@@ -1,4 +1,4 @@
-"""One prompt after prefill, with its whole cache: what a policy looks at when it chooses."""
+"""One prompt after prefill, with its whole cache: what a policy chooses from."""
 
 from __future__ import annotations
 
@@ -17,11 +17,25 @@ from chunkkv.settings import ChunkKVSettings
 
 @dataclass
 class PrefilledPrompt:
-    """One prompt's token ids [L], logits [vocab] after its last token, full cache (one row) and window queries.
+    """One prompt after prefill.
 
-    `queries` holds per layer that has them the last w rotated queries [Hq,w,D]. `delimiter_table` [vocab] says which
-    tokens end a clause, None without a tokenizer. `seed` is for policies that draw. `engine_choice` returns per layer
-    what the engine's own compress graph keeps of N tokens, None for an engine without one.
+    Parameters
+    ----------
+    ids : np.ndarray
+        Token ids [L] int64.
+    logits : np.ndarray
+        Logits [vocab] float32 after the last token.
+    cache : KVCache
+        The full cache, of one row.
+    queries : dict[int, np.ndarray]
+        The last w rotated queries [Hq,w,D] of every layer that gives them: the leaders of the engine's groups.
+    delimiter_table : np.ndarray or None
+        Which tokens of the vocabulary end a clause or a line, bool [vocab]; None without a tokenizer.
+    seed : int
+        For policies that draw at random.
+    engine_choice : Callable[[int], list[np.ndarray]], optional
+        Returns per layer the positions that the engine's own compress graph keeps of N tokens; None for an engine
+        without one.
     """
 
     ids: np.ndarray
@@ -60,7 +74,7 @@ class PrefilledPrompt:
         return query[:, query.shape[1] - window :]
 
     def token_scores(self, layer: int, settings: ChunkKVSettings) -> np.ndarray:
-        """Return the token scores [L] float32 of a layer (section 2 of the op contract), computed once."""
+        """Return the token scores [L] float32 of a layer (docs/method.md, section 2); computed once per settings."""
         key = (layer, settings.window, settings.pooling, settings.score)
         if key not in self._scores:
             query = self.query(layer, settings.window)

@@ -11,9 +11,17 @@ Z_95 = 1.96
 
 
 def wilson(right: float, count: int, z: float = Z_95) -> tuple[float, float]:
-    """Return the 95 % Wilson interval of a proportion; `right` may be a sum of shares, one per prompt.
+    """Return the Wilson interval of a proportion.
 
-    For shares in [0, 1] the interval is at least as wide as it need be, as no share varies more than a yes or no.
+    Parameters
+    ----------
+    right : float
+        Number of successes, or the sum of one share in [0, 1] per trial. For shares the interval is at least as wide
+        as necessary, because a share varies no more than a yes or no.
+    count : int
+        Number of trials, at least 1.
+    z : float
+        Quantile of the normal distribution; the default gives 95 %.
     """
     share = right / count
     centre = share + z * z / (2 * count)
@@ -23,10 +31,11 @@ def wilson(right: float, count: int, z: float = Z_95) -> tuple[float, float]:
 
 
 def paired_difference(differences: Sequence[float], z: float = Z_95) -> tuple[float, float, float]:
-    """Return the mean of per-prompt differences in [-1, 1], and its 95 % interval.
+    """Return the mean of differences in [-1, 1], one per prompt, and the ends of its interval.
 
-    Agresti and Min's interval for matched pairs: half a pair is added to each of the four outcomes, so that prompts
-    which all agree do not give an interval of no width.
+    `z` is the quantile of the normal distribution; the default gives 95 %. This is Agresti and Min's interval for
+    matched pairs: half a pair is added to each of the four outcomes, so that prompts which all agree do not give an
+    interval of no width.
     """
     count = len(differences) + 2
     total = math.fsum(differences)
@@ -37,15 +46,16 @@ def paired_difference(differences: Sequence[float], z: float = Z_95) -> tuple[fl
 
 
 def jaccard(kept: Sequence[np.ndarray], first: int, end: int) -> np.ndarray:
-    """Return [layers,layers]: shared over joint positions of every two layers' choices, of those in [first, end).
+    """Return the Jaccard index of every two layers' kept positions, float64 [layers,layers].
 
-    Outside stand the sinks and the window, which all keep anyway. Two choices without any position agree fully.
+    `kept` holds the positions of each layer. Only those in [first, end) count: sinks and window lie outside, and every
+    layer keeps them. Two layers without any position in there agree fully (1).
     """
-    chosen = np.zeros((len(kept), max(end - first, 0)), dtype=np.int64)
+    is_kept = np.zeros((len(kept), max(end - first, 0)), dtype=np.int64)
     for layer, positions in enumerate(kept):
         inside = positions[(positions >= first) & (positions < end)]
-        chosen[layer, inside - first] = 1
-    shared = chosen @ chosen.T
-    sizes = chosen.sum(axis=1)
-    joint = sizes[:, None] + sizes[None, :] - shared
-    return np.where(joint == 0, 1.0, shared / np.maximum(joint, 1))
+        is_kept[layer, inside - first] = 1
+    intersection = is_kept @ is_kept.T
+    sizes = is_kept.sum(axis=1)
+    union = sizes[:, None] + sizes[None, :] - intersection
+    return np.where(union == 0, 1.0, intersection / np.maximum(union, 1))

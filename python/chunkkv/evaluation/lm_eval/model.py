@@ -17,18 +17,42 @@ from chunkkv.sampling import SamplingParams
 from chunkkv.session import ChunkKVSession
 
 _log = logging.getLogger(__name__)
-_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # one thing, four names
-_PASSED = ("top_k", "top_p", "repetition_penalty", "seed")
-_IDLE = {"num_beams": 1, "use_cache": True}  # values that ask for what happens anyway
+_LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # four names of one argument
+_PASSED_ON = ("top_k", "top_p", "repetition_penalty", "seed")
+_IGNORED = {"num_beams": 1, "use_cache": True}  # accepted because they are the only supported behaviour
 
 
 @register_model("chunkkv")
 class ChunkKVLM(TemplateLM):
     """An engine directory behind lm-evaluation-harness; docs/lm-eval.md says what each kind of request compresses.
 
-    `keep_ratio` or `budget_tokens` override the engine's own. `held_back` tokens at a context's end are fed after
-    compression where log-likelihoods are asked for. `batch_size` prompts are decoded together, "auto" = as many as the
-    engine takes. Raises EngineMismatchError for an engine without a tokenizer or an end token.
+    Parameters
+    ----------
+    engine_dir : str
+        The engine directory.
+    keep_ratio : float, optional
+        Share of each prompt kept, in (0, 1]; None for the engine's own.
+    budget_tokens : int, optional
+        Tokens of each prompt kept, instead of a share.
+    held_back : int, default 1
+        Tokens at the end of a context that are fed after compression, where log-likelihoods are asked for.
+    max_gen_toks : int, default 256
+        Tokens of an answer, where the task does not say.
+    batch_size : int or str, default 1
+        Prompts that are decoded together; "auto" for as many as the engine takes.
+    threads : int, optional
+        Threads of the engine; None for one per core.
+    max_batch_size : int, optional
+        Not used; lm_eval passes it.
+    device : str, optional
+        Not used, because the engine decides where it runs; a warning says so for anything but "cpu".
+
+    Raises
+    ------
+    EngineMismatchError
+        For an engine without a tokenizer, or with neither an end token nor a begin token.
+    RequestError
+        For a value that the engine cannot serve.
     """
 
     def __init__(
@@ -49,11 +73,13 @@ class ChunkKVLM(TemplateLM):
         if isinstance(held_back, bool) or not isinstance(held_back, int) or held_back < 0:
             raise RequestError(f"held_back is {held_back!r}; give a whole number of at least 0")
         self._session = ChunkKVSession.from_dir(engine_dir, threads)
-        tokens = self._session.tokenizer
-        if tokens is None or not (self._session.eos_token_ids or tokens.bos_token_id is not None):
+        tokenizer = self._session.tokenizer
+        ends = [] if tokenizer is None else [*sorted(self._session.eos_token_ids), tokenizer.bos_token_id]
+        end = next((token for token in ends if token is not None), None)
+        if tokenizer is None or end is None:
             raise EngineMismatchError(f"{engine_dir} has no tokenizer with an end token; tasks of lm_eval are texts")
-        self._tokens = tokens
-        self._budget = {"keep_ratio": keep_ratio, "budget_tokens": budget_tokens}
+        self._tokenizer, self._end = tokenizer, end
+        self._keep_ratio, self._budget_tokens = keep_ratio, budget_tokens
         self._held_back, self._max_gen_toks = held_back, max_gen_toks
         self.batch_size = self._rows(batch_size)
         self._name = str(engine_dir)
@@ -68,14 +94,13 @@ class ChunkKVLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends a text."""
-        ends = sorted(self._session.eos_token_ids)
-        return ends[0] if ends else int(self._tokens.bos_token_id)
+        """The token that ends a text; the begin token where the engine has no end token."""
+        return self._end
 
     @property
     def prefix_token_id(self) -> int:
         """The token before a text that has no context."""
-        bos = self._tokens.bos_token_id
+        bos = self._tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
     @property
@@ -85,31 +110,36 @@ class ChunkKVLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """What lm_eval's request caches know the chat template by."""
+        """The name under which lm_eval's caches of requests keep the chat template."""
         return self._name.replace("/", "__")
 
     def chat_template(self, chat_template: bool | str = False) -> str:
         """Return the text of the engine's chat template, "" where there is none."""
-        return self._tokens.chat_template or ""
+        return self._tokenizer.chat_template or ""
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Return messages as the prompt text the model was trained on."""
-        return self._tokens.apply_chat_template(chat_history, add_generation_prompt)
+        return self._tokenizer.apply_chat_template(chat_history, add_generation_prompt)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Return token ids as a session makes them of a prompt; a begin token in the text is not put there again."""
-        bos = self._tokens.special_tokens.get("bos_token")
+        bos = self._tokenizer.special_tokens.get("bos_token")
         special = not (bos and string.startswith(bos)) if add_special_tokens is None else add_special_tokens
-        return self._tokens.encode(string, special)
+        return self._tokenizer.encode(string, special)
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Answer every (context, generation arguments), the whole context being what is compressed."""
+        """Answer every (context, generation arguments); the whole context is compressed."""
         answers: dict[int, str] = {}
         ready = [self._generation(*request.args) for request in requests]
         with tqdm(total=len(requests), disable=disable_tqdm, desc="generate_until") as bar:
             for numbers in _batches(ready, self.batch_size):
                 sampling = ready[numbers[0]][1]
-                results = self._session.generate([ready[number][0] for number in numbers], sampling, **self._budget)
+                results = self._session.generate(
+                    [ready[number][0] for number in numbers],
+                    sampling,
+                    keep_ratio=self._keep_ratio,
+                    budget_tokens=self._budget_tokens,
+                )
                 for number, result in zip(numbers, results, strict=True):
                     answers[number] = result.text
                     self.cache_hook.add_partial("generate_until", requests[number].args, result.text)
@@ -125,9 +155,9 @@ class ChunkKVLM(TemplateLM):
                 f"max_gen_toks is {sampling.max_new_tokens}; this engine takes prompt and answer of at most "
                 f"{limits.max_seq_len} tokens: ask for fewer, or build with a larger --max_seq_len"
             )
-        return self._last(self.tok_encode(context), room), sampling
+        return self._truncated(self.tok_encode(context), room), sampling
 
-    def _last(self, ids: list[int], room: int) -> list[int]:
+    def _truncated(self, ids: list[int], room: int) -> list[int]:
         """Return the last `room` tokens of a prompt that is too long, as lm_eval's other models do."""
         if len(ids) > room:
             _log.warning("a prompt of %d tokens is cut to its last %d, which is what the engine takes", len(ids), room)
@@ -143,9 +173,11 @@ class ChunkKVLM(TemplateLM):
         with tqdm(total=len(pairs), disable=disable_tqdm, desc="loglikelihood") as bar:
             for numbers in _runs(order, lambda number: pairs[number][0]):
                 room = max(len(pairs[number][1]) for number in numbers)
-                prompt = CompressedPrompt(self._session, pairs[numbers[0]][0], room, **self._budget)
+                prompt = CompressedPrompt(
+                    self._session, pairs[numbers[0]][0], room, self._keep_ratio, self._budget_tokens
+                )
                 for number in numbers:
-                    _, fed, skipped = pairs[number]
+                    fed, skipped = pairs[number][1:]
                     scores[number] = prompt.score(fed, skipped)
                     if requests[number][0] is not None:
                         self.cache_hook.add_partial("loglikelihood", requests[number][0], scores[number])
@@ -163,10 +195,10 @@ class ChunkKVLM(TemplateLM):
                 f"a continuation has {len(continuation)} tokens; this engine takes context and continuation of at most "
                 f"{limits.max_seq_len} tokens: build with a larger --max_seq_len"
             )
-        context = self._last(context, room)
-        held = min(self._held_back, len(context) - 1)
-        cut = len(context) - held
-        return tuple(context[:cut]), (*context[cut:], *continuation), held
+        context = self._truncated(context, room)
+        held_back = min(self._held_back, len(context) - 1)
+        cut = len(context) - held_back
+        return tuple(context[:cut]), (*context[cut:], *continuation), held_back
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood of whole texts; a text has no prompt, so nothing of it is compressed."""
@@ -176,8 +208,8 @@ class ChunkKVLM(TemplateLM):
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
             total = 0.0
             for pair in get_rolling_token_windows(ids, self.prefix_token_id, window, context_len=1):
-                context, predicted = make_disjoint_window(pair)
-                first, *rest = context
+                window_context, predicted = make_disjoint_window(pair)
+                first, *rest = window_context
                 prompt = CompressedPrompt(self._session, [first], len(rest) + len(predicted))
                 total += prompt.score([*rest, *predicted], skipped=len(rest))[0]
             totals.append(total)
@@ -186,19 +218,23 @@ class ChunkKVLM(TemplateLM):
 
 
 def sampling_of(arguments: dict[str, Any], max_gen_toks: int) -> SamplingParams:
-    """Return a task's generation arguments as sampling parameters; raises RequestError for one without meaning here."""
-    given = {name: value for name, value in arguments.items() if value is not None}
-    until = given.pop("until", [])
+    """Return a task's generation arguments as sampling parameters.
+
+    `max_gen_toks` is the length of an answer where the task names none. Raises RequestError for an argument that this
+    engine does not have.
+    """
+    remaining = {name: value for name, value in arguments.items() if value is not None}
+    until = remaining.pop("until", [])
     until = [until] if isinstance(until, str) else list(until)
-    lengths = [given.pop(name) for name in _LENGTHS if name in given]
-    sampled = given.pop("do_sample", None)
-    temperature = float(given.pop("temperature", 1.0 if sampled else 0.0))
-    passed = {name: given.pop(name) for name in _PASSED if name in given}
-    if other := {name: value for name, value in given.items() if _IDLE.get(name) != value}:
+    lengths = [remaining.pop(name) for name in _LENGTHS if name in remaining]
+    sampled = remaining.pop("do_sample", None)
+    temperature = float(remaining.pop("temperature", 1.0 if sampled else 0.0))
+    passed = {name: remaining.pop(name) for name in _PASSED_ON if name in remaining}
+    if other := {name: value for name, value in remaining.items() if _IGNORED.get(name) != value}:
         name, value = next(iter(other.items()))
         raise RequestError(
             f"generation argument {name} is {value!r}, which this engine does not have; known are until, do_sample, "
-            f"temperature, {', '.join((*_PASSED, *_LENGTHS))}"
+            f"temperature, {', '.join((*_PASSED_ON, *_LENGTHS))}"
         )
     return SamplingParams(
         max_new_tokens=int(lengths[0]) if lengths else max_gen_toks,
@@ -216,7 +252,7 @@ def _batches(ready: Sequence[tuple[list[int], SamplingParams]], rows: int) -> li
 
 
 def _runs(order: Sequence[int], key: Callable[[int], Any]) -> list[list[int]]:
-    """Return neighbours with equal keys together."""
+    """Return the numbers in lists of neighbours with equal keys."""
     groups: list[list[int]] = []
     for number in order:
         if groups and key(groups[-1][0]) == key(number):

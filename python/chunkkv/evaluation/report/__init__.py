@@ -1,1 +1,1 @@
-"""Results of an evaluation: records, statistics, pictures, pages."""
+"""What a user sees of a run: tables and pictures of an evaluation, and the page of chunkkv inspect."""

@@ -17,7 +17,7 @@ _DATA = "__DATA__"
 
 
 def write_page(inspection: Inspection, path: str | os.PathLike[str]) -> None:
-    """Write the page to `path`; an interrupted write leaves no page. Raises OSError where it cannot be written."""
+    """Write the page of an inspection (see ChunkKVSession.inspect) to `path`; raises OSError where that fails."""
     write_whole(path, render_page(inspection).encode("utf-8", errors="replace"))
 
 
@@ -37,9 +37,7 @@ def render_page(inspection: Inspection) -> str:
 
 
 def _group(group: GroupChoice) -> dict[str, object]:
-    scores = np.ascontiguousarray(
-        group.scores, dtype="<f4"
-    )  # bits, not decimals: the page ranks exactly as the op does
+    scores = np.ascontiguousarray(group.scores, dtype="<f4")  # as bits, so that the page ranks exactly as the op does
     return {
         "layers": list(group.layers),
         "leader": group.leader,

@@ -1,57 +1,46 @@
-"""The pictures of a run, drawn from its summary; the only file of this package that knows matplotlib (extra `eval`)."""
+"""The pictures of a run, drawn from its summary (extra `plots`)."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from chunkkv.errors import BackendUnavailableError
+from chunkkv.evaluation.report.figures import new_figure, png
 from chunkkv.evaluation.report.summary import FULL, Row
 from chunkkv.files import write_whole
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Value = TypeVar("Value")
 _PANEL = (4.2, 3.2)  # inches
-_DPI = 110
 _COLUMNS = 4
 _COLUMNS_OF_ONE_SHARE = 3
-
-
-def check_plots() -> None:
-    """Raise BackendUnavailableError where matplotlib is not installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ModuleNotFoundError:
-        raise BackendUnavailableError(
-            "pictures need matplotlib: pip install 'chunkkv-trt[eval]', or give --no_plots"
-        ) from None
+_MAX_LAYERS_WITH_NUMBERS = 12
 
 
 def draw_all(folder: Path, summary: dict[str, Any]) -> list[Path]:
-    """Write every picture that the summary has numbers for; returns the files."""
-    drawn = [
-        ("accuracy.png", _accuracy(summary)),
-        ("positions.png", _positions(summary)),
-        ("layers.png", _layers(summary)),
-        *_heat_maps(summary),
-    ]
+    """Write every picture that the summary (see summarize) has numbers for; returns the files."""
+    pictures = {
+        "accuracy.png": _accuracy(summary),
+        "positions.png": _positions(summary),
+        "layers.png": _layers(summary),
+        **_heat_maps(summary),
+    }
     written = []
-    for name, picture in drawn:
+    for name, picture in pictures.items():
         if picture is not None:
             write_whole(folder / name, picture)
             written.append(folder / name)
     return written
 
 
-def _grid(count: int, draw: Callable[[int, Any], None], legend: bool = True, columns: int = _COLUMNS) -> bytes:
+def _panels(count: int, draw: Callable[[int, Axes], None], legend: bool = True, columns: int = _COLUMNS) -> bytes:
     """Return a PNG of `count` panels, each drawn by draw(number, axes), with one legend for all."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     columns = min(count, columns)
     rows = -(-count // columns)
-    figure = Figure(figsize=(_PANEL[0] * columns, _PANEL[1] * rows), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(_PANEL[0] * columns, _PANEL[1] * rows)
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for number, axes in enumerate(panels):
         if number < count:
@@ -59,14 +48,12 @@ def _grid(count: int, draw: Callable[[int, Any], None], legend: bool = True, col
         else:
             axes.axis("off")
     if legend:
-        found = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-        figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=4, fontsize="small")
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=_DPI, metadata={"Software": None})
-    return out.getvalue()
+        lines = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+        figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=4, fontsize="small")
+    return png(figure)
 
 
-def _unique(values: Sequence[Any]) -> list[Any]:
+def _unique(values: Sequence[Value]) -> list[Value]:
     return list(dict.fromkeys(values))
 
 
@@ -78,25 +65,34 @@ def _accuracy(summary: dict[str, Any]) -> bytes | None:
     if not policies:
         return None
 
-    def draw(number: int, axes: Any) -> None:
+    def draw(number: int, axes: Axes) -> None:
         inside = [row for row in rows if (row["suite"], row["mode"]) == groups[number]]
         for row in inside:
             if row["policy"] == FULL:
                 axes.axhline(row["accuracy"], color="black", linestyle="--", linewidth=1, label="full cache")
         for index, policy in enumerate(policies):
             line = sorted((row for row in inside if row["policy"] == policy), key=lambda row: row["keep_ratio"])
-            at = [row["keep_ratio"] * 100 for row in line]
+            kept = [row["keep_ratio"] * 100 for row in line]
             values = [row["accuracy"] for row in line]
             errors = [[row["accuracy"] - row["low"] for row in line], [row["high"] - row["accuracy"] for row in line]]
-            style = {"color": f"C{index % 10}", "marker": "os^vD"[index // 10 % 5], "markersize": 4, "capsize": 2}
-            axes.errorbar(at, values, errors, linewidth=1.2, label=policy, **style)
+            axes.errorbar(
+                kept,
+                values,
+                errors,
+                linewidth=1.2,
+                label=policy,
+                color=f"C{index % 10}",
+                marker="os^vD"[index // 10 % 5],
+                markersize=4,
+                capsize=2,
+            )
         axes.set(ylim=(-0.03, 1.03), xlabel="kept, %", ylabel="right answers", xscale="log")
         ticks = sorted({row["keep_ratio"] * 100 for row in inside if row["policy"] != FULL})
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
         axes.set_title(f"{groups[number][0]}, {_mode(groups[number][1])}", fontsize="medium")
 
-    return _grid(len(groups), draw)
+    return _panels(len(groups), draw)
 
 
 def _mode(mode: str) -> str:
@@ -108,74 +104,78 @@ def _positions(summary: dict[str, Any]) -> bytes | None:
     rows = [row for row in summary["cells"] if row["through"] and len(row["through"]) > 1]
     smallest = min((row["keep_ratio"] for row in rows if row["policy"] != FULL), default=None)
     rows = [row for row in rows if row["policy"] == FULL or row["keep_ratio"] == smallest]
-    kinds: dict[tuple[str, str, int], list[Row]] = {}
+    rows_of: dict[tuple[str, str, int], list[Row]] = {}
     for row in rows:
-        kinds.setdefault((row["suite"], row["mode"], len(row["through"])), []).append(row)
-    groups = list(kinds)
+        rows_of.setdefault((row["suite"], row["mode"], len(row["through"])), []).append(row)
+    groups = list(rows_of)
     if not groups or smallest is None:
         return None
 
-    def draw(number: int, axes: Any) -> None:
+    def draw(number: int, axes: Axes) -> None:
         suite, mode, parts = groups[number]
-        inside = kinds[groups[number]]
+        inside = rows_of[groups[number]]
         for policy in _unique([row["policy"] for row in inside]):
             lines = [(row["n"], row["through"]) for row in inside if row["policy"] == policy]
             total = sum(count for count, _ in lines)
             mean = [sum(count * line[part] for count, line in lines) / total for part in range(parts)]
-            style = {"color": "black", "linestyle": "--"} if policy == FULL else {"marker": "o", "markersize": 3}
-            label = "full cache" if policy == FULL else policy
-            axes.plot(range(1, parts + 1), mean, linewidth=1.2, label=label, **style)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+            if policy == FULL:
+                axes.plot(range(1, parts + 1), mean, "--", color="black", linewidth=1.2, label="full cache")
+            else:
+                axes.plot(range(1, parts + 1), mean, "-o", markersize=3, linewidth=1.2, label=policy)
+        axes.locator_params(axis="x", integer=True)
         axes.set(ylim=(-0.03, 1.03), xlabel="part of the answer", ylabel="right through it")
         axes.set_title(f"{suite} ({parts} parts), {_mode(mode)}, kept {smallest * 100:g} %", fontsize="small")
 
-    return _grid(len(groups), draw)
+    return _panels(len(groups), draw)
 
 
-def _heat_maps(summary: dict[str, Any]) -> list[tuple[str, bytes]]:
+def _heat_maps(summary: dict[str, Any]) -> dict[str, bytes]:
     """Depth against length, a panel per policy and share kept; a file per suite and mode that have depths."""
     rows = [row for row in summary["cells"] if {"depth", "length"} <= set(row["cell"])]
-    files = []
+    files = {}
     for suite, mode in _unique([(row["suite"], row["mode"]) for row in rows]):
-        inside = [row for row in rows if (row["suite"], row["mode"]) == (suite, mode)]
-        panels = _unique([(row["policy"], row["keep_ratio"]) for row in inside if row["policy"] != FULL])
-        shares = max(len({keep for _, keep in panels}), 1)
-        panels = [(FULL, 1.0), *[None] * (shares - 1), *panels]  # the full cache in a row of its own
-        lengths = sorted({row["cell"]["length"] for row in inside})
-        depths = sorted({row["cell"]["depth"] for row in inside})
-        found = {
-            (row["policy"], row["keep_ratio"], row["cell"]["length"], row["cell"]["depth"]): row["accuracy"]
-            for row in inside
-        }
-
-        def draw(number: int, axes: Any, panels=panels, lengths=lengths, depths=depths, found=found) -> None:
-            if panels[number] is None:
-                axes.axis("off")
-                return
-            policy, keep = panels[number]
-            values = [
-                [found.get((policy, keep, length, depth), float("nan")) for length in lengths] for depth in depths
-            ]
-            axes.imshow(values, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-            for y, line in enumerate(values):
-                for x, value in enumerate(line):
-                    axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize="small", color=_ink(value))
-            axes.set_xticks(range(len(lengths)), lengths)
-            axes.set_yticks(range(len(depths)), [f"{depth * 100:g} %" for depth in depths])
-            axes.set(xlabel="prompt tokens", ylabel="depth of the fact")
-            axes.set_title("full cache" if policy == FULL else f"{policy}, kept {keep * 100:g} %", fontsize="small")
-
-        columns = shares if shares > 1 else _COLUMNS_OF_ONE_SHARE
-        files.append((f"{suite}-{mode}.png", _grid(len(panels), draw, legend=False, columns=columns)))
+        files[f"{suite}-{mode}.png"] = _heat_map([row for row in rows if (row["suite"], row["mode"]) == (suite, mode)])
     return files
 
 
-def _ink(value: float) -> str:
-    return "white" if value < 0.15 or value > 0.85 else "black"  # on the dark ends of the colours
+def _heat_map(rows: list[Row]) -> bytes:
+    compressed = _unique([(row["policy"], row["keep_ratio"]) for row in rows if row["policy"] != FULL])
+    shares = max(len({keep for _, keep in compressed}), 1)
+    # The full cache stands in a row of its own: None leaves a panel empty.
+    panels: list[tuple[str, float] | None] = [(FULL, 1.0), *[None] * (shares - 1), *compressed]
+    lengths = sorted({row["cell"]["length"] for row in rows})
+    depths = sorted({row["cell"]["depth"] for row in rows})
+    accuracy = {
+        (row["policy"], row["keep_ratio"], row["cell"]["length"], row["cell"]["depth"]): row["accuracy"] for row in rows
+    }
+
+    def draw(number: int, axes: Axes) -> None:
+        panel = panels[number]
+        if panel is None:
+            axes.axis("off")
+            return
+        values = [[accuracy.get((*panel, length, depth), float("nan")) for length in lengths] for depth in depths]
+        axes.imshow(values, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        # White is legible on the dark ends of the colours.
+        _write_numbers(axes, values, lambda value: "white" if value < 0.15 or value > 0.85 else "black")
+        axes.set_xticks(range(len(lengths)), lengths)
+        axes.set_yticks(range(len(depths)), [f"{depth * 100:g} %" for depth in depths])
+        axes.set(xlabel="prompt tokens", ylabel="depth of the fact")
+        policy, keep = panel
+        axes.set_title("full cache" if policy == FULL else f"{policy}, kept {keep * 100:g} %", fontsize="small")
+
+    return _panels(len(panels), draw, legend=False, columns=shares if shares > 1 else _COLUMNS_OF_ONE_SHARE)
+
+
+def _write_numbers(axes: Axes, values: list[list[float]], colour: Callable[[float], str]) -> None:
+    """Write each value of a matrix into its cell."""
+    for y, line in enumerate(values):
+        for x, value in enumerate(line):
+            axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize="small", color=colour(value))
 
 
 def _layers(summary: dict[str, Any]) -> bytes | None:
-    """Jaccard of the kept positions of every two layers, a panel per policy, at the smallest share kept."""
+    """Jaccard index of the kept positions of every two layers, a panel per policy, at the smallest share kept."""
     rows = summary["agreement"]
     smallest = min((row["keep_ratio"] for row in rows), default=None)
     first_mode = rows[0]["mode"] if rows else None
@@ -183,24 +183,13 @@ def _layers(summary: dict[str, Any]) -> bytes | None:
     if not rows:
         return None
 
-    def draw(number: int, axes: Any) -> None:
+    def draw(number: int, axes: Axes) -> None:
         row = rows[number]
         axes.imshow(row["jaccard"], vmin=0, vmax=1, cmap="viridis")
-        if len(row["jaccard"]) <= 12:
-            for y, line in enumerate(row["jaccard"]):
-                for x, value in enumerate(line):
-                    axes.text(
-                        x,
-                        y,
-                        f"{value:.2f}",
-                        ha="center",
-                        va="center",
-                        fontsize="small",
-                        color="black" if value > 0.6 else "white",
-                    )
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.yaxis.get_major_locator().set_params(integer=True)
+        if len(row["jaccard"]) <= _MAX_LAYERS_WITH_NUMBERS:
+            _write_numbers(axes, row["jaccard"], lambda value: "black" if value > 0.6 else "white")
+        axes.locator_params(axis="both", integer=True)
         axes.set(xlabel="layer", ylabel="layer")
         axes.set_title(f"{row['policy']}, kept {row['keep_ratio'] * 100:g} %", fontsize="small")
 
-    return _grid(len(rows), draw, legend=False)
+    return _panels(len(rows), draw, legend=False)

@@ -22,15 +22,15 @@ _COLUMNS = ("suite", "mode", "cell", "policy", "keep_ratio", "n", "tokens", "kep
 _MORE_COLUMNS = ("full_accuracy", "against_full", "against_full_low", "against_full_high", "useful")
 
 Row = dict[str, Any]
-_Key = tuple[str, str, str, str, int]  # suite, mode, cell as JSON ("" = the whole suite), policy, keep
+_Key = tuple[str, str, str, str, int]  # suite, mode, cell as JSON ("" = the whole suite), policy, keep per 10,000
 
 
 def summarize(header: Record, records: Sequence[Record]) -> dict[str, Any]:
-    """Return the tables of a run as JSON values.
+    """Return the tables of a run as JSON values; `header` and `records` are those of its results file.
 
-    "cells" has a row per suite, mode, cell, policy and keep ratio; "suites" the same over all cells of a suite;
-    "differences" compares every policy with the first that compresses, prompt by prompt; "agreement" has the mean
-    Jaccard matrix between layers per policy and keep ratio.
+    "run" is the header. "cells" has a row per suite, mode, cell, policy and keep ratio; "suites" the same over all
+    cells of a suite; "differences" compares every policy with the first that compresses, prompt by prompt; "agreement"
+    has the mean Jaccard matrix between layers per policy and keep ratio.
     """
     groups = _grouped(records)
     rows = [_row(key, entries, groups) for key, entries in groups.items()]
@@ -114,13 +114,14 @@ def _difference(entries: list[Row], others: list[Row]) -> list[float]:
 
 
 def _differences(groups: dict[_Key, list[Row]], policies: list[str]) -> list[Row]:
+    """Compare every policy with the first one that compresses, over all cells of a suite."""
     base = next((name for name in policies if name != FULL), None)
-    found = []
+    rows = []
     for (suite, mode, cell, policy, keep), entries in groups.items():
         others = groups.get((suite, mode, cell, base or "", keep))
         if not cell and policy not in (base, FULL) and others:
             mean, low, high = _difference(entries, others)
-            found.append(
+            rows.append(
                 {
                     "suite": suite,
                     "mode": mode,
@@ -132,7 +133,7 @@ def _differences(groups: dict[_Key, list[Row]], policies: list[str]) -> list[Row
                     "high": high,
                 }
             )
-    return found
+    return rows
 
 
 def _agreement(records: Sequence[Record]) -> list[Row]:
@@ -147,10 +148,10 @@ def _agreement(records: Sequence[Record]) -> list[Row]:
             "mode": mode,
             "policy": policy,
             "keep_ratio": keep / KEEP_SCALE,
-            "n": len(found),
-            "jaccard": np.round(np.mean(np.array(found), axis=0), 4).tolist(),
+            "n": len(samples),
+            "jaccard": np.round(np.mean(np.array(samples), axis=0), 4).tolist(),
         }
-        for (mode, policy, keep), found in matrices.items()
+        for (mode, policy, keep), samples in matrices.items()
     ]
 
 

@@ -1,1 +1,1 @@
-"""The texts and questions that evaluation asks."""
+"""The prompts and questions of an evaluation: suites, generated or from files, and how answers are judged."""

@@ -1,4 +1,8 @@
-"""The suites: what a compressed cache is asked for, generated from seeds; docs/evaluation.md says why each."""
+"""The generated suites: what a compressed cache is asked for, from seeds; docs/evaluation.md says why each.
+
+To add a suite: write a function (writer, cell) -> Example here, give it a line in make_suites, and name it in the table
+of docs/evaluation.md. tests/test_evaluation_suites.py checks every suite of make_suites.
+"""
 
 from __future__ import annotations
 
@@ -158,8 +162,8 @@ def _dense(writer: PromptWriter, cell: Cell) -> Example:
     stated, questions = [], []
     for entity, value in zip(entities, values, strict=True):
         stated.append(writer.sentence(wording.number, entity=entity, value=value))
-        asked = wording.ask_number.format(entity=entity)
-        questions.append(writer.question(asked, value, ended=False))
+        text = wording.ask_number.format(entity=entity)
+        questions.append(writer.question(text, value, ended=False))
     ends = tuple(token for question in questions for token in question.ids)
     context: Context = writer.compose(stated, writer.room(cell["length"], *stated, ends))
     spans = tuple((end - 2, end - 1) for _, end in context.spans)
@@ -167,7 +171,7 @@ def _dense(writer: PromptWriter, cell: Cell) -> Example:
 
 
 def make_suites(settings: ChunkKVSettings) -> dict[str, Suite]:
-    """Return the generated suites by name; `settings` tell the straddle sweep where the engine's chunks begin."""
+    """Return the generated suites by name; `settings` tell suite "straddle" where the engine's chunks begin."""
     suites = (
         Suite("needle", "one fact, by depth and length", _crossed("depth", DEPTHS), _needle),
         Suite("recall", "answers of 2 to 14 words", _crossed("answer", RECALL_ANSWERS), _recall),

@@ -1,4 +1,4 @@
-"""Writes contexts token by token: facts at known places among filler, from a seed, for any tokenizer."""
+"""Writes contexts and questions as token ids: facts at known places among filler, from a seed, for any tokenizer."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ CLASSES = {
     "street_kind": word_lists.STREET_KINDS,
 }
 VALUES = {"code": ("digit",) * 5, "home": ("direction", "street", "street_kind"), "keeper": ("person", "last")}
-SHARING = ("none", "half", "grid")  # the words of the names of things: all different, one of two shared, few in all
 _NAMES = ("person", "last", "direction", "street", "street_kind")
-_ANCHOR = "."
+_ANCHOR = "."  # a text that follows another one is encoded behind this mark
 _MARKER = "CONTENT"
-_ALIGN_TRIES, _CHANGED = 2000, 4
+_ALIGN_TRIES = 2000
+_ALIGN_SENTENCES = 4  # filler sentences before the aligned piece that may be replaced
 
 
 @dataclass(frozen=True)
 class Fact:
-    """One thing to look up."""
+    """One thing to look up, as in "the access code of the amber kettle is 5 3 9 1 2": kind, entity and value."""
 
     kind: str
     entity: str
@@ -46,14 +46,17 @@ class Fact:
 
 @dataclass(frozen=True)
 class Context:
-    """Token ids of a text, and where each of its stated pieces lies, in the order they were given."""
+    """Token ids of a text, and the [first, end) positions of each stated piece, in the order they were passed."""
 
     ids: tuple[int, ...]
     spans: tuple[tuple[int, int], ...]
 
 
 class PromptFrame:
-    """What stands before and after a prompt: the begin token, or the chat template around one user message."""
+    """The tokens around a prompt: the begin token before it, or the chat template around one user message.
+
+    `before` and `after` hold their ids. Raises RequestError for `chat` where the tokenizer has no chat template.
+    """
 
     def __init__(self, tokenizer: Tokenizer, chat: bool) -> None:
         if chat:
@@ -67,7 +70,19 @@ class PromptFrame:
 
 
 class PromptWriter:
-    """Writes texts for one example; all randomness comes from `seed`, so that the same seed gives the same tokens."""
+    """Writes the texts of one example; the same parameters give the same tokens.
+
+    Parameters
+    ----------
+    tokenizer : Tokenizer
+        The engine's.
+    wording : Wording
+        How facts and questions are put.
+    frame : PromptFrame
+        The tokens around the prompt.
+    seed : Sequence[int]
+        Where all randomness comes from (see Suite.seed).
+    """
 
     def __init__(self, tokenizer: Tokenizer, wording: Wording, frame: PromptFrame, seed: Sequence[int]) -> None:
         self.wording = wording
@@ -85,37 +100,39 @@ class PromptWriter:
         return int(self.random.integers(limit))
 
     def piece(self, text: str) -> list[int]:
-        """Return the token ids of a text that follows other text; sentences begin with a blank."""
+        """Return the token ids of a text as it stands behind another sentence, with a blank before it."""
         text = tidy(text)
         joined = _ANCHOR + (text if text.startswith("\n") else f" {text}")
         ids = self._tokenizer.encode(joined, False)
         if ids[: len(self._anchor)] == self._anchor:
             return ids[len(self._anchor) :]
-        return self._tokenizer.encode(joined[len(_ANCHOR) :], False)  # the mark melts into what follows
+        return self._tokenizer.encode(joined[len(_ANCHOR) :], False)  # the tokenizer merges anchor and text
 
     def sentence(self, template: str, **values: str) -> list[int]:
-        """Return the token ids of a filled sentence, with a capital first where the wording has capitals."""
+        """Return the token ids of a filled template, with a capital first where the wording has capitals."""
         text = template.format(**values)
         return self.piece(text[0].upper() + text[1:] if self.wording.capitals else text)
 
     def filler(self) -> list[int]:
-        """Return one sentence that matters to no question."""
+        """Return the token ids of one sentence that matters to no question."""
         template = self.pick(word_lists.FILLER)
         return self.sentence(re.sub(r"\{(\w+)\}", lambda slot: self.word(slot[1]), template))
 
     def word(self, name: str) -> str:
-        """Return a word of a class of CLASSES."""
+        """Return a random word of a class of CLASSES."""
         word = self.pick(CLASSES[name])
         return word.capitalize() if self.wording.capitals and name in _NAMES else word
 
     def value(self, kind: str) -> str:
-        """Return the value of a new fact, words separated by blanks."""
+        """Return the value of a new fact of a kind of VALUES, words separated by blanks."""
         return " ".join(self.word(name) for name in VALUES[kind])
 
     def entities(self, count: int, sharing: str = "none") -> list[str]:
-        """Return different things, an adjective and a noun each.
+        """Return `count` different things, each an adjective and a noun.
 
-        With sharing "half" every other one has the adjective or the noun of the first, with "grid" few words make all.
+        `sharing` says which words they share. "none": all words differ. "half": every other thing has the adjective
+        or the noun of the first. "grid": about sqrt(count) adjectives and as many nouns make all. Raises ConfigError
+        for more things than there are words for.
         """
         side = int(count**0.5) + 1 if sharing == "grid" else max(count, 2)
         if side > len(word_lists.ADJECTIVES):
@@ -133,29 +150,49 @@ class PromptWriter:
         return [" ".join(pair) for pair in pairs]
 
     def facts(self, count: int, kind: str = "code", sharing: str = "none") -> list[Fact]:
-        """Return facts of one kind about different things."""
+        """Return `count` facts of one kind about different things; `sharing` as in entities()."""
         return [Fact(kind, entity, self.value(kind)) for entity in self.entities(count, sharing)]
 
     def state(self, fact: Fact) -> list[int]:
         """Return the sentence that states a fact."""
-        return self.sentence(self.wording.fact, **_named(fact))
+        return self.sentence(self.wording.fact, **_slots(fact))
 
     def rule(self, fact: Fact) -> list[int]:
         """Return the sentence that forbids to tell a fact."""
-        return self.sentence(self.wording.rule, **_named(fact))
+        return self.sentence(self.wording.rule, **_slots(fact))
 
     def ask(
         self, fact: Fact, answer: str | None = None, sentence: bool = False, scoring: str | None = None
     ) -> Question:
-        """Return the question for a fact's value, for the sentence that states it, or with another answer expected."""
+        """Return a question about a fact.
+
+        The expected answer is the fact's value; with `sentence` the sentence that states it; `answer` where that is
+        not None. `scoring` None is the wording's.
+        """
         template = self.wording.say if sentence else self.wording.ask
-        expected = answer or (self.wording.fact.format(**_named(fact)) if sentence else fact.value)
-        return self.question(template.format(**_named(fact)), expected, scoring)
+        expected = answer or (self.wording.fact.format(**_slots(fact)) if sentence else fact.value)
+        return self.question(template.format(**_slots(fact)), expected, scoring)
 
     def question(
         self, text: str, answer: str, scoring: str | None = None, *, ended: bool = True, room: int = 0, stop: str = ""
     ) -> Question:
-        """Return a question in words; `ended` says that nothing may follow an exact answer, `room` adds tokens."""
+        """Return a question.
+
+        Parameters
+        ----------
+        text : str
+            The question in words.
+        answer : str
+            The expected answer in words.
+        scoring : str, optional
+            One of SCORINGS; None for the wording's. A wording that scores exactly scores every question so.
+        ended : bool, default True
+            Whether the end token must follow an exact answer.
+        room : int, default 0
+            Tokens that an answer may have beyond the expected ones; 0 for the wording's. Not for exact answers.
+        stop : str, default ""
+            Text behind it does not count.
+        """
         scoring = self.wording.scoring if scoring is None or self.wording.scoring == "exact" else scoring
         ids = self.piece(answer)
         exact = scoring == "exact"
@@ -166,7 +203,10 @@ class PromptWriter:
         return Question((*self.piece(text), *self._frame.after), answer, tuple(ids), most, scoring, stop)
 
     def room(self, length: int, *parts: Sequence[int]) -> int:
-        """Return how many tokens of filler a prompt of `length` has room for beside its parts; raises ConfigError."""
+        """Return how many tokens of filler a prompt of `length` tokens has room for beside its parts.
+
+        Raises ConfigError where the parts alone are longer.
+        """
         used = len(self._frame.before) + len(self._before()) + sum(map(len, parts))
         if used > length:
             raise ConfigError(f"the facts and the question of one prompt take {used} tokens; length is {length}")
@@ -184,12 +224,28 @@ class PromptWriter:
         depth: float | None = None,
         align: tuple[int, int] | None = None,
     ) -> Context:
-        """Return the head, then the stated pieces at random places among filler of at most `room` tokens.
+        """Return a context: the head, then the stated pieces at random places among filler.
 
-        The first piece stands at `depth` (0 to 1) of the filler where given; `align` (n, r) lets it begin at a position
-        that leaves r when divided by n.
+        Parameters
+        ----------
+        stated : Sequence[Sequence[int]]
+            Token ids of the pieces that stand among the filler.
+        room : int
+            Most tokens of filler.
+        head : Sequence[Sequence[int]], default ()
+            Token ids of pieces before everything else.
+        depth : float, optional
+            Where the first piece stands, as a share of the filler, 0 to 1; None for a random place.
+        align : tuple[int, int], optional
+            (n, r): the first piece begins at a position that leaves r when divided by n.
+
+        Raises
+        ------
+        ConfigError
+            Where no filler was found that aligns the first piece.
         """
-        fillers, spare = [], 0 if align is None else align[0]  # what alignment may add
+        fillers: list[list[int]] = []
+        spare = 0 if align is None else align[0]  # tokens that alignment may add
         while (left := room - spare - sum(map(len, fillers))) > 0 and len(sentence := self.filler()) <= left:
             fillers.append(sentence)
         places = [self.below(len(fillers) + 1) for _ in stated]
@@ -197,7 +253,7 @@ class PromptWriter:
             places[0] = round(depth * len(fillers))
         ids = [*self._frame.before, *self._before(), *(token for piece in head for token in piece)]
         if align is not None:
-            places[0] = min(max(places[0], _CHANGED), len(fillers))  # so that there is filler to change
+            places[0] = min(max(places[0], _ALIGN_SENTENCES), len(fillers))  # so that there is filler to change
             start = len(ids) + sum(len(piece) for piece, place in zip(stated, places, strict=True) if place < places[0])
             self._align(fillers, places[0], room, (align[0], align[1] - start))
         spans: dict[int, tuple[int, int]] = {}
@@ -210,21 +266,21 @@ class PromptWriter:
         return Context(tuple(ids), tuple(spans[number] for number in range(len(stated))))
 
     def _align(self, fillers: list[list[int]], place: int, room: int, align: tuple[int, int]) -> None:
-        """Change fillers before `place` until they have align[1] tokens modulo align[0]."""
+        """Replace fillers before `place` until they have align[1] tokens modulo align[0]."""
         modulus, remainder = align
         for _ in range(_ALIGN_TRIES if fillers else 0):
             if (sum(map(len, fillers[:place])) - remainder) % modulus == 0:
                 return
-            changed, new = max(place - 1 - self.below(_CHANGED), 0), self.filler()
-            if sum(map(len, fillers)) - len(fillers[changed]) + len(new) <= room:
-                fillers[changed] = new
+            replaced, new = max(place - 1 - self.below(_ALIGN_SENTENCES), 0), self.filler()
+            if sum(map(len, fillers)) - len(fillers[replaced]) + len(new) <= room:
+                fillers[replaced] = new
         raise ConfigError("no filler was found that lets a fact begin where it should: give a larger length")
 
 
 def tidy(text: str) -> str:
-    """Return a text without the blanks before marks and between digits."""
+    """Return a text without the blanks that templates have before punctuation marks and between digits."""
     return re.sub(r" (?=[.,?!;:])|(?<=\d) (?=\d)", "", text)
 
 
-def _named(fact: Fact) -> dict[str, str]:
+def _slots(fact: Fact) -> dict[str, str]:
     return {"kind": word_lists.KINDS[fact.kind], "entity": fact.entity, "value": fact.value}

@@ -17,9 +17,25 @@ Cell = dict[str, Any]  # what one group of examples has in common: length, depth
 
 @dataclass(frozen=True)
 class Suite:
-    """One kind of task: `cells` lists its groups of examples for some prompt lengths, `make` writes one example.
+    """One kind of task.
 
-    `general` marks a suite that the shipped model has no words for, `content` is the fingerprint of a file's examples.
+    Parameters
+    ----------
+    name : str
+        What --suite calls it.
+    about : str
+        The task in a few words.
+    cells : Callable[[Sequence[int], ChunkKVSettings], list[Cell]]
+        Returns its groups of examples for some prompt lengths (in tokens) and an engine's settings. A cell with "line"
+        is a single example, that of a file.
+    make : Callable[[PromptWriter, Cell], Example]
+        Writes one example of a cell.
+    modes : tuple[str, ...], default ("in", "after")
+        The modes that make sense: the question in the compressed prompt, or after it.
+    general : bool, default False
+        Whether it needs a wording for general models.
+    content : str, default ""
+        Fingerprint of a file's examples.
     """
 
     name: str
@@ -31,11 +47,11 @@ class Suite:
     content: str = ""
 
     def seed(self, seed: int, cell: Cell, index: int) -> list[int]:
-        """Return the seed of one example; the two modes ask the same."""
+        """Return the seed of one example of a run whose seed is `seed`; it is the same in both modes."""
         return [seed, zlib.crc32(self.name.encode()), zlib.crc32(repr(sorted(cell.items())).encode()), index]
 
 
 def check_suite(suite: Suite, wording_is_general: bool) -> None:
-    """Raise ConfigError for a suite that the wording has no words for."""
+    """Raise ConfigError for a suite that the wording has no templates for."""
     if suite.general and not wording_is_general:
         raise ConfigError(f"suite {suite.name} has no wording 'needle'; give --wording english, or leave it out")

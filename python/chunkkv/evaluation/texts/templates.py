@@ -1,4 +1,4 @@
-"""How facts, questions and rules are put: in the shipped model's small English, or for a general model."""
+"""Sentence templates (--wording): how facts, questions and rules are put, for the shipped model or a general one."""
 
 from __future__ import annotations
 
@@ -11,27 +11,62 @@ from chunkkv.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Wording:
-    """Templates of one way to put things; `scoring` judges plain answers, `capitals` starts sentences and names large.
+    """The templates of one way to put things.
 
-    Blanks stand between any two words and marks; the writer removes those before marks.
+    A blank stands between any two words or marks; the writer removes those before punctuation marks.
+
+    Parameters
+    ----------
+    name : str
+        What --wording calls it.
+    capitals : bool
+        Whether sentences and names begin with capitals.
+    scoring : str
+        How plain answers are judged: one of SCORINGS.
+    before : str
+        Text before every context.
+    fact : str
+        States a fact.
+    ask : str
+        Asks for a fact's value.
+    say : str
+        Asks for the sentence that states a fact.
+    rule : str
+        Forbids to tell a fact.
+    tell : str
+        States the code of a keeper, for answers over two facts.
+    ask_keeper : str
+        Asks for the code of a thing's keeper.
+    number : str
+        States a fact whose value is one token.
+    ask_number : str
+        Asks for it.
+    shot : str
+        A solved sum.
+    ask_shot : str
+        A sum to solve.
+    spare_tokens : int
+        Tokens that an answer may have beyond the expected ones.
+    general : bool
+        Whether the model can be asked things beyond the shipped model's few kinds of questions.
     """
 
     name: str
     capitals: bool
     scoring: str
-    before: str  # the text
+    before: str
     fact: str
     ask: str
     say: str
     rule: str
-    tell: str  # the keeper's code, for two hops
+    tell: str
     ask_keeper: str
-    number: str  # a fact of one token
+    number: str
     ask_number: str
     shot: str
     ask_shot: str
-    spare_tokens: int  # of an answer, beyond the expected ones
-    general: bool  # whether the model is asked things beyond the shipped model's few kinds of questions
+    spare_tokens: int
+    general: bool
 
 
 _FACT = "the {kind} of the {entity} is {value} ."
@@ -83,7 +118,7 @@ WORDINGS = {wording.name: wording for wording in (NEEDLE, ENGLISH)}
 
 
 def choose_wording(name: str, tokenizer: Tokenizer) -> Wording:
-    """Return the wording called `name`; "auto" is English where the tokenizer knows its words, else the small one.
+    """Return the wording called `name`; "auto" is "english" where the tokenizer knows its words, else "needle".
 
     Raises ConfigError for a name that there is not.
     """

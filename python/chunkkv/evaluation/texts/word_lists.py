@@ -1,4 +1,4 @@
-"""Words and sentences of the evaluation's texts: plain English that the shipped model was trained on, too."""
+"""The words and filler sentences of generated texts: plain English, and all that the shipped model was trained on."""
 
 from __future__ import annotations
 
