@@ -1,8 +1,10 @@
 """The ChunkKV op in readable NumPy: what every other implementation is compared with.
 
-Sections named here are those of the op contract (docs/method.md). Sums run in float64, so a result is at least
-as exact as the float32 accumulation the contract asks of the other implementations; token scores are returned
-as float32, and chunk scores are means of those float32 values.
+Section numbers are those of docs/method.md, and so are the letters in shapes: B rows of the batch, Hq query heads, Hkv
+KV heads, D head size, S padded length, L length of a row, w observation window, s sinks, N kept tokens, C chunks.
+
+Sums run in float64, so a result is at least as exact as the float32 accumulation that the other implementations use.
+Token scores are returned as float32, and chunk scores are means of those float32 values.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ FloatArray = NDArray[np.floating[Any]]
 IntArray = NDArray[np.integer[Any]]
 BoolArray = NDArray[np.bool_]
 
-NEAR_CUT = 1e-5
-PAD_INDEX = -1
+NEAR_CUT = 1e-5  # relative difference of chunk scores that rounding may turn round
+PAD_INDEX = -1  # in kept_indices, behind a row's own N
 ENTROPY_STEPS = 2**20  # entropies are compared in steps, so that rounding cannot tell equal ones apart
 GATED_BELOW = 2.0  # above any mean of attention weights: ranks a gated chunk's rest behind every other token
 
@@ -29,8 +31,8 @@ GATED_BELOW = 2.0  # above any mean of attention weights: ranks a gated chunk's 
 class Selection(NamedTuple):
     """What the op chose for a batch.
 
-    kept_indices int32 [B, max N] (-1 behind a row's own N), kept_lengths int32 [B], token_scores float32 [B,S]
-    (zero from the window on and in the padding).
+    kept_indices int32 [B, max N] holds the kept positions of each row in ascending order, PAD_INDEX behind its own N.
+    kept_lengths int32 [B] holds each row's N. token_scores float32 [B,S] is zero in the window and in the padding.
     """
 
     kept_indices: NDArray[np.int32]
@@ -41,9 +43,25 @@ class Selection(NamedTuple):
 def token_scores(
     query: FloatArray, key: FloatArray, window: int, pooling: int = 1, score: str = "softmax"
 ) -> NDArray[np.float32]:
-    """Return the scores a[t] of one row as float32 [L]: query [Hq,w,D] (the last w, rotated), key [Hkv,L,D].
+    """Return the score of every token of one row, float32 [L] (section 2); entries from L-w on are zero.
 
-    Section 2. Entries from L-w on are zero. Raises ConfigError where the shapes do not fit together.
+    Parameters
+    ----------
+    query : floating [Hq,w,D]
+        The last w queries, rotated as attention uses them. Hq is a multiple of Hkv.
+    key : floating [Hkv,L,D]
+        All keys, rotated. L is at least w.
+    window : int
+        w, which the shape of `query` must show.
+    pooling : int, default 1
+        Neighbouring tokens over which scores are averaged, odd; positions outside [0, L-w) count as 0.
+    score : {"softmax", "logits"}, default "softmax"
+        Mean attention weight, or sum of the raw products q·k.
+
+    Raises
+    ------
+    ConfigError
+        Where the shapes do not fit together.
     """
     heads, rows, head_dim = query.shape
     kv_heads, length, _ = key.shape
@@ -77,7 +95,7 @@ def _check_shapes(query: FloatArray, key: FloatArray, window: int) -> None:
 
 
 def _causal_softmax(logits: FloatArray) -> FloatArray:
-    """Softmax over the tokens of [Hq,w,L]; query i of the window sees the keys up to its own position."""
+    """Return the softmax over the last axis of [Hq,w,L]; query i of the window sees keys up to its own position."""
     _, rows, length = logits.shape
     own_position = length - rows + np.arange(rows)
     masked = np.where(np.arange(length) <= own_position[:, None], logits, -np.inf)
@@ -86,9 +104,10 @@ def _causal_softmax(logits: FloatArray) -> FloatArray:
 
 
 def chunk_starts(length: int, settings: ChunkKVSettings, is_delimiter: BoolArray | None = None) -> NDArray[np.int64]:
-    """Return the first position of every chunk of [s, L-w), ascending (section 3).
+    """Return the first position of every chunk of [s, L-w), int64 [C], ascending (section 3).
 
-    is_delimiter [L] is read where boundaries are "delimiter"; raises ConfigError where it is missing then.
+    `is_delimiter` bool [L] says which tokens end a clause or a line. It is read where settings.boundaries is
+    "delimiter"; raises ConfigError where it is missing then.
     """
     end = length - settings.window
     if settings.boundaries == "fixed":
@@ -103,7 +122,10 @@ def chunk_starts(length: int, settings: ChunkKVSettings, is_delimiter: BoolArray
 
 
 def chunk_scores(scores: FloatArray, starts: IntArray, end: int) -> NDArray[np.float64]:
-    """Return the mean score of every chunk; chunk i spans starts[i] to starts[i+1], the last ends at `end`."""
+    """Return the mean score of every chunk, float64 [C], from token scores [L] (section 3).
+
+    `starts` [C] are the chunks' first positions; chunk i ends before starts[i+1], the last one before `end`.
+    """
     if len(starts) == 0:
         return np.zeros(0)
     with np.errstate(invalid="ignore"):
@@ -112,35 +134,41 @@ def chunk_scores(scores: FloatArray, starts: IntArray, end: int) -> NDArray[np.f
 
 
 def chunk_sizes(starts: IntArray, end: int) -> NDArray[np.int64]:
-    """Return the number of tokens of every chunk."""
+    """Return the number of tokens of every chunk, int64 [C]; `starts` [C] and `end` as in chunk_scores."""
     return np.diff(np.append(starts, end)).astype(np.int64)
 
 
 def chunk_order(means: FloatArray) -> NDArray[np.int64]:
-    """Return chunk numbers best first: descending score, ties by lower position, NaN below everything."""
+    """Return chunk numbers int64 [C], best first, from chunk scores [C] (section 4).
+
+    Descending score; equal scores by lower position; NaN last.
+    """
     return np.argsort(-means, kind="stable")  # NaN sorts last, equal scores stay in position order
 
 
 def chunk_entropies(scores: FloatArray, starts: IntArray, end: int) -> NDArray[np.float64]:
-    """Return per chunk the entropy of its tokens' shares of the chunk's score, over that of equal shares.
+    """Return the relative entropy of every chunk, float64 [C] in [0, 1] (section 4): low where few tokens score.
 
-    In steps of 1 / ENTROPY_STEPS; 1 for a chunk of one token, of no attention, or with NaN or infinity in it.
+    It is the entropy of the tokens' shares of the chunk's score, divided by that of equal shares, in steps of
+    1 / ENTROPY_STEPS. It is 1 for a chunk of one token, without attention, or with NaN or infinity in it. Token scores
+    [L], `starts` [C] and `end` as in chunk_scores.
     """
     sizes = chunk_sizes(starts, end)
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        exact = scores[:end].astype(np.float64)
-        total = np.add.reduceat(exact, starts)
-        inner = np.add.reduceat(np.where(exact > 0, exact * np.log(exact), 0.0), starts)
-        entropy = (np.log(total) - inner / total) / np.log(sizes)
-    known = (sizes > 1) & (total > 0) & np.isfinite(entropy)
-    return np.where(known, np.round(np.where(known, entropy, 1.0) * ENTROPY_STEPS) / ENTROPY_STEPS, 1.0)
+        wide = scores[:end].astype(np.float64)
+        total = np.add.reduceat(wide, starts)
+        score_log_score = np.add.reduceat(np.where(wide > 0, wide * np.log(wide), 0.0), starts)
+        entropy = (np.log(total) - score_log_score / total) / np.log(sizes)
+    is_defined = (sizes > 1) & (total > 0) & np.isfinite(entropy)
+    return np.where(is_defined, np.round(np.where(is_defined, entropy, 1.0) * ENTROPY_STEPS) / ENTROPY_STEPS, 1.0)
 
 
 def gated_tokens(scores: FloatArray, starts: IntArray, end: int) -> BoolArray:
-    """Return which tokens of [starts[0], end) a gated chunk gives last, bool: all but its GATE_TOKENS best.
+    """Return which tokens of [starts[0], end) rank behind all others, bool [end - starts[0]] (section 4, gate entropy).
 
-    A chunk is gated where its mean score is at least the lower median of all chunks' and its entropy below the lower
-    median of theirs: it scores high, but by a few of its tokens.
+    They are those of gated chunks, all but the GATE_TOKENS best of each. A chunk is gated where its mean score is at
+    least the lower median of all chunks' and its entropy is below the lower median of theirs: it scores high, but by
+    few of its tokens. Token scores [L], `starts` [C] and `end` as in chunk_scores.
     """
     means = np.nan_to_num(chunk_scores(scores, starts, end), nan=-np.inf, posinf=np.inf, neginf=-np.inf)
     entropies = chunk_entropies(scores, starts, end)
@@ -161,7 +189,21 @@ def select_tokens(
     settings: ChunkKVSettings,
     is_delimiter: BoolArray | None = None,
 ) -> NDArray[np.int32]:
-    """Return the `kept` token positions that stay, ascending int32 [N], from scores [L] (section 4)."""
+    """Return the positions that stay, int32 [N], ascending (section 4).
+
+    Parameters
+    ----------
+    scores : floating [L]
+        Token scores of one row.
+    length : int
+        L.
+    kept : int
+        N; at least L keeps every token, less must be at least w + s.
+    settings : ChunkKVSettings
+        Window, sinks, chunks and gate.
+    is_delimiter : bool [L], optional
+        Needed where settings.boundaries is "delimiter", or ConfigError is raised.
+    """
     if kept >= length:
         return np.arange(length, dtype=np.int32)
     end = length - settings.window
@@ -170,21 +212,25 @@ def select_tokens(
     stays = np.zeros(length, dtype=bool)
     stays[: settings.sinks] = True
     stays[end:] = True
-    value = np.repeat(chunk_scores(scores, starts, end), sizes)
+    # A token ranks by its chunk's score. The sort is stable, so a chunk that does not fit gives its first tokens.
+    rank_value = np.repeat(chunk_scores(scores, starts, end), sizes)
     if settings.gate == "entropy":
-        value[gated_tokens(scores, starts, end)] -= GATED_BELOW
-    best_first = settings.sinks + np.argsort(-value, kind="stable")  # NaN last
+        rank_value[gated_tokens(scores, starts, end)] -= GATED_BELOW
+    best_first = settings.sinks + np.argsort(-rank_value, kind="stable")  # NaN last
     stays[best_first[: kept - settings.window - settings.sinks]] = True
     return np.flatnonzero(stays).astype(np.int32)
 
 
 def compact(x: NDArray[Any], kept_indices: IntArray) -> NDArray[Any]:
-    """Return the kept rows of x [Hkv,L,D] as [Hkv,N,D], bytes unchanged (section 5)."""
+    """Return the kept tokens of x [Hkv,L,D] as [Hkv,N,D], bytes unchanged (section 5); kept_indices is [N]."""
     return np.ascontiguousarray(x[:, kept_indices, :])
 
 
 def compact_batch(x: NDArray[Any], kept_indices: IntArray) -> NDArray[Any]:
-    """Return the kept rows of x [B,Hkv,S,D] as [B,Hkv,max N,D]; slots behind a row's own N repeat its first token."""
+    """Return the kept tokens of x [B,Hkv,S,D] as [B,Hkv,max N,D] (section 5); kept_indices is [B, max N].
+
+    Slots behind a row's own N repeat its first token.
+    """
     rows = np.maximum(kept_indices, 0)[:, None, :, None]
     return np.take_along_axis(x, rows, axis=2)
 
@@ -199,12 +245,33 @@ def select_batch(
     budget_tokens: IntArray | None = None,
     is_delimiter: BoolArray | None = None,
 ) -> Selection:
-    """Choose the kept tokens of every row of a batch.
+    """Score and select the tokens of every row of a batch (sections 1 to 4).
 
-    query [B,Hq,w,D] (each row's last w), key [B,Hkv,S,D], lengths [B]; is_delimiter [B,S]. keep_per_10k [B] and
-    budget_tokens [B] (0 = ratio mode) override the settings per row. Contents behind a row's length are never
-    read; a row of fewer than w tokens scores zero and is kept whole. Raises RequestError for a length outside
-    0 to S, ConfigError where shapes and settings do not fit.
+    Contents behind a row's length are never read. A row of fewer than w tokens scores zero and is kept whole.
+
+    Parameters
+    ----------
+    query : floating [B,Hq,w,D]
+        Each row's last w queries, rotated.
+    key : floating [B,Hkv,S,D]
+        Keys, rotated.
+    lengths : integer [B]
+        L of each row, 0 to S.
+    settings : ChunkKVSettings
+        The op's settings.
+    keep_per_10k : integer [B], optional
+        Keep ratio of each row, in shares of 10,000; None for the settings'.
+    budget_tokens : integer [B], optional
+        Budget of each row, 0 for its keep ratio; None for the settings'.
+    is_delimiter : bool [B,S], optional
+        Which tokens end a clause or a line.
+
+    Raises
+    ------
+    RequestError
+        For a length outside 0 to S.
+    ConfigError
+        Where shapes and settings do not fit together.
     """
     batch, _, padded, _ = key.shape
     rows: list[NDArray[np.int32]] = []
@@ -241,8 +308,9 @@ def select_layers(
 ) -> list[Selection]:
     """Return one Selection per layer; the layers of a group share their leader's (section 6).
 
-    queries maps each leader to its [B,Hq,w,D], keys holds [B,Hkv,S,D] per layer. Raises ConfigError unless
-    settings.layer_groups lists every layer once, in order, and every leader has its queries.
+    `queries` maps each leader to its queries [B,Hq,w,D]; `keys` holds [B,Hkv,S,D] for every layer; the rest is as in
+    select_batch. Raises ConfigError unless settings.layer_groups lists every layer once, in order, and every leader
+    has its queries.
     """
     listed = [layer for group in settings.layer_groups for layer in group]
     if listed != list(range(len(keys))):
@@ -275,10 +343,11 @@ def chunks_near_cut(
     tolerance: float = NEAR_CUT,
     magnitude: float | None = None,
 ) -> NDArray[np.int64]:
-    """Return the chunks that rounding may put on either side of the cut, ascending; none where the cut is clear.
+    """Return the chunks that rounding may put on either side of the cut, int64, ascending; none where it is clear.
 
-    means and sizes describe the ranked chunks, budget is N - w - s. The cut is the best chunk that is not taken
-    whole; a chunk is near it within tolerance * magnitude, by default the cut's own absolute score.
+    `means` [C] and `sizes` [C] are the chunks' scores and lengths; `budget` is N - w - s. The cut is the best chunk
+    that is not taken whole. A chunk is near it where their scores differ by at most tolerance * magnitude; `magnitude`
+    is by default the absolute score of the cut.
     """
     order = chunk_order(means)
     whole = int(np.searchsorted(np.cumsum(sizes[order]), budget, side="right"))
@@ -305,8 +374,9 @@ def near_cut(
 ) -> BoolArray:
     """Return which tokens of a row, bool [L], lie in a chunk that rounding may put on either side of the cut.
 
-    With score "logits" the tolerance is relative to the largest token score: terms of both signs cancel, so the
-    rounding error of a sum is not bounded by the sum itself.
+    It tells an error of another implementation from a legal difference in rounding. Parameters as in select_tokens;
+    `tolerance` as in chunks_near_cut. With score "logits" the tolerance is relative to the largest token score: terms
+    of both signs cancel, so the rounding error of a sum is not bounded by the sum itself.
     """
     near = np.zeros(length, dtype=bool)
     if kept >= length:

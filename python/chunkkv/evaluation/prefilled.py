@@ -25,7 +25,7 @@ class PrefilledPrompt:
         Token ids [L] int64.
     logits : np.ndarray
         Logits [vocab] float32 after the last token.
-    cache : KVCache
+    cache : HostKVCache
         The full cache, of one row.
     queries : dict[int, np.ndarray]
         The last w rotated queries [Hq,w,D] of every layer that gives them: the leaders of the engine's groups.
