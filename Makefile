@@ -10,7 +10,7 @@ MODEL  := examples/needle/model
 # For tests in an environment of their own: what pyproject.toml leaves out of a plain pytest run is named on the line.
 ALONE  := -o addopts="-ra --strict-markers"
 
-.PHONY: demo test test-deep test-slow test-triton test-peers test-tensorrt-api bench results gpu-check lint clean
+.PHONY: demo test test-deep test-slow test-triton test-peers test-tensorrt-api bench results docs gpu-check lint clean
 # Two targets may fill the same environment, and the tests use both cores by themselves: make -j changes nothing.
 .NOTPARALLEL:
 
@@ -53,6 +53,10 @@ bench: $(PEERS)/.installed
 
 results: $(VENV)/.installed-demo
 	$(BIN)/python -m benchmarks.results
+
+# docs/api.md from the docstrings; a test fails where it is out of date.
+docs: $(VENV)/.installed-test
+	$(BIN)/python docs/generate_api.py
 
 # Runs in the machine's own Python, the one that has torch; DRY=--dry_run needs no GPU.
 gpu-check:

@@ -19,8 +19,6 @@ STILL: set[str] = {
     "KVCache: chunkkv.executors.interface, chunkkv.native.kv",
     "Plan: chunkkv.evaluation.evaluator, chunkkv_builder.plan",
     "Rows: chunkkv.native.library, chunkkv.native.structs",
-    "builder/onnx_graph/",
-    "builder/backends/",
 }
 
 

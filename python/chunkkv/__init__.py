@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from chunkkv.session import ChunkKVSession
     from chunkkv.settings import ChunkKVSettings
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BackendUnavailableError",
