@@ -51,11 +51,13 @@ def code_lines(text: str) -> Iterator[str]:
 
 @cache
 def flags_of(program: str, *command: str) -> frozenset[str]:
-    """Return the flags in a command's --help."""
-    output = io.StringIO()
+    """Return the flags in a command's --help; chunkkv-build has another one for TensorRT-LLM."""
     run = chunkkv_build if program == "chunkkv-build" else chunkkv_command
-    with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
-        run([*command, *(["--backend", "tensorrt_llm"] if run is chunkkv_build else []), "--help"])
+    pages = ([], ["--backend", "tensorrt_llm"]) if run is chunkkv_build else (list(command),)
+    output = io.StringIO()
+    for words in pages:
+        with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
+            run([*words, "--help"])
     return frozenset(re.findall(r"--([a-z][a-z0-9_-]*)", output.getvalue()))
 
 
