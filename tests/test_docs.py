@@ -19,10 +19,8 @@ from chunkkv.cli.main import main as chunkkv_command
 from chunkkv_builder.build import main as chunkkv_build
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted(
-    [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.md")]
-    + [ROOT / "benchmarks" / "results" / "page.md"]
-)
+TEMPLATE = ROOT / "benchmarks" / "results" / "page.md"
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.md"), TEMPLATE])
 NOT_WRAPPED = {ROOT / "docs" / name for name in ("api.md", "results.md", "kernels.md", "tensorrt-plugins.md")}
 GROUPS = {"triton": ("init", "patch", "serve"), "profile": ("", "report")}
 COMMANDS = ("generate", "inspect", "eval", "calibrate", "lm-eval", "profile", "triton", "doctor", "version")
@@ -89,7 +87,7 @@ def anchors(page: Path) -> set[str]:
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_every_relative_link_resolves(page: Path) -> None:
-    folder = ROOT / "docs" if page.name == "page.md" else page.parent
+    folder = ROOT / "docs" if page == TEMPLATE else page.parent
     text = re.sub(r"`[^`\n]*`", "", re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL))
     broken = []
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -168,7 +166,7 @@ def test_the_api_page_is_that_of_the_docstrings() -> None:
 def test_the_version_is_the_same_everywhere() -> None:
     assert f"\nversion: {chunkkv.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     versions = re.findall(r"^## \[(\S+)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
-    assert [version for version in versions if version != "Unreleased"][0] == chunkkv.__version__
+    assert next(version for version in versions if version != "Unreleased") == chunkkv.__version__
 
 
 def test_every_page_is_in_the_index() -> None:
