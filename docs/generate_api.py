@@ -30,9 +30,7 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "Settings": {"chunkkv.settings": ()},
     "Errors": {"chunkkv.errors": ()},
-    "Serve many requests": {
-        "chunkkv.batching.batcher": ("ContinuousBatcher", "BatchingLimits", "Listener", "Load"),
-    },
+    "Serve many requests": {"chunkkv.batching": ()},
     "The op on your arrays": {"chunkkv.native.library": ()},
     "The op in NumPy": {"chunkkv.reference": ()},
     "The contract of an engine": {"chunkkv.executors.interface": ()},

@@ -144,7 +144,10 @@ class Decoder(Protocol):
             Per row the cache slot to write, which is the number of slots filled so far; compression makes it smaller
             than the position. A decoder from `layer_lengths_decoder` takes [layers,len(rows)].
 
-        Raises EngineRunError for a slot beyond the cache, or where the engine fails.
+        Raises
+        ------
+        EngineRunError
+            A slot lies beyond the cache, or the engine fails.
         """
 
 
