@@ -18,7 +18,8 @@ from chunkkv.triton.repository.check import check_repository
 from chunkkv.triton.repository.config_text import read_config, string_parameters
 from chunkkv.triton.repository.patch import patch_repository
 from chunkkv.triton.repository.write import ServeOptions, write_repository
-from chunkkv.triton.server import processes
+from chunkkv.triton.server.files import ServerFiles
+from chunkkv.triton.server.supervisor import ServeSettings, Supervisor
 
 # Names, types and dims of TensorRT-LLM's own models (tensorrtllm_backend, branch r25.05), for what this layout has.
 TENSORRT_LLM = {
@@ -291,4 +292,4 @@ def test_commands_name_the_package_that_is_missing(engine, stock, tmp_path, monk
     assert not (tmp_path / "new").exists()
     monkeypatch.setitem(sys.modules, "psutil", None)
     with pytest.raises(BackendUnavailableError, match=r"psutil .*: pip install 'chunkkv-trt\[triton\]'$"):
-        processes.is_running(1)
+        Supervisor(ServeSettings(stock), ServerFiles(Path("/no/tritonserver"), None, {})).run()

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import tritonclient.grpc as grpc_client
 
 from chunkkv.triton.server.processes import is_running, model_processes
@@ -28,17 +29,17 @@ DTYPES = {"max_tokens": "INT32", "seed": "UINT64", "top_k": "INT32", "budget_tok
 def wait_for(condition: Callable[[], Any], seconds: float = 20.0) -> Any:
     """Return the first true value of `condition`; fails after `seconds`."""
     until = time.monotonic() + seconds
-    while not (found := condition()):
+    while not (value := condition()):
         assert time.monotonic() < until, "it never came"
         time.sleep(0.02)
-    return found
+    return value
 
 
 def free_ports(count: int) -> list[int]:
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [held.getsockname()[1] for held in sockets]
-    for held in sockets:
-        held.close()
+    ports = [taken.getsockname()[1] for taken in sockets]
+    for taken in sockets:
+        taken.close()
     return ports
 
 
@@ -83,7 +84,7 @@ class Server:
     @property
     def shm_prefix(self) -> str:
         """The shared-memory prefix of the tritonserver of now."""
-        command = Path(f"/proc/{self.server_pid}/cmdline").read_bytes().decode()
+        command = " ".join(psutil.Process(self.server_pid).cmdline())
         return re.search(r"shm-region-prefix-name=(\w+)", command)[1]
 
     def model_processes(self) -> frozenset[int]:
@@ -162,10 +163,10 @@ class GrpcStream:
 
     def next(self, timeout: float = 30) -> Any:
         """Return the next result; raises the error where it is one."""
-        found = self._results.get(timeout=timeout)
-        if isinstance(found, Exception):
-            raise found
-        return found
+        result = self._results.get(timeout=timeout)
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     def all(self) -> list[Any]:
         """Return all results up to the final one."""
@@ -185,9 +186,9 @@ def tensor(name: str, values: Any, dtype: str) -> Any:
     kinds = {"BYTES": object, "INT32": np.int32, "FP32": np.float32, "BOOL": bool, "UINT64": np.uint64}
     array = np.array(values, dtype=kinds[dtype])
     array = array.reshape(1, -1) if array.ndim < 2 else array
-    made = grpc_client.InferInput(name, array.shape, dtype)
-    made.set_data_from_numpy(array)
-    return made
+    infer_input = grpc_client.InferInput(name, array.shape, dtype)
+    infer_input.set_data_from_numpy(array)
+    return infer_input
 
 
 def text_request(text: str | bytes, max_tokens: int = 8, stream: bool = True) -> list[Any]:

@@ -129,7 +129,8 @@ class Serving:
 def watch_parent() -> None:
     """End this process when the server dies: Triton leaves the process of a decoupled model behind.
 
-    A timer in C, which needs no interpreter lock, ends the process if this thread does not put it off any more.
+    A timer in C ends the process when this thread stops postponing it. The timer needs no interpreter lock, so it works
+    even if an engine holds that for ever.
     """
     parent, nowhere = os.getppid(), open(os.devnull, "w")  # noqa: SIM115 - lives as long as the process
 

@@ -96,7 +96,7 @@ class TritonPythonModel:
         return None
 
     def _stop_when_cancelled(self, sender: ResponseSender, engine_id: str, ended: threading.Event) -> None:
-        """Stop the engine's request once the client has gone; again and again, for it may not have got there yet."""
+        """Stop the engine's request once the client has gone; repeated, because it may not have reached the engine."""
         while not ended.wait(CANCEL_POLL_S):
             if sender.is_cancelled():
                 self._stop(engine_id)

@@ -12,6 +12,11 @@ from chunkkv.errors import BackendUnavailableError
 STUB_PROGRAM = "triton_python_backend_stub"  # the program that runs a python model
 
 
+def check_psutil() -> None:
+    """Raise BackendUnavailableError where psutil is missing; every other function here raises it, too."""
+    _psutil()
+
+
 def is_running(pid: int) -> bool:
     """Return whether a process exists and has not ended; a zombie has."""
     psutil = _psutil()

@@ -25,7 +25,7 @@ from chunkkv.triton.logs import fields
 from chunkkv.triton.repository.write import check_path
 from chunkkv.triton.server.files import ServerFiles
 from chunkkv.triton.server.health import Health
-from chunkkv.triton.server.processes import is_running, kill_group, model_processes, wait_for_group
+from chunkkv.triton.server.processes import check_psutil, is_running, kill_group, model_processes, wait_for_group
 
 POLL_S = 0.1
 STEADY_S = 60.0  # a server that was up for this long failed for a new reason
@@ -36,6 +36,7 @@ _LAUNCH = (
     "os.getppid() == int(sys.argv[1]) or sys.exit('the supervisor is gone'); os.execv(sys.argv[2], sys.argv[2:])"
 )
 _log = logging.getLogger(__name__)
+_Process = subprocess.Popen[bytes]
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,6 @@ class Supervisor:
         self._settings, self._files = settings, files
         self._health = Health(settings.host, settings.http_port, settings.canary_timeout_s)
         self._stopping, self._killing = threading.Event(), threading.Event()
-        self._shm_prefix = ""  # names of the server's shared memory begin with it; every start gets its own
-        self._process: subprocess.Popen[bytes] | None = None
 
     def stop(self) -> None:
         """Ask run() to let open requests end and then return."""
@@ -127,6 +126,7 @@ class Supervisor:
 
         Raises ConfigError for a port that is taken, BackendUnavailableError without the extra `triton`.
         """
+        check_psutil()
         self._settings.check_ports()
         failures, failed_at = 0, None
         while True:
@@ -146,22 +146,22 @@ class Supervisor:
 
     def _serve(self, failed_at: float | None) -> str | None:
         """Run one server to its end; returns why it ended, None where it was told to."""
-        self._start()
+        shm_prefix = f"chunkkv{secrets.token_hex(4)}_"  # names of this server's shared memory begin with it
+        process = self._start(shm_prefix)
         try:
-            reason = self._wait_until_ready(failed_at) or self._watch()
+            reason = self._wait_until_ready(process, failed_at) or self._watch(process, shm_prefix)
             if reason is None:
-                self._drain()
+                self._drain(process)
             return reason
         finally:
-            self._clean_up()
+            self._clean_up(process, shm_prefix)
 
-    def _start(self) -> None:
-        self._shm_prefix = f"chunkkv{secrets.token_hex(4)}_"
+    def _start(self, shm_prefix: str) -> _Process:
         settings, host = self._settings, self._settings.host
         command = [
             str(self._files.binary),
             f"--model-repository={settings.repository}",
-            f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}",
+            f"--backend-config=python,shm-region-prefix-name={shm_prefix}",
             "--disable-auto-complete-config",
             f"--exit-timeout-secs={settings.exit_timeout_s}",
             *(f"--{kind}-address={host}" for kind in ("http", "grpc", "metrics")),
@@ -173,19 +173,19 @@ class Supervisor:
         if self._files.backends is not None:
             command.append(f"--backend-directory={self._files.backends}")
         launcher = [sys.executable, "-I", "-S", "-c", _LAUNCH, str(os.getpid())]
-        self._process = subprocess.Popen(
+        process = subprocess.Popen(
             [*launcher, *command], env=self._files.environment, start_new_session=True, stdin=subprocess.DEVNULL
         )
-        _log.info("server_started", extra=fields(pid=self._process.pid, http=f"{host}:{settings.http_port}"))
+        _log.info("server_started", extra=fields(pid=process.pid, http=f"{host}:{settings.http_port}"))
+        return process
 
-    def _wait_until_ready(self, failed_at: float | None) -> str | None:
+    def _wait_until_ready(self, process: _Process, failed_at: float | None) -> str | None:
         """Return None once the server gives a token, or is to stop; else what is wrong."""
-        assert self._process is not None
         began = time.monotonic()
         while not self._stopping.is_set():
-            if (code := self._process.poll()) is not None:
+            if (code := process.poll()) is not None:
                 return f"the server exited with code {code} before it was ready"
-            if self._health.is_ready() and not self._health.problem(self._is_alive):
+            if self._health.is_ready() and not self._problem(process):
                 times = {"start_s": round(time.monotonic() - began, 3)}
                 if failed_at is not None:
                     times["recovery_s"] = round(time.monotonic() - failed_at, 3)
@@ -196,16 +196,15 @@ class Supervisor:
             time.sleep(POLL_S)
         return None
 
-    def _watch(self) -> str | None:
+    def _watch(self, process: _Process, shm_prefix: str) -> str | None:
         """Return what is wrong with a running server once something is, None once it is to stop."""
-        assert self._process is not None
-        processes = model_processes(self._shm_prefix)
-        canary = _Canary(lambda: self._health.problem(self._is_alive), self._settings.canary_s)
+        model_pids = model_processes(shm_prefix)
+        canary = _Canary(lambda: self._problem(process), self._settings.canary_s)
         try:
             while not self._stopping.is_set():
-                if (code := self._process.poll()) is not None:
+                if (code := process.poll()) is not None:
                     return f"the server ended with code {code}"
-                if dead := [pid for pid in processes if not is_running(pid)]:
+                if dead := [pid for pid in model_pids if not is_running(pid)]:
                     return f"model process {min(dead)} died"
                 if canary.problem:
                     return canary.problem
@@ -214,31 +213,30 @@ class Supervisor:
         finally:
             canary.stop()
 
-    def _is_alive(self) -> bool:
-        return self._process is not None and self._process.poll() is None and not self._stopping.is_set()
+    def _problem(self, process: _Process) -> str | None:
+        """Ask for a token; returns what is wrong, None also once the server has ended or is to stop."""
+        return self._health.problem(lambda: process.poll() is None and not self._stopping.is_set())
 
-    def _drain(self) -> None:
+    def _drain(self, process: _Process) -> None:
         """Let open requests end: on SIGTERM the server takes no new ones and exits after the last."""
-        assert self._process is not None
         _log.info("draining", extra=fields(at_most_s=self._settings.exit_timeout_s))
-        self._process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)
         until = time.monotonic() + self._settings.exit_timeout_s + 5
-        while self._process.poll() is None and time.monotonic() < until and not self._killing.is_set():
+        while process.poll() is None and time.monotonic() < until and not self._killing.is_set():
             time.sleep(POLL_S)
-        if (code := self._process.poll()) is None:
+        if (code := process.poll()) is None:
             reason = "signal" if self._killing.is_set() else "it did not end in time"
             _log.warning("killed", extra=fields(reason=reason))
         else:
             _log.info("server_stopped", extra=fields(code=code))
 
-    def _clean_up(self) -> None:
+    def _clean_up(self, process: _Process, shm_prefix: str) -> None:
         """End every process of the server's group and remove its shared memory."""
-        assert self._process is not None
-        if self._stopping.is_set() and self._process.poll() is not None:
-            wait_for_group(self._process.pid, timeout_s=1.0)  # model processes end by themselves after a clean exit
-        kill_group(self._process.pid)
-        self._process.wait()
-        for region in Path("/dev/shm").glob(f"{self._shm_prefix}*"):
+        if self._stopping.is_set() and process.poll() is not None:
+            wait_for_group(process.pid, timeout_s=1.0)  # model processes end by themselves after a clean exit
+        kill_group(process.pid)
+        process.wait()
+        for region in Path("/dev/shm").glob(f"{shm_prefix}*"):
             region.unlink(missing_ok=True)
 
 
