@@ -139,7 +139,7 @@ class ChunkKVSession:
         *,
         keep_ratio: float | Sequence[float | None] | None = None,
         budget_tokens: int | Sequence[int | None] | None = None,
-        stream: bool = False,
+        stream: bool,
         cancel: threading.Event | None = None,
     ) -> GenerationResult | list[GenerationResult] | Iterator[StreamEvent]: ...
 
