@@ -20,10 +20,15 @@ GENERATIONS = ("0.16", "late")
 LIMITS = {"max_input_len": 200, "max_seq_len": 256, "max_batch_size": 4, "max_num_tokens": 512}
 
 
+def source_checkpoint(variant: str = "llama3", layers: int = 4) -> Path:
+    """Return a tiny Hugging Face model with heads of 64; in float16, so that converting it rounds nothing."""
+    return engines.checkpoint_dir(variant, head_dim=64, num_hidden_layers=layers, dtype="float16")
+
+
 @cache
 def llm_checkpoint(variant: str = "llama3", layers: int = 4, **conversion: Any) -> Path:
-    """Return a TensorRT-LLM checkpoint of a tiny model with heads of 64; the same arguments give the same directory."""
-    source = engines.checkpoint_dir(variant, head_dim=64, num_hidden_layers=layers)
+    """Return source_checkpoint() as a TensorRT-LLM checkpoint; the same arguments give the same directory."""
+    source = source_checkpoint(variant, layers)
     return convert(source, Path(tempfile.mkdtemp(dir=engines._FOLDER.name)) / "llm", **conversion)
 
 
