@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from support.engines import command_line
 
-from chunkkv.cli import main as cli
+from chunkkv.cli.main import main
 from chunkkv.engine.directory import EngineFiles
 from chunkkv.engine.layer_groups import layer_groups
 from chunkkv.evaluation.calibration import MeasuredCandidate
@@ -87,7 +87,7 @@ def built(output: Path, **flags: Any) -> Path:
 
 
 def calibrate(engine: Path, output: Path, *arguments: str) -> dict[str, Any]:
-    cli.main(["calibrate", "--engine_dir", str(engine), "--output", str(output), "--threads", "1", *arguments])
+    main(["calibrate", "--engine_dir", str(engine), "--output", str(output), "--threads", "1", *arguments])
     return json.loads(output.read_text(encoding="utf-8"))
 
 
@@ -171,7 +171,7 @@ def test_what_cannot_be_calibrated_is_said(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["calibrate", "--engine_dir", str(engine), *arguments.split()])
+        main(["calibrate", "--engine_dir", str(engine), *arguments.split()])
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and message in error and len(error.splitlines()) == 1
     assert not list(tmp_path.iterdir())

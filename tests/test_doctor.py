@@ -16,10 +16,11 @@ from support.tensorrt_llm_builds import llm_checkpoint
 from test_tensorrt_llm_executor import TOKENS_PER_BLOCK, engine_dir
 
 from chunkkv.cli import doctor
-from chunkkv.cli import main as cli
+from chunkkv.cli.main import main
 from chunkkv.engine.directory import TENSORRT_LLM
 from chunkkv.engine.preconditions import BUILD_PRECONDITIONS, build_values, check
 from chunkkv.errors import ConfigError
+from chunkkv.executors import machine_check
 from chunkkv.findings import BREAKS, OK, WARNING, Finding
 from chunkkv.gpu import tensorrt_library
 from chunkkv.gpu.cuda_runtime import CudaRuntime
@@ -45,7 +46,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(CudaRuntime, "load", staticmethod(lambda: runtime))
     monkeypatch.setattr(tensorrt_library, "_PLACES", (tmp_path,))
     versions = {"tensorrt": "10.14.1.48", "tensorrt_llm": "1.2.1"}
-    monkeypatch.setattr(doctor, "_installed", versions.get)
+    monkeypatch.setattr(machine_check, "installed_version", versions.get)
     (tmp_path / "libchunkkv_tensorrt.so.10").touch()
     (tmp_path / LOADER_LIBRARY).touch()
     return tmp_path / LOADER_LIBRARY
@@ -154,7 +155,7 @@ def test_what_this_machine_lacks(monkeypatch: pytest.MonkeyPatch, machine: Path)
     path = engine_dir("0.16")
     found = checked(path)
     assert "10.14.1.48 is installed, the engine was built with 10.7.0.23" in named(found, "package tensorrt").found
-    monkeypatch.setattr(doctor, "_installed", lambda name: None)
+    monkeypatch.setattr(machine_check, "installed_version", lambda name: None)
     monkeypatch.setattr(tensorrt_library, "_PLACES", ())
     monkeypatch.setattr(CudaRuntime, "load", staticmethod(lambda: CudaRuntime(CudartDouble(devices=0))))
     found = checked(path)
@@ -236,12 +237,12 @@ def test_every_precondition_is_compared() -> None:
 def test_the_command(machine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["doctor", "--engine_dir", str(engine_dir("late")), "--triton_repo", str(repository(tmp_path))]
     with pytest.raises(SystemExit) as ended:
-        cli.main([*words, "--json"])
+        main([*words, "--json"])
     values = json.loads(capsys.readouterr().out)
     assert ended.value.code == 1 and values["would_break"] == 1
     assert {tuple(sorted(entry)) for entry in values["findings"]} == {("change", "check", "found", "state")}
     with pytest.raises(SystemExit):
-        cli.main(words)
+        main(words)
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("would break  tensorrt_llm: LD_PRELOAD") for line in lines)
     assert any("-> start tritonserver with LD_PRELOAD=" in line for line in lines)
@@ -249,7 +250,7 @@ def test_the_command(machine: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_an_engine_for_onnx_runtime(capsys: pytest.CaptureFixture[str]) -> None:
-    cli.main(["doctor", "--engine_dir", str(engines.engine_dir("llama3"))])
+    main(["doctor", "--engine_dir", str(engines.engine_dir("llama3"))])
     assert capsys.readouterr().out.splitlines()[-1] == "3 checks: 0 would break, 0 to note"
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from support import engines, needle_engine
 
-from chunkkv.cli import main as cli
+from chunkkv.cli.main import main
 from chunkkv.errors import BackendUnavailableError, ConfigError, EngineMismatchError, RequestError
 from chunkkv.evaluation.evaluator import Evaluator, Plan
 from chunkkv.evaluation.policies import parse_policies
@@ -301,7 +301,7 @@ def run(capsys: pytest.CaptureFixture, tmp_path: Path) -> Run:
         }
         code = 0
         try:
-            cli.main(["eval", *engines.command_line(named)])
+            main(["eval", *engines.command_line(named)])
         except SystemExit as stop:
             code = stop.code
         return code, *capsys.readouterr()
@@ -356,8 +356,8 @@ def test_a_file_that_changed_is_another_run(run: Run, tmp_path: Path) -> None:
         ({"lengths": "many"}, "lengths has 'many'; give whole numbers"),
         ({"lengths": "9000"}, "this engine takes prompts of at most 4096 tokens"),
         ({"modes": "before"}, "modes has 'before'; allowed is in or after"),
-        ({"examples": 0}, "examples is 0; give a larger whole number"),
-        ({"seed": -1}, "seed is -1; give a larger whole number"),
+        ({"examples": 0}, "--examples is 0; give a whole number of at least 1"),
+        ({"seed": -1}, "--seed is -1; give a whole number of at least 0"),
         ({"wording": "french"}, "wording is 'french'; allowed is auto or needle or english"),
     ],
 )

@@ -13,7 +13,7 @@ from native.build import BuildError, nvtx_recorder
 from support import engines, fake_nsys
 from support.nsys_exports import write_export
 
-from chunkkv.cli import main as cli
+from chunkkv.cli.main import main
 from chunkkv.profile.measure import NSYS_FLAGS
 from chunkkv.profile.trace import Trace
 
@@ -36,7 +36,7 @@ def run(capsys, monkeypatch, tmp_path) -> Run:
     def call(*arguments: str) -> tuple[int, str, str]:
         code = 0
         try:
-            cli.main(arguments)
+            main(arguments)
         except SystemExit as stop:
             code = stop.code
         return code, *capsys.readouterr()
@@ -154,7 +154,7 @@ ONE = ["profile", "--engine_dir", "{}", "--prompt", "a"]
         (["profile", "--engine_dir", "/no/such", "--prompt", "a"], 1, "/no/such does not exist"),
         (["profile", "report", "nothing.sqlite"], 1, "nothing.sqlite cannot be read: No such file"),
         (["profile", "report", "nothing.json"], 1, "nothing.json cannot be read: No such file"),
-        (["profile", "report"], 2, "Missing argument 'FILE'"),
+        (["profile", "report"], 2, "FILE is missing; --help lists what there is"),
     ],
 )
 def test_errors_are_one_line(engine, run, monkeypatch, arguments: list, code: int, told: str) -> None:

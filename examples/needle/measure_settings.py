@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Final
 
-from chunkkv.cli import main as chunkkv
+from chunkkv.cli.main import main as chunkkv
 from chunkkv.files import write_whole
 from chunkkv_builder.build import main as build_engine
 

@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
@@ -27,6 +27,7 @@ LOG_LEVELS = ("error", "warning", "info", "verbose", "debug")
 _TRACEBACK_LEVELS = ("verbose", "debug")
 # Flags that delete files: whoever misspelt one has to spell it out, no hint offers it.
 _DESTRUCTIVE_FLAGS = ("--overwrite",)
+Command = Callable[[argparse.Namespace], None]  # what a command does with its flags
 _SUGGESTION_CUTOFF = 0.5  # of difflib: 0 suggests anything, 1 only the same name
 
 
@@ -44,20 +45,20 @@ class TextAction(argparse.Action):
         values: str | Sequence[Any] | None,
         option_string: str | None = None,
     ) -> None:
-        setattr(namespace, self.dest, values)
+        # Before Python 3.13 argparse drops a value that is two hyphens and hands over an empty list.
+        self.store(namespace, values if isinstance(values, str) else "--")
+
+    def store(self, namespace: argparse.Namespace, text: str) -> None:
+        """Keep the text as the flag's value."""
+        setattr(namespace, self.dest, text)
 
 
 class TextListAction(TextAction):
     """Collects the texts of a flag that may be repeated in a tuple; otherwise as TextAction."""
 
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: str | Sequence[Any] | None,
-        option_string: str | None = None,
-    ) -> None:
-        setattr(namespace, self.dest, (*getattr(namespace, self.dest), values))
+    def store(self, namespace: argparse.Namespace, text: str) -> None:
+        """Append the text to the flag's values."""
+        setattr(namespace, self.dest, (*getattr(namespace, self.dest), text))
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -65,21 +66,56 @@ class CommandParser(argparse.ArgumentParser):
 
     Parameters
     ----------
-    required : Mapping[str, str], default empty
+    required : Mapping[str, str], optional
         Destinations of the flags that must be given, each with what to give: "the directory of a checkpoint". Unlike
         argparse's own `required`, a misspelt flag is reported before a missing one: usually they are the same.
     passes_unknown_flags : bool, default False
         Return unknown words from parse_known_args instead of refusing them.
+    passes_all : bool, default False
+        Read nothing; every word, --help too, lands in the namespace's `passed_on`.
     **settings
         Those of argparse.ArgumentParser.
     """
 
     def __init__(
-        self, *, required: dict[str, str] | None = None, passes_unknown_flags: bool = False, **settings: Any
+        self,
+        *,
+        required: Mapping[str, str] | None = None,
+        passes_unknown_flags: bool = False,
+        passes_all: bool = False,
+        **settings: Any,
     ) -> None:
         super().__init__(**settings, allow_abbrev=False)
         self._required = required or {}
-        self._passes_unknown_flags = passes_unknown_flags
+        self._passes_unknown_flags, self._passes_all = passes_unknown_flags, passes_all
+        self._commands: argparse._SubParsersAction[CommandParser] | None = None
+
+    def add_command(
+        self, name: str, summary: str, run: Command | None = None, aliases: Sequence[str] = (), **settings: Any
+    ) -> CommandParser:
+        """Add a command and return its parser.
+
+        Parameters
+        ----------
+        name : str
+            The word that chooses it.
+        summary : str
+            One sentence on what it does, for its own help and for the list of commands.
+        run : Command, optional
+            Called with the parsed flags; the namespace holds it as `run_command`. Default: it has commands of its own.
+        aliases : Sequence[str], default ()
+            Other words for it.
+        **settings
+            Those of CommandParser.
+        """
+        if self._commands is None:
+            self._commands = self.add_subparsers(title="commands", metavar="COMMAND", prog=self.prog)
+        parser = self._commands.add_parser(name, help=summary, description=summary, aliases=aliases, **settings)
+        parser.set_defaults(run_command=run)
+        return parser
+
+    def _can_run(self) -> bool:
+        return self.get_default("run_command") is not None
 
     def error(self, message: str) -> NoReturn:
         """Raise UsageError for what argparse found wrong, in the words of this project's other errors."""
@@ -93,10 +129,19 @@ class CommandParser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
         """Parse as argparse does; raises UsageError for an unknown word, unless the parser passes them on."""
-        words = self._normalized(sys.argv[1:] if args is None else args)
-        flags, unknown = super().parse_known_args(words, namespace)
+        words = list(sys.argv[1:] if args is None else args)
+        if self._passes_all:
+            flags = super().parse_known_args([], namespace)[0]
+            flags.passed_on = words
+            return flags, []
+        if not words and self._commands is not None and not self._can_run():
+            self.print_help(sys.stderr)
+            self.exit(BAD_USAGE)
+        flags, unknown = super().parse_known_args(self._normalized(words), namespace)
         if unknown and not self._passes_unknown_flags:
             raise UsageError(self.unknown(unknown[0]))
+        if self._commands is not None and getattr(flags, "run_command", None) is None:
+            raise UsageError("COMMAND is missing; --help lists what there is")
         for name, content in self._required.items():
             if getattr(flags, name) is None:
                 raise UsageError(f"--{name} is missing; give {content}")
@@ -191,7 +236,7 @@ def errors_name_flags(prefix: str = "") -> Iterator[None]:
 def run_program(
     program: str,
     parse: Callable[[], argparse.Namespace],
-    run: Callable[[argparse.Namespace], None],
+    run: Command,
     usage_errors: tuple[type[ChunkKVError], ...] = (UsageError,),
 ) -> None:
     """Parse a command line and run it; whatever fails ends the process with one line on standard error.
@@ -202,7 +247,7 @@ def run_program(
         The name that begins the line: "chunkkv-build".
     parse : Callable[[], Namespace]
         Reads the command line. Its `log_level`, where there is one, decides whether errors show a traceback.
-    run : Callable[[Namespace], None]
+    run : Command
         Does what the flags ask for.
     usage_errors : tuple of error classes
         The errors that mean a wrong command line.

@@ -1,4 +1,4 @@
-"""What a check says: ok, warning or would break, what was found, and what to change."""
+"""The result of a check: ok, warning or would break, what was found, and what to change."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def ok(check: str, found: str) -> Finding:
 
 
 def warning(check: str, found: str, change: str) -> Finding:
-    """Return a finding of something that works, but not as one may think."""
+    """Return a finding of something that works, but probably not as intended."""
     return Finding(check, WARNING, found, change)
 
 

@@ -1,10 +1,11 @@
-"""Runs chunkkv-build as a user does: in this process for speed, or as a program of its own."""
+"""Runs command lines as a user does: in this process for speed, or as programs of their own."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,16 +37,18 @@ class Outcome:
 
 
 class CommandLine:
-    """Calls the command line's main function and captures what it prints."""
+    """Calls a command line's main function, chunkkv-build's if no other is given, and captures what it prints."""
 
-    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
-        self._capsys = capsys
+    def __init__(
+        self, capsys: pytest.CaptureFixture[str], main: Callable[[Sequence[str]], None] = build_engine.main
+    ) -> None:
+        self._capsys, self._main = capsys, main
 
     def __call__(self, *arguments: object) -> Outcome:
         self._capsys.readouterr()
         code = 0
         try:
-            build_engine.main([str(argument) for argument in arguments])
+            self._main([str(argument) for argument in arguments])
         except SystemExit as stopped:
             assert stopped.code is None or isinstance(stopped.code, int)
             code = stopped.code or 0

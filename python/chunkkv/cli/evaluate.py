@@ -2,133 +2,181 @@
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from chunkkv.cli.options import EngineDir, LogLevel, Threads, load, one_line_errors
+from chunkkv.cli.options import (
+    ENGINE_DIR,
+    add_engine_flags,
+    add_log_level,
+    keep_ratios,
+    open_session,
+    split_list,
+    whole_numbers,
+)
+from chunkkv.cli.progress import progress_bars
+from chunkkv.command_line import CommandParser, whole_number
 from chunkkv.errors import ConfigError
-from chunkkv.settings import keep_ratio_to_per_10k
+
+if TYPE_CHECKING:
+    from chunkkv.evaluation.evaluator import Plan
+    from chunkkv.evaluation.policies import Policy
+    from chunkkv.session import ChunkKVSession
+    from chunkkv.settings import ChunkKVSettings
 
 _DEFAULT_POLICIES = "full,chunkkv,chunkkv-delimiter,snapkv,streaming,random"
 
 
-def _listed(name: str, metavar: str, text: str) -> Any:
-    return typer.Option(f"--{name}", metavar=metavar, help=text)
+def add_parser(program: CommandParser) -> None:
+    """Add the command to the program."""
+    parser = program.add_command(
+        "eval",
+        "Measure the answers that compression costs: accuracy of policies on suites of questions, at equal kept "
+        "tokens.",
+        run,
+        usage="chunkkv eval --engine_dir DIR [flags]",
+        required=ENGINE_DIR,
+    )
+    add_engine_flags(parser)
+    _add_prompt_flags(parser)
+    group = parser.add_argument_group("compression")
+    group.add_argument(
+        "--policies",
+        default=_DEFAULT_POLICIES,
+        metavar="LIST",
+        help=f"rules for choosing tokens, with settings as in snapkv:pooling=7; default: {_DEFAULT_POLICIES}",
+    )
+    group.add_argument(
+        "--keep",
+        default="1.0,0.5,0.2,0.1",
+        metavar="LIST",
+        help="shares of a prompt's tokens that are kept, each in (0, 1]; default: 1.0,0.5,0.2,0.1",
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--output_dir",
+        type=Path,
+        default=Path("evaluation"),
+        metavar="DIR",
+        help="directory of the results; an interrupted run there is continued; default: evaluation",
+    )
+    output.add_argument("--no_plots", action="store_true", help="draw no plots; matplotlib is not needed then")
+    add_log_level(output)
 
 
-def evaluate(
-    engine_dir: EngineDir,
-    suite: Annotated[str, _listed("suite", "LIST", "suites, or all, or file:PATH for a file of JSON lines")] = "needle",
-    policies: Annotated[
-        str, _listed("policies", "LIST", "rules with settings, as snapkv:pooling=7")
-    ] = _DEFAULT_POLICIES,
-    keep: Annotated[str, _listed("keep", "LIST", "shares of the prompt kept")] = "1.0,0.5,0.2,0.1",
-    lengths: Annotated[str, _listed("lengths", "LIST", "prompt lengths in tokens")] = "512,1024",
-    modes: Annotated[str, _listed("modes", "LIST", "question in the prompt, or after compression")] = "in,after",
-    examples: Annotated[int, typer.Option("--examples", metavar="N", help="prompts per cell")] = 50,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="of the texts")] = 0,
-    wording: Annotated[str, _listed("wording", "NAME", "needle, english, or auto: by the tokenizer")] = "auto",
-    chat: Annotated[bool, typer.Option("--chat", help="put prompts into the model's chat template")] = False,
-    output_dir: Annotated[
-        Path, typer.Option("--output_dir", metavar="DIR", help="results; a run there goes on")
-    ] = Path("evaluation"),
-    no_plots: Annotated[bool, typer.Option("--no_plots", help="no pictures, no matplotlib")] = False,
-    threads: Threads = None,
-    log_level: LogLevel = "info",
-) -> None:
-    """Measure what compression loses: accuracy of policies on suites of questions, at equal kept tokens."""
-    with one_line_errors(log_level):
-        from chunkkv.evaluation.evaluator import Evaluator, Plan
-        from chunkkv.evaluation.policies import make_policy, parse_policies
-        from chunkkv.evaluation.report.figures import check_matplotlib
-        from chunkkv.evaluation.report.plots import draw_all
-        from chunkkv.evaluation.report.summary import FULL, summarize, write_results
-        from chunkkv.evaluation.requirements import engine_fingerprint, settings_and_tokenizer
-        from chunkkv.evaluation.texts.suite_list import parse_suites
-        from chunkkv.evaluation.texts.templates import choose_wording
-
-        if not no_plots:
-            check_matplotlib()
-        sizes, keeps, chosen_modes = whole_numbers("lengths", lengths), shares(keep), _modes(modes)
-        for name, value in (("examples", examples), ("seed", seed + 1)):
-            if value < 1:
-                raise ConfigError(f"{name} is {value if name == 'examples' else seed}; give a larger whole number")
-        session = load(engine_dir, threads)
-        settings, tokenizer = settings_and_tokenizer(session)
-        words = choose_wording(wording, tokenizer)
-        chosen = parse_policies(policies, settings)
-        if FULL not in [policy.name for policy in chosen]:
-            chosen = [make_policy(FULL, settings), *chosen]  # its accuracy stands beside every other
-        plan = Plan(
-            suites=tuple(parse_suites(suite, session, words, chat)),
-            policies=tuple(chosen),
-            keeps=keeps,
-            lengths=sizes,
-            modes=chosen_modes,
-            examples=examples,
-            seed=seed,
-            wording=words,
-            chat=chat,
-            engine=engine_fingerprint(engine_dir),
-        )
-        evaluator = Evaluator(session, plan)
-        records = _with_progress(evaluator, output_dir, quiet=log_level == "error")
-        summary = summarize(plan.header(settings), records)
-        files = write_results(output_dir, summary)
-        files += [] if no_plots else draw_all(output_dir, summary)
-        if log_level != "error":
-            _print_table(summary)
-            print(f"{output_dir}: {', '.join(path.name for path in files)}")
+def _add_prompt_flags(parser: CommandParser) -> None:
+    group = parser.add_argument_group("prompts")
+    group.add_argument(
+        "--suite",
+        default="needle",
+        metavar="LIST",
+        help="suites by name, all of them with all, or file:PATH for a file of JSON lines; default: needle",
+    )
+    group.add_argument(
+        "--lengths", default="512,1024", metavar="LIST", help="prompt lengths in tokens; default: 512,1024"
+    )
+    group.add_argument(
+        "--modes",
+        default="in,after",
+        metavar="LIST",
+        help="where the question stands: in the prompt, or after its compression; default: in,after",
+    )
+    group.add_argument(
+        "--examples", type=whole_number, default=50, metavar="N", help="prompts of every cell of a suite; default: 50"
+    )
+    group.add_argument("--seed", type=whole_number, default=0, metavar="N", help="seed of the texts; default: 0")
+    group.add_argument(
+        "--wording",
+        default="auto",
+        metavar="NAME",
+        help="words of the texts: needle, english, or auto for those that the tokenizer knows; default: auto",
+    )
+    group.add_argument("--chat", action="store_true", help="put the prompts into the model's chat template")
 
 
-def _parts(name: str, text: str) -> list[str]:
-    parts = [part.strip() for part in text.split(",")]
-    if not all(parts) or len(set(parts)) < len(parts):
-        raise ConfigError(f"{name} is {text!r}; give different values separated by commas")
-    return parts
+def run(args: argparse.Namespace) -> None:
+    """Measure, or go on measuring, and write records, summary and plots."""
+    from chunkkv.evaluation.evaluator import Evaluator
+    from chunkkv.evaluation.report.figures import check_matplotlib
+    from chunkkv.evaluation.report.plots import draw_all
+    from chunkkv.evaluation.report.summary import summarize, write_results
+    from chunkkv.evaluation.requirements import settings_and_tokenizer
+
+    if not args.no_plots:
+        check_matplotlib()
+    lengths, keeps, modes = whole_numbers("lengths", args.lengths), keep_ratios(args.keep), _modes(args.modes)
+    _check_at_least("examples", args.examples, 1)
+    _check_at_least("seed", args.seed, 0)
+    session = open_session(args)
+    plan = _plan(args, session, lengths, keeps, modes)
+    evaluator = Evaluator(session, plan)
+    quiet = args.log_level == "error"
+    with progress_bars(quiet) as begin:
+        records = evaluator.run(args.output_dir, begin("prompts", len(evaluator.examples())))
+    summary = summarize(plan.header(settings_and_tokenizer(session)[0]), records)
+    files = write_results(args.output_dir, summary)
+    if not args.no_plots:
+        files += draw_all(args.output_dir, summary)
+    if not quiet:
+        _print_table(summary)
+        print(f"{args.output_dir}: {', '.join(path.name for path in files)}")
 
 
-def whole_numbers(name: str, text: str) -> tuple[int, ...]:
-    """Return a list of whole numbers of at least 1; raises ConfigError that names the flag."""
-    parts = _parts(name, text)
-    if wrong := next((part for part in parts if not part.isdecimal() or len(part) > 9 or int(part) < 1), None):
-        raise ConfigError(f"{name} has {wrong!r}; give whole numbers of at least 1")
-    return tuple(int(part) for part in parts)
+def _plan(
+    args: argparse.Namespace,
+    session: ChunkKVSession,
+    lengths: tuple[int, ...],
+    keeps: tuple[int, ...],
+    modes: tuple[str, ...],
+) -> Plan:
+    from chunkkv.evaluation.evaluator import Plan
+    from chunkkv.evaluation.requirements import engine_fingerprint, settings_and_tokenizer
+    from chunkkv.evaluation.texts.suite_list import parse_suites
+    from chunkkv.evaluation.texts.templates import choose_wording
+
+    settings, tokenizer = settings_and_tokenizer(session)
+    wording = choose_wording(args.wording, tokenizer)
+    policies = _policies(args.policies, settings)
+    return Plan(
+        suites=tuple(parse_suites(args.suite, session, wording, args.chat)),
+        policies=tuple(policies),
+        keeps=keeps,
+        lengths=lengths,
+        modes=modes,
+        examples=args.examples,
+        seed=args.seed,
+        wording=wording,
+        chat=args.chat,
+        engine=engine_fingerprint(args.engine_dir),
+    )
 
 
-def shares(text: str) -> tuple[int, ...]:
-    """Return a list of keep ratios as shares of 10,000, the largest first; raises ConfigError."""
-    found = []
-    for part in _parts("keep", text):
-        try:
-            number = float(part)
-        except ValueError:
-            raise ConfigError(f"keep has {part!r}; give shares in (0, 1] such as 0.2") from None
-        found.append(keep_ratio_to_per_10k(number, "keep"))
-    return tuple(sorted(set(found), reverse=True))
+def _policies(text: str, settings: ChunkKVSettings) -> list[Policy]:
+    """Return the policies listed, and the full cache: its accuracy stands beside every other."""
+    from chunkkv.evaluation.policies import make_policy, parse_policies
+    from chunkkv.evaluation.report.summary import FULL
+
+    policies = parse_policies(text, settings)
+    if FULL in [policy.name for policy in policies]:
+        return policies
+    return [make_policy(FULL, settings), *policies]
 
 
 def _modes(text: str) -> tuple[str, ...]:
     from chunkkv.evaluation.evaluator import MODES
 
-    parts = _parts("modes", text)
-    if wrong := next((part for part in parts if part not in MODES), None):
-        raise ConfigError(f"modes has {wrong!r}; allowed is {' or '.join(MODES)}")
-    return tuple(parts)
+    modes = split_list("modes", text)
+    for mode in modes:
+        if mode not in MODES:
+            raise ConfigError(f"modes has {mode!r}; allowed is {' or '.join(MODES)}")
+    return tuple(modes)
 
 
-def _with_progress(evaluator: Any, folder: Path, quiet: bool) -> list[Any]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("prompts"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=quiet or not sys.stderr.isatty()) as progress:
-        bar = progress.add_task("prompts", total=len(evaluator.examples()))
-        return evaluator.run(folder, lambda count: progress.advance(bar, count))
+def _check_at_least(flag: str, value: int, least: int) -> None:
+    if value < least:
+        raise ConfigError(f"{flag} is {value}; give a whole number of at least {least}")
 
 
 def _print_table(summary: dict[str, Any]) -> None:
@@ -145,15 +193,15 @@ def _print_table(summary: dict[str, Any]) -> None:
             head = "full" if keep == 1 else f"keep {keep * 100:g} %"
             table.add_column(f"{head}\n{kept:g} tokens", justify="right")
         for policy in dict.fromkeys(row["policy"] for row in rows):
-            table.add_row(policy, *_shown([row for row in rows if row["policy"] == policy], keeps))
+            table.add_row(policy, *_cells([row for row in rows if row["policy"] == policy], keeps))
         Console().print(table)
 
 
-def _shown(rows: Sequence[dict[str, Any]], keeps: Sequence[float]) -> list[str]:
-    found = {row["keep_ratio"]: row for row in rows}
+def _cells(rows: Sequence[dict[str, Any]], keeps: Sequence[float]) -> list[str]:
+    by_keep_ratio = {row["keep_ratio"]: row for row in rows}
     texts = []
     for keep in keeps:
-        row = found.get(keep)
+        row = by_keep_ratio.get(keep)
         values = [f"{row[name] * 100:.1f}" for name in ("accuracy", "low", "high")] if row else []
         texts.append(f"{values[0]} ({values[1]}–{values[2]})" if values else "")
     return texts

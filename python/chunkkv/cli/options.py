@@ -1,92 +1,116 @@
-"""What the commands share: flags, where a prompt comes from, and errors in one line with an exit code."""
+"""Flags that several commands share, and what they stand for: an engine, a prompt, files to write, lists of numbers."""
 
 from __future__ import annotations
 
-import os
+import argparse
 import re
-import signal
 import sys
-import threading
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING
 
-import typer
-
-from chunkkv.errors import ChunkKVError, ConfigError, RequestError
+from chunkkv.command_line import LOG_LEVELS, CommandParser, TextAction, ratio, whole_number
+from chunkkv.errors import ConfigError, RequestError
+from chunkkv.settings import keep_ratio_to_per_10k
 
 if TYPE_CHECKING:
     from chunkkv.session import ChunkKVSession
 
-FAILED, BAD_USAGE, INTERRUPTED, CLOSED_PIPE = 1, 2, 130, 141
-_LOG_LEVELS = ("error", "warning", "info", "verbose", "debug")
+ENGINE_DIR = {"engine_dir": "the directory that chunkkv-build wrote"}  # for CommandParser's `required`
+_LONGEST_NUMBER = 9  # digits in a list of whole numbers
 
 
-def _whole(text: str | int) -> int:
-    if isinstance(text, int):  # a default, which passes through here too
-        return text
-    if not re.fullmatch(r"\s*[+-]?\d{1,19}\s*", text):
-        raise typer.BadParameter(f"{text!r} is not a whole number")
-    return int(text)
+def add_engine_flags(parser: CommandParser, paged_kv_cache: bool = False) -> None:
+    """Add --engine_dir, --threads and, where `paged_kv_cache`, --max_tokens_in_paged_kv_cache; see open_session."""
+    group = parser.add_argument_group("engine")
+    add_engine_dir(group)
+    group.add_argument(
+        "--threads", type=whole_number, metavar="N", help="threads of an engine on the CPU; default: one per core"
+    )
+    if paged_kv_cache:
+        group.add_argument(
+            "--max_tokens_in_paged_kv_cache",
+            type=whole_number,
+            metavar="N",
+            help="size in tokens of a TensorRT-LLM engine's KV cache; default: what fits into the free GPU memory",
+        )
 
 
-def _number(text: str | float) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise typer.BadParameter(f"{text!r} is not a number") from None
+def add_engine_dir(group: argparse._ActionsContainer) -> None:
+    """Add --engine_dir to a parser or to one of its groups."""
+    group.add_argument(
+        "--engine_dir", type=Path, metavar="DIR", help="required: the engine directory that chunkkv-build wrote"
+    )
 
 
-def _log_level(text: str) -> str:
-    if text not in _LOG_LEVELS:
-        raise typer.BadParameter(f"{text!r} is not offered; allowed is {' or '.join(_LOG_LEVELS)}")
-    return text
+def add_prompt_flags(parser: CommandParser, as_flag: bool = False) -> None:
+    """Add the flags that read_prompt reads; the prompt itself is an argument, or --prompt where `as_flag`."""
+    group = parser.add_argument_group("prompt (one of the first three)")
+    help_text = "the prompt's text; - reads it from standard input, as leaving it out does in a pipe"
+    if as_flag:
+        group.add_argument("--prompt", action=TextAction, metavar="TEXT", help=help_text)
+    else:
+        group.add_argument("prompt", nargs="?", metavar="PROMPT", help=help_text)
+    group.add_argument(
+        "--prompt_file",
+        type=Path,
+        metavar="FILE",
+        help="file with the prompt as UTF-8 text; a line end at the end of the file is left out",
+    )
+    group.add_argument("--token_ids", action=TextAction, metavar="LIST", help="the prompt as token ids, such as 1,15,7")
+    group.add_argument("--chat", action="store_true", help="put the text into the model's chat template")
 
 
-def int_option(name: str, text: str, default: str | bool = False):
-    """Return an option that takes a whole number; `default` says whether, or how, help shows the default."""
-    return typer.Option(f"--{name}", parser=_whole, metavar="N", help=text, show_default=default)
+def add_budget_flags(parser: CommandParser) -> None:
+    """Add --keep_ratio and --budget_tokens."""
+    group = parser.add_argument_group("budget (at most one)")
+    group.add_argument(
+        "--keep_ratio",
+        type=ratio,
+        metavar="R",
+        help="share of the prompt's tokens that is kept, in (0, 1]; default: the engine's",
+    )
+    group.add_argument("--budget_tokens", type=whole_number, metavar="N", help="number of tokens kept, not a share")
 
 
-def float_option(name: str, text: str, default: str | bool = False):
-    """Return an option that takes a number; see int_option."""
-    return typer.Option(f"--{name}", parser=_number, metavar="X", help=text, show_default=default)
-
-
-EngineDir = Annotated[Path, typer.Option("--engine_dir", metavar="DIR", help="what chunkkv-build wrote")]
-Prompt = Annotated[str | None, typer.Argument(metavar="PROMPT", help="the prompt; - reads standard input")]
-PromptFile = Annotated[
-    Path | None,
-    typer.Option("--prompt_file", metavar="FILE", help="UTF-8 text; one line end at its end is left out"),
-]
-TokenIds = Annotated[
-    str | None, typer.Option("--token_ids", metavar="LIST", help="the prompt as token ids, such as 1,15,7")
-]
-Chat = Annotated[bool, typer.Option("--chat", help="put the prompt into the model's chat template")]
-KeepRatio = Annotated[float | None, float_option("keep_ratio", "share of the prompt kept; default: the engine's")]
-BudgetTokens = Annotated[int | None, int_option("budget_tokens", "tokens kept, instead of a share")]
-Threads = Annotated[int | None, int_option("threads", "default: one per core")]
-PoolTokens = Annotated[
-    int | None,
-    int_option("max_tokens_in_paged_kv_cache", "KV cache of a TensorRT-LLM engine; default: the free GPU memory"),
-]
-LogLevel = Annotated[
-    str,
-    typer.Option(
+def add_log_level(group: argparse._ActionsContainer) -> None:
+    """Add --log_level to a parser or to one of its groups."""
+    group.add_argument(
         "--log_level",
-        parser=_log_level,
-        metavar="LEVEL",
-        help=f"{', '.join(_LOG_LEVELS)}: the last two show tracebacks",
-    ),
-]
+        choices=LOG_LEVELS,
+        default="info",
+        help="error prints no tables and summaries, verbose and debug print a traceback of errors; default: info",
+    )
 
 
-def read_prompt(prompt: str | None, file: Path | None, token_ids: str | None) -> str | list[int]:
-    """Return the prompt from the one place it was given; raises RequestError for none, several, empty or not UTF-8."""
-    if sum(source is not None for source in (prompt, file, token_ids)) > 1:
-        raise RequestError("the prompt was given more than once; give an argument, --prompt_file or --token_ids")
+def add_json(group: argparse._ActionsContainer, content: str) -> None:
+    """Add --json, which the namespace holds as `as_json`; `content` says what the object holds."""
+    group.add_argument("--json", dest="as_json", action="store_true", help=f"print one JSON object: {content}")
+
+
+def open_session(args: argparse.Namespace, paged_kv_cache_tokens: int | None = None) -> ChunkKVSession:
+    """Return a session on the engine that the flags of add_engine_flags name; its libraries are imported here."""
+    from chunkkv.session import ChunkKVSession
+
+    return ChunkKVSession.from_dir(args.engine_dir, args.threads, paged_kv_cache_tokens)
+
+
+def in_chat_template(args: argparse.Namespace, session: ChunkKVSession, prompt: str | list[int]) -> str | list[int]:
+    """Return the prompt in the session's chat template where --chat was given, else as it is."""
+    from chunkkv.text.tokenizer import encode_chat_prompt
+
+    return encode_chat_prompt(session.tokenizer, prompt) if args.chat else prompt
+
+
+def read_prompt(args: argparse.Namespace) -> str | list[int]:
+    """Return the prompt, as text or token ids, from the one flag of add_prompt_flags that it was given with.
+
+    Raises RequestError where there is none or more than one, and for an empty prompt and one that is not UTF-8.
+    """
+    text: str | None = args.prompt
+    file: Path | None = args.prompt_file
+    token_ids: str | None = args.token_ids
+    if sum(source is not None for source in (text, file, token_ids)) > 1:
+        raise RequestError("the prompt was given more than once; give its text, --prompt_file or --token_ids")
     if token_ids is not None:
         return _parsed_ids(token_ids)
     if file is not None:
@@ -94,10 +118,10 @@ def read_prompt(prompt: str | None, file: Path | None, token_ids: str | None) ->
             text = _decoded(file.read_bytes(), str(file))
         except OSError as error:
             raise RequestError(f"--prompt_file {file} cannot be read: {error.strerror}") from None
-    elif prompt not in (None, "-"):
-        text = _decoded(prompt.encode("utf-8", "surrogateescape"), "the prompt")
-    elif sys.stdin is None or (prompt is None and sys.stdin.isatty()):
-        raise RequestError("no prompt was given; give it as an argument, with --prompt_file, or pipe it in")
+    elif text is not None and text != "-":
+        text = _decoded(text.encode("utf-8", "surrogateescape"), "the prompt")  # as the shell gave its bytes
+    elif sys.stdin is None or (text is None and sys.stdin.isatty()):
+        raise RequestError("no prompt was given; give its text, --prompt_file or --token_ids, or pipe it in")
     else:
         text = _decoded(sys.stdin.buffer.read(), "standard input")
     if not text.strip():
@@ -115,82 +139,62 @@ def _decoded(data: bytes, source: str) -> str:
 
 
 def _parsed_ids(text: str) -> list[int]:
-    parts = text.replace(",", " ").split()
-    if not parts:
+    words = text.replace(",", " ").split()
+    if not words:
         raise RequestError("--token_ids is empty; give at least one token id")
-    for part in parts:
-        if not re.fullmatch(r"[+-]?\d{1,18}", part):
-            raise RequestError(f"--token_ids contains {part!r}; give whole numbers such as 1,15,7")
-    return [int(part) for part in parts]
+    for word in words:
+        if not re.fullmatch(r"[+-]?\d{1,18}", word):
+            raise RequestError(f"--token_ids contains {word!r}; give whole numbers such as 1,15,7")
+    return [int(word) for word in words]
 
 
-def load(engine_dir: Path, threads: int | None, pool_tokens: int | None = None) -> ChunkKVSession:
-    """Return a session; engine libraries are not imported before."""
-    from chunkkv.session import ChunkKVSession
+def check_output_file(flag: str, path: Path, suffix: str = "") -> None:
+    """Check before the work that a file can be written after it.
 
-    return ChunkKVSession.from_dir(engine_dir, threads, pool_tokens)
+    Parameters
+    ----------
+    flag : str
+        The flag's name without hyphens.
+    path : Path
+        The file.
+    suffix : str, default ""
+        How the name must end.
 
-
-@contextmanager
-def interrupt_as_cancel() -> Iterator[threading.Event]:
-    """Yield an event that the first Ctrl-C sets; the second one interrupts as usual."""
-    cancel = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield cancel
-        return
-
-    def request(number: int, frame: object) -> None:
-        cancel.set()
-        signal.signal(signal.SIGINT, before)
-
-    before = signal.signal(signal.SIGINT, request)
-    try:
-        yield cancel
-    finally:
-        signal.signal(signal.SIGINT, before)
+    Raises
+    ------
+    RequestError
+        For another suffix, a folder that does not exist, and a path that is there and no file.
+    """
+    if not path.name.endswith(suffix):
+        raise RequestError(f"{flag} {path} does not end in {suffix}; that is the format that is written")
+    if (path.exists() and not path.is_file()) or not path.absolute().parent.is_dir():
+        raise RequestError(f"{flag} {path} cannot be written: give a file name in a directory that exists")
 
 
-@contextmanager
-def one_line_errors(log_level: str) -> Iterator[None]:
-    """End the program with one line and an exit code where an error gets here; verbose and debug show tracebacks."""
-    try:
-        yield
-    except BrokenPipeError:
-        leave_closed_pipe()
-    except Exception as error:
-        if log_level in ("verbose", "debug"):
-            traceback.print_exc()
-        if isinstance(error, ChunkKVError):
-            usage = isinstance(error, (ConfigError, RequestError))
-            stop_with(_with_flag_name(str(error)), BAD_USAGE if usage else FAILED)
-        if isinstance(error, ModuleNotFoundError):
-            stop_with(f"the Python package {error.name!r} is missing; install this project with pip install .", FAILED)
-        if isinstance(error, OSError) and error.strerror:
-            if error.filename is None:
-                drop_output()
-            stop_with(f"{error.filename or 'input or output'}: {error.strerror}", FAILED)
-        stop_with(f"unexpected {type(error).__name__}: {error}; --log_level debug shows where", FAILED)
+def split_list(flag: str, text: str) -> list[str]:
+    """Return the values of a list with commas; raises ConfigError for an empty or repeated one."""
+    values = [value.strip() for value in text.split(",")]
+    if not all(values) or len(set(values)) < len(values):
+        raise ConfigError(f"{flag} is {text!r}; give different values separated by commas")
+    return values
 
 
-def _with_flag_name(message: str) -> str:
-    """Return an error that begins with the name of a setting as one that begins with the flag."""
-    return (
-        f"--{message}" if re.match(r"[a-z]+(_[a-z]+)+ |(temperature|seed|stop|threads|output) ", message) else message
-    )
+def whole_numbers(flag: str, text: str) -> tuple[int, ...]:
+    """Return a list of whole numbers of at least 1; raises ConfigError that names the flag."""
+    values = split_list(flag, text)
+    for value in values:
+        if not value.isdecimal() or len(value) > _LONGEST_NUMBER or int(value) < 1:
+            raise ConfigError(f"{flag} has {value!r}; give whole numbers of at least 1")
+    return tuple(int(value) for value in values)
 
 
-def leave_closed_pipe() -> NoReturn:
-    """End the program quietly: whoever read the output has gone."""
-    drop_output()
-    raise SystemExit(CLOSED_PIPE)
-
-
-def drop_output() -> None:
-    """Forget what cannot be written, or Python fails with it once more while it exits."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def stop_with(message: str, code: int) -> NoReturn:
-    """End the program with one line on standard error."""
-    print(f"chunkkv: error: {' '.join(message.splitlines())}", file=sys.stderr)
-    raise SystemExit(code)
+def keep_ratios(text: str) -> tuple[int, ...]:
+    """Return the list of --keep in shares of 10,000, without repeats, the largest first; raises ConfigError."""
+    shares = set()
+    for value in split_list("keep", text):
+        try:
+            share = float(value)
+        except ValueError:
+            raise ConfigError(f"keep has {value!r}; give shares in (0, 1] such as 0.2") from None
+        shares.add(keep_ratio_to_per_10k(share, "keep"))
+    return tuple(sorted(shares, reverse=True))

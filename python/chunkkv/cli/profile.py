@@ -1,139 +1,153 @@
-"""chunkkv profile: measure a generation; chunkkv profile report: read what was measured."""
+"""chunkkv profile: measures where the time of a generation goes; chunkkv profile report: shows an earlier trace."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
+from typing import TYPE_CHECKING
 
 from chunkkv.cli.options import (
-    BudgetTokens,
-    Chat,
-    KeepRatio,
-    LogLevel,
-    PromptFile,
-    Threads,
-    TokenIds,
-    int_option,
-    one_line_errors,
+    ENGINE_DIR,
+    add_budget_flags,
+    add_engine_flags,
+    add_json,
+    add_log_level,
+    add_prompt_flags,
+    check_output_file,
     read_prompt,
 )
-from chunkkv.errors import RequestError
+from chunkkv.command_line import CommandParser, UsageError, whole_number
 
 if TYPE_CHECKING:
     from chunkkv.profile.trace import Trace
 
-TOOLS = ("auto", "nsys", "recorder", "nvtx")
-
-app = typer.Typer()
+_TOOLS = ("auto", "nsys", "recorder", "nvtx")
 
 
-def _tool(text: str) -> str:
-    if text not in TOOLS:
-        raise typer.BadParameter(f"{text!r} is not offered; allowed is {' or '.join(TOOLS)}")
-    return text
+def add_parser(program: CommandParser) -> None:
+    """Add the command and its command report to the program."""
+    parser = program.add_command(
+        "profile",
+        "Answer a prompt several times and show where the time went; report shows an earlier trace.",
+        run,
+        usage="chunkkv profile --engine_dir DIR [flags]\n       chunkkv profile report FILE [flags]",
+    )
+    add_prompt_flags(parser, as_flag=True)
+    add_engine_flags(parser)
+    add_budget_flags(parser)
+    _add_measurement_flags(parser)
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--output",
+        type=Path,
+        default=Path("chunkkv-profile.json"),
+        metavar="FILE.json",
+        help="the trace to write; default: chunkkv-profile.json",
+    )
+    _add_picture(output)
+    add_log_level(output)
+    report = parser.add_command(
+        "report",
+        "Show the time per stage, compression's share of the first token's time, and the time per token.",
+        run_report,
+        usage="chunkkv profile report FILE [flags]",
+    )
+    report.add_argument(
+        "trace_file", type=Path, metavar="FILE", help="what chunkkv profile wrote, or an nsys export --type sqlite"
+    )
+    report_output = report.add_argument_group("output")
+    add_json(report_output, "the times in nanoseconds")
+    _add_picture(report_output)
+    add_log_level(report_output)
 
 
-EngineDir = Annotated[
-    Path | None, typer.Option("--engine_dir", metavar="DIR", help="what chunkkv-build wrote; required")
-]
-Prompt = Annotated[str | None, typer.Option("--prompt", metavar="TEXT", help="the prompt; - reads standard input")]
-NewTokens = Annotated[int, int_option("max_new_tokens", "tokens of each answer; an end token does not end it", True)]
-Repeats = Annotated[int, int_option("repeats", "answers that are measured, after one to warm up", True)]
-Tool = Annotated[
-    str,
-    typer.Option(
+def _add_measurement_flags(parser: CommandParser) -> None:
+    group = parser.add_argument_group("measurement")
+    group.add_argument(
+        "--max_new_tokens",
+        type=whole_number,
+        default=32,
+        metavar="N",
+        help="tokens of every answer; an end-of-sequence token does not end it; default: 32",
+    )
+    group.add_argument(
+        "--repeats",
+        type=whole_number,
+        default=3,
+        metavar="N",
+        help="answers that are measured, after one to warm up; default: 3",
+    )
+    group.add_argument(
         "--tool",
-        parser=_tool,
-        metavar="TOOL",
-        help="nsys, recorder, auto (nsys if installed, else recorder), or nvtx (a profiler around this process)",
-    ),
-]
-Output = Annotated[Path, typer.Option("--output", metavar="FILE.json", help="the trace")]
-Picture = Annotated[
-    Path | None, typer.Option("--picture", metavar="FILE.svg", help="draw the last request and the time per stage")
-]
+        choices=_TOOLS,
+        default="auto",
+        help="who measures: nsys (Nsight Systems), recorder (this program, without GPU kernels), nvtx (a profiler that "
+        "already runs around this program); default: auto = nsys where it is installed, else recorder",
+    )
 
 
-@app.callback(invoke_without_command=True)
-def profile(
-    context: typer.Context,
-    engine_dir: EngineDir = None,
-    prompt: Prompt = None,
-    prompt_file: PromptFile = None,
-    token_ids: TokenIds = None,
-    chat: Chat = False,
-    max_new_tokens: NewTokens = 32,
-    repeats: Repeats = 3,
-    keep_ratio: KeepRatio = None,
-    budget_tokens: BudgetTokens = None,
-    threads: Threads = None,
-    tool: Tool = "auto",
-    output: Output = Path("chunkkv-profile.json"),
-    picture: Picture = None,
-    log_level: LogLevel = "info",
-) -> None:
-    """Answer a prompt several times and show where the time went; report shows a trace that was made before."""
-    if context.invoked_subcommand is not None:
+def _add_picture(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--picture", type=Path, metavar="FILE.svg", help="picture of the last request and the time per stage to write"
+    )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, write the trace and show it."""
+    from chunkkv.profile.measure import Job, measure
+
+    if args.engine_dir is None:  # not `required`, as report has no engine
+        raise UsageError(f"--engine_dir is missing; give {ENGINE_DIR['engine_dir']}")
+    prompt = read_prompt(args)
+    check_output_file("output", args.output, ".json")
+    _check_picture(args.picture)
+    job = Job(
+        engine_dir=str(args.engine_dir),
+        prompt=prompt,
+        chat=args.chat,
+        max_new_tokens=args.max_new_tokens,
+        repeats=args.repeats,
+        keep_ratio=args.keep_ratio,
+        budget_tokens=args.budget_tokens,
+        threads=args.threads,
+    )
+    trace = measure(job, args.tool, args.output)
+    if trace is None:
+        print("Done; the trace is the profiler's.")
         return
-    with one_line_errors(log_level):
-        from chunkkv.profile.measure import Job, measure
-
-        if engine_dir is None:
-            raise RequestError("--engine_dir is missing; give the directory that chunkkv-build wrote")
-        given = read_prompt(prompt, prompt_file, token_ids)
-        for path, kind in ((output, ".json"), (picture, ".svg")):
-            _check_output(path, kind)
-        job = Job(str(engine_dir), given, chat, max_new_tokens, repeats, keep_ratio, budget_tokens, threads)
-        trace = measure(job, tool, output)
-        if trace is None:
-            print("Done; the trace is the profiler's.")
-            return
-        trace.write(output)
-        _show(trace, picture)
-        print(f"Trace: {output}")
+    trace.write(args.output)
+    _show(trace, args.picture)
+    print(f"Trace: {args.output}")
 
 
-@app.command()
-def report(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="what profile wrote, or nsys export --type sqlite")],
-    picture: Picture = None,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object, times in nanoseconds")] = False,
-    log_level: LogLevel = "info",
-) -> None:
-    """Show the time per stage, compression's share of the first token's time, and the time per token."""
-    with one_line_errors(log_level):
-        from chunkkv.profile.nsys_export import read_export
-        from chunkkv.profile.report import make_report
-        from chunkkv.profile.trace import Trace
+def run_report(args: argparse.Namespace) -> None:
+    """Show a trace that was written before."""
+    from chunkkv.profile.nsys_export import read_export
+    from chunkkv.profile.report import make_report
+    from chunkkv.profile.trace import Trace
 
-        _check_output(picture, ".svg")
-        trace = Trace.read(file) if file.suffix == ".json" else read_export(file)
-        if as_json:
-            print(json.dumps(make_report(trace).to_dict()))
-        _show(trace, picture, table=not as_json)
+    _check_picture(args.picture)
+    is_trace = args.trace_file.suffix == ".json"
+    trace = Trace.read(args.trace_file) if is_trace else read_export(args.trace_file)
+    if args.as_json:
+        print(json.dumps(make_report(trace).to_dict()))
+    _show(trace, args.picture, with_table=not args.as_json)
 
 
-def _show(trace: Trace, picture: Path | None, table: bool = True) -> None:
+def _show(trace: Trace, picture: Path | None, with_table: bool = True) -> None:
     from rich.console import Console
 
     from chunkkv.profile.picture import write_picture
     from chunkkv.profile.report import as_tables, make_report
 
-    found = make_report(trace)
-    if table:
-        Console().print(as_tables(found))
+    report = make_report(trace)
+    if with_table:
+        Console().print(as_tables(report))
     if picture is not None:
-        write_picture(trace, found, picture)
+        write_picture(trace, report, picture)
 
 
-def _check_output(path: Path | None, suffix: str) -> None:
-    """Raise RequestError before the work for a file that could not be written after it."""
-    if path is None:
-        return
-    if path.suffix != suffix:
-        raise RequestError(f"{path} does not end in {suffix}; that is the format that is written")
-    if (path.exists() and not path.is_file()) or not path.absolute().parent.is_dir():
-        raise RequestError(f"output {path} cannot be written: give a file name in a directory that exists")
+def _check_picture(path: Path | None) -> None:
+    if path is not None:
+        check_output_file("picture", path, ".svg")

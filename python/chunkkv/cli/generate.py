@@ -1,0 +1,161 @@
+"""chunkkv generate: answers one prompt and prints the text as it comes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from chunkkv.cli.options import (
+    ENGINE_DIR,
+    add_budget_flags,
+    add_engine_flags,
+    add_json,
+    add_log_level,
+    add_prompt_flags,
+    in_chat_template,
+    open_session,
+    read_prompt,
+)
+from chunkkv.command_line import CommandParser, TextListAction, interrupt_as_cancel, number, whole_number
+from chunkkv.errors import EngineError
+
+if TYPE_CHECKING:
+    from chunkkv.results import GenerationResult, StreamEvent
+    from chunkkv.sampling import SamplingParams
+
+_NO_ANSWER = "the engine ended without an answer"
+
+
+def add_parser(program: CommandParser) -> None:
+    """Add the command to the program."""
+    parser = program.add_command(
+        "generate",
+        "Answer a prompt and print the text as it comes.",
+        run,
+        usage="chunkkv generate --engine_dir DIR [PROMPT] [flags]",
+        required=ENGINE_DIR,
+    )
+    add_prompt_flags(parser)
+    add_engine_flags(parser, paged_kv_cache=True)
+    add_budget_flags(parser)
+    _add_sampling_flags(parser)
+    output = parser.add_argument_group("output")
+    add_json(output, "text, token ids, timings and kept tokens")
+    output.add_argument(
+        "--logprobs", action="store_true", help="with --json: add the log probability of every token of the answer"
+    )
+    add_log_level(output)
+
+
+def _add_sampling_flags(parser: CommandParser) -> None:
+    group = parser.add_argument_group("sampling")
+    group.add_argument(
+        "--max_new_tokens", type=whole_number, default=128, metavar="N", help="longest answer in tokens; default: 128"
+    )
+    group.add_argument(
+        "--temperature",
+        type=number,
+        default=0.0,
+        metavar="X",
+        help="divides the logits before sampling; 0 always takes the likeliest token; default: 0",
+    )
+    group.add_argument(
+        "--top_k",
+        type=whole_number,
+        default=0,
+        metavar="N",
+        help="sample from the N likeliest tokens only; 0 turns this off; default: 0",
+    )
+    group.add_argument(
+        "--top_p",
+        type=number,
+        default=1.0,
+        metavar="X",
+        help="sample from the fewest tokens whose probabilities add up to X; 1 turns this off; default: 1",
+    )
+    group.add_argument(
+        "--repetition_penalty",
+        type=number,
+        default=1.0,
+        metavar="X",
+        help="above 1, tokens of prompt and answer become less likely; 1 turns this off; default: 1",
+    )
+    group.add_argument(
+        "--seed", type=whole_number, metavar="N", help="seed of the random numbers; default: a new one for every run"
+    )
+    group.add_argument(
+        "--stop",
+        action=TextListAction,
+        default=(),
+        metavar="TEXT",
+        help="end the answer before this text; may be given several times",
+    )
+    group.add_argument("--ignore_eos", action="store_true", help="go on after the end-of-sequence token")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Answer the prompt; raises KeyboardInterrupt after what a first Ctrl-C left of the answer was printed."""
+    sampling = _sampling_params(args)
+    prompt = read_prompt(args)
+    session = open_session(args, args.max_tokens_in_paged_kv_cache)
+    with interrupt_as_cancel() as cancel:
+        events = session.generate(
+            in_chat_template(args, session, prompt),
+            sampling,
+            keep_ratio=args.keep_ratio,
+            budget_tokens=args.budget_tokens,
+            stream=True,
+            cancel=cancel,
+        )
+        result = _print_json(events) if args.as_json else _print_text(events, has_text=session.tokenizer is not None)
+    if not args.as_json and args.log_level != "error" and sys.stderr.isatty():
+        print(_summary(result), file=sys.stderr)
+    if result.finish_reason == "cancelled":
+        raise KeyboardInterrupt
+
+
+def _sampling_params(args: argparse.Namespace) -> SamplingParams:
+    from chunkkv.sampling import SamplingParams
+
+    return SamplingParams(
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        repetition_penalty=args.repetition_penalty,
+        seed=args.seed,
+        stop=args.stop,
+        ignore_eos=args.ignore_eos,
+        logprobs=args.logprobs,
+    )
+
+
+def _print_text(events: Iterator[StreamEvent], has_text: bool) -> GenerationResult:
+    """Print the answer as it comes, as token ids where there is no tokenizer."""
+    for event in events:
+        sys.stdout.write(event.text if has_text else "".join(f"{token} " for token in event.token_ids))
+        sys.stdout.flush()
+        if event.finished is not None:
+            sys.stdout.write("\n")
+            return event.finished
+    raise EngineError(_NO_ANSWER)
+
+
+def _print_json(events: Iterator[StreamEvent]) -> GenerationResult:
+    for event in events:
+        if event.finished is not None:
+            print(json.dumps(event.finished.to_dict()))
+            return event.finished
+    raise EngineError(_NO_ANSWER)
+
+
+def _summary(result: GenerationResult) -> str:
+    statistics = result.statistics
+    rate = "" if statistics.tpot_s is None else f", {statistics.tpot_s * 1e3:.1f} ms per token"
+    return (
+        f"[prompt {statistics.prompt_tokens} tokens, {statistics.kept_tokens} kept; {statistics.new_tokens} new; "
+        f"first after {statistics.ttft_s:.2f} s{rate}]"
+    )
