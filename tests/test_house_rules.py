@@ -15,7 +15,6 @@ HOUSE = House()
 STILL: set[str] = {
     "chunkkv.evaluation.texts.prompts_file imports chunkkv.cli.evaluate",
     "chunkkv.profile.measure imports chunkkv.cli.options",
-    "chunkkv.executors.tensorrt_llm.engine imports tensorrt",
     "KVCache: chunkkv.executors.interface, chunkkv.native.kv",
     "Plan: chunkkv.evaluation.evaluator, chunkkv_builder.plan",
     "Rows: chunkkv.native.library, chunkkv.native.structs",

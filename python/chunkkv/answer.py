@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from chunkkv import profiling
-from chunkkv.executors.interface import Decoder, Prefilled
+from chunkkv.executors.interface import Decoder, PrefillResult
 from chunkkv.requests import Request
 from chunkkv.results import GenerationResult, RequestStatistics, StreamEvent
 from chunkkv.sampling import Sampler, SamplingParams, StopText
@@ -65,7 +65,7 @@ class Answer:
         self._logprobs: list[float] = []
         self._text = ""
         self.finished = False
-        self._prefilled = Prefilled(None)
+        self._prefilled = PrefillResult(None)
         self.decode_s = self._ttft_s = 0.0
 
     @property
@@ -78,7 +78,7 @@ class Answer:
         """Cache slot that the next decode step writes: dropped prompt tokens take none."""
         return self.request.kept_tokens + len(self.tokens) - 1
 
-    def begin(self, prefilled: Prefilled, began: float) -> StreamEvent:
+    def begin(self, prefilled: PrefillResult, began: float) -> StreamEvent:
         """Choose the first token after prefill; `began` is the perf_counter() of the call that asked for the answer."""
         self._prefilled = prefilled
         if prefilled.logits is None:
@@ -144,7 +144,7 @@ class Answer:
 
 def cancelled_in_queue(request: Request, sampling: SamplingParams, kv_bytes_per_token: int) -> StreamEvent:
     """Return the only event of an answer that was cancelled before its prompt was prefilled: it never had a cache."""
-    statistics = _statistics(request, kv_bytes_per_token, Prefilled(None), capacity=0)
+    statistics = _statistics(request, kv_bytes_per_token, PrefillResult(None), capacity=0)
     logprobs: tuple[float, ...] | None = () if sampling.logprobs else None
     return StreamEvent(0, "", (), GenerationResult("", (), "cancelled", logprobs, statistics))
 
@@ -171,7 +171,7 @@ def decode_step(decoder: Decoder, answers: Sequence[Answer]) -> np.ndarray:
 def _statistics(
     request: Request,
     kv_bytes_per_token: int,
-    prefilled: Prefilled,
+    prefilled: PrefillResult,
     capacity: int,
     new_tokens: int = 0,
     ttft_s: float = 0.0,

@@ -134,27 +134,27 @@ class StopText:
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = stop
-        self._held = ""
+        self._held_back = ""
         self.found = False
 
     def push(self, text: str) -> str:
         """Take new text and return what may be shown now."""
         if self.found:
             return ""
-        held = self._held + text
-        starts = [start for start in (held.find(stop) for stop in self._stop) if start >= 0]
+        pending = self._held_back + text
+        starts = [start for start in (pending.find(stop) for stop in self._stop) if start >= 0]
         if starts:
             self.found = True
-            self._held = ""
-            return held[: min(starts)]
-        keep = max((_overlap(held, stop) for stop in self._stop), default=0)
-        self._held = held[len(held) - keep :]
-        return held[: len(held) - keep]
+            self._held_back = ""
+            return pending[: min(starts)]
+        shown = len(pending) - max((_overlap(pending, stop) for stop in self._stop), default=0)
+        self._held_back = pending[shown:]
+        return pending[:shown]
 
     def flush(self) -> str:
         """Return what is still held back; called at the end of the answer."""
-        held, self._held = self._held, ""
-        return held
+        text, self._held_back = self._held_back, ""
+        return text
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -24,7 +24,7 @@ class Capabilities:
     Parameters
     ----------
     reports_choice : bool
-        Prefill tells which tokens it kept (`Prefilled.choice`).
+        Prefill tells which tokens it kept (`PrefillResult.choice`).
     blockwise_prefill : bool
         `blockwise_prefiller()` works: a prompt's whole cache can be read before it is compressed.
     block_scoring : bool
@@ -60,7 +60,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Prefilled:
+class PrefillResult:
     """What prefill made of one prompt.
 
     Parameters
@@ -113,7 +113,7 @@ class Prefiller(Protocol[CacheT_contra]):
     def max_rows(self) -> int:
         """Prompts that one run takes."""
 
-    def run(self, requests: Sequence[Request], out: CacheT_contra, cancel: CancelSignal) -> list[Prefilled]:
+    def run(self, requests: Sequence[Request], out: CacheT_contra, cancel: CancelSignal) -> list[PrefillResult]:
         """Prefill at most `max_rows` prompts into `out`, a cache of as many rows.
 
         Slots behind the kept tokens are meaningless afterwards. Where `cancel` is set before the end, the prompt's

@@ -24,8 +24,11 @@ _PLACES = (Path(__file__).parents[1] / "lib", Path(__file__).parents[3] / "build
 _NEEDED = ("IKVCacheUpdateLayer", "IRotaryEmbeddingLayer", "IAttention", "OnnxParser", "IProgressMonitor")
 
 
-def import_tensorrt() -> Any:
-    """Return the module tensorrt; raises BackendUnavailableError where it is missing, broken or too old."""
+def import_tensorrt(needed: Sequence[str] = _NEEDED) -> Any:
+    """Return the module tensorrt; raises BackendUnavailableError where it is missing, broken or lacks a name `needed`.
+
+    The default names are what the graphs for TensorRT need; TensorRT-LLM brings older versions and needs none of them.
+    """
     try:
         import tensorrt as trt
     except ModuleNotFoundError as error:
@@ -36,7 +39,7 @@ def import_tensorrt() -> Any:
         ) from None
     except ImportError as error:
         raise BackendUnavailableError(f"the Python package 'tensorrt', which cannot be loaded ({error})") from None
-    if absent := [name for name in _NEEDED if not hasattr(trt, name)]:
+    if absent := [name for name in needed if not hasattr(trt, name)]:
         raise BackendUnavailableError(
             f"TensorRT {FIRST_VERSION} or later; {getattr(trt, '__version__', 'the one installed')} has no {absent[0]}"
         )

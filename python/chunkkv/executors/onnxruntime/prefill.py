@@ -10,7 +10,7 @@ import numpy as np
 from chunkkv import profiling
 from chunkkv.errors import EngineMismatchError
 from chunkkv.executors.host_cache import HostKVCache
-from chunkkv.executors.interface import CancelSignal, Choice, Prefilled
+from chunkkv.executors.interface import CancelSignal, Choice, PrefillResult
 from chunkkv.executors.onnxruntime.graphs import OnnxRuntimeCompress, OnnxRuntimeStep
 from chunkkv.requests import Request
 
@@ -38,7 +38,7 @@ class OnnxRuntimePrefiller:
         self._step, self._compress_graph, self._block, self._window = step, compress_graph, block, window
         self._full: HostKVCache | None = None
 
-    def run(self, requests: Sequence[Request], out: HostKVCache, cancel: CancelSignal) -> list[Prefilled]:
+    def run(self, requests: Sequence[Request], out: HostKVCache, cancel: CancelSignal) -> list[PrefillResult]:
         """Prefill the one prompt in `requests`; a prompt of which every token stays is written straight to `out`."""
         (request,) = requests
         started = time.perf_counter()
@@ -52,15 +52,15 @@ class OnnxRuntimePrefiller:
         with profiling.range_of("prefill", requests):
             logits, queries = self.fill(request.ids, cache, cancel)
         if logits is None:
-            return [Prefilled(None)]
+            return [PrefillResult(None)]
         prefill_s = time.perf_counter() - started
         if not compresses:
-            return [Prefilled(logits, prefill_s=prefill_s)]
+            return [PrefillResult(logits, prefill_s=prefill_s)]
         started = time.perf_counter()
         budget = request.keep_per_10k, request.budget_tokens
         with profiling.range_of("compress", requests):  # score, select and compact of all layers are one graph
             choice = self.compress(cache, queries, request.ids, *budget, out)
-        return [Prefilled(logits, choice, prefill_s, time.perf_counter() - started, cache.nbytes)]
+        return [PrefillResult(logits, choice, prefill_s, time.perf_counter() - started, cache.nbytes)]
 
     def new_cache(self, rows: int, capacity: int) -> HostKVCache:
         """Return an empty cache of `rows` rows with `capacity` slots each."""

@@ -11,7 +11,7 @@ import numpy as np
 from chunkkv import profiling
 from chunkkv.engine.tensorrt_contract import PREFILL_FILE
 from chunkkv.errors import EngineRunError
-from chunkkv.executors.interface import CancelSignal, Choice, Prefilled
+from chunkkv.executors.interface import CancelSignal, Choice, PrefillResult
 from chunkkv.executors.tensorrt.cache import DeviceKVCache
 from chunkkv.executors.tensorrt.engines import TensorRTEngines, aligned, bind, set_shape
 from chunkkv.gpu.cuda_runtime import ALIGNMENT
@@ -34,10 +34,10 @@ class TensorRTPrefiller:
         self.max_rows = engines.contract.prefill_rows
         self._stream = engines.cuda.stream()
 
-    def run(self, requests: Sequence[Request], out: DeviceKVCache, cancel: CancelSignal) -> list[Prefilled]:
+    def run(self, requests: Sequence[Request], out: DeviceKVCache, cancel: CancelSignal) -> list[PrefillResult]:
         """Prefill the prompts into `out`; `cancel` is looked at before, not during, the one run of the engine."""
         if cancel.is_set():
-            return [Prefilled(None) for _ in requests]
+            return [PrefillResult(None) for _ in requests]
         started = time.perf_counter()
         with self._prefill.lock, profiling.range_of("prefill", requests):
             outputs = self._run(requests, out)
@@ -45,7 +45,7 @@ class TensorRTPrefiller:
         padded = max(len(request.ids) for request in requests)
         scratch = 2 * contract.group_layers * contract.row_bytes(padded)
         return [
-            Prefilled(outputs["logits"][row, 0], self._choice(row, request, outputs), seconds, 0.0, scratch)
+            PrefillResult(outputs["logits"][row, 0], self._choice(row, request, outputs), seconds, 0.0, scratch)
             for row, request in enumerate(requests)
         ]
 

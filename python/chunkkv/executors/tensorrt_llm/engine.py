@@ -15,17 +15,24 @@ from chunkkv.errors import BackendUnavailableError, EngineMismatchError, EngineR
 from chunkkv.executors.tensorrt_llm.paged_inputs import LOGITS
 from chunkkv.executors.tensorrt_llm.step_engine import HOST_PREFIX, StepTensor
 from chunkkv.gpu.cuda_runtime import ALIGNMENT, CudaRuntime, DeviceBuffer, PinnedArray
-from chunkkv.gpu.tensorrt_library import TENSORRT_LLM_PLUGINS, Messages, load_plugins, start
+from chunkkv.gpu.tensorrt_library import TENSORRT_LLM_PLUGINS, Messages, import_tensorrt, load_plugins, start
 
-_PIECE = 64 << 20
+_PIECE = 64 << 20  # bytes that are zeroed at once
 _TYPES = {"FLOAT": np.float32, "HALF": np.float16, "INT32": np.int32, "INT64": np.int64}
 
 
 class TensorRTLLMStepEngine:
-    """The engine in `path` with one execution context; `versions` are those of its manifest.
+    """One engine file with one execution context. TensorRT's own objects are `Any`: the package has no types.
 
     Raises BackendUnavailableError where TensorRT-LLM, a GPU or the plugins are missing, EngineMismatchError for an
     engine of another TensorRT or GPU.
+
+    Parameters
+    ----------
+    path : Path
+        The engine file.
+    versions : mapping of str to str
+        Versions of the libraries that it was built with, from its directory's manifest.
     """
 
     def __init__(self, path: Path, versions: Mapping[str, str]) -> None:
@@ -71,9 +78,9 @@ class TensorRTLLMStepEngine:
     def allocate(self, nbytes: int) -> DeviceBuffer:
         """Return zeroed device memory."""
         buffer = self._cuda.device_memory(nbytes)
-        nothing = np.zeros(min(nbytes, _PIECE), np.uint8)
+        zeros = np.zeros(min(nbytes, _PIECE), np.uint8)
         for done in range(0, nbytes, _PIECE):
-            self._stream.upload(buffer.address + done, nothing[: nbytes - done])
+            self._stream.upload(buffer.address + done, zeros[: nbytes - done])
         self._stream.synchronize()
         return buffer
 
@@ -145,7 +152,8 @@ class TensorRTLLMStepEngine:
         return engine
 
     def _tensors(self, mode: str) -> dict[str, StepTensor]:
-        engine, found = self._engine, {}
+        engine = self._engine
+        tensors: dict[str, StepTensor] = {}
         for index in range(engine.num_io_tensors):
             name = engine.get_tensor_name(index)
             if engine.get_tensor_mode(name) != getattr(self._trt.TensorIOMode, mode):
@@ -153,16 +161,19 @@ class TensorRTLLMStepEngine:
             dtype = engine.get_tensor_dtype(name).name
             if dtype not in _TYPES:
                 raise EngineMismatchError(f"{name} of the engine is {dtype}; supported are {', '.join(_TYPES)}")
-            found[name] = StepTensor(tuple(engine.get_tensor_shape(name)), np.dtype(_TYPES[dtype]))
-        return found
+            tensors[name] = StepTensor(tuple(engine.get_tensor_shape(name)), np.dtype(_TYPES[dtype]))
+        return tensors
 
 
 def import_tensorrt_llm(path: Path | str) -> Any:
-    """Return the module tensorrt with TensorRT-LLM's plugins registered; `path` is what needs them."""
+    """Return the module tensorrt with TensorRT-LLM's plugins registered; `path` is what needs them.
+
+    Raises BackendUnavailableError where one of the packages cannot be imported.
+    """
     try:
-        import tensorrt as trt
+        trt = import_tensorrt(needed=())
         import tensorrt_llm  # noqa: F401  importing it loads its plugin library
-    except ImportError as error:
+    except (BackendUnavailableError, ImportError) as error:
         raise BackendUnavailableError(
             f"{path} needs the Python packages 'tensorrt' and 'tensorrt_llm', which cannot be imported here ({error})"
         ) from None

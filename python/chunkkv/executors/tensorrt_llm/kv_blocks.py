@@ -23,9 +23,16 @@ class _Sequence:
 
 
 class BlockManager:
-    """`num_blocks` blocks of `tokens_per_block` slots, shared by the sequences of all callers; thread-safe.
+    """The blocks of one pool, shared by the sequences of all callers; thread-safe.
 
     Invariants: a block is free or owned by one sequence; the free blocks suffice for every reservation.
+
+    Parameters
+    ----------
+    num_blocks : int
+        Blocks of the pool.
+    tokens_per_block : int
+        Slots of a block.
     """
 
     def __init__(self, num_blocks: int, tokens_per_block: int) -> None:
@@ -34,7 +41,7 @@ class BlockManager:
         self._sequences: dict[int, _Sequence] = {}
         self._next = 0
         self._lock = threading.Lock()
-        self._discarded: deque[int] = deque()
+        self._discarded: deque[int] = deque()  # sequences to remove at the next call; see discard()
 
     @property
     def free_blocks(self) -> int:
@@ -81,10 +88,10 @@ class BlockManager:
         """Give back the blocks behind the first `slots` slots and return how many they were."""
         with self._lock:
             own, kept = self._sequences[sequence], self.blocks_for(slots)
-            given = own.blocks[kept:]
+            returned = own.blocks[kept:]
             del own.blocks[kept:]
-            self._free.extend(given)
-            return len(given)
+            self._free.extend(returned)
+            return len(returned)
 
     def remove(self, sequence: int) -> None:
         """Give back every block and the reservation of a sequence."""
@@ -112,15 +119,15 @@ class BlockManager:
                 table[0, row, :, : len(keys)] = keys, keys + 1
         return table
 
-    def _check(self, needed: int, what: str) -> None:
+    def _check(self, needed: int, purpose: str) -> None:
         """Raise CacheFullError unless `needed` blocks are free that are not reserved."""
-        promised = sum(max(0, one.reserved - len(one.blocks)) for one in self._sequences.values())
+        promised = sum(max(0, each.reserved - len(each.blocks)) for each in self._sequences.values())
         available = len(self._free) - promised
         if needed > available:
             raise CacheFullError(
-                f"the KV cache has no room for {what}: {needed} blocks of {self.tokens_per_block} tokens are needed, "
-                f"{available} of {self.num_blocks} are neither in use nor reserved: try fewer or shorter prompts at "
-                "once or fewer new tokens, keep less of each prompt, or raise max_tokens_in_paged_kv_cache"
+                f"the KV cache has no room for {purpose}: {needed} blocks of {self.tokens_per_block} tokens are "
+                f"needed, {available} of {self.num_blocks} are neither in use nor reserved: try fewer or shorter "
+                "prompts at once or fewer new tokens, keep less of each prompt, or raise max_tokens_in_paged_kv_cache"
             )
 
     def _remove(self, sequence: int) -> None:

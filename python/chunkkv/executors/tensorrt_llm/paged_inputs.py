@@ -28,8 +28,27 @@ _ADVICE = (
 class PagedGeometry:
     """What the executor must know of an engine: its attention layers, the shape of its cache, its limits.
 
-    `kv_bytes` is the size of one cached number. Keys of block `b` of layer `l` lie at
-    [b, l, 0, Hkv, tokens_per_block, head_size] of the pool, values at [b, l, 1, ...].
+    The pool is [blocks, num_layers, 2, num_kv_heads, tokens_per_block, head_size]; index 0 of the third dimension are
+    keys, index 1 values.
+
+    Parameters
+    ----------
+    num_layers : int
+        Attention layers.
+    num_kv_heads : int
+        KV heads of each.
+    head_size : int
+        Numbers of a head.
+    tokens_per_block : int
+        Slots of a block.
+    kv_bytes : int
+        Bytes of one cached number.
+    vocab_size : int
+        Logits of the model; the engine may pad them.
+    max_batch_size : int
+        Most rows of a step.
+    max_seq_len : int
+        Most tokens of a prompt and its answer.
     """
 
     num_layers: int
@@ -54,9 +73,18 @@ class PagedGeometry:
 
 @dataclass(frozen=True)
 class StepRow:
-    """One row of a step: the ids it brings, its prompt's length, and where it stands.
+    """One row of a step.
 
-    `position` is the logical position of the first id, `past` the filled slots of its cache: 0 and 0 for a prompt.
+    Parameters
+    ----------
+    ids : numpy.ndarray
+        The tokens it brings: a whole prompt, or one token.
+    prompt_length : int
+        Tokens of its prompt.
+    position : int
+        Logical position of the first id; 0 for a prompt.
+    past : int
+        Filled slots of its cache; 0 for a prompt.
     """
 
     ids: np.ndarray
@@ -66,7 +94,17 @@ class StepRow:
 
 
 class StepInputs:
-    """Makes the inputs that one engine asks for; raises EngineMismatchError for an engine that asks for others."""
+    """Makes the inputs that one engine asks for; raises EngineMismatchError for an engine that asks for others.
+
+    Parameters
+    ----------
+    inputs, outputs : mapping of str to StepTensor
+        What the engine declares.
+    geometry : PagedGeometry
+        Its layers, the shape of its cache and its limits.
+    pool_address : int
+        Where the pool begins.
+    """
 
     def __init__(
         self,
@@ -77,6 +115,7 @@ class StepInputs:
     ) -> None:
         self._inputs, self._geometry = inputs, geometry
         layers = np.arange(geometry.num_layers, dtype=np.int32)
+        # 0.16 maps each layer to its pool, later releases to its pool and its place in that pool.
         by_pool = len(inputs[_MAPPING].shape) == 2 if _MAPPING in inputs else False
         self._fixed = {
             "host_kv_cache_pool_pointers": np.array([[pool_address, 0]], np.int64),
@@ -91,8 +130,8 @@ class StepInputs:
         if foreign := sorted(set(inputs) - known):
             raise EngineMismatchError(f"the engine has an input {foreign[0]!r}, which is not known here: {_ADVICE}")
         if set(outputs) != {LOGITS}:
-            found = ", ".join(sorted(outputs)) or "none"
-            raise EngineMismatchError(f"the engine's outputs are {found}; expected is {LOGITS} alone: {_ADVICE}")
+            names = ", ".join(sorted(outputs)) or "none"
+            raise EngineMismatchError(f"the engine's outputs are {names}; expected is {LOGITS} alone: {_ADVICE}")
         needed = ("input_ids", "host_request_types", "kv_cache_block_offsets", "host_kv_cache_block_offsets", _MAPPING)
         for name in needed:
             if name not in inputs:
@@ -108,11 +147,11 @@ class StepInputs:
 
     def arrays(self, rows: Sequence[StepRow], offsets: np.ndarray) -> dict[str, np.ndarray]:
         """Return what the engine must be given beside zeros(); offsets [1,B,2,M] int32 are the rows' blocks."""
-        made = {**self._named(rows, offsets), **self._fixed}
+        known = {**self._named(rows, offsets), **self._fixed}
         return {
             name: np.ascontiguousarray(array, tensor.dtype)
             for name, tensor in self._inputs.items()
-            if (array := made.get(name)) is not None
+            if (array := known.get(name)) is not None
         }
 
     def zeros(self, rows: int) -> dict[str, tuple[int, ...]]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from chunkkv.errors import EngineRunError, RequestError
-from chunkkv.executors.interface import CancelSignal, Prefilled
+from chunkkv.executors.interface import CancelSignal, PrefillResult
 from chunkkv.executors.step_arrays import check_slots
 from chunkkv.executors.tensorrt_llm.cache import PagedKVCache
 from chunkkv.executors.tensorrt_llm.kv_blocks import BlockManager
@@ -83,14 +83,14 @@ class PagedPrefiller:
     def __init__(self, steps: PagedSteps, settings: ChunkKVSettings | None) -> None:
         self._steps, self._settings = steps, settings
 
-    def run(self, requests: Sequence[Request], out: PagedKVCache, cancel: CancelSignal) -> list[Prefilled]:
+    def run(self, requests: Sequence[Request], out: PagedKVCache, cancel: CancelSignal) -> list[PrefillResult]:
         """Prefill the one prompt in `requests`; `cancel` is looked at before, not during, the step.
 
         Raises CacheFullError where the whole prompt finds no room beside what is reserved.
         """
         (request,) = requests
         if cancel.is_set():
-            return [Prefilled(None)]
+            return [PrefillResult(None)]
         length, geometry = len(request.ids), self._steps.geometry
         built_for = self._settings.kept_tokens(length) if self._settings else length
         if request.kept_tokens != built_for:
@@ -102,7 +102,7 @@ class PagedPrefiller:
         logits, given_back = self._steps.prefill(out.sequences[0], request.ids, request.kept_tokens)
         out.prompt_lengths[0] = length
         scratch = given_back * geometry.tokens_per_block * geometry.bytes_per_token
-        return [Prefilled(logits, None, time.perf_counter() - started, 0.0, scratch)]
+        return [PrefillResult(logits, None, time.perf_counter() - started, 0.0, scratch)]
 
 
 class PagedDecoder:
