@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from support import engines
+from support.messages import naming
 
 from chunkkv import SamplingParams, profiling
 from chunkkv.batching import PROBE_WAIT_S, BatchingLimits, ContinuousBatcher, QueueListener
@@ -125,7 +126,7 @@ def test_slots_bound_what_decodes_and_the_queue_what_waits(session, gate) -> Non
         running = batcher.stream(prompt(20), GREEDY)
         next(running)
         waiting = [batcher.stream(prompt(20 + n), GREEDY) for n in range(2)]
-        with pytest.raises(OverloadedError, match="queue is full: 1 answers in work, 2 requests waiting"):
+        with pytest.raises(OverloadedError, match=naming("queue 1 2 waiting")):
             batcher.stream(prompt(9), GREEDY)
         gate.opened.set()
         assert [len(last(stream).token_ids) for stream in (running, *waiting)] == [12] * 3
@@ -185,7 +186,7 @@ def test_a_wait_too_long_and_an_answer_too_long(session, gate) -> None:
         waiting = batcher.stream(prompt(21), GREEDY)
         time.sleep(0.1)
         gate.opened.set()
-        with pytest.raises(RequestTimeoutError, match=r"waited longer than 0\.05 s"):
+        with pytest.raises(RequestTimeoutError, match=naming("waited 0.05")):
             last(waiting)
         last(running)
         gate.opened.clear()
@@ -193,14 +194,14 @@ def test_a_wait_too_long_and_an_answer_too_long(session, gate) -> None:
         next(running)
         time.sleep(0.6)
         gate.opened.set()
-        with pytest.raises(RequestTimeoutError, match=r"took longer than 0\.5 s \([12] tokens made\)"):
+        with pytest.raises(RequestTimeoutError, match=naming("took 0.5 tokens")):
             last(running)
 
 
 def test_a_failing_step_ends_its_answers_and_the_next_request_works(session, batcher, monkeypatch) -> None:
     decode = OnnxRuntimeDecoder.step
     monkeypatch.setattr(OnnxRuntimeDecoder, "step", lambda *_: 1 / 0)
-    with pytest.raises(EngineRunError, match="the engine failed: ZeroDivisionError"):
+    with pytest.raises(EngineRunError, match=naming("engine ZeroDivisionError")):
         last(batcher.stream(prompt(40), GREEDY))
     monkeypatch.setattr(OnnxRuntimeDecoder, "step", decode)
     assert last(batcher.stream(prompt(40), GREEDY)).token_ids == session.generate(prompt(40), GREEDY).token_ids
@@ -259,10 +260,10 @@ def test_a_batcher_that_has_stopped_is_not_taken_for_a_busy_one(session, monkeyp
     """Who watches a server tells the two apart by the error; nothing else would restart it."""
     with ContinuousBatcher(session, BatchingLimits(slots=1)) as batcher:
         monkeypatch.setattr(batcher, "_drop_stale", lambda: 1 / 0)
-        with pytest.raises(EngineRunError, match="the batcher stopped: ZeroDivisionError"):
+        with pytest.raises(EngineRunError, match=naming("batcher ZeroDivisionError")):
             last(batcher.stream(prompt(40), GREEDY))
         wait_for(lambda: not batcher._thread.is_alive())
-        with pytest.raises(EngineRunError, match="the batcher stopped: ZeroDivisionError"):
+        with pytest.raises(EngineRunError, match=naming("batcher ZeroDivisionError")):
             batcher.stream(prompt(40), GREEDY)
 
 
@@ -312,7 +313,7 @@ def test_memory_stays_within_its_bound(session) -> None:
         assert mine.token_ids == session.generate(ids, GREEDY, **budget).token_ids
     with (
         ContinuousBatcher(session, BatchingLimits(slots=1, kv_bytes=100 * per_token)) as batcher,
-        pytest.raises(RequestError, match="do not fit kv_bytes"),
+        pytest.raises(RequestError, match=naming("kv_bytes")),
     ):
         batcher.stream(prompt(30), GREEDY)
 
@@ -348,24 +349,24 @@ def test_profilers_see_each_request_and_the_steps_they_share(batcher, gate) -> N
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"slots": 0}, "slots is 0"),
-        ({"waiting": 0}, "waiting is 0"),
-        ({"queue_timeout_s": float("nan")}, "queue_timeout_s is nan"),
-        ({"request_timeout_s": 0}, "request_timeout_s is 0"),
-        ({"kv_bytes": 0}, "kv_bytes is 0"),
+        ({"slots": 0}, "slots 0"),
+        ({"waiting": 0}, "waiting 0"),
+        ({"queue_timeout_s": float("nan")}, "queue_timeout_s nan"),
+        ({"request_timeout_s": 0}, "request_timeout_s 0"),
+        ({"kv_bytes": 0}, "kv_bytes 0"),
     ],
 )
 def test_limits_are_checked(values: dict, named: str) -> None:
-    with pytest.raises(ConfigError, match=named):
+    with pytest.raises(ConfigError, match=naming(named)):
         BatchingLimits(**values)
 
 
 def test_more_slots_than_the_engine_has_rows_are_refused(session) -> None:
-    with pytest.raises(ConfigError, match="slots is 5; this engine takes at most 4 rows"):
+    with pytest.raises(ConfigError, match=naming("slots 5 4")):
         ContinuousBatcher(session, BatchingLimits(slots=5))
 
 
 def test_bad_requests_never_reach_the_queue(batcher) -> None:
-    with pytest.raises(RequestError, match="prompt 0 is empty"):
+    with pytest.raises(RequestError, match=naming("prompt 0 empty")):
         batcher.stream([], GREEDY)
     assert batcher.load().waiting == 0

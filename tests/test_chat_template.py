@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.messages import naming
 from support.tiny_tokenizers import CHAT_TEMPLATE, write_tokenizer
 
 from chunkkv.errors import CheckpointError, RequestError
@@ -80,7 +81,7 @@ def test_strftime_now_is_the_local_time() -> None:
 def test_a_template_may_reject_messages() -> None:
     template = "{% if messages[0].role != 'user' %}{{ raise_exception('first must be user') }}{% endif %}ok"
     assert render(template, TALK[1:]) == "ok"
-    with pytest.raises(RequestError, match="rejects these messages: first must be user; change them"):
+    with pytest.raises(RequestError, match=naming("messages first must be user")):
         render(template)
 
 
@@ -107,7 +108,7 @@ def test_a_template_may_reject_messages() -> None:
     ],
 )
 def test_sandbox_escapes_and_mutation_are_refused(template: str) -> None:
-    with pytest.raises(CheckpointError, match=r"file\.jinja: the chat template tried to leave its sandbox"):
+    with pytest.raises(CheckpointError, match=naming("file.jinja sandbox")):
         render(template)
 
 
@@ -134,51 +135,51 @@ def test_messages_stay_as_they_were() -> None:
 @pytest.mark.parametrize(
     ("template", "named"),
     [
-        ("{% for i in range(10 ** 6) %}{% endfor %}", "OverflowError: Range too big"),
-        ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "failed with RecursionError"),
-        ("{{ 1 / 0 }}", "failed with ZeroDivisionError"),
-        ("{{ nobody.name }}", "failed with UndefinedError: 'nobody' is undefined.*check that the messages have what"),
-        ("{{ 'a' + 1 }}", "failed with TypeError"),
-        ("{% include 'other' %}", "failed with TypeError: no loader"),
-        ("{% import 'os' as os %}", "failed with TypeError: no loader"),
+        ("{% for i in range(10 ** 6) %}{% endfor %}", "OverflowError"),
+        ("{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}", "RecursionError"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{{ nobody.name }}", "UndefinedError 'nobody'"),
+        ("{{ 'a' + 1 }}", "TypeError"),
+        ("{% include 'other' %}", "TypeError loader"),
+        ("{% import 'os' as os %}", "TypeError loader"),
     ],
 )
 def test_a_template_that_breaks_is_named(template: str, named: str) -> None:
-    with pytest.raises(CheckpointError, match=named):
+    with pytest.raises(CheckpointError, match=naming(named)):
         render(template)
 
 
 @pytest.mark.parametrize(
     ("template", "named"),
     [
-        ("one\ntwo {% if %}", r"file\.jinja: the chat template has a syntax error in line 2: .*; correct it"),
-        ("{{ messages | nofilter }}", "line 1: No filter named 'nofilter'"),
-        ("\n\n{% for m in messages %}", "syntax error in line 3"),
-        ("{% generation %}open", "syntax error in line 1.*endgeneration"),
-        ("{{ '" + "(" * 9, "syntax error in line 1"),
-        ("{{" + "(" * 5_000 + "1" + ")" * 5_000 + "}}", r"file\.jinja: the chat template does not compile"),
+        ("one\ntwo {% if %}", "file.jinja syntax line 2"),
+        ("{{ messages | nofilter }}", "line 1 'nofilter'"),
+        ("\n\n{% for m in messages %}", "syntax line 3"),
+        ("{% generation %}open", "syntax line 1 endgeneration"),
+        ("{{ '" + "(" * 9, "syntax line 1"),
+        ("{{" + "(" * 5_000 + "1" + ")" * 5_000 + "}}", "file.jinja compile"),
     ],
 )
 def test_syntax_errors_name_the_line(template: str, named: str) -> None:
-    with pytest.raises(CheckpointError, match=named):
+    with pytest.raises(CheckpointError, match=naming(named)):
         ChatTemplate(template, "file.jinja")
 
 
 @pytest.mark.parametrize(
     ("messages", "named"),
     [
-        ([], r"messages is list '\[\]'; give a non-empty list"),
-        ("Hello", "messages is str 'Hello'"),
-        (None, "messages is NoneType"),
-        ({"role": "user"}, "messages is dict"),
-        (["Hello"], "message 0 is 'Hello'; give a mapping with 'role' and 'content'"),
-        ([TALK[0], {"content": "x"}], r"message 1 is .*give a mapping"),
-        ([{"role": 1, "content": "x"}], "message 0 is"),
-        ([{"role": "user", "content": 7}], "message 0: content is int; give text"),
+        ([], "messages list '[]'"),
+        ("Hello", "messages str 'Hello'"),
+        (None, "messages NoneType"),
+        ({"role": "user"}, "messages dict"),
+        (["Hello"], "message 0 'Hello' 'role' 'content'"),
+        ([TALK[0], {"content": "x"}], "message 1 mapping"),
+        ([{"role": 1, "content": "x"}], "message 0"),
+        ([{"role": "user", "content": 7}], "message 0 content int"),
     ],
 )
 def test_malformed_messages_are_refused_before_rendering(messages: Any, named: str) -> None:
-    with pytest.raises(RequestError, match=named):
+    with pytest.raises(RequestError, match=naming(named)):
         render("{{ raise_exception('rendered') }}", messages)
 
 
@@ -212,22 +213,22 @@ def test_where_the_template_comes_from(tmp_path: Path, template: Any, jinja: str
 @pytest.mark.parametrize(
     ("template", "named"),
     [
-        (NAMED[:1], "the list under chat_template has no entry named 'default'; add one"),
-        ([], "no entry named 'default'"),
-        ([{"name": "default", "template": 7}], "chat_template is a int; it must be text or a list"),
-        ([{"name": "default"}], "no entry named 'default'"),
-        ({"default": "x"}, "chat_template is a dict"),
+        (NAMED[:1], "chat_template 'default'"),
+        ([], "'default'"),
+        ([{"name": "default", "template": 7}], "chat_template int text list"),
+        ([{"name": "default"}], "'default'"),
+        ({"default": "x"}, "chat_template dict"),
     ],
 )
 def test_lists_of_templates_without_a_default_are_refused(tmp_path: Path, template: Any, named: str) -> None:
-    with pytest.raises(CheckpointError, match=named):
+    with pytest.raises(CheckpointError, match=naming(named)):
         tokenizer(tmp_path, template)
 
 
 def test_a_template_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     tokenizer(tmp_path, None)
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
-    with pytest.raises(CheckpointError, match=r"chat_template\.jinja is not UTF-8 text"):
+    with pytest.raises(CheckpointError, match=naming("chat_template.jinja UTF-8")):
         Tokenizer.from_dir(tmp_path)
 
 
@@ -244,12 +245,12 @@ def test_a_conversation_becomes_the_ids_of_its_text(tmp_path: Path) -> None:
 
 
 def test_without_a_template_there_is_no_chat(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match=r"no chat template \(chat_template\.jinja or tokenizer_config\.json\)"):
+    with pytest.raises(RequestError, match=naming("chat_template.jinja tokenizer_config.json")):
         tokenizer(tmp_path, None).apply_chat_template(TALK)
 
 
 def test_surrogates_in_a_rendered_text_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match=r"lone surrogate U\+D800 at character 3"):
+    with pytest.raises(RequestError, match=naming("surrogate U+D800 3")):
         tokenizer(tmp_path, "abc{{ '\\ud800' }}").apply_chat_template(TALK)
-    with pytest.raises(RequestError, match=r"lone surrogate U\+DC80"):
+    with pytest.raises(RequestError, match=naming("surrogate U+DC80")):
         tokenizer(tmp_path, CHAT_TEMPLATE).encode_chat([{"role": "user", "content": "\udc80"}])

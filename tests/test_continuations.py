@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support import engines
+from support.messages import naming
 
 from chunkkv import SamplingParams
 from chunkkv.errors import RequestError
@@ -73,7 +74,7 @@ def test_token_by_token_gives_the_same(session: ChunkKVSession) -> None:
 
 
 def test_a_continuation_beyond_the_engine_is_refused(session: ChunkKVSession) -> None:
-    with pytest.raises(RequestError, match="this engine takes at most 256"):
+    with pytest.raises(RequestError, match=naming("engine 256")):
         CompressedPrompt(session, prompt(250), 7)
 
 

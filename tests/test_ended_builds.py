@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from support import ended_builds, engines
 from support.builds import CommandLine, Outcome, on_terminal, python
+from support.messages import naming
 
 from chunkkv.engine.directory import EngineFiles
 from chunkkv.errors import ConfigError, EngineError
@@ -152,7 +153,7 @@ def test_what_sigkill_leaves_does_not_load_and_is_gone_after_the_next_build(buil
     assert end_by(signal.SIGKILL, model, tmp_path) == (KILLED, "")
     (left,) = tmp_path.iterdir()
     assert re.fullmatch(r"engine\.partial-\d+", left.name) and (left / "config.json").is_file()
-    with pytest.raises(EngineError, match="is the unfinished output of a build"):
+    with pytest.raises(EngineError, match=naming("unfinished")):
         EngineFiles.load(left)
     assert build().code == 0
     assert names(tmp_path) == ["engine"]
@@ -233,7 +234,7 @@ def test_a_live_build_is_left_alone(build: Callable[..., Outcome], tmp_path: Pat
 
 def test_of_two_builds_at_once_the_first_to_finish_wins(build, tmp_path, monkeypatch) -> None:
     with (
-        pytest.raises(ConfigError, match="holds an engine already"),
+        pytest.raises(ConfigError, match=naming("engine already")),
         manifest.staged_output(tmp_path / "engine") as slow,
     ):
         monkeypatch.setattr(os, "getpid", lambda: 999_999_999)
@@ -246,7 +247,7 @@ def test_of_two_builds_at_once_the_first_to_finish_wins(build, tmp_path, monkeyp
 
 def test_a_build_without_its_manifest_is_never_put_in_place(tmp_path: Path) -> None:
     with (
-        pytest.raises(EngineError, match=r"has no manifest\.json; nothing is put in place"),
+        pytest.raises(EngineError, match=naming("no manifest.json")),
         manifest.staged_output(tmp_path / "engine") as stage,
     ):
         (stage / "weights.safetensors").write_text("x")

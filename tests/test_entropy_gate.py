@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from support import onnx_op
+from support.messages import naming
 from support.op_cases import CASES, OpCase, named
 
 from chunkkv import reference
@@ -90,9 +91,9 @@ def test_damaged_scores_do_not_open_or_close_the_gate_of_others(bad: float) -> N
 
 
 def test_the_gate_needs_shares_of_attention() -> None:
-    with pytest.raises(ConfigError, match=r"gate is 'entropy'.*score 'softmax'"):
+    with pytest.raises(ConfigError, match=naming("gate 'entropy' 'softmax'")):
         replace(SETTINGS, score="logits")
-    with pytest.raises(ConfigError, match="gate is 'maybe'; allowed is none or entropy"):
+    with pytest.raises(ConfigError, match=naming("gate 'maybe' none entropy")):
         replace(SETTINGS, gate="maybe")
 
 
@@ -100,10 +101,10 @@ def test_the_gate_needs_shares_of_attention() -> None:
 def test_other_backends_refuse_the_gate_by_name(backend: str) -> None:
     build = BuildConfig(64, 64, backend=backend, dtype="float16")
     build.check_gate(replace(SETTINGS, gate="none"))
-    with pytest.raises(ConfigError, match=f"chunkkv_gate is 'entropy', which backend {backend} has no plugin for"):
+    with pytest.raises(ConfigError, match=naming("chunkkv_gate 'entropy'", backend)):
         build.check_gate(SETTINGS)
 
 
 def test_the_native_library_refuses_the_gate() -> None:
-    with pytest.raises(NativeArgumentError, match="gate is 'entropy'"):
+    with pytest.raises(NativeArgumentError, match=naming("gate 'entropy'")):
         native._settings(SETTINGS)

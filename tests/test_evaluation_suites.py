@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import engines, needle_engine
+from support.messages import naming
 
 from chunkkv.errors import ConfigError
 from chunkkv.evaluation.texts.examples_file import file_suite
@@ -144,9 +145,9 @@ def test_a_chat_template_frames_context_and_question() -> None:
 
 
 def test_a_length_without_room_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"take \d+ tokens; length is 20"):
+    with pytest.raises(ConfigError, match=naming("tokens length 20")):
         SUITES["needle"].make(writer("needle", [0]), {"length": 20, "depth": 0.5})
-    with pytest.raises(ConfigError, match="suite count has no wording 'needle'; give --wording english"):
+    with pytest.raises(ConfigError, match=naming("count 'needle' --wording english")):
         check_suite(SUITES["count"], False)
 
 

@@ -10,6 +10,7 @@ import onnx
 import pytest
 from support import engines, graphs, onnx_op, op_properties
 from support.checkpoints import VARIANTS
+from support.messages import naming
 from support.op_cases import OpCase
 
 from chunkkv import SamplingParams, reference
@@ -238,7 +239,7 @@ def test_standard_attention_needs_no_operator_beyond_onnx() -> None:
     model = StepGraph(graphs.plan_of("llama3", session), locations, attention="standard").build()
     assert {node.domain for node in model.graph.node} == {""}
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 24)]
-    with pytest.raises(ConfigError, match="attention is 'flash'; allowed is fused or standard"):
+    with pytest.raises(ConfigError, match=naming("attention 'flash' fused standard")):
         StepGraph(graphs.plan_of("llama3", session), locations, attention="flash")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import engines
+from support.messages import naming
 
 from chunkkv.cli.main import main
 from chunkkv.errors import EngineMismatchError, RequestError
@@ -92,12 +93,12 @@ def test_the_command_writes_the_page(session: ChunkKVSession, tmp_path: Path, ca
 
 
 def test_an_engine_without_chunkkv_has_nothing_to_show() -> None:
-    with pytest.raises(EngineMismatchError, match="built without ChunkKV"):
+    with pytest.raises(EngineMismatchError, match=naming("without ChunkKV")):
         engines.session("llama3", chunkkv=False).inspect([5, 6, 7])
 
 
 def test_bad_prompts_are_refused(session: ChunkKVSession) -> None:
-    with pytest.raises(RequestError, match="prompt 0 is empty"):
+    with pytest.raises(RequestError, match=naming("prompt 0 empty")):
         session.inspect("")
 
 

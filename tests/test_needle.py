@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.messages import naming
 from tokenizers import Tokenizer
 
 NEEDLE = Path(__file__).resolve().parent.parent / "examples" / "needle"
@@ -166,7 +167,7 @@ def test_a_test_prompt_fills_its_length_and_asks_for_what_it_states(name: str, l
 
 
 def test_a_test_prompt_without_room_for_its_facts_is_refused() -> None:
-    with pytest.raises(ValueError, match="8 facts and a question need"):
+    with pytest.raises(ValueError, match=naming("8 facts")):
         docs.test_prompt(docs.Writer(1), 100, docs.Task(facts=8))
 
 

@@ -10,6 +10,7 @@ import onnx
 import pytest
 from support import engines, graphs
 from support.checkpoints import VARIANTS
+from support.messages import naming
 
 from chunkkv import reference
 from chunkkv.errors import ConfigError
@@ -175,7 +176,7 @@ def test_a_plan_without_chunkkv_keeps_every_token() -> None:
 
 def test_a_plan_without_chunkkv_has_nothing_to_compress() -> None:
     plan = make_plan(graphs.plan_of("llama3", session_of("llama3", "fixed", "last", 2)).model, None)
-    with pytest.raises(ConfigError, match="no ChunkKV settings, so there is nothing to compress"):
+    with pytest.raises(ConfigError, match=naming("ChunkKV settings")):
         compress_graph(plan)
 
 

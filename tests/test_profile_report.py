@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from support.messages import naming
 from support.nsys_exports import EXAMPLE_EVENTS, PROCESS, SCHEMAS, Event, Launch, write_export
 
 from chunkkv.errors import ProfileError
@@ -101,12 +102,12 @@ def test_tables_that_may_be_missing(tmp_path: Path, table: str, told: str | None
 
 def test_an_export_without_ranges_says_what_to_do(tmp_path: Path) -> None:
     for without, events, told in (
-        (["NVTX_EVENTS"], EXAMPLE_EVENTS, "holds no NVTX ranges .* --trace=cuda,nvtx"),
-        ([], [Event("x", 1, 2, domain="other"), Event("y", 1, 2, domain="")], r"domains found: \(default\), other"),
+        (["NVTX_EVENTS"], EXAMPLE_EVENTS, "NVTX --trace=cuda,nvtx"),
+        ([], [Event("x", 1, 2, domain="other"), Event("y", 1, 2, domain="")], "domains (default) other"),
     ):
         path = tmp_path / f"{len(without)}.sqlite"
         write_export(path, events, without=without)
-        with pytest.raises(ProfileError, match=told):
+        with pytest.raises(ProfileError, match=naming(told)):
             read_export(path)
 
 
@@ -156,8 +157,8 @@ def test_damaged_bytes_never_crash(tmp_path_factory, data) -> None:
 def test_other_files_are_refused(tmp_path: Path) -> None:
     text = tmp_path / "a.sqlite"
     text.write_text("no database", encoding="utf-8")
-    for path, told in ((text, "nsys export --type sqlite"), (tmp_path, "cannot be read"), (tmp_path / "b", "No such")):
-        with pytest.raises(ProfileError, match=told):
+    for path, told in ((text, "nsys export --type sqlite"), (tmp_path, tmp_path), (tmp_path / "b", tmp_path / "b")):
+        with pytest.raises(ProfileError, match=naming(told)):
             read_export(path)
     for content in ("[]", "{}", '{"format": "chunkkv-profile", "version": 2}', "x", "\x00"):
         (tmp_path / "a.json").write_text(content, encoding="utf-8")
@@ -181,7 +182,7 @@ def test_json_gives_the_same_trace_and_refuses_other_types(tmp_path: Path) -> No
         ("about", []),
     ):
         (tmp_path / "a.json").write_text(json.dumps({**sound, key: value}), encoding="utf-8")
-        with pytest.raises(ProfileError, match=r"a\.json.* profile again"):
+        with pytest.raises(ProfileError, match=naming("a.json")):
             Trace.read(tmp_path / "a.json")
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from support import op_properties as properties
+from support.messages import naming
 from support.op_cases import CASES, LONG_CASE, STORAGE_TYPES, OpCase, named, op_cases
 
 from chunkkv import reference
@@ -70,16 +71,16 @@ def test_scores_equal_a_literal_loop_over_heads_queries_and_tokens() -> None:
 @pytest.mark.parametrize(
     ("query_shape", "key_shape", "window", "named_value"),
     [
-        ((3, 2, 4), (2, 9, 4), 2, "query has 3 heads, key has 2"),
-        ((2, 2, 4), (2, 9, 8), 2, "head size 4"),
-        ((2, 3, 4), (2, 9, 4), 2, "query holds 3 rows, window is 2"),
-        ((2, 5, 4), (2, 4, 4), 5, "key holds 4 tokens, window is 5"),
+        ((3, 2, 4), (2, 9, 4), 2, "query 3 heads key 2"),
+        ((2, 2, 4), (2, 9, 8), 2, "head 4"),
+        ((2, 3, 4), (2, 9, 4), 2, "query 3 window 2"),
+        ((2, 5, 4), (2, 4, 4), 5, "key 4 window 5"),
     ],
 )
 def test_shapes_that_do_not_fit_are_named(
     query_shape: tuple[int, ...], key_shape: tuple[int, ...], window: int, named_value: str
 ) -> None:
-    with pytest.raises(ConfigError, match=named_value):
+    with pytest.raises(ConfigError, match=naming(named_value)):
         reference.token_scores(np.zeros(query_shape), np.zeros(key_shape), window)
 
 
@@ -101,7 +102,7 @@ def test_delimiter_chunks_end_after_a_delimiter_or_when_full() -> None:
 
 
 def test_delimiter_boundaries_need_the_flags() -> None:
-    with pytest.raises(ConfigError, match="is_delimiter is None"):
+    with pytest.raises(ConfigError, match=naming("is_delimiter None")):
         reference.chunk_starts(14, DELIMITER)
 
 
@@ -147,7 +148,7 @@ def test_rows_up_to_min_tokens_are_untouched() -> None:
 
 @pytest.mark.parametrize("length", [-1, 9])
 def test_a_length_outside_the_batch_is_refused(length: int) -> None:
-    with pytest.raises(RequestError, match=f"length of row 0 is {length}; allowed is 0 to 8"):
+    with pytest.raises(RequestError, match=naming("length row 0", length, "0 8")):
         reference.select_batch(np.zeros((1, 2, 2, 4)), np.zeros((1, 1, 8, 4)), np.array([length]), TINY)
 
 
@@ -194,10 +195,10 @@ def test_members_that_choose_for_themselves_are_caught() -> None:
 
 def test_groups_must_cover_every_layer_and_leaders_need_queries() -> None:
     grouped, queries, keys, lengths = properties.grouped_layers("last")
-    with pytest.raises(ConfigError, match="for 5 layers; list every layer once, in order"):
+    with pytest.raises(ConfigError, match=naming("5 layers")):
         reference.select_layers(queries, keys[:5], lengths, grouped)
     del queries[5]
-    with pytest.raises(ConfigError, match="queries of layer 5 are missing"):
+    with pytest.raises(ConfigError, match=naming("layer 5 queries")):
         reference.select_layers(queries, keys, lengths, grouped)
 
 
@@ -241,7 +242,7 @@ def test_a_different_choice_is_counted_near_the_cut_and_refused_elsewhere() -> N
     apart = np.array([0, 4, 4, 4, 3, 3, 3, 2, 2, 2, 1, 0, 0], dtype=np.float32)
     assert properties.differs_near_cut(wanted, wanted, apart, 13, TINY, None) == 0
     assert properties.differs_near_cut(other, wanted, close, 13, TINY, None) == 1
-    with pytest.raises(AssertionError, match=r"tokens \[4 7\] differ"):
+    with pytest.raises(AssertionError, match=r"\[4 7\]"):
         properties.differs_near_cut(other, wanted, apart, 13, TINY, None)
 
 

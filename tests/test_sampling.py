@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.messages import naming
 
 from chunkkv.errors import RequestError
 from chunkkv.sampling import Sampler, SamplingParams, StopText
@@ -88,7 +89,7 @@ def test_logprob_is_of_the_model_not_of_the_filtered_distribution():
     ],
 )
 def test_bad_parameters_are_named(name, value):
-    with pytest.raises(RequestError, match=name):
+    with pytest.raises(RequestError, match=naming(name)):
         SamplingParams(**{name: value})
 
 

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support import tiny_tokenizers
+from support.messages import naming
 from tokenizers import AddedToken
 
 from chunkkv.errors import CheckpointError, RequestError
@@ -228,28 +229,28 @@ def test_delimiter_table_has_the_models_size(vocab_size: int) -> None:
 @pytest.mark.parametrize(
     ("files", "named"),
     [
-        ({"tokenizer": None}, r"has no tokenizer\.json; load its tokenizer in transformers"),
-        ({"tokenizer": b"{"}, r"tokenizer\.json is no valid tokenizer"),
-        ({"tokenizer": b'{"model": {"type": "Magic"}}'}, r"tokenizer\.json is no valid tokenizer: .*download it again"),
-        ({"tokenizer": b'{"a": "\xff"}'}, r"tokenizer\.json is not UTF-8 text \(byte 7\)"),
-        ({"tokenizer_config": b"[]"}, r"tokenizer_config\.json holds a JSON list; it must be an object"),
-        ({"tokenizer_config": b"{,}"}, r"tokenizer_config\.json is no valid JSON"),
-        ({"tokenizer_config": b"[" * 100_000}, r"tokenizer_config\.json is no valid JSON"),
-        ({"tokenizer_config": {"bos_token": 7}}, "bos_token is '7' in the tokenizer's settings; it must be text"),
-        ({"tokenizer_config": {"eos_token": "<gone>"}}, r"eos_token is '<gone>', which tokenizer\.json does not have"),
-        ({"tokenizer_config": {"bos_token": ...}}, "says add_bos_token but has no bos_token"),
-        ({"tokenizer_config": {"eos_token": ..., "add_eos_token": True}}, "says add_eos_token but has no eos_token"),
-        ({"special_tokens_map": {"unk_token": {"content": []}}}, r"unk_token is '\[\]'"),
-        ({"special_tokens_map": b"\xff"}, r"special_tokens_map\.json is not UTF-8"),
-        ({"generation_config": {"eos_token_id": "2"}}, r"eos_token_id is \['2'\]; give a token id, or a list of them"),
-        ({"generation_config": {"eos_token_id": [1, -1]}}, r"eos_token_id is \[1, -1\]"),
-        ({"generation_config": {"eos_token_id": True}}, r"eos_token_id is \[True\]"),
-        ({"generation_config": {"eos_token_id": 1.0}}, r"eos_token_id is \[1\.0\]"),
-        ({"tokenizer_config": {"chat_template": 7}}, "chat_template is a int; it must be text or a list"),
+        ({"tokenizer": None}, "no tokenizer.json transformers"),
+        ({"tokenizer": b"{"}, "tokenizer.json valid"),
+        ({"tokenizer": b'{"model": {"type": "Magic"}}'}, "tokenizer.json valid"),
+        ({"tokenizer": b'{"a": "\xff"}'}, "tokenizer.json UTF-8 7"),
+        ({"tokenizer_config": b"[]"}, "tokenizer_config.json list object"),
+        ({"tokenizer_config": b"{,}"}, "tokenizer_config.json valid JSON"),
+        ({"tokenizer_config": b"[" * 100_000}, "tokenizer_config.json valid JSON"),
+        ({"tokenizer_config": {"bos_token": 7}}, "bos_token '7'"),
+        ({"tokenizer_config": {"eos_token": "<gone>"}}, "eos_token '<gone>' tokenizer.json"),
+        ({"tokenizer_config": {"bos_token": ...}}, "add_bos_token bos_token"),
+        ({"tokenizer_config": {"eos_token": ..., "add_eos_token": True}}, "add_eos_token eos_token"),
+        ({"special_tokens_map": {"unk_token": {"content": []}}}, "unk_token '[]'"),
+        ({"special_tokens_map": b"\xff"}, "special_tokens_map.json UTF-8"),
+        ({"generation_config": {"eos_token_id": "2"}}, "eos_token_id ['2']"),
+        ({"generation_config": {"eos_token_id": [1, -1]}}, "eos_token_id [1,-1]"),
+        ({"generation_config": {"eos_token_id": True}}, "eos_token_id [True]"),
+        ({"generation_config": {"eos_token_id": 1.0}}, "eos_token_id [1.0]"),
+        ({"tokenizer_config": {"chat_template": 7}}, "chat_template int text list"),
     ],
 )
 def test_bad_files_are_named(tmp_path: Path, files: dict, named: str) -> None:
-    with pytest.raises(CheckpointError, match=named):
+    with pytest.raises(CheckpointError, match=naming(named)):
         Tokenizer.from_dir(write_files(tmp_path, "byte_level", **files))
 
 
@@ -257,14 +258,14 @@ def test_bad_files_are_named(tmp_path: Path, files: dict, named: str) -> None:
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("ab\ud800c", r"lone surrogate U\+D800 at character 2"),
-        ("\udcff", r"lone surrogate U\+DCFF at character 0.*decode its source as UTF-8"),
-        (b"bytes", "text is bytes; give a string"),
-        (None, "text is NoneType"),
+        ("ab\ud800c", "surrogate U+D800 2"),
+        ("\udcff", "surrogate U+DCFF 0 UTF-8"),
+        (b"bytes", "text bytes"),
+        (None, "text NoneType"),
     ],
 )
 def test_text_that_is_no_unicode_is_refused(style: str, text: Any, named: str) -> None:
-    with pytest.raises(RequestError, match=named):
+    with pytest.raises(RequestError, match=naming(named)):
         tiny(style).encode(text)
 
 
@@ -272,7 +273,7 @@ def test_text_that_is_no_unicode_is_refused(style: str, text: Any, named: str) -
 def test_ids_that_are_no_token_ids_are_refused(bad: Any) -> None:
     tokenizer = tiny("byte_level")
     for call in (lambda: tokenizer.decode([3, bad]), lambda: tokenizer.token_text(bad)):
-        with pytest.raises(RequestError, match=r"is not valid; give whole numbers from 0 to 2147483647"):
+        with pytest.raises(RequestError, match=naming("valid 0 2147483647")):
             call()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from support.messages import naming
 
 from chunkkv.errors import NativeArgumentError
 from chunkkv.native.library import NativeLibrary
@@ -181,7 +182,7 @@ def test_delimiters_come_with_all_they_need(library: NativeLibrary, memory: Memo
     batch = Batch.draw(11, 2, 2)
     outputs = {name: memory.empty((4,), "int32") for name in OUTPUTS[:3]}
     outputs["positions"] = memory.empty(batch.token_ids.shape, "int32")
-    with pytest.raises(NativeArgumentError, match="is_delimiter is NULL"):
+    with pytest.raises(NativeArgumentError, match=naming("is_delimiter NULL")):
         library.prepare(
             SETTINGS,
             memory.put(batch.prompts),

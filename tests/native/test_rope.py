@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from support.messages import naming
 
 from chunkkv.errors import NativeArgumentError
 from chunkkv.native.library import NativeLibrary
@@ -115,14 +116,14 @@ def test_no_tokens_and_bad_arguments(library: NativeLibrary, memory: Memory) -> 
     empty = memory.empty((0, 9 * 64), "float16")
     cos_sin, no_positions = memory.put(table(64)), memory.empty((0,), "int32")
     library.rope(empty, empty, no_positions, cos_sin, **sizes)
-    with pytest.raises(NativeArgumentError, match="rotary_dim is 128; allowed is 2 to 64"):
+    with pytest.raises(NativeArgumentError, match=naming("rotary_dim 128 2 64")):
         library.rope(empty, empty, no_positions, memory.put(table(128)), **sizes)
-    with pytest.raises(NativeArgumentError, match="style is 'glm'; allowed are neox, gptj"):
+    with pytest.raises(NativeArgumentError, match=naming("style 'glm' neox gptj")):
         library.rope(empty, empty, no_positions, cos_sin, **sizes, style="glm")
     whole_numbers = memory.empty((0, 9 * 64), "int8")
-    with pytest.raises(NativeArgumentError, match="dtype is 3"):
+    with pytest.raises(NativeArgumentError, match=naming("dtype 3")):
         library.rope(whole_numbers, whole_numbers, no_positions, cos_sin, **sizes)
     one = memory.empty((1, 9 * 64), "float16")
     crooked = memory.put(table(64), misalign=4)
-    with pytest.raises(NativeArgumentError, match="cos_sin is not aligned to 8 bytes"):
+    with pytest.raises(NativeArgumentError, match=naming("cos_sin 8")):
         library.rope(one, one, memory.put(np.zeros(1, np.int32)), crooked, **sizes)

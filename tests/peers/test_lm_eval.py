@@ -17,6 +17,7 @@ from lm_eval import simple_evaluate
 from lm_eval.api.registry import get_model
 from lm_eval.tasks import TaskManager
 from support.engines import command_line
+from support.messages import naming
 from transformers import AutoModelForCausalLM
 
 from chunkkv import SamplingParams
@@ -193,7 +194,7 @@ def test_generation_arguments_mean_what_lm_eval_means() -> None:
     sampled = sampling_of({"do_sample": True, "top_p": 0.9, "seed": 3, "until": "x", "num_beams": 1}, 256)
     assert sampled == SamplingParams(max_new_tokens=256, temperature=1.0, top_p=0.9, seed=3, stop=("x",))
     assert sampling_of({"temperature": 0.5}, 4).temperature == 0.5
-    with pytest.raises(RequestError, match="generation argument num_beams is 4"):
+    with pytest.raises(RequestError, match=naming("num_beams 4")):
         sampling_of({"num_beams": 4}, 256)
 
 
@@ -203,7 +204,7 @@ def test_what_is_too_long_loses_its_beginning(engine: Path, caplog: pytest.LogCa
     long = f"{doc['text']} " * 2 + doc["text"]
     (answer,) = lm.generate_until(requests((long, {"until": ["."], "max_gen_toks": 8})), disable_tqdm=True)
     assert "is cut to its last 4088" in caplog.text and answer.strip() == doc["answer"]
-    with pytest.raises(RequestError, match="max_gen_toks is 5000"):
+    with pytest.raises(RequestError, match=naming("max_gen_toks 5000")):
         lm.generate_until(requests(("a", {"max_gen_toks": 5000})), disable_tqdm=True)
-    with pytest.raises(RequestError, match="batch_size is 3; this engine takes 1 to 2"):
+    with pytest.raises(RequestError, match=naming("batch_size 3 1 2")):
         get_model("chunkkv").create_from_arg_string(f"engine_dir={engine}", {"batch_size": 3})

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from support.messages import naming
 from tritonclient.utils import InferenceServerException
 
 from chunkkv import SamplingParams
@@ -135,20 +136,20 @@ def test_bad_input_is_refused_by_name(server, body, status, named) -> None:
 @pytest.mark.parametrize(
     ("inputs", "named"),
     [
-        ([tensor("text_input", [b"a"], "BYTES"), tensor("temperature", [np.nan], "FP32")], "temperature is nan"),
-        ([tensor("text_input", [b"a"], "BYTES"), tensor("keep_ratio", [np.nan], "FP32")], "keep_ratio is nan"),
-        ([tensor("text_input", [b"caf\xe9"], "BYTES")], "text_input is not UTF-8 text: byte 0xe9 at 3"),
-        ([tensor("text_input", [b"a"], "BYTES"), tensor("stop_words", [b"\xff"], "BYTES")], "stop_words is not UTF-8"),
+        ([tensor("text_input", [b"a"], "BYTES"), tensor("temperature", [np.nan], "FP32")], "temperature nan"),
+        ([tensor("text_input", [b"a"], "BYTES"), tensor("keep_ratio", [np.nan], "FP32")], "keep_ratio nan"),
+        ([tensor("text_input", [b"caf\xe9"], "BYTES")], "text_input UTF-8 0xe9 3"),
+        ([tensor("text_input", [b"a"], "BYTES"), tensor("stop_words", [b"\xff"], "BYTES")], "stop_words UTF-8"),
         ([tensor("text_input", [b"a"], "BYTES"), tensor("max_tokens", [1.5], "FP32")], "max_tokens"),
         ([tensor("text_input", [b"a"], "BYTES"), tensor("max_tokens", [1, 2], "INT32")], "max_tokens"),
         ([tensor("max_tokens", [1], "INT32")], "text_input"),
         ([tensor("text_input", [b"a"], "BYTES"), tensor("nothing", [1], "INT32")], "nothing"),
-        ([tensor("text_input", [b"a"], "BYTES"), tensor("seed", [2**63], "UINT64")], "seed is 9223372036854775808"),
+        ([tensor("text_input", [b"a"], "BYTES"), tensor("seed", [2**63], "UINT64")], "seed 9223372036854775808"),
     ],
 )
 def test_bad_tensors_are_refused_by_name(server, inputs, named) -> None:
     stream = GrpcStream(server, inputs)
-    with pytest.raises(InferenceServerException, match=named):
+    with pytest.raises(InferenceServerException, match=naming(named)):
         stream.all()
     stream.close()
 
