@@ -11,10 +11,10 @@ from support.messages import naming
 
 from chunkkv.errors import ConfigError
 from chunkkv.settings import ChunkKVSettings
-from chunkkv_builder.checkpoint.hugging_face import Checkpoint
+from chunkkv_builder.checkpoint.hugging_face import HuggingFaceCheckpoint
 from chunkkv_builder.config import BuildConfig, longest_context
 
-MODEL = Checkpoint.open(engines.checkpoint_dir("llama2")).config  # plain RoPE, 512 positions
+MODEL = HuggingFaceCheckpoint.open(engines.checkpoint_dir("llama2")).config  # plain RoPE, 512 positions
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_lengths_default_to_the_models_context(given: dict[str, int], expected: 
     ],
 )
 def test_the_longest_context_is_what_it_was_trained_for(variant: str, overrides: dict[str, int], longest: int) -> None:
-    model = Checkpoint.open(engines.checkpoint_dir(variant, **overrides)).config
+    model = HuggingFaceCheckpoint.open(engines.checkpoint_dir(variant, **overrides)).config
     assert longest_context(model) == longest
     assert BuildConfig.for_model(model).max_seq_len == longest
     with pytest.raises(ConfigError, match=naming("max_seq_len", longest + 1, longest)):

@@ -20,9 +20,10 @@ import chunkkv
 from chunkkv.engine.directory import EngineFiles
 from chunkkv.sampling import SamplingParams
 from chunkkv.session import ChunkKVSession
-from chunkkv_builder import build as build_engine
 from chunkkv_builder import manifest
-from chunkkv_builder.backends import onnxruntime as backend
+from chunkkv_builder.backends.onnxruntime import OnnxRuntimeBackend
+from chunkkv_builder.backends.registry import available_backend
+from chunkkv_builder.flags import parse
 
 GREEDY = SamplingParams(max_new_tokens=4, temperature=0.0, ignore_eos=True)
 PROMPT = [(7 * i) % 380 + 3 for i in range(40)]
@@ -378,4 +379,6 @@ def test_the_builder_can_be_called_from_another_thread(model: Path, tmp_path: Pa
 
 
 def test_auto_is_onnx_runtime() -> None:
-    assert build_engine.load_backend("auto") is backend is build_engine.load_backend("onnxruntime")
+    for name in ("auto", "onnxruntime"):
+        backend = available_backend(parse(["--checkpoint_dir", "c", "--backend", name]))
+        assert isinstance(backend, OnnxRuntimeBackend) and backend.name == "onnxruntime"

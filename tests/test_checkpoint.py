@@ -26,8 +26,9 @@ from support.checkpoints import (
 from support.messages import naming
 
 from chunkkv.errors import CheckpointError, ConfigError
-from chunkkv_builder.checkpoint.hugging_face import Checkpoint
+from chunkkv_builder.checkpoint.hugging_face import HuggingFaceCheckpoint
 from chunkkv_builder.checkpoint.safetensors_file import LENGTH_BYTES
+from chunkkv_builder.checkpoint.tokenizer_files import tokenizer_files
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -48,7 +49,7 @@ def test_the_factory_draws_the_recorded_weights(variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_tensor_is_read_as_written(tmp_path, variant, dtype):
     shards = 3 if dtype == "bfloat16" else 1
-    checkpoint = Checkpoint.open(write_checkpoint(tmp_path, variant, dtype=dtype, shards=shards))
+    checkpoint = HuggingFaceCheckpoint.open(write_checkpoint(tmp_path, variant, dtype=dtype, shards=shards))
     written = random_tensors(variant_config(variant), dtype=dtype)
     assert sorted(checkpoint.names()) == sorted(written)
     assert checkpoint.config.dtype == dtype
@@ -68,7 +69,7 @@ def test_tensors_are_read_only_views_of_one_map_per_file(tmp_path, monkeypatch):
         return real_map(path, *arguments, **options)
 
     monkeypatch.setattr("chunkkv_builder.checkpoint.safetensors_file.np.memmap", counting_map)
-    checkpoint = Checkpoint.open(write_checkpoint(tmp_path, "qwen3", shards=2))
+    checkpoint = HuggingFaceCheckpoint.open(write_checkpoint(tmp_path, "qwen3", shards=2))
     tensors = [checkpoint.tensor(name) for name in checkpoint.names() for _ in range(2)]
     assert sorted(mapped) == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
     assert np.shares_memory(tensors[0], tensors[1])
@@ -85,9 +86,9 @@ def test_reading_needs_neither_torch_nor_safetensors(tmp_path):
     write_checkpoint(tmp_path, "llama3", dtype="bfloat16")
     program = (
         "import sys; sys.modules.update(dict.fromkeys(['torch', 'transformers', 'safetensors']))\n"
-        "from chunkkv_builder.checkpoint.hugging_face import Checkpoint; from chunkkv.text.tokenizer import Tokenizer\n"
-        "c = Checkpoint.open(sys.argv[1]); t = Tokenizer.from_dir(sys.argv[1])\n"
-        "print(sum(float(c.tensor(n).astype('float32').sum()) for n in c.names()) != 0, t.decode(t.encode('the key')))"
+        "from chunkkv_builder.checkpoint.formats import open_checkpoint; from chunkkv.text.tokenizer import Tokenizer\n"
+        "c = open_checkpoint(sys.argv[1]); t = Tokenizer.from_dir(sys.argv[1])\n"
+        "print(sum(float(c.converted(n, 'float32').sum()) for n in c.names()) != 0, t.decode(t.encode('the key')))"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     output = subprocess.run(
@@ -107,15 +108,16 @@ def test_harmless_extras_are_left_aside(tmp_path):
     for shards in (1, 2):
         (tmp_path / SINGLE).unlink(missing_ok=True)
         write_tensors(tmp_path, {**tensors, **extra}, shards)
-        assert sorted(Checkpoint.open(tmp_path).names()) == sorted(tensors)
+        assert sorted(HuggingFaceCheckpoint.open(tmp_path).names()) == sorted(tensors)
 
 
-def test_files_list_what_a_tokenizer_needs(tmp_path):
-    files = Checkpoint.open(write_checkpoint(tmp_path / "with", "mistral")).files
-    assert set(files) == {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
-    assert all(path.is_file() for path in files.values())
-    bare = Checkpoint.open(write_checkpoint(tmp_path / "without", "mistral", with_tokenizer=False))
-    assert set(bare.files) == {"generation_config.json"}
+def test_the_tokenizer_is_found_where_its_main_file_is(tmp_path):
+    folder = write_checkpoint(tmp_path / "with", "mistral")
+    assert HuggingFaceCheckpoint.open(folder).tokenizer_dir == folder
+    names = {file.name for file in tokenizer_files(folder)}
+    assert names == {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+    bare = HuggingFaceCheckpoint.open(write_checkpoint(tmp_path / "without", "mistral", with_tokenizer=False))
+    assert bare.tokenizer_dir is None and tokenizer_files(bare.tokenizer_dir) == []
 
 
 def test_the_stored_dtype_counts_and_dtypes_may_differ(tmp_path):
@@ -123,13 +125,13 @@ def test_the_stored_dtype_counts_and_dtypes_may_differ(tmp_path):
     tensors = random_tensors(variant_config("llama2"), dtype="float16")
     tensors[NORM] = tensors[NORM].astype(np.float32)
     write_tensors(tmp_path, tensors)
-    checkpoint = Checkpoint.open(tmp_path)
+    checkpoint = HuggingFaceCheckpoint.open(tmp_path)
     assert checkpoint.config.dtype == "float16"
     assert (checkpoint.dtype(NORM), checkpoint.dtype(Q_PROJ)) == ("float32", "float16")
 
 
 def test_an_unknown_name_is_refused(tmp_path):
-    checkpoint = Checkpoint.open(write_checkpoint(tmp_path, "llama2"))
+    checkpoint = HuggingFaceCheckpoint.open(write_checkpoint(tmp_path, "llama2"))
     with pytest.raises(CheckpointError, match=naming("tensor 'lm_head.bias'")):
         checkpoint.tensor("lm_head.bias")
 
@@ -320,7 +322,7 @@ def test_damage_is_named(tmp_path, case):
     damage, words = DAMAGE[case]
     damage(write_checkpoint(tmp_path, "llama2", with_tokenizer=False))
     with pytest.raises(CheckpointError) as caught:
-        Checkpoint.open(tmp_path)
+        HuggingFaceCheckpoint.open(tmp_path)
     for word in words:
         assert word in str(caught.value)
 
@@ -328,20 +330,20 @@ def test_damage_is_named(tmp_path, case):
 def test_a_directory_that_is_none_is_named(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(CheckpointError, match=naming("missing exist")):
-        Checkpoint.open(tmp_path / "missing")
+        HuggingFaceCheckpoint.open(tmp_path / "missing")
     with pytest.raises(CheckpointError, match=naming("file directory")):
-        Checkpoint.open(tmp_path / "file")
+        HuggingFaceCheckpoint.open(tmp_path / "file")
 
 
 def test_an_unsupported_model_is_refused_before_its_weights_are_touched(tmp_path):
     write_checkpoint(tmp_path, "llama2", architectures=["FalconForCausalLM"])
     (tmp_path / SINGLE).write_bytes(b"")
     with pytest.raises(ConfigError, match=naming("'FalconForCausalLM' LlamaForCausalLM")):
-        Checkpoint.open(tmp_path)
+        HuggingFaceCheckpoint.open(tmp_path)
 
 
 def test_the_factory_knows_the_same_tensors(tmp_path):
     for variant in VARIANTS:
         config = variant_config(variant)
-        checkpoint = Checkpoint.open(write_checkpoint(tmp_path / variant, variant, with_tokenizer=False))
+        checkpoint = HuggingFaceCheckpoint.open(write_checkpoint(tmp_path / variant, variant, with_tokenizer=False))
         assert {name: checkpoint.shape(name) for name in checkpoint.names()} == tensor_shapes(config)

@@ -12,7 +12,7 @@ from support.builds import CommandLine, tree
 
 from chunkkv.engine.layer_groups import layer_groups
 from chunkkv.settings import ChunkKVSettings
-from chunkkv_builder.checkpoint.hugging_face import Checkpoint
+from chunkkv_builder.checkpoint.hugging_face import HuggingFaceCheckpoint
 from chunkkv_builder.config import BuildConfig
 from chunkkv_builder.dry_run import print_plan
 from chunkkv_builder.plan import make_plan
@@ -116,7 +116,7 @@ def test_the_column_titles_name_quantity_and_length(cli: CommandLine) -> None:
 
 
 def test_a_big_models_table_fits_eighty_columns_unbroken() -> None:
-    model = Checkpoint.open(engines.checkpoint_dir("llama2")).config
+    model = HuggingFaceCheckpoint.open(engines.checkpoint_dir("llama2")).config
     big = type(model)(**{**vars(model), "num_layers": 80, "num_heads": 64, "num_kv_heads": 8, "head_dim": 128})
     plan = make_plan(big, ChunkKVSettings(layer_groups=layer_groups(80, "0-9,10-79")))
     console = Console(width=80, highlight=False, force_terminal=True, no_color=True)

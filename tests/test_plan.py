@@ -14,10 +14,10 @@ from support.messages import naming
 from chunkkv.engine.layer_groups import layer_groups
 from chunkkv.errors import ConfigError
 from chunkkv.settings import ChunkKVSettings
-from chunkkv_builder.checkpoint.hugging_face import Checkpoint
+from chunkkv_builder.checkpoint.hugging_face import HuggingFaceCheckpoint
 from chunkkv_builder.plan import make_plan
 
-MODEL = Checkpoint.open(engines.checkpoint_dir("llama3")).config  # 3 layers, 384 tokens
+MODEL = HuggingFaceCheckpoint.open(engines.checkpoint_dir("llama3")).config  # 3 layers, 384 tokens
 SETTINGS = ChunkKVSettings(layer_groups=layer_groups(3, 1))
 TABLE = np.arange(384) % 7 == 0
 

@@ -72,7 +72,7 @@ print(json.dumps({**found, "enums": enums}))
 OWN_CLASSES = """
 from chunkkv.errors import BackendUnavailableError
 from chunkkv.gpu.tensorrt_library import Messages, import_tensorrt
-from chunkkv_builder.backends.tensorrt.engines import EngineBuilder, _monitor
+from chunkkv_builder.backends.tensorrt.engines import EngineBuilder, progress_monitor
 from chunkkv_builder.progress import Progress
 
 trt, messages = import_tensorrt(), Messages()
@@ -80,7 +80,7 @@ logger = messages.logger(trt)
 logger.log(trt.ILogger.Severity.ERROR, "first")
 logger.log(trt.ILogger.Severity.INFO, "not this")
 assert isinstance(logger, trt.ILogger) and messages.because() == ": first"
-monitor = _monitor(trt, "prefill", Progress("error"))
+monitor = progress_monitor(trt, "prefill", Progress("error"))
 monitor.phase_start("build", None, 3)
 assert isinstance(monitor, trt.IProgressMonitor) and monitor.step_complete("build", 0) is True
 monitor.phase_finish("build")

@@ -17,9 +17,9 @@ from chunkkv.engine.tensorrt_llm_side_file import SideFile
 from chunkkv.errors import BackendUnavailableError, BuildError, ConfigError
 from chunkkv.settings import ChunkKVSettings
 from chunkkv.text.tokenizer import Tokenizer
-from chunkkv_builder.backends.tensorrt_llm.layers import rank_layers
-from chunkkv_builder.backends.tensorrt_llm.plugins import delimiter_words
-from chunkkv_builder.backends.tensorrt_llm.wrapper import Injection
+from chunkkv_builder.backends.tensorrt_llm.engine_build import rank_layers
+from chunkkv_builder.backends.tensorrt_llm.library import delimiter_words
+from chunkkv_builder.backends.tensorrt_llm.wrapper import WrappedLayers
 
 SETTINGS = ChunkKVSettings(keep_per_10k=4000, window=4, chunk_size=3, sinks=2, min_tokens=10)
 ROPED = {"rope_gpt_neox": 2, "learned_absolute": 0}
@@ -222,7 +222,7 @@ def test_a_network_with_fewer_or_other_layers_than_the_model_is_refused(machine:
         EngineBuild(SETTINGS).engine(llm_model(), build_config(), lambda model, config: None)
     layers = rank_layers(ChunkKVSettings(layer_groups=((0,), (1,))), [0, 1], 0, 0, 0)
     with pytest.raises(BuildError, match="1 attention layers were given ChunkKV, rank 0 has 2"):
-        Injection([0]).check_complete(layers)
+        WrappedLayers([0]).check_complete(layers)
 
 
 def test_layers_must_be_alike(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:

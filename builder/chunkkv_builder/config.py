@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from chunkkv.engine.directory import BACKENDS, ONNXRUNTIME, TENSORRT
 from chunkkv.errors import ConfigError
 from chunkkv.settings import ChunkKVSettings
 from chunkkv_builder.checkpoint.model_config import ModelConfig
 
-BACKENDS = ("onnxruntime", "tensorrt", "tensorrt_llm")
 DTYPES = ("float32", "float16", "bfloat16")
-BACKEND_DTYPES = {"onnxruntime": ("float32",)}
+BACKEND_DTYPES = {ONNXRUNTIME: ("float32",)}
 WEIGHT_ONLY_PRECISIONS = ("int8", "int4")
 DEFAULT_MAX_BATCH_SIZE = 8
 DEFAULT_MAX_NUM_TOKENS = 512
@@ -35,7 +35,7 @@ class BuildConfig:
     max_num_tokens: int = DEFAULT_MAX_NUM_TOKENS
     dtype: str = "float32"
     weight_only_precision: str | None = None
-    backend: str = "onnxruntime"
+    backend: str = ONNXRUNTIME
 
     def __post_init__(self) -> None:
         for name, high in _LARGEST.items():
@@ -56,7 +56,7 @@ class BuildConfig:
                 f"dtype is {self.dtype!r}; backend {self.backend} computes in {' or '.join(allowed)}: give that, or "
                 "use_weight_only with weight_only_precision int8 or int4 for smaller weights"
             )
-        if self.weight_only_precision and self.backend == "tensorrt":
+        if self.weight_only_precision and self.backend == TENSORRT:
             raise ConfigError(
                 f"weight_only_precision is {self.weight_only_precision!r}; backend tensorrt has no quantised weights: "
                 "leave use_weight_only away and give dtype float16 or bfloat16"
@@ -94,7 +94,7 @@ class BuildConfig:
 
     def check_gate(self, settings: ChunkKVSettings | None) -> None:
         """Raise ConfigError where the backend's plugins do not have the settings' gate."""
-        if settings is not None and settings.gate != "none" and self.backend != "onnxruntime":
+        if settings is not None and settings.gate != "none" and self.backend != ONNXRUNTIME:
             raise ConfigError(
                 f"chunkkv_gate is {settings.gate!r}, which backend {self.backend} has no plugin for: "
                 "leave it away, or give backend onnxruntime"

@@ -8,14 +8,14 @@ from rich.table import Table
 
 from chunkkv.settings import ChunkKVSettings
 from chunkkv_builder.config import BuildConfig
-from chunkkv_builder.plan import LayerPlan, Plan
+from chunkkv_builder.plan import GraphPlan, LayerPlan
 from chunkkv_builder.progress import human_bytes
 
 LENGTHS = {"2k": 2048, "8k": 8192, "32k": 32768}
 _PIPE_WIDTH = 120  # wide enough for the table where there is no terminal to ask
 
 
-def print_plan(plan: Plan, build: BuildConfig, console: Console | None = None) -> None:
+def print_plan(plan: GraphPlan, build: BuildConfig, console: Console | None = None) -> None:
     """Print the engine's limits and, per layer, its role, the tokens kept and the KV bytes saved at 2k, 8k and 32k."""
     console = plan_console(console)
     model = plan.model
@@ -35,7 +35,7 @@ def print_plan(plan: Plan, build: BuildConfig, console: Console | None = None) -
         console.print(f"Prompts of {', '.join(beyond)} are above max_input_len; shown for comparison.")
 
 
-def _table(plan: Plan, per_token: int) -> Table:
+def _table(plan: GraphPlan, per_token: int) -> Table:
     table = Table(box=box.SIMPLE, show_footer=True, collapse_padding=True, pad_edge=False)  # fits 80 columns
     table.add_column("layer", footer="all", no_wrap=True)
     table.add_column("role", no_wrap=True)
@@ -55,7 +55,7 @@ def _kept(settings: ChunkKVSettings | None, length: int) -> int:
     return length if settings is None else settings.kept_tokens(length)
 
 
-def _role(plan: Plan, layer: LayerPlan) -> str:
+def _role(plan: GraphPlan, layer: LayerPlan) -> str:
     if plan.settings is None:
         return "keeps all"
     group = plan.settings.layer_groups[layer.group]

@@ -10,6 +10,7 @@ from typing import Any
 
 from chunkkv import __version__
 from chunkkv.command_line import LOG_LEVELS, CommandParser, UsageError, errors_name_flags, ratio, whole_number
+from chunkkv.engine.directory import BACKENDS, TENSORRT, TENSORRT_LLM
 from chunkkv.engine.layer_groups import SYNTAX, layer_groups
 from chunkkv.engine.recipe import read_recipe
 from chunkkv.limits import CHOICES, RANGES
@@ -20,7 +21,6 @@ from chunkkv_builder import config
 PROGRAM = "chunkkv-build"
 _PREFIX = "chunkkv_"
 _DEFAULTS = ChunkKVSettings()
-_TENSORRT_LLM = "tensorrt_llm"
 _TENSORRT_LLM_ONLY = ("tokenizer_dir", "chunkkv_tp_agree")
 # Flags that TensorRT-LLM has at another place, and that place.
 _TENSORRT_LLM_INSTEAD = {
@@ -54,7 +54,7 @@ class BuildParser(CommandParser):
         if not name.startswith("-"):
             return f"{word!r} belongs to no flag; every value follows its flag, as in --max_seq_len 4096"
         if setting in _TENSORRT_LLM_ONLY:
-            return f"{name} has no effect without --backend {_TENSORRT_LLM}: add that or leave it away"
+            return f"{name} has no effect without --backend {TENSORRT_LLM}: add that or leave it away"
         if setting in TRTLLM_FLAGS_WITHOUT_MEANING:
             return f"{name} is a flag of trtllm-build that has no meaning for these engines: leave it out"
         return super().unknown(word)
@@ -74,7 +74,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         For unknown, invalid and contradictory flags.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if _backend(words) == _TENSORRT_LLM:
+    if _backend(words) == TENSORRT_LLM:
         return _parse_tensorrt_llm(words)
     flags = _parser().parse_args(words)
     if flags.weight_only_precision and not flags.use_weight_only:
@@ -90,7 +90,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             "--chunkkv_max_keep_ratio bounds a share, --chunkkv_budget_tokens is a number of tokens: give one of them"
         )
     _check_budget(flags)
-    if flags.timing_cache and flags.backend != "tensorrt":
+    if flags.timing_cache and flags.backend != TENSORRT:
         raise UsageError("--timing_cache has no effect without --backend tensorrt: add that or leave it away")
     return flags
 
@@ -109,12 +109,12 @@ def _parse_tensorrt_llm(words: Sequence[str]) -> argparse.Namespace:
     flags, passed_on = parser.parse_known_args(words)
     for name in (word.partition("=")[0] for word in passed_on):
         if name.startswith("--") and (instead := _TENSORRT_LLM_INSTEAD.get(name[2:])):
-            raise UsageError(f"{name} has no effect with --backend {_TENSORRT_LLM}: use {instead}")
+            raise UsageError(f"{name} has no effect with --backend {TENSORRT_LLM}: use {instead}")
         if name.startswith(f"--{_PREFIX}"):
             raise UsageError(parser.unknown(name))
     if flags.chunkkv != "enable":
         raise UsageError(
-            f"--backend {_TENSORRT_LLM} puts ChunkKV into trtllm-build's engines: add --chunkkv, or call trtllm-build"
+            f"--backend {TENSORRT_LLM} puts ChunkKV into trtllm-build's engines: add --chunkkv, or call trtllm-build"
         )
     _check_budget(flags)
     flags.chunkkv, flags.passed_on = True, [*passed_on, "--log_level", flags.log_level]
@@ -188,7 +188,7 @@ def _parser() -> BuildParser:
     build = parser.add_argument_group("build")
     build.add_argument(
         "--backend",
-        choices=("auto", *config.BACKENDS),
+        choices=("auto", *BACKENDS),
         default="auto",
         help="inference engine to build for; default: auto = onnxruntime",
     )
@@ -225,7 +225,7 @@ def _tensorrt_llm_parser() -> BuildParser:
     )
     _add_paths(parser, "required: directory of a TensorRT-LLM checkpoint, as convert_checkpoint.py writes it")
     build = parser.add_argument_group("build")
-    build.add_argument("--backend", choices=(_TENSORRT_LLM,), help="the inference engine to build for")
+    build.add_argument("--backend", choices=(TENSORRT_LLM,), help="the inference engine to build for")
     build.add_argument(
         "--tokenizer_dir",
         metavar="DIR",

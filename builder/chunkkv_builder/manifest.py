@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
@@ -10,31 +9,21 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import chunkkv
-from chunkkv.engine.directory import CONFIG_FILE, MANIFEST_FILE, PARTIAL_MARK, FileRecord, Manifest, hash_file
+from chunkkv.engine.directory import MANIFEST_FILE, PARTIAL_MARK, FileRecord, Manifest, hash_file
 from chunkkv.errors import ConfigError, EngineError
-from chunkkv.settings import ChunkKVSettings
 from chunkkv_builder.progress import Progress
 
+_locks: ModuleType | None
 try:
-    import fcntl
+    import fcntl as _locks
 except ImportError:  # no such locks on this system: what a killed build leaves must be removed by hand
-    fcntl = None  # type: ignore[assignment]
+    _locks = None
 
 _REPLACED_MARK = ".replaced-"  # where the old engine waits while the new one takes its name
 _LOCK_ATTEMPTS = 5
-
-
-def write_config(
-    folder: Path, model: Mapping[str, Any], build: Mapping[str, Any], settings: ChunkKVSettings | None
-) -> None:
-    """Write config.json in TensorRT-LLM's shape, with a section `chunkkv` where the engine has ChunkKV."""
-    values = {"version": chunkkv.__version__, "pretrained_config": dict(model), "build_config": dict(build)}
-    if settings is not None:
-        values["chunkkv"] = settings.to_dict()
-    (folder / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def write_manifest(folder: Path, backend: str, versions: Mapping[str, str], progress: Progress) -> None:
@@ -187,14 +176,14 @@ def _remove(folder: Path) -> None:
 
 def _try_lock(folder: Path) -> int | None:
     """Return a handle that holds the lock on `folder`, None where that cannot be had."""
-    if fcntl is None:
+    if _locks is None:
         return None
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:
         return None
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _locks.flock(handle, _locks.LOCK_EX | _locks.LOCK_NB)
     except OSError:
         os.close(handle)
         return None

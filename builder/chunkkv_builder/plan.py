@@ -15,7 +15,19 @@ CACHE_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One decoder layer: its reuse group, and the layer of that group whose attention decides what is kept."""
+    """One decoder layer.
+
+    Parameters
+    ----------
+    index : int
+        Number of the layer in the model.
+    group : int
+        Number of its layer-reuse group.
+    leader : int
+        The layer of that group whose attention decides what the group keeps; the layer itself without ChunkKV.
+    is_leader : bool
+        Whether the layer is its group's leader; False without ChunkKV.
+    """
 
     index: int
     group: int
@@ -24,11 +36,19 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What every backend builds from: model, ChunkKV settings (None without ChunkKV), layers in order.
+class GraphPlan:
+    """What the graphs of an engine are made from, whichever engine it is.
 
-    `delimiter_tokens` is a bool table [vocab_size], True where a token ends a clause or a line; it is present
-    exactly when chunk boundaries are taken from delimiters.
+    Parameters
+    ----------
+    model : ModelConfig
+        Sizes of the model.
+    settings : ChunkKVSettings or None
+        ChunkKV's settings with every layer in a group, None without ChunkKV.
+    layers : tuple of LayerPlan
+        Every decoder layer in order.
+    delimiter_tokens : bool array [vocab_size] or None, default None
+        True where a token ends a clause or a line. Present exactly when chunk boundaries are taken from delimiters.
     """
 
     model: ModelConfig
@@ -46,15 +66,16 @@ class Plan:
         return 2 * self.model.num_layers * self.model.num_kv_heads * self.model.head_dim * CACHE_ITEM_BYTES[dtype]
 
 
-def make_plan(model: ModelConfig, settings: ChunkKVSettings | None, delimiter_tokens: np.ndarray | None = None) -> Plan:
-    """Return the plan of `model` with `settings`.
+def make_plan(
+    model: ModelConfig, settings: ChunkKVSettings | None, delimiter_tokens: np.ndarray | None = None
+) -> GraphPlan:
+    """Return the plan of `model` with `settings`; the parameters are those of GraphPlan.
 
     Raises ConfigError where the layer groups are not exactly the model's layers in order, or where delimiter
     boundaries are asked for without a table of delimiter tokens.
     """
     if settings is None:
-        layers = tuple(LayerPlan(i, i, i, False) for i in range(model.num_layers))
-        return Plan(model, None, layers)
+        return GraphPlan(model, None, tuple(LayerPlan(i, i, i, False) for i in range(model.num_layers)))
     covered = [layer for group in settings.layer_groups for layer in group]
     if covered != list(range(model.num_layers)) or not all(settings.layer_groups):
         raise ConfigError(
@@ -70,8 +91,8 @@ def make_plan(model: ModelConfig, settings: ChunkKVSettings | None, delimiter_to
         delimiter_tokens = np.ascontiguousarray(delimiter_tokens, dtype=bool)
     else:
         delimiter_tokens = None
-    layers = []
+    layers: list[LayerPlan] = []
     for number, group in enumerate(settings.layer_groups):
         leader = settings.leader_of(group)
         layers.extend(LayerPlan(index, number, leader, index == leader) for index in group)
-    return Plan(model, settings, tuple(layers), delimiter_tokens)
+    return GraphPlan(model, settings, tuple(layers), delimiter_tokens)

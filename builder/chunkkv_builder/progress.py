@@ -13,9 +13,15 @@ from chunkkv.command_line import LOG_LEVELS
 
 
 class Progress:
-    """A build's stages, written to standard error; a context manager.
+    """Shows the stages of a build on standard error; a context manager.
 
-    Below log level "info" only warnings (at "warning") are shown.
+    Parameters
+    ----------
+    log_level : str, default "info"
+        One of LOG_LEVELS. "error" shows nothing, "warning" only warnings, all others stages, notes and warnings.
+    console : Console, optional
+        Where to write; default: standard error. A terminal gets a bar for each stage, anything else one line with its
+        time.
     """
 
     def __init__(self, log_level: str = "info", console: Console | None = None) -> None:
@@ -31,8 +37,9 @@ class Progress:
                 bars.TimeElapsedColumn(),
                 console=self._console,
             )
-        self._lines = shown and self._bar is None
-        self._name, self._task, self._began = "", None, 0.0
+        self._prints_lines = shown and self._bar is None
+        self._name, self._began = "", 0.0
+        self._task: bars.TaskID | None = None
 
     def __enter__(self) -> Progress:
         if self._bar is not None:
@@ -48,14 +55,24 @@ class Progress:
             self._bar.stop()
 
     def stage(self, name: str, total: int, unit: str = "") -> None:
-        """Begin stage `name` of `total` steps, or bytes where `unit` is "bytes"; the stage before it is done."""
+        """Begin a stage, which ends the one before it.
+
+        Parameters
+        ----------
+        name : str
+            What the user reads.
+        total : int
+            Number of its steps, as far as they are known; see extend.
+        unit : str, default ""
+            "bytes" where the steps are bytes.
+        """
         self._end_stage()
         self._name, self._began = name, time.perf_counter()
         if self._bar is not None:
             self._task = self._bar.add_task(name, total=total, unit=unit)
 
     def extend(self, steps: int) -> None:
-        """Add `steps` that came to light to the current stage."""
+        """Add `steps` to the current stage, whose number of steps was not known when it began."""
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, total=(self._bar.tasks[self._task].total or 0) + steps)
 
@@ -65,12 +82,12 @@ class Progress:
             self._bar.advance(self._task, steps)
 
     def info(self, text: str) -> None:
-        """Print a line at log level "info" and above."""
+        """Print a line at log level "info" and those that show more."""
         if self._level >= LOG_LEVELS.index("info"):
             self._console.print(text, markup=False, soft_wrap=True)
 
     def warning(self, text: str) -> None:
-        """Print a warning, unless only errors are wanted."""
+        """Print a warning, unless the log level is "error"."""
         if self._level >= LOG_LEVELS.index("warning"):
             self._console.print(f"warning: {text}", markup=False, soft_wrap=True)
 
@@ -80,13 +97,13 @@ class Progress:
         if self._bar is not None and self._task is not None:
             total = self._bar.tasks[self._task].total
             self._bar.update(self._task, completed=total or 1, total=total or 1)
-        if self._lines:
+        if self._prints_lines:
             self.info(f"{self._name:<10} {time.perf_counter() - self._began:6.1f} s")
         self._name, self._task = "", None
 
 
 class _Amount(bars.ProgressColumn):
-    """How much of a stage is done: a count, or bytes with a binary unit."""
+    """The column that says how much of a stage is done: a count, or bytes with a binary unit."""
 
     def render(self, task: bars.Task) -> Text:
         done, total = int(task.completed), int(task.total or 0)

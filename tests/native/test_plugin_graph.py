@@ -12,7 +12,7 @@ from onnx import helper
 
 from chunkkv.settings import ChunkKVSettings
 from chunkkv_builder.backends.tensorrt import graphs
-from chunkkv_builder.checkpoint.hugging_face import Checkpoint
+from chunkkv_builder.checkpoint.hugging_face import HuggingFaceCheckpoint
 from chunkkv_builder.config import BuildConfig
 from chunkkv_builder.onnx_graph import functions
 from chunkkv_builder.onnx_graph.weights import write_weights
@@ -28,7 +28,7 @@ LENGTHS, CAPACITY = (150, 20, 97), 64
 
 def run_graph(boundaries: str, folder: Path) -> tuple[list[onnx.NodeProto], dict[str, np.ndarray]]:
     """Run the prefill graph in ONNX Runtime; return its ChunkKV nodes and every value that enters or leaves one."""
-    checkpoint = Checkpoint.open(MODEL)
+    checkpoint = HuggingFaceCheckpoint.open(MODEL)
     vocabulary = checkpoint.config.vocab_size
     groups = ((0, 1), (2, 3))
     sizes = {"window": 8, "chunk_size": 5, "sinks": 2, "min_tokens": 24, "keep_per_10k": 4_000}

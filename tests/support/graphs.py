@@ -15,13 +15,13 @@ from chunkkv.engine.directory import COMPRESS_FILE, STEP_FILE
 from chunkkv.executors.onnxruntime.executor import OnnxRuntimeExecutor
 from chunkkv.session import ChunkKVSession
 from chunkkv_builder.backends.onnxruntime import WEIGHTS_FILE, weight_sources
-from chunkkv_builder.checkpoint.hugging_face import Checkpoint
+from chunkkv_builder.checkpoint.hugging_face import HuggingFaceCheckpoint
 from chunkkv_builder.onnx_graph.compress import compress_graph
 from chunkkv_builder.onnx_graph.emitter import GraphEmitter
 from chunkkv_builder.onnx_graph.prefill import PrefillGraph
 from chunkkv_builder.onnx_graph.transformer import ATTENTION_OPSET, StepGraph
 from chunkkv_builder.onnx_graph.weights import WeightLocation, write_weights
-from chunkkv_builder.plan import Plan, make_plan
+from chunkkv_builder.plan import GraphPlan, make_plan
 from support import engines
 
 _FOLDER = tempfile.TemporaryDirectory(prefix="chunkkv-test-graphs-")  # kept until the process ends
@@ -33,7 +33,7 @@ BLOCK = 16  # of prefill, as engines.engine_dir builds by default
 def weights_of(variant: str, precision: str | None = None) -> tuple[Path, dict[str, WeightLocation]]:
     """Return a folder with the weights file of `variant`, and where each tensor lies in it."""
     folder = Path(tempfile.mkdtemp(dir=_FOLDER.name))
-    checkpoint = Checkpoint.open(engines.checkpoint_dir(variant))
+    checkpoint = HuggingFaceCheckpoint.open(engines.checkpoint_dir(variant))
     return folder, write_weights(folder / WEIGHTS_FILE, weight_sources(checkpoint, precision))
 
 
@@ -45,9 +45,9 @@ def delimiter_table(session: ChunkKVSession) -> np.ndarray | None:
     return session.tokenizer.delimiter_token_table(session.limits.vocab_size)
 
 
-def plan_of(variant: str, session: ChunkKVSession) -> Plan:
+def plan_of(variant: str, session: ChunkKVSession) -> GraphPlan:
     """Return the plan that the engine behind `session` was built from."""
-    model = Checkpoint.open(engines.checkpoint_dir(variant)).config
+    model = HuggingFaceCheckpoint.open(engines.checkpoint_dir(variant)).config
     return make_plan(model, session.settings, delimiter_table(session))
 
 

@@ -1,1 +1,1 @@
-"""One module per engine: plan and checkpoint in, engine files out."""
+"""One class per engine behind one Protocol: checkpoint and plan in, engine files out."""

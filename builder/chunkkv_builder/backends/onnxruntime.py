@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,55 +10,69 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from chunkkv.engine.directory import COMPRESS_FILE, STEP_FILE
+from chunkkv.engine.directory import COMPRESS_FILE, ONNXRUNTIME, STEP_FILE
 from chunkkv.errors import ConfigError
-from chunkkv_builder.checkpoint.hugging_face import Checkpoint
-from chunkkv_builder.config import BuildConfig
+from chunkkv_builder.backends.graph_build import GraphBuild, plan_graphs
+from chunkkv_builder.checkpoint.interface import Checkpoint
 from chunkkv_builder.onnx_graph import quantize
 from chunkkv_builder.onnx_graph.compress import compress_graph
 from chunkkv_builder.onnx_graph.transformer import PACKED_SUFFIX, SCALES_SUFFIX, StepGraph
 from chunkkv_builder.onnx_graph.weights import WeightSource, write_weights
-from chunkkv_builder.plan import Plan
 from chunkkv_builder.progress import Progress
 
 WEIGHTS_FILE = "weights.safetensors"
-HEAD_DIM_STEP = 8
+HEAD_DIM_STEP = 8  # of GroupQueryAttention
 
 
-def missing(chunkkv: bool) -> list[str]:
-    """Return what this machine lacks for building: nothing."""
-    return []
+class OnnxRuntimeBackend:
+    """Builds for ONNX Runtime; satisfies chunkkv_builder.backends.interface.Backend."""
 
+    name = ONNXRUNTIME
 
-def check(plan: Plan) -> None:
-    """Raise ConfigError for a model that ONNX Runtime's attention cannot run."""
-    if plan.model.head_dim % HEAD_DIM_STEP:
-        raise ConfigError(
-            f"head_dim is {plan.model.head_dim}; ONNX Runtime's attention takes multiples of {HEAD_DIM_STEP}: "
-            "this model cannot be built for backend onnxruntime"
-        )
+    def missing(self, flags: Namespace) -> list[str]:
+        """Return what this machine lacks: nothing, the graphs are made with the package onnx alone."""
+        return []
 
+    def plan(self, flags: Namespace, progress: Progress) -> GraphBuild:
+        """Read the checkpoint and plan the graphs; raises as plan_graphs does."""
+        return plan_graphs(flags, self.name, auto_dtype="float32", progress=progress)
 
-def build(checkpoint: Checkpoint, plan: Plan, build: BuildConfig, out_dir: Path, progress: Progress) -> dict[str, str]:
-    """Write the engine's graphs and weights to `out_dir`; return the versions that made them."""
-    sources = weight_sources(checkpoint, build.weight_only_precision)
-    progress.stage("weights", len(sources))
-    locations = write_weights(out_dir / WEIGHTS_FILE, sources, progress.advance)
-    graphs = {STEP_FILE: StepGraph(plan, locations).build()}
-    if plan.settings is not None:
-        graphs[COMPRESS_FILE] = compress_graph(plan)
-    progress.stage("graphs", len(graphs))
-    for name, model in graphs.items():
-        onnx.save_model(model, out_dir / name)
-        onnx.checker.check_model(str(out_dir / name))
-        progress.advance()
-    return {"onnx": onnx.__version__}
+    def check(self, planned: GraphBuild, progress: Progress) -> None:
+        """Raise ConfigError for a model that ONNX Runtime's attention cannot run."""
+        head_dim = planned.plan.model.head_dim
+        if head_dim % HEAD_DIM_STEP:
+            raise ConfigError(
+                f"head_dim is {head_dim}; ONNX Runtime's attention takes multiples of {HEAD_DIM_STEP}: "
+                f"this model cannot be built for backend {self.name}"
+            )
+
+    def build(self, planned: GraphBuild, folder: Path, progress: Progress) -> dict[str, str]:
+        """Write weights, graphs and config.json to `folder`; return the version of onnx."""
+        sources = weight_sources(planned.checkpoint, planned.limits.weight_only_precision)
+        progress.stage("weights", len(sources))
+        locations = write_weights(folder / WEIGHTS_FILE, sources, progress.advance)
+        graphs = {STEP_FILE: StepGraph(planned.plan, locations).build()}
+        if planned.plan.settings is not None:
+            graphs[COMPRESS_FILE] = compress_graph(planned.plan)
+        progress.stage("graphs", len(graphs))
+        for file, model in graphs.items():
+            onnx.save_model(model, folder / file)
+            onnx.checker.check_model(str(folder / file))
+            progress.advance()
+        planned.write_config(folder)
+        return {"onnx": onnx.__version__}
 
 
 def weight_sources(checkpoint: Checkpoint, weight_only_precision: str | None = None) -> list[WeightSource]:
-    """Return every tensor of the engine in layer order; projections are packed where a precision is given.
+    """Return every tensor of the engine, in layer order.
 
-    The embedding table, norms and biases always stay float32.
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        Where the tensors come from.
+    weight_only_precision : str or None, default None
+        "int8" or "int4" packs the projections; None keeps them float32. The embedding table, norms and biases always
+        stay float32.
     """
     sources = []
     for name in checkpoint.names():

@@ -1,4 +1,4 @@
-"""Reads a Hugging Face checkpoint directory without torch: every tensor is checked, none is copied."""
+"""Hugging Face checkpoint directories, read without torch: every tensor is checked, none is copied."""
 
 from __future__ import annotations
 
@@ -11,42 +11,37 @@ import numpy as np
 
 from chunkkv.engine.json_files import read_object
 from chunkkv.errors import CheckpointError
+from chunkkv.text.tokenizer import TOKENIZER_FILE
 from chunkkv_builder.checkpoint.model_config import ModelConfig
 from chunkkv_builder.checkpoint.safetensors_file import READABLE, SafetensorsFile
+from chunkkv_builder.checkpoint.tensor_shapes import expected_shapes
+from chunkkv_builder.checkpoint.tokenizer_files import GENERATION_FILE
 
 CONFIG_FILE = "config.json"
-GENERATION_FILE = "generation_config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    GENERATION_FILE,
-)
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*\.safetensors")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _UNUSED = re.compile(r".*rotary_emb\.inv_freq")  # recomputed from the config; old checkpoints store it
 _NAMES_SHOWN = 3
+_EMBEDDING = "model.embed_tokens.weight"
 
 
-class Checkpoint:
-    """A checkpoint whose tensors are complete and well-shaped for its config; tensors are views of mapped files.
+class HuggingFaceCheckpoint:
+    """A checkpoint directory whose tensors are complete and well-shaped; made by `open`.
 
-    `config` is the model's, with `dtype` as stored; `files` has the path of each tokenizer file that is present.
+    Its files stay mapped into memory while the object lives; nothing is copied before a tensor is converted.
     """
 
-    def __init__(self, path: Path, config: ModelConfig, files: dict[str, Path], sources: list[SafetensorsFile]) -> None:
+    def __init__(self, path: Path, config: ModelConfig, sources: list[SafetensorsFile]) -> None:
         self.path = path
         self.config = config
-        self.files = files
+        self.tokenizer_dir = path if (path / TOKENIZER_FILE).is_file() else None
         self._sources = {name: source for source in sources for name in source.entries}
         self._names = tuple(expected_shapes(config))
 
     @classmethod
-    def open(cls, directory: str | Path) -> Checkpoint:
+    def open(cls, directory: str | Path) -> HuggingFaceCheckpoint:
         """Open the checkpoint in `directory` and check every tensor against its config.
 
         Raises CheckpointError naming file and tensor for anything missing, extra, misshaped, truncated or of a dtype
@@ -58,18 +53,17 @@ class Checkpoint:
             raise CheckpointError(f"{path} {problem}; give the directory of a Hugging Face checkpoint")
         if not (path / CONFIG_FILE).is_file():
             raise CheckpointError(f"{path} has no {CONFIG_FILE}; give the directory of a Hugging Face checkpoint")
-        generation = (
-            read_object(path / GENERATION_FILE, CheckpointError) if (path / GENERATION_FILE).is_file() else None
-        )
+        generation = path / GENERATION_FILE
         config = ModelConfig.from_hf(
-            read_object(path / CONFIG_FILE, CheckpointError), generation, source=str(path / CONFIG_FILE)
+            read_object(path / CONFIG_FILE, CheckpointError),
+            read_object(generation, CheckpointError) if generation.is_file() else None,
+            source=str(path / CONFIG_FILE),
         )
         sources = _open_weights(path)
         _check_tensors(config, sources, path)
-        stored = next(s for s in sources if "model.embed_tokens.weight" in s.entries)
-        dtype = READABLE[stored.entries["model.embed_tokens.weight"].dtype][0]
-        files = {name: path / name for name in TOKENIZER_FILES if (path / name).is_file()}
-        return cls(path, dataclasses.replace(config, dtype=dtype), files, sources)
+        stored = next(source for source in sources if _EMBEDDING in source.entries)
+        dtype = READABLE[stored.entries[_EMBEDDING].dtype][0]
+        return cls(path, dataclasses.replace(config, dtype=dtype), sources)
 
     def names(self) -> tuple[str, ...]:
         """Return the names of the model's tensors, in layer order."""
@@ -102,37 +96,6 @@ class Checkpoint:
         if name not in self._names:
             raise CheckpointError(f"{self.path}: this model has no tensor {name!r}")
         return self._sources[name]
-
-
-def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of every tensor a checkpoint of `config` must have, in layer order."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    linears = (
-        ("self_attn.q_proj", (queries, hidden), config.attention_bias),
-        ("self_attn.k_proj", (keys, hidden), config.attention_bias),
-        ("self_attn.v_proj", (keys, hidden), config.attention_bias),
-        ("self_attn.o_proj", (hidden, queries), config.attention_out_bias),
-        ("mlp.gate_proj", (inner, hidden), config.mlp_bias),
-        ("mlp.up_proj", (inner, hidden), config.mlp_bias),
-        ("mlp.down_proj", (hidden, inner), config.mlp_bias),
-    )
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
-    for layer in range(config.num_layers):
-        prefix = f"model.layers.{layer}."
-        shapes[f"{prefix}input_layernorm.weight"] = (hidden,)
-        shapes[f"{prefix}post_attention_layernorm.weight"] = (hidden,)
-        if config.qk_norm:
-            shapes[f"{prefix}self_attn.q_norm.weight"] = (config.head_dim,)
-            shapes[f"{prefix}self_attn.k_norm.weight"] = (config.head_dim,)
-        for name, shape, bias in linears:
-            shapes[f"{prefix}{name}.weight"] = shape
-            if bias:
-                shapes[f"{prefix}{name}.bias"] = shape[:1]
-    shapes["model.norm.weight"] = (hidden,)
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, hidden)
-    return shapes
 
 
 def _open_weights(path: Path) -> list[SafetensorsFile]:
@@ -179,20 +142,20 @@ def _open_shards(path: Path) -> list[SafetensorsFile]:
 
 def _check_tensors(config: ModelConfig, sources: list[SafetensorsFile], path: Path) -> None:
     expected = expected_shapes(config)
-    given = {name: source for source in sources for name in source.entries}
+    stored = {name: source for source in sources for name in source.entries}
     where = sources[0].path if len(sources) == 1 else path
-    if missing := [name for name in expected if name not in given]:
+    if missing := [name for name in expected if name not in stored]:
         raise CheckpointError(
             f"{where}: tensor {_listed(missing)} missing; {CONFIG_FILE} describes {config.architecture} with "
             f"{config.num_layers} layers, which needs {len(expected)} tensors"
         )
-    for name, source in _extra(config, given, expected):
+    for name, source in _extra(config, stored, expected):
         raise CheckpointError(
             f"{source.path}: tensor {name!r} is extra; {config.architecture} as {CONFIG_FILE} describes it has none of "
             "that name, so it would be left out of every result"
         )
     for name, shape in expected.items():
-        source = given[name]
+        source = stored[name]
         entry = source.entries[name]
         if entry.dtype not in READABLE:
             raise CheckpointError(
@@ -205,12 +168,12 @@ def _check_tensors(config: ModelConfig, sources: list[SafetensorsFile], path: Pa
 
 
 def _extra(
-    config: ModelConfig, given: dict[str, SafetensorsFile], expected: dict[str, tuple[int, ...]]
+    config: ModelConfig, stored: dict[str, SafetensorsFile], expected: dict[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, SafetensorsFile]]:
     """Yield what the model has no use for, except what is known to be a harmless copy."""
-    for name, source in given.items():
-        copied = config.tie_word_embeddings and name == "lm_head.weight"
-        if name not in expected and not copied and not _UNUSED.fullmatch(name):
+    for name, source in stored.items():
+        is_copy = config.tie_word_embeddings and name == "lm_head.weight"
+        if name not in expected and not is_copy and not _UNUSED.fullmatch(name):
             yield name, source
 
 

@@ -10,7 +10,7 @@ import onnx
 from chunkkv.errors import ConfigError
 from chunkkv_builder.onnx_graph import functions
 from chunkkv_builder.onnx_graph.emitter import GraphEmitter
-from chunkkv_builder.plan import LayerPlan, Plan
+from chunkkv_builder.plan import GraphPlan, LayerPlan
 
 COMPRESS_OPSET = 23
 
@@ -23,7 +23,7 @@ class ChunkKVNodes:
     is that of queries and caches.
     """
 
-    def __init__(self, e: GraphEmitter, plan: Plan, ids: str = "input_ids", dtype: str = "float32") -> None:
+    def __init__(self, e: GraphEmitter, plan: GraphPlan, ids: str = "input_ids", dtype: str = "float32") -> None:
         if plan.settings is None:
             raise ConfigError("this plan has no ChunkKV settings, so there is nothing to compress")
         self._e, self._plan, self.settings, self._dtype = e, plan, plan.settings, dtype
@@ -93,7 +93,7 @@ class KeepAllNodes:
     Declares the graph inputs lengths [B] int32 and capacity [1] int64, at least the padded length S.
     """
 
-    def __init__(self, e: GraphEmitter, plan: Plan, dtype: str = "float32") -> None:
+    def __init__(self, e: GraphEmitter, plan: GraphPlan, dtype: str = "float32") -> None:
         self._e, self._plan, self._dtype = e, plan, dtype
         e.input("lengths", "int32", ["batch"])
         e.input("capacity", "int64", [1])
@@ -122,7 +122,7 @@ class KeepAllNodes:
         return {"chunkkv.graph": graph}
 
 
-def compress_graph(plan: Plan) -> onnx.ModelProto:
+def compress_graph(plan: GraphPlan) -> onnx.ModelProto:
     """Return the graph that compacts the caches of all layers after the last prefill block; it has no weights.
 
     Inputs: those of ChunkKVNodes, query.l [B,Hq,w,D] per leader, key.l and value.l [B,Hkv,S,D], and input_ids [B,S]
@@ -132,10 +132,10 @@ def compress_graph(plan: Plan) -> onnx.ModelProto:
     if plan.settings is not None and plan.settings.boundaries == "delimiter":
         e.input("input_ids", "int64", ["batch", "tokens"])
     nodes = ChunkKVNodes(e, plan)
-    shape = ["batch", model.num_kv_heads, "tokens", model.head_dim]
+    shape: list[int | str] = ["batch", model.num_kv_heads, "tokens", model.head_dim]
     caches = [[e.input(f"{kind}.{i}", "float32", shape) for kind in ("key", "value")] for i in range(model.num_layers)]
     for leader in plan.leaders:
-        window = ["batch", model.num_heads, nodes.settings.window, model.head_dim]
+        window: list[int | str] = ["batch", model.num_heads, nodes.settings.window, model.head_dim]
         nodes.select(leader, e.input(f"query.{leader}", "float32", window), f"key.{leader}")
         for layer in plan.layers:
             if layer.leader == leader:

@@ -15,7 +15,7 @@ from chunkkv_builder.onnx_graph.compress import ChunkKVNodes, KeepAllNodes
 from chunkkv_builder.onnx_graph.emitter import GraphEmitter
 from chunkkv_builder.onnx_graph.transformer import ATTENTION_OPSET, CONTRIB, PACKED_SUFFIX, StepGraph
 from chunkkv_builder.onnx_graph.weights import WeightLocation
-from chunkkv_builder.plan import LayerPlan, Plan
+from chunkkv_builder.plan import GraphPlan, LayerPlan
 
 _INT64 = onnx.TensorProto.INT64
 
@@ -28,7 +28,7 @@ class PrefillGraph(StepGraph):
 
     def __init__(
         self,
-        plan: Plan,
+        plan: GraphPlan,
         weights: Mapping[str, WeightLocation],
         dtype: str = "float32",
         emitter: GraphEmitter | None = None,

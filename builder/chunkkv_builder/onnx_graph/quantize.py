@@ -20,7 +20,7 @@ def quantize(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     Each block of 32 inputs has one scale, chosen so that its largest magnitude is represented exactly;
     values are stored with an offset of 2**(bits-1), low nibble first.
     """
-    packed_shape, scale_shape = packed_shapes(*weight.shape, bits)
+    packed_shape, scale_shape = packed_shapes(weight.shape[0], weight.shape[1], bits)
     padded = np.zeros((weight.shape[0], scale_shape[1] * BLOCK), dtype=np.float32)
     padded[:, : weight.shape[1]] = weight
     blocks = padded.reshape(*scale_shape, BLOCK)

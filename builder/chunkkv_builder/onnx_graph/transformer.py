@@ -7,6 +7,7 @@ logical positions are separate inputs: `cache_lengths` says where a token is sto
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,7 +17,7 @@ from chunkkv_builder.checkpoint.model_config import rope_frequencies
 from chunkkv_builder.onnx_graph.emitter import NUMPY_TO_ONNX, GraphEmitter
 from chunkkv_builder.onnx_graph.quantize import BLOCK
 from chunkkv_builder.onnx_graph.weights import WeightLocation
-from chunkkv_builder.plan import LayerPlan, Plan
+from chunkkv_builder.plan import GraphPlan, LayerPlan
 
 CONTRIB = "com.microsoft"
 ATTENTION_OPSET = {"fused": 23, "standard": 24}
@@ -36,7 +37,7 @@ class StepGraph:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: GraphPlan,
         weights: Mapping[str, WeightLocation],
         attention: str = "fused",
         dtype: str = "float32",
@@ -146,7 +147,7 @@ class StepGraph:
         `qkv` are [B,S,H*D] for fused attention, [B,H,S,D] for standard.
         """
         e, index = self.e, layer.index
-        cache_shape = ["batch", self.model.num_kv_heads, "capacity", self.model.head_dim]
+        cache_shape: list[int | str] = ["batch", self.model.num_kv_heads, "capacity", self.model.head_dim]
         past = [e.input(f"past_{kind}.{index}", self.dtype, cache_shape) for kind in ("key", "value")]
         present = [f"present_key.{index}", f"present_value.{index}"]
         if layer.is_leader and self._keeps_queries:
@@ -165,7 +166,7 @@ class StepGraph:
             heads = self._norm(f"{prefix}_norm.weight", heads)
         return self.e.op("Reshape", [heads, self.rows])
 
-    def _rotate(self, heads: str, **attributes: int) -> str:
+    def _rotate(self, heads: str, **attributes: Any) -> str:
         return self.e.op("RotaryEmbedding", [heads, *self.rotation], **attributes)
 
     def _window_queries(self, index: int, query: str) -> None:
@@ -201,7 +202,7 @@ class StepGraph:
             e.op("TensorScatter", [old, new, first], [name], name=f"/layers.{index}/store/{name}", axis=2)
         return self._merge_heads(self._scaled_attention(index, [qkv[0], *present, visible]))
 
-    def _scaled_attention(self, index: int, inputs: list[str], **attributes: int) -> str:
+    def _scaled_attention(self, index: int, inputs: list[str], **attributes: Any) -> str:
         """Emit Attention with 1/sqrt(D) already on the query.
 
         Left to the operator, TensorRT's parser puts a fourth root, rounded to the graph's type, on queries and keys: in

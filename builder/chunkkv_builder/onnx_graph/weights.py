@@ -47,12 +47,20 @@ class WeightSource:
 def write_weights(
     path: Path, sources: Iterable[WeightSource], advance: Callable[[int], None] = lambda n: None
 ) -> dict[str, WeightLocation]:
-    """Write `sources` to the safetensors file `path`, one at a time, and return where each tensor lies.
+    """Write a safetensors file and return where each tensor lies; only one tensor is in memory at a time.
 
-    Only one tensor is in memory at a time. `advance` is called with 1 after each tensor.
+    Parameters
+    ----------
+    path : Path
+        The file.
+    sources : iterable of WeightSource
+        The tensors, in the order of the file.
+    advance : callable, default nothing
+        Called with 1 after each tensor.
     """
     ordered = list(sources)
     entries: dict[str, dict[str, object]] = {}
+    offsets: dict[str, int] = {}  # in the data behind the header
     position = 0
     for source in ordered:
         size = int(np.prod(source.shape, dtype=np.int64)) * np.dtype(source.dtype).itemsize
@@ -63,6 +71,7 @@ def write_weights(
             "shape": list(source.shape),
             "data_offsets": [position, position + size],
         }
+        offsets[source.name] = position
         position += size
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-(8 + len(header)) % 64)
@@ -76,8 +85,9 @@ def write_weights(
                 raise AssertionError(
                     f"{source.name}: planned {source.shape} {source.dtype}, got {array.shape} {array.dtype}"
                 )
-            offset = start + entries[source.name]["data_offsets"][0]  # type: ignore[index]
+            offset = start + offsets[source.name]
             locations[source.name] = WeightLocation(source.name, path.name, offset, source.shape, source.dtype)
-            file.write(np.ascontiguousarray(array))
+            # As bytes, because bfloat16 is no type that NumPy shares with other libraries.
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
             advance(1)
     return locations

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from chunkkv_builder.checkpoint.hugging_face import Checkpoint
+from chunkkv_builder.checkpoint.hugging_face import HuggingFaceCheckpoint
 from support.tensorrt_llm_double.graph import numpy_dtype
 
 
@@ -25,7 +25,7 @@ def convert(
     kv_scale: float = 1.0,
 ) -> Path:
     """Write the checkpoint at `source` for tp_size x pp_size ranks and return `target`; kv_cache: None, INT8, FP8."""
-    checkpoint = Checkpoint.open(source)
+    checkpoint = HuggingFaceCheckpoint.open(source)
     model, world = checkpoint.config, tp_size * pp_size
     quantization = {"quant_algo": None, "kv_cache_quant_algo": kv_cache}
     config: dict[str, Any] = {**model.to_dict(), "dtype": dtype, "logits_dtype": "float32"}

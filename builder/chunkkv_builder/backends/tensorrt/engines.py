@@ -13,13 +13,23 @@ from chunkkv.errors import BackendUnavailableError, BuildError
 from chunkkv.files import write_whole
 from chunkkv.gpu.tensorrt_library import Messages, import_tensorrt, load_plugins, start
 from chunkkv.settings import ChunkKVSettings
-from chunkkv_builder.backends.tensorrt.graphs import Shapes, for_parser
+from chunkkv_builder.backends.tensorrt.graphs import ShapeProfile, for_parser
 from chunkkv_builder.onnx_graph import functions
 from chunkkv_builder.progress import Progress
 
 
 class EngineBuilder:
-    """A tensorrt.Builder with all engines of one build; raises BackendUnavailableError where it cannot be made."""
+    """A tensorrt.Builder with all engines of one build; raises BackendUnavailableError where it cannot be made.
+
+    Parameters
+    ----------
+    dtype : str
+        Type that the engines compute in: "float32", "float16" or "bfloat16".
+    progress : Progress
+        Shows one stage for each engine.
+    timing_cache : Path or None, default None
+        A file of kernel timings that is read where it exists; see write_timing_cache.
+    """
 
     def __init__(self, dtype: str, progress: Progress, timing_cache: Path | None = None) -> None:
         self._dtype, self._progress, self._cache_path = dtype, progress, timing_cache
@@ -33,24 +43,24 @@ class EngineBuilder:
         """Register the ChunkKV plugins; raises BackendUnavailableError where one is missing or of another version."""
         creators = load_plugins(self.trt, self.trt.get_plugin_registry(), self._messages)
         fields = {field.name for field in creators[functions.SELECT].field_names}
-        wanted = set(functions.select_attributes(settings)) - set(functions.plugin_attributes())
-        if unknown := sorted(wanted - fields):
+        needed = set(functions.select_attributes(settings)) - set(functions.plugin_attributes())
+        if unknown := sorted(needed - fields):
             raise BackendUnavailableError(
                 f"the plugin {functions.SELECT} knows no {unknown[0]!r}, so the library and this builder are of "
                 "different versions: build the plugins again"
             )
 
-    def build(self, name: str, model: onnx.ModelProto, shapes: Shapes) -> bytes:
+    def build(self, name: str, model: onnx.ModelProto, profile: ShapeProfile) -> bytes:
         """Return the serialized engine of `model`; raises BuildError with everything TensorRT said."""
         self._messages.errors.clear()
         network = self._parse(name, model)
         config = self._builder.create_builder_config()
         if self._dtype == "float32":
             config.clear_flag(self.trt.BuilderFlag.TF32)  # float32 means float32
-        config.add_optimization_profile(self._profile(name, network, shapes))
+        config.add_optimization_profile(self._profile(name, network, profile))
         self._use_timings(config)
-        # TensorRT wants the monitor to outlive everything that uses it.
-        self._monitor = monitor = _monitor(self.trt, name, self._progress)
+        # The monitor must outlive everything in TensorRT that uses it.
+        self._monitor = monitor = progress_monitor(self.trt, name, self._progress)
         config.progress_monitor = monitor
         engine = self._builder.build_serialized_network(network, config)
         self._timings = bytes(config.get_timing_cache().serialize())
@@ -92,27 +102,28 @@ class EngineBuilder:
 
     def _check_plugins_taken(self, name: str, network: Any, model: onnx.ModelProto) -> None:
         """Raise BuildError where the parser inlined an ONNX function instead of taking the plugin."""
-        wanted = sum(node.domain == functions.DOMAIN for node in model.graph.node)
+        expected = sum(node.domain == functions.DOMAIN for node in model.graph.node)
         kind = self.trt.LayerType.PLUGIN_V3
         taken = sum(network.get_layer(index).type == kind for index in range(network.num_layers))
-        if taken < wanted:
-            raise BuildError(f"the {name} graph has {wanted} ChunkKV nodes, TensorRT took {taken} of them as plugins")
+        if taken < expected:
+            raise BuildError(f"the {name} graph has {expected} ChunkKV nodes, TensorRT took {taken} of them as plugins")
 
-    def _profile(self, name: str, network: Any, shapes: Shapes) -> Any:
-        profile = self._builder.create_optimization_profile()
+    def _profile(self, name: str, network: Any, profile: ShapeProfile) -> Any:
+        trt_profile = self._builder.create_optimization_profile()
         inputs = [network.get_input(index) for index in range(network.num_inputs)]
-        found = {tensor.name: tuple(tensor.shape) for tensor in inputs}
-        if absent := sorted((set(shapes.shapes) | set(shapes.values)) - set(found)):
-            raise BuildError(f"the {name} network has no input {absent[0]!r}; it has {', '.join(sorted(found))}")
-        for tensor, triple in shapes.shapes.items():
-            own = found[tensor]
-            # -1 stands for the size that the graph itself has there
-            profile.set_shape(
-                tensor, *(tuple(s if s >= 0 else o for s, o in zip(at, own, strict=True)) for at in triple)
+        input_shapes = {tensor.name: tuple(tensor.shape) for tensor in inputs}
+        if absent := sorted((set(profile.shapes) | set(profile.values)) - set(input_shapes)):
+            present = ", ".join(sorted(input_shapes))
+            raise BuildError(f"the {name} network has no input {absent[0]!r}; it has {present}")
+        for tensor, triple in profile.shapes.items():
+            sizes = input_shapes[tensor]
+            trt_profile.set_shape(
+                tensor,
+                *(tuple(s if s >= 0 else size for s, size in zip(shape, sizes, strict=True)) for shape in triple),
             )
-        for tensor, values in shapes.values.items():
-            profile.set_shape_input(tensor, *([value] for value in values))
-        return profile
+        for tensor, values in profile.values.items():
+            trt_profile.set_shape_input(tensor, *([value] for value in values))
+        return trt_profile
 
 
 def _described(error: Any) -> str:
@@ -121,7 +132,7 @@ def _described(error: Any) -> str:
     return f"{' '.join(part for part in place if part) or 'model'}: {error.desc()}"
 
 
-def _monitor(trt: Any, name: str, progress: Progress) -> Any:
+def progress_monitor(trt: Any, name: str, progress: Progress) -> Any:
     """Return a tensorrt.IProgressMonitor that shows a build as one stage, steps of all its phases counted together."""
 
     class Monitor(trt.IProgressMonitor):

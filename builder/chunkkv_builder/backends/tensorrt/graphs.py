@@ -9,13 +9,13 @@ import onnx
 
 from chunkkv.engine.tensorrt_contract import Contract
 from chunkkv.settings import ChunkKVSettings
-from chunkkv_builder.checkpoint.hugging_face import Checkpoint
+from chunkkv_builder.checkpoint.interface import Checkpoint
 from chunkkv_builder.config import BuildConfig
 from chunkkv_builder.onnx_graph.emitter import InputWeightsEmitter
 from chunkkv_builder.onnx_graph.prefill import PrefillGraph
 from chunkkv_builder.onnx_graph.transformer import StepGraph
 from chunkkv_builder.onnx_graph.weights import WeightLocation, WeightSource
-from chunkkv_builder.plan import Plan
+from chunkkv_builder.plan import GraphPlan
 
 # A cache has a static capacity, and decode time grows with it, used or not: an answer runs on the smallest that fits.
 RUNGS = 4
@@ -25,18 +25,29 @@ CAPACITY_STEP = 64  # keeps every row of a cache on the address grid that Tensor
 
 
 @dataclass(frozen=True)
-class Shapes:
-    """One optimisation profile: per input its smallest, best and largest shape, and values of host shape inputs."""
+class ShapeProfile:
+    """One optimisation profile of TensorRT.
+
+    Parameters
+    ----------
+    shapes : dict
+        Per input tensor its smallest, best and largest shape; -1 stands for the size that the graph itself has there.
+    values : dict
+        Per host input that holds a shape its smallest, best and largest value.
+    """
 
     shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
     values: dict[str, tuple[int, int, int]]
 
 
 class Graphs:
-    """The graphs of one build; matrices are inputs, vectors lie inside."""
+    """The graphs of one build; weight matrices are inputs of them, vectors are constants inside.
+
+    `capacities` are the cache sizes to build decode engines for; `prefill_rows` prompts are prefilled at once.
+    """
 
     def __init__(
-        self, checkpoint: Checkpoint, plan: Plan, build: BuildConfig, locations: dict[str, WeightLocation]
+        self, checkpoint: Checkpoint, plan: GraphPlan, build: BuildConfig, locations: dict[str, WeightLocation]
     ) -> None:
         self._plan, self._build, self._matrices = plan, build, locations
         self._load = partial(checkpoint.converted, dtype=build.dtype)
@@ -59,18 +70,18 @@ class Graphs:
         ).build()
         return with_fixed_dims(graph, {"block": 1, "logit_count": 1, "capacity": capacity})
 
-    def prefill_shapes(self) -> Shapes:
+    def prefill_profile(self) -> ShapeProfile:
         """Return the prefill profile: 1 to prefill_rows prompts of 1 to max_input_len tokens, any cache capacity."""
         rows, longest = self.prefill_rows, self._build.max_input_len
-        per_row = ["lengths"] + (["keep_per_10k", "budget_tokens"] if self._plan.settings else [])
-        shapes = {name: ((1,), (rows,), (rows,)) for name in per_row}
+        row_inputs = ["lengths"] + (["keep_per_10k", "budget_tokens"] if self._plan.settings else [])
+        shapes = {name: ((1,), (rows,), (rows,)) for name in row_inputs}
         kept = self._plan.settings.kept_tokens(longest) if self._plan.settings else longest
         usual = next(capacity for capacity in self.capacities if capacity >= kept)
         values = {"capacity": (self.capacities[0], usual, self.capacities[-1])}
         ids = ((1, 1), (rows, min(longest, BEST_LENGTH)), (rows, longest))
-        return Shapes({"input_ids": ids, **shapes}, values)
+        return ShapeProfile({"input_ids": ids, **shapes}, values)
 
-    def decode_shapes(self) -> Shapes:
+    def decode_profile(self) -> ShapeProfile:
         """Return the decode profile: 1 to max_batch_size rows of one token."""
         most, model = self._build.max_batch_size, self._plan.model
         columns = {name: ((1, 1), (most, 1), (most, 1)) for name in ("input_ids", "position_ids", "logit_indices")}
@@ -79,7 +90,7 @@ class Graphs:
         for layer in range(model.num_layers):
             for kind in ("key", "value"):
                 shapes[f"past_{kind}.{layer}"] = ((1, *tail), (most, *tail), (most, *tail))
-        return Shapes(shapes, {})
+        return ShapeProfile(shapes, {})
 
     def contract(self) -> Contract:
         """Return what the runtime must know of these engines."""

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from chunkkv.engine.directory import CONFIG_FILE
 from chunkkv.engine.fields import Fields
 from chunkkv.engine.json_files import read_object
 from chunkkv.errors import CheckpointError, ConfigError
 from chunkkv.gpu.tensorrt_library import check_head_sizes
 
-CONFIG_FILE = "config.json"
 POSITION_TYPES = ("rope_gpt_neox", "rope_gptj", "yarn", "learned_absolute")
 ROPE_SCALINGS = ("none", "linear", "llama3", "yarn")
 DTYPES = ("float16", "bfloat16")

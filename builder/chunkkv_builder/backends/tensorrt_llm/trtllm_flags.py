@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from types import ModuleType
 from typing import NoReturn
 
 from chunkkv.command_line import UsageError
+from chunkkv_builder.backends.tensorrt_llm.library import BuildCommand
 
 _COUNTS = (
     *("max_batch_size", "max_input_len", "max_beam_width", "max_num_tokens", "opt_num_tokens", "workers"),
@@ -28,16 +28,21 @@ _SWITCHES = (
 _LISTS = ("lora_dir", "lora_target_modules")
 
 
-def read_flags(arguments: Sequence[str], command: ModuleType | None) -> tuple[argparse.Namespace, list[str]]:
-    """Return trtllm-build's flags, and the arguments that nothing here knows.
+def read_flags(arguments: Sequence[str], command: BuildCommand | None) -> tuple[argparse.Namespace, list[str]]:
+    """Return trtllm-build's flags, and the words that nothing here knows.
 
-    `command` is its module; where that is None, flags that were not given are absent, and unknown ones are returned
-    instead of refused. Raises UsageError.
+    Parameters
+    ----------
+    arguments : sequence of str
+        The words of trtllm-build's command line.
+    command : BuildCommand or None
+        trtllm-build, whose parser is used. Without it flags that were not given are absent from the result, and
+        unknown words are returned; otherwise they raise UsageError.
     """
     if command is None:
         return _stand_in().parse_known_args(list(arguments))
     parser = command.parse_arguments()
-    parser.error = _refuse
+    parser.error = _refuse  # type: ignore[method-assign]  # the parser is TensorRT-LLM's own
     return parser.parse_args(list(arguments)), []
 
 
@@ -45,10 +50,14 @@ def _refuse(message: str) -> NoReturn:
     raise UsageError(f"trtllm-build says: {message}")
 
 
+class _StandInParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        _refuse(message)
+
+
 def _stand_in() -> argparse.ArgumentParser:
     """Return a parser of the flags that both ends of the supported versions have."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.error = _refuse  # type: ignore[method-assign]
+    parser = _StandInParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for name in _COUNTS:
         parser.add_argument(f"--{name}", type=int)
     for name in _TEXTS:

@@ -1,18 +1,18 @@
-"""Builds TensorRT-LLM engines with ChunkKV: one call per rank, then the side file that describes them all."""
+"""TensorRT-LLM engines with ChunkKV: one call per rank, then the side file that describes them all."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import chunkkv
+from chunkkv.engine.directory import CONFIG_FILE
 from chunkkv.engine.json_files import read_object
 from chunkkv.engine.layer_groups import layer_groups
 from chunkkv.engine.preconditions import BUILD_PRECONDITIONS, build_values, check
@@ -20,13 +20,10 @@ from chunkkv.engine.tensorrt_llm_side_file import SIDE_FILE, RankLayers, SideFil
 from chunkkv.errors import BuildError, ConfigError, EngineError
 from chunkkv.settings import ChunkKVSettings
 from chunkkv.text.tokenizer import TOKENIZER_FILE, Tokenizer
-from chunkkv_builder.backends.tensorrt_llm.layers import rank_layers
-from chunkkv_builder.backends.tensorrt_llm.library import Plugins
-from chunkkv_builder.backends.tensorrt_llm.model import CONFIG_FILE, LlmModel
-from chunkkv_builder.backends.tensorrt_llm.plugins import delimiter_words
+from chunkkv_builder.backends.tensorrt_llm.library import Plugins, delimiter_words
+from chunkkv_builder.backends.tensorrt_llm.model import LlmModel
 from chunkkv_builder.backends.tensorrt_llm.preconditions import check_lengths, longest_prompt
-from chunkkv_builder.backends.tensorrt_llm.wrapper import Rank, Shape, injected
-from chunkkv_builder.checkpoint.hugging_face import TOKENIZER_FILES
+from chunkkv_builder.backends.tensorrt_llm.wrapper import AttentionShape, RankBuild, injected
 
 
 def build_chunkkv(
@@ -37,11 +34,29 @@ def build_chunkkv(
     tokenizer_dir: str | Path | None = None,
     tp_agree: bool = False,
 ) -> Any:
-    """Return the tensorrt_llm Engine of `model` (one rank) with ChunkKV, like tensorrt_llm.builder.build without.
+    """Return the engine of one rank with ChunkKV inside, where tensorrt_llm.builder.build returns one without.
 
-    `tokenizer_dir` is needed for delimiter boundaries; with `tp_agree` tensor-parallel ranks choose together. Raises
-    ConfigError for what is not supported, BackendUnavailableError for missing plugins, BuildError for a network that
-    is not what was expected.
+    Parameters
+    ----------
+    model : tensorrt_llm PretrainedModel
+        The model of one rank.
+    build_config : tensorrt_llm BuildConfig
+        Limits and plugin settings of the engine.
+    settings : ChunkKVSettings
+        What is kept; the keep ratio or budget becomes part of the engine. Without layer groups each layer gets its own.
+    tokenizer_dir : str or Path, optional
+        Directory with tokenizer.json; needed for delimiter boundaries.
+    tp_agree : bool, default False
+        Tensor-parallel ranks add up their chunk scores and keep the same tokens; otherwise each chooses by its heads.
+
+    Raises
+    ------
+    ConfigError
+        For a model, limit or setting that is not supported.
+    BackendUnavailableError
+        Where the ChunkKV plugins are missing or of another version.
+    BuildError
+        For a network that is not what was expected.
     """
     from tensorrt_llm.builder import build
 
@@ -49,18 +64,17 @@ def build_chunkkv(
 
 
 class EngineBuild:
-    """The engines of all ranks of one model with one choice of settings."""
+    """The engines of all ranks of one model with one choice of settings; the parameters are those of build_chunkkv."""
 
     def __init__(
         self, settings: ChunkKVSettings, tokenizer_dir: str | Path | None = None, tp_agree: bool = False
     ) -> None:
         # The share is part of the engine: no request can ask for another.
         self.settings = dataclasses.replace(settings, max_keep_per_10k=settings.keep_per_10k)
-        self._tokenizer_dir = None if tokenizer_dir is None else Path(tokenizer_dir)
-        self._tokenizer = None if self._tokenizer_dir is None else Tokenizer.from_dir(self._tokenizer_dir)
+        self._tokenizer = None if tokenizer_dir is None else Tokenizer.from_dir(tokenizer_dir)
         self._tp_agree = tp_agree
         self._ranks: dict[int, RankLayers] = {}
-        self._shape: Shape | None = None
+        self._shape: AttentionShape | None = None
         self._model: LlmModel | None = None
         self._longest = 0
         self.plugins: Plugins | None = None
@@ -88,24 +102,25 @@ class EngineBuild:
 
     def engine(self, model: Any, build_config: Any, build: Callable[[Any, Any], Any]) -> Any:
         """Return the Engine of one rank; `build` is tensorrt_llm.builder.build."""
-        facts = LlmModel.from_values(model.config.to_dict(), "the model's configuration")
-        self.check_model(facts)
+        llm_model = LlmModel.from_values(model.config.to_dict(), "the model's configuration")
+        self.check_model(llm_model)
         check(BUILD_PRECONDITIONS, build_values(build_config, build_config.plugin_config))
-        check_lengths(facts, build_config)
+        check_lengths(llm_model, build_config)
         if self.plugins is None:
             self.plugins = Plugins()
         mapping = model.config.mapping
-        stage = list(mapping.pp_layers(facts.num_layers))
+        stage = list(mapping.pp_layers(llm_model.num_layers))
         layers = rank_layers(self.settings, stage, mapping.rank, mapping.tp_rank, mapping.pp_rank)
         group = tuple(mapping.tp_group) if self._tp_agree else ()
-        longest = longest_prompt(facts, build_config)
-        rank = Rank(self.settings, layers, self.plugins, facts.vocab_size, longest, self._words(facts), group)
-        with injected(rank) as injection:
+        longest = longest_prompt(llm_model, build_config)
+        words = self._words(llm_model)
+        rank = RankBuild(self.settings, layers, self.plugins, llm_model.vocab_size, longest, words, group)
+        with injected(rank) as wrapped:
             engine = build(model, build_config)
-        shape = injection.check_complete(layers)
+        shape = wrapped.check_complete(layers)
         if self._shape not in (None, shape):
             raise BuildError(f"rank {mapping.rank} has {shape}, other ranks {self._shape}: they must be alike")
-        self._shape, self._model = shape, facts
+        self._shape, self._model = shape, llm_model
         self._longest = engine.config.build_config.max_seq_len
         if shape.max_positions is not None and self._longest > shape.max_positions:
             raise ConfigError(
@@ -122,10 +137,9 @@ class EngineBuild:
             raise BuildError(f"of {expected} ranks only {sorted(self._ranks)} were built with ChunkKV")
 
     def write(self, folder: Path) -> None:
-        """Add to an engine directory of TensorRT-LLM what makes it one of ChunkKV-TRT, but for the manifest.
+        """Add the side file and the key `chunkkv` of config.json to an engine directory of TensorRT-LLM.
 
-        That is the side file, the key `chunkkv` in config.json and the tokenizer's files. Raises BuildError where a
-        rank is missing.
+        Raises BuildError where a rank is missing.
         """
         self.check_all_built()
         for rank in self._ranks:
@@ -135,10 +149,6 @@ class EngineBuild:
         config = read_object(folder / CONFIG_FILE, EngineError)
         config["chunkkv"] = self.settings.to_dict()
         (folder / CONFIG_FILE).write_text(json.dumps(config, indent=4) + "\n", encoding="utf-8")
-        if self._tokenizer_dir is not None:
-            for name in TOKENIZER_FILES:
-                if (self._tokenizer_dir / name).is_file():
-                    shutil.copyfile(self._tokenizer_dir / name, folder / name)
 
     def _side_file(self) -> SideFile:
         model, shape, plugins = self._model, self._shape, self.plugins
@@ -171,3 +181,29 @@ class EngineBuild:
             return None
         assert self._tokenizer is not None  # check_model saw to that
         return delimiter_words(self._tokenizer.delimiter_token_table(model.vocab_size))
+
+
+def rank_layers(settings: ChunkKVSettings, stage: Sequence[int], rank: int, tp_rank: int, pp_rank: int) -> RankLayers:
+    """Return the groups of a rank whose pipeline stage has the layers `stage` (global numbers, consecutive).
+
+    Raises ConfigError where a group reaches over the end of the stage: a choice cannot be handed to another process.
+    """
+    first, last = stage[0], stage[-1]
+    groups, leaders = [], []
+    for group in settings.layer_groups:
+        inside = [layer for layer in group if first <= layer <= last]
+        if inside and len(inside) < len(group):
+            raise ConfigError(
+                f"layer_reuse has layers {group[0]} to {group[-1]} in one group, but pipeline stage {pp_rank} has the "
+                f"layers {first} to {last}: give groups that end where a stage ends"
+            )
+        if inside:
+            groups.append(tuple(layer - first for layer in group))
+            leaders.append(settings.leader_of(group) - first)
+    return RankLayers(rank, tp_rank, pp_rank, first, tuple(groups), tuple(leaders))
+
+
+def even_stages(num_layers: int, pp_size: int) -> list[range] | None:
+    """Return the layers of each pipeline stage where all are of one size; None where TensorRT-LLM decides."""
+    size, rest = divmod(num_layers, pp_size)
+    return None if rest else [range(stage * size, (stage + 1) * size) for stage in range(pp_size)]

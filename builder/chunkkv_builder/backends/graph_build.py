@@ -1,0 +1,124 @@
+"""Reads and plans a build whose engine is made of our own ONNX graphs, and writes its config.json."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import chunkkv
+from chunkkv.command_line import errors_name_flags
+from chunkkv.engine.directory import CONFIG_FILE
+from chunkkv.settings import ChunkKVSettings
+from chunkkv.text.tokenizer import TOKENIZER_FILE, Tokenizer
+from chunkkv_builder.checkpoint.formats import open_checkpoint
+from chunkkv_builder.checkpoint.interface import Checkpoint
+from chunkkv_builder.config import BuildConfig
+from chunkkv_builder.dry_run import print_plan
+from chunkkv_builder.flags import chunkkv_settings
+from chunkkv_builder.plan import GraphPlan, make_plan
+from chunkkv_builder.progress import Progress
+
+_LIMITS = ("max_input_len", "max_seq_len", "max_batch_size", "max_num_tokens", "weight_only_precision")
+
+
+@dataclass(frozen=True)
+class GraphBuild:
+    """A planned build of an engine made of ONNX graphs.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        The model's weights and tokenizer.
+    limits : BuildConfig
+        What the engine is built for.
+    plan : GraphPlan
+        Model, settings and which layer decides for which.
+    """
+
+    checkpoint: Checkpoint
+    limits: BuildConfig
+    plan: GraphPlan
+
+    @property
+    def tokenizer_dir(self) -> Path | None:
+        """The directory of the checkpoint's tokenizer, if it has one."""
+        return self.checkpoint.tokenizer_dir
+
+    def show(self) -> None:
+        """Print the plan to standard output."""
+        print_plan(self.plan, self.limits)
+
+    def write_config(self, folder: Path) -> None:
+        """Write config.json in TensorRT-LLM's shape, with a section `chunkkv` where the engine has ChunkKV."""
+        values = {
+            "version": chunkkv.__version__,
+            "pretrained_config": self.plan.model.to_dict(),
+            "build_config": self.limits.to_dict(),
+        }
+        if self.plan.settings is not None:
+            values["chunkkv"] = self.plan.settings.to_dict()
+        (folder / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def plan_graphs(flags: Namespace, backend: str, auto_dtype: str, progress: Progress) -> GraphBuild:
+    """Open the checkpoint and plan its graphs.
+
+    Parameters
+    ----------
+    flags : Namespace
+        Of chunkkv_builder.flags.parse.
+    backend : str
+        Name of the backend, which decides about the types and settings that are allowed.
+    auto_dtype : str
+        What --dtype auto means for that backend.
+    progress : Progress
+        Shows the stage "checkpoint".
+
+    Raises
+    ------
+    UsageError
+        For a flag's value that the backend or this model does not allow.
+    CheckpointError
+        For a checkpoint or tokenizer that is missing, damaged or misshaped.
+    ConfigError
+        For a model that is not supported.
+    """
+    progress.stage("checkpoint", 1)
+    checkpoint = open_checkpoint(flags.checkpoint_dir)
+    progress.advance()
+    model = checkpoint.config
+    settings = chunkkv_settings(flags, model.num_layers)
+    dtype = auto_dtype if flags.dtype == "auto" else flags.dtype
+    with errors_name_flags():
+        limits = BuildConfig.for_model(
+            model, **{name: getattr(flags, name) for name in _LIMITS}, backend=backend, dtype=dtype
+        )
+        limits.check_window(settings)
+        limits.check_gate(settings)
+    delimiters = _delimiter_tokens(checkpoint, settings, progress)
+    with errors_name_flags("chunkkv_"):
+        plan = make_plan(model, settings, delimiters)
+    return GraphBuild(checkpoint, limits, plan)
+
+
+def _delimiter_tokens(
+    checkpoint: Checkpoint, settings: ChunkKVSettings | None, progress: Progress
+) -> np.ndarray | None:
+    """Check the tokenizer before the long work; return its delimiter table [vocab_size] where the settings need it."""
+    vocab_size = checkpoint.config.vocab_size
+    if checkpoint.tokenizer_dir is None:
+        progress.warning(f"{checkpoint.path} has no {TOKENIZER_FILE}: the engine will take and give token ids only")
+        return None
+    tokenizer = Tokenizer.from_dir(checkpoint.tokenizer_dir)
+    if tokenizer.size > vocab_size:
+        progress.warning(
+            f"the tokenizer has {tokenizer.size} tokens, the model {vocab_size}: prompts that hold one of the others "
+            "are refused"
+        )
+    if settings is None or settings.boundaries != "delimiter":
+        return None
+    return tokenizer.delimiter_token_table(vocab_size=vocab_size)

@@ -1,0 +1,42 @@
+"""What the builder needs of a checkpoint, whatever its format; each format has one reader in this folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from chunkkv_builder.checkpoint.model_config import ModelConfig
+
+
+class Checkpoint(Protocol):
+    """A model's configuration, weights and tokenizer, complete and well-shaped.
+
+    Tensors have the names and shapes of chunkkv_builder.checkpoint.tensor_shapes, the layout of Hugging Face's
+    checkpoints (a projection is [out, in]); a reader of another format translates.
+    """
+
+    @property
+    def path(self) -> Path:
+        """The file or directory that was opened, for messages."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model; its `dtype` is the one the weights are stored in."""
+
+    @property
+    def tokenizer_dir(self) -> Path | None:
+        """A directory with the tokenizer's files under Hugging Face's names, None where there is no tokenizer."""
+
+    def names(self) -> tuple[str, ...]:
+        """Return the names of all tensors, in layer order."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape without reading its data; raises CheckpointError for a name that is none."""
+
+    def converted(self, name: str, dtype: str) -> np.ndarray:
+        """Return a tensor in `dtype`, one of model_config.DTYPES.
+
+        Raises CheckpointError for a name that is none, and where a value is or becomes infinite or NaN.
+        """
