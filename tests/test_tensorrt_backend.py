@@ -1,4 +1,7 @@
-"""The TensorRT builder against doubles: graphs, profiles, timing cache, progress, and why a build is refused."""
+"""The TensorRT builder on a contract as read: graphs, profiles, timing cache, progress, and why a build is refused.
+
+TensorRT is our own double (support/tensorrt_double.py); these tests prove nothing about the real one.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,8 @@ from chunkkv.gpu import tensorrt_library
 from chunkkv_builder.backends.tensorrt.graphs import decode_capacities
 from chunkkv_builder.onnx_graph import functions
 from chunkkv_builder.progress import Progress
+
+pytestmark = pytest.mark.contract_as_read
 
 machine = pytest.fixture(machine_of)
 ROOT = Path(__file__).resolve().parent.parent

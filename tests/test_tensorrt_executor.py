@@ -1,6 +1,7 @@
-"""The TensorRT executor on doubles: ONNX Runtime runs the very graphs that TensorRT would get, on bound addresses.
+"""The TensorRT executor on a contract as read: ONNX Runtime runs the graphs TensorRT would get, on bound addresses.
 
 So the answers must be those of the ONNX Runtime engine, and every address, shape and copy is checked on the way.
+TensorRT and CUDA are our own doubles (support/); these tests prove nothing about the real ones.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from support.tensorrt_double import Double, machine_of
 from chunkkv import ChunkKVSession, SamplingParams
 from chunkkv.engine.tensorrt_contract import CONTRACT_FILE, Contract
 from chunkkv.errors import BackendUnavailableError, EngineError, EngineMismatchError, EngineRunError, RequestError
+
+pytestmark = pytest.mark.contract_as_read
 
 machine = pytest.fixture(machine_of)
 PARAMS = SamplingParams(max_new_tokens=8, ignore_eos=True, logprobs=True)

@@ -1,4 +1,7 @@
-"""ChunkKV in recorded TensorRT-LLM networks: what gpt_attention is told, which plugins stand where, on every rank."""
+"""ChunkKV in recorded TensorRT-LLM networks: what gpt_attention is told, which plugins stand where, on every rank.
+
+TensorRT-LLM is a contract as read (support/tensorrt_llm_double); these tests prove nothing about the real one.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,8 @@ from chunkkv.text.tokenizer import Tokenizer
 from chunkkv_builder.backends.tensorrt_llm.engine_build import rank_layers
 from chunkkv_builder.backends.tensorrt_llm.library import delimiter_words
 from chunkkv_builder.backends.tensorrt_llm.wrapper import WrappedLayers
+
+pytestmark = pytest.mark.contract_as_read
 
 SETTINGS = ChunkKVSettings(keep_per_10k=4000, window=4, chunk_size=3, sinks=2, min_tokens=10)
 ROPED = {"rope_gpt_neox": 2, "learned_absolute": 0}

@@ -1,4 +1,7 @@
-"""chunkkv-build --backend tensorrt_llm as a user runs it: flags, plan, directory, what an ended build leaves."""
+"""chunkkv-build --backend tensorrt_llm as a user runs it: flags, plan, directory, what an ended build leaves.
+
+TensorRT-LLM is a contract as read (support/tensorrt_llm_double); these tests prove nothing about the real one.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,8 @@ from chunkkv.engine.directory import EngineFiles, Manifest
 from chunkkv.engine.tensorrt_llm_side_file import SIDE_FILE, SideFile
 from chunkkv.errors import EngineError, EngineMismatchError
 from chunkkv_builder.flags import parse
+
+pytestmark = pytest.mark.contract_as_read
 
 
 @pytest.fixture(params=GENERATIONS)

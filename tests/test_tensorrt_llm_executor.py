@@ -1,4 +1,7 @@
-"""TensorRT-LLM engines driven over our pool of blocks: recorded networks in NumPy, answers as on ONNX Runtime."""
+"""TensorRT-LLM engines driven over our pool of blocks: recorded networks in NumPy, answers as on ONNX Runtime.
+
+TensorRT-LLM is a contract as read (support/tensorrt_llm_double); these tests prove nothing about the real one.
+"""
 
 from __future__ import annotations
 
@@ -42,6 +45,8 @@ from chunkkv.gpu import tensorrt_library
 from chunkkv.gpu.cuda_runtime import CudaRuntime
 from chunkkv.requests import Limits, Request, make_requests
 from chunkkv_builder import build as build_engine
+
+pytestmark = pytest.mark.contract_as_read
 
 PARAMS = SamplingParams(max_new_tokens=12, ignore_eos=True, logprobs=True)
 PROMPTS = [np.random.default_rng([5, length]).integers(3, 300, length) for length in (61, 9, 100, 190)]

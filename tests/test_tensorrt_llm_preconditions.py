@@ -1,4 +1,7 @@
-"""Every precondition of a TensorRT-LLM engine: what is given, what is allowed, what to change, before anything slow."""
+"""Every precondition of a TensorRT-LLM engine: what is given, what is allowed, what to change, before anything slow.
+
+TensorRT-LLM is a contract as read (support/tensorrt_llm_double); these tests prove nothing about the real one.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,8 @@ from chunkkv_builder.backends.tensorrt_llm.model import POSITION_TYPES, ROPE_SCA
 from chunkkv_builder.backends.tensorrt_llm.preconditions import LAYER_PRECONDITIONS as LAYER
 from chunkkv_builder.backends.tensorrt_llm.trtllm_flags import read_flags
 from chunkkv_builder.flags import parse
+
+pytestmark = pytest.mark.contract_as_read
 
 SETTINGS = ChunkKVSettings(keep_per_10k=4000, window=4, chunk_size=3, sinks=2, min_tokens=10)
 FLAGS = {

@@ -1,4 +1,7 @@
-"""Blocks that come back in TensorRT-LLM's own Python runtime, on a double of its managers and its decode loop."""
+"""Blocks that come back in TensorRT-LLM's own Python runtime, on a contract as read of its managers and decode loop.
+
+The runtime is our own double (support/tensorrt_llm_runtime_double.py); these tests prove nothing about the real one.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,8 @@ from chunkkv.executors.tensorrt_llm import runner as tensorrt_llm_runner
 from chunkkv.executors.tensorrt_llm.runner import truncate_pools
 from chunkkv.gpu import tensorrt_library
 from chunkkv.settings import ChunkKVSettings
+
+pytestmark = pytest.mark.contract_as_read
 
 SETTINGS = ChunkKVSettings(keep_per_10k=2000)
 

@@ -1,7 +1,11 @@
-"""The module tensorrt played by ONNX Runtime: same names and signatures; records calls, refuses what TensorRT refuses.
+"""The module tensorrt as read from NVIDIA's documentation, played by ONNX Runtime. A contract as read, not TensorRT.
+
+Same names and parameters; it records calls and refuses what the documentation says that TensorRT refuses. Nothing here
+has met TensorRT, so a test on it shows that our calls follow what we read, not that TensorRT accepts them. The one
+thing compared with the real package are names and parameters (tests/test_tensorrt_api.py).
 
 An "engine" is the ONNX graph itself; a context runs it on the addresses it was given. ChunkKV nodes are taken as
-plugins where the registry holds them. tests/test_tensorrt_api.py compares the signatures with NVIDIA's own bindings.
+plugins where the registry holds them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""TensorRT-LLM's Python runtime as ChunkKV's subclasses meet it: the KV managers' surface and the order of a decode.
+"""TensorRT-LLM's Python runtime as read from its sources: KV managers and the order of a decode. A contract as read.
 
-Nothing is computed: every step records what the engine would have been given. Plain Python, no torch.
+It holds what ChunkKV's subclasses meet, and proves nothing about the real runtime. Nothing is computed: every step
+records what the engine would have been given. Plain Python, no torch.
 """
 
 from __future__ import annotations

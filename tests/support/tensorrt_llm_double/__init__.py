@@ -1,4 +1,7 @@
-"""The packages tensorrt and tensorrt_llm, played by recorders: same names and signatures, nothing else.
+"""The packages tensorrt and tensorrt_llm as read from their published sources. A contract as read, not TensorRT-LLM.
+
+Recorders with the same names and signatures, nothing else. They hold what the authors believe of TensorRT-LLM, so a
+test on them cannot find that the belief is wrong; only a machine with TensorRT-LLM can.
 
 `installed("0.16")` or `installed("late")` puts them where `import tensorrt_llm` finds them. A built "engine" is the
 recorded network (graph.py), which run.py executes.
