@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +28,14 @@ PIPE_BYTES = 4_096
 TEXT_FLAGS = ("--max_new_tokens", "9", "--ignore_eos", "--threads", "1", "--log_level", "error")
 GREEDY = SamplingParams(max_new_tokens=9, ignore_eos=True)
 Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """Let SIGINT interrupt: a shell that starts pytest in the background has it and its children ignore the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,10 @@ import platform
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
-from support.builds import CommandLine
+from support.builds import CommandLine, Outcome
 
 import chunkkv
 from chunkkv.batching.batcher import BatchingLimits
@@ -87,6 +88,25 @@ def test_the_help_of_a_model_has_the_defaults_of_the_batcher(run: CommandLine) -
     text = " ".join(run("triton", "init", "--help").out.split())
     for name in ("slots", "waiting", "queue_timeout_s", "request_timeout_s"):
         assert re.search(rf"--{name} [NX] [^-]*default: {getattr(BatchingLimits(), name):g} ", text), name
+
+
+@pytest.mark.parametrize("name", ["lm_eval", "lm-eval"])
+@pytest.mark.parametrize("words", [[], ["--help"], ["run", "--model-args", "a=1", "--unknown", "--", "-x"]])
+def test_every_word_after_lm_eval_is_for_lm_eval(run: CommandLine, monkeypatch, name: str, words: list[str]) -> None:
+    seen = []
+    harness = SimpleNamespace(cli_evaluate=lambda: seen.append(list(sys.argv)))
+    for module in ("lm_eval", "lm_eval.__main__", "chunkkv.evaluation.lm_eval.model"):
+        monkeypatch.setitem(sys.modules, module, harness)
+    before = list(sys.argv)
+    assert run(name, *words) == Outcome(0, "", "")
+    assert seen == [["lm_eval", *words]] and sys.argv == before
+
+
+def test_lm_eval_without_the_harness_says_how_to_get_it(run: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("lm_eval", "lm_eval.__main__"):
+        monkeypatch.setitem(sys.modules, module, None)
+    done = run("lm_eval", "--tasks", "x")
+    assert done.code == 1 and "pip install 'chunkkv-trt[lm-eval]'" in done.err and done.err.count("\n") == 1
 
 
 def test_help_needs_no_engine_library() -> None:

@@ -79,7 +79,7 @@ class Job:
         Raises RequestError for `repeats` out of range and for a prompt that the engine cannot serve.
         """
         if not 1 <= self.repeats <= MAX_REPEATS:
-            raise RequestError(f"--repeats is {self.repeats}; allowed is 1 to {MAX_REPEATS}")
+            raise RequestError(f"repeats is {self.repeats}; allowed is 1 to {MAX_REPEATS}")
         sampling = SamplingParams(max_new_tokens=self.max_new_tokens, ignore_eos=True)
         session = ChunkKVSession.from_dir(self.engine_dir, self.threads)
         prompt = encode_chat_prompt(session.tokenizer, self.prompt) if self.chat else self.prompt
@@ -118,7 +118,7 @@ def measure(job: Job, tool: str, output: Path) -> Trace | None:
         return None
     nsys = find_nsys() if tool in ("auto", "nsys") else None
     if nsys is None and tool == "nsys":
-        raise RequestError("--tool is nsys, but nsys is not on PATH; install Nsight Systems or use --tool recorder")
+        raise RequestError("tool is nsys, but nsys is not on PATH; install Nsight Systems or use --tool recorder")
     return record(job) if nsys is None else run_under_nsys(nsys, job, output)
 
 

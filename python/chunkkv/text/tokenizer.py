@@ -227,7 +227,7 @@ def encode_chat_prompt(tokenizer: Tokenizer | None, prompt: str | list[int]) -> 
     Raises RequestError for a prompt of token ids, and without a tokenizer.
     """
     if not isinstance(prompt, str) or tokenizer is None:
-        raise RequestError("--chat needs a prompt of text and an engine with a tokenizer")
+        raise RequestError("chat needs a prompt of text and an engine with a tokenizer")
     return tokenizer.encode_chat([{"role": "user", "content": prompt}])
 
 
