@@ -16,7 +16,6 @@ STILL: set[str] = {
     "chunkkv.evaluation.texts.prompts_file imports chunkkv.cli.evaluate",
     "chunkkv.profile.measure imports chunkkv.cli.options",
     "KVCache: chunkkv.executors.interface, chunkkv.native.kv",
-    "Plan: chunkkv.evaluation.evaluator, chunkkv_builder.plan",
     "Rows: chunkkv.native.library, chunkkv.native.structs",
 }
 

@@ -1,4 +1,4 @@
-"""The result of a check: ok, warning or would break, what was found, and what to change."""
+"""The result of one check of an engine, a machine or a Triton repository."""
 
 from __future__ import annotations
 
@@ -9,24 +9,37 @@ OK, WARNING, BREAKS = "ok", "warning", "would break"
 
 @dataclass(frozen=True)
 class Finding:
-    """One check; `change` is empty where nothing needs to be done."""
+    """The result of one check.
+
+    Parameters
+    ----------
+    check : str
+        What was checked.
+    state : str
+        OK, WARNING for something that works but probably not as intended, BREAKS for something that would fail or
+        give wrong answers.
+    found : str
+        What the check found.
+    change : str, default ""
+        What to change; empty where nothing needs to be done.
+    """
 
     check: str
     state: str
     found: str
     change: str = ""
 
+    @classmethod
+    def ok(cls, check: str, found: str) -> Finding:
+        """Return a finding that all is well."""
+        return cls(check, OK, found)
 
-def ok(check: str, found: str) -> Finding:
-    """Return a finding that all is well."""
-    return Finding(check, OK, found)
+    @classmethod
+    def warning(cls, check: str, found: str, change: str) -> Finding:
+        """Return a finding of something that works, but probably not as intended."""
+        return cls(check, WARNING, found, change)
 
-
-def warning(check: str, found: str, change: str) -> Finding:
-    """Return a finding of something that works, but probably not as intended."""
-    return Finding(check, WARNING, found, change)
-
-
-def breaks(check: str, found: str, change: str) -> Finding:
-    """Return a finding of something that would fail, or give wrong answers."""
-    return Finding(check, BREAKS, found, change)
+    @classmethod
+    def breaks(cls, check: str, found: str, change: str) -> Finding:
+        """Return a finding of something that would fail, or give wrong answers."""
+        return cls(check, BREAKS, found, change)

@@ -9,14 +9,10 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from chunkkv.cli.options import ENGINE_DIR, add_engine_dir, add_json, add_log_level
 from chunkkv.command_line import FAILED, CommandParser
-from chunkkv.findings import BREAKS, WARNING
-
-if TYPE_CHECKING:
-    from chunkkv.findings import Finding
+from chunkkv.findings import BREAKS, WARNING, Finding
 
 
 def add_parser(program: CommandParser) -> None:
@@ -64,13 +60,12 @@ def diagnose(
     from chunkkv.engine.directory import EngineFiles
     from chunkkv.errors import EngineError
     from chunkkv.executors.machine_check import check_engine
-    from chunkkv.findings import breaks
     from chunkkv.triton.repository.check import check_repository
 
     try:
         files = EngineFiles.load(engine_dir)
     except EngineError as error:
-        return [breaks("engine directory", str(error), "build it again, or give another --engine_dir")]
+        return [Finding.breaks("engine directory", str(error), "build it again, or give another --engine_dir")]
     findings = check_engine(files)
     if triton_repo is not None:
         findings += check_repository(triton_repo, files, os.environ if environment is None else environment)

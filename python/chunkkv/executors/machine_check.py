@@ -9,7 +9,7 @@ from chunkkv.engine.directory import TENSORRT_LLM, EngineFiles, hash_file
 from chunkkv.engine.preconditions import BUILD_PRECONDITIONS, broken, build_values, shown
 from chunkkv.engine.tensorrt_llm_side_file import SideFile, engine_file
 from chunkkv.errors import BackendUnavailableError
-from chunkkv.findings import Finding, breaks, ok, warning
+from chunkkv.findings import Finding
 
 _PACKAGES = {"onnxruntime": ("onnxruntime",), "tensorrt": ("tensorrt",), TENSORRT_LLM: ("tensorrt", "tensorrt_llm")}
 _WHEELS = {"tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"), "tensorrt_llm": ("tensorrt-llm",)}
@@ -17,7 +17,7 @@ _WHEELS = {"tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"), "tensorrt
 
 def check_engine(files: EngineFiles) -> list[Finding]:
     """Return what was checked: the files of the engine directory, its settings, packages, GPU, plugins and ranks."""
-    findings = [ok("engine directory", f"{files.path}: every file is as it was built"), _settings(files)]
+    findings = [Finding.ok("engine directory", f"{files.path}: every file is as it was built"), _settings(files)]
     findings += _versions(files)
     if files.backend in ("tensorrt", TENSORRT_LLM):
         findings.append(_gpu())
@@ -31,11 +31,15 @@ def check_engine(files: EngineFiles) -> list[Finding]:
 def _settings(files: EngineFiles) -> Finding:
     limits = f"prompts of at most {files.build['max_input_len']} tokens, {files.build['max_seq_len']} with the answer"
     if files.settings is None:
-        return warning("ChunkKV", f"built without ChunkKV; {limits}", "build with --chunkkv to compress prompts")
+        return Finding.warning(
+            "ChunkKV", f"built without ChunkKV; {limits}", "build with --chunkkv to compress prompts"
+        )
     settings = files.settings
     share = f"{settings.budget_tokens} tokens" if settings.budget_tokens else f"{settings.keep_ratio:.4g} of a prompt"
     fixed = ", fixed in the engine" if files.budget_is_fixed else ""
-    return ok("ChunkKV", f"keeps {share}{fixed}, prompts of at most {settings.min_tokens} tokens whole; {limits}")
+    return Finding.ok(
+        "ChunkKV", f"keeps {share}{fixed}, prompts of at most {settings.min_tokens} tokens whole; {limits}"
+    )
 
 
 def _versions(files: EngineFiles) -> list[Finding]:
@@ -45,11 +49,13 @@ def _versions(files: EngineFiles) -> list[Finding]:
         check = f"package {package}"
         advice = f"install {package} {built_with}" if built_with else f"install {package}"
         if installed is None:
-            findings.append(breaks(check, "is not installed here", advice))
+            findings.append(Finding.breaks(check, "is not installed here", advice))
         elif built_with not in (None, installed) and files.backend != "onnxruntime":
-            findings.append(breaks(check, f"{installed} is installed, the engine was built with {built_with}", advice))
+            findings.append(
+                Finding.breaks(check, f"{installed} is installed, the engine was built with {built_with}", advice)
+            )
         else:
-            findings.append(ok(check, installed))
+            findings.append(Finding.ok(check, installed))
     return findings
 
 
@@ -69,8 +75,12 @@ def _gpu() -> Finding:
     try:
         count = CudaRuntime.load().device_count()
     except BackendUnavailableError as error:
-        return breaks("GPU", f"needs {error}", "install it")
-    return ok("GPU", f"{count} found") if count else breaks("GPU", "none found", "run it on a machine with one")
+        return Finding.breaks("GPU", f"needs {error}", "install it")
+    return (
+        Finding.ok("GPU", f"{count} found")
+        if count
+        else Finding.breaks("GPU", "none found", "run it on a machine with one")
+    )
 
 
 def _plugins(files: EngineFiles) -> list[Finding]:
@@ -80,12 +90,16 @@ def _plugins(files: EngineFiles) -> list[Finding]:
     try:
         path = find_plugin_library(SimpleNamespace(__version__=files.versions.get("tensorrt", "10")))
     except BackendUnavailableError as error:
-        return [breaks(check, f"needs {error}", change)]
+        return [Finding.breaks(check, f"needs {error}", change)]
     if files.backend == TENSORRT_LLM:
         expected = SideFile.read(files.path).plugin_library.get("sha256")
         if expected and hash_file(path).sha256 != expected:
-            return [warning(check, f"{path} is another build than the engine's", "use the library it was built with")]
-    return [ok(check, str(path))]
+            return [
+                Finding.warning(
+                    check, f"{path} is another build than the engine's", "use the library it was built with"
+                )
+            ]
+    return [Finding.ok(check, str(path))]
 
 
 def check_tensorrt_llm_build(files: EngineFiles) -> list[Finding]:
@@ -97,21 +111,21 @@ def check_tensorrt_llm_build(files: EngineFiles) -> list[Finding]:
     findings = []
     for precondition in broken(BUILD_PRECONDITIONS, values):
         needed = f"{shown(values[precondition.name])}; ChunkKV needs {precondition.allowed}"
-        findings.append(breaks(precondition.name, needed, f"build it again: {precondition.remedy}"))
+        findings.append(Finding.breaks(precondition.name, needed, f"build it again: {precondition.remedy}"))
     block = plugin_config.get("tokens_per_block", side_file.tokens_per_block)
     if block != side_file.tokens_per_block:
         differs = f"config.json says {block}, the plugins were built for {side_file.tokens_per_block}"
-        findings.append(breaks("tokens_per_block", differs, "build it again"))
+        findings.append(Finding.breaks("tokens_per_block", differs, "build it again"))
     if not findings:
-        findings.append(ok("build settings", "paged cache, packed input, one beam, no speculative decoding"))
+        findings.append(Finding.ok("build settings", "paged cache, packed input, one beam, no speculative decoding"))
     return [*findings, _ranks(files, len(side_file.ranks))]
 
 
 def _ranks(files: EngineFiles, count: int) -> Finding:
     missing = [engine_file(rank) for rank in range(count) if not (files.path / engine_file(rank)).is_file()]
     if missing:
-        return breaks("ranks", f"{', '.join(missing)} is missing of {count}", "build every rank")
+        return Finding.breaks("ranks", f"{', '.join(missing)} is missing of {count}", "build every rank")
     if count > 1:
         remedy = f"use mpirun -n {count} with chunkkv.executors.tensorrt_llm.runner, or the C++ runtime"
-        return warning("ranks", f"{count}; ChunkKVSession and chunkkv generate drive one", remedy)
-    return ok("ranks", "1")
+        return Finding.warning("ranks", f"{count}; ChunkKVSession and chunkkv generate drive one", remedy)
+    return Finding.ok("ranks", "1")

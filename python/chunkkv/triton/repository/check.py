@@ -9,7 +9,7 @@ from pathlib import Path
 
 from chunkkv.engine.directory import TENSORRT_LLM, EngineFiles
 from chunkkv.errors import BackendUnavailableError, ConfigError
-from chunkkv.findings import Finding, breaks, ok, warning
+from chunkkv.findings import Finding
 from chunkkv.triton.repository.config_text import CONFIG_FILE, read_config, string_parameters
 from chunkkv.triton.repository.cpp_backend import (
     BACKEND,
@@ -49,7 +49,11 @@ def check_repository(repository: Path, files: EngineFiles, environment: Mapping[
     Without the extra `triton` the one finding says what to install.
     """
     if not repository.is_dir():
-        return [breaks("triton repository", f"{repository} is no directory", "give the --model-repository of Triton")]
+        return [
+            Finding.breaks(
+                "triton repository", f"{repository} is no directory", "give the --model-repository of Triton"
+            )
+        ]
     findings: list[Finding] = []
     runs_engine = False
     for path in sorted(repository.glob(f"*/{CONFIG_FILE}")):
@@ -57,9 +61,9 @@ def check_repository(repository: Path, files: EngineFiles, environment: Mapping[
         try:
             config = read_config(path, is_template=True)
         except BackendUnavailableError as error:
-            return [breaks("triton repository", "was not checked", str(error))]
+            return [Finding.breaks("triton repository", "was not checked", str(error))]
         except ConfigError as error:
-            findings.append(breaks(model, str(error), "repair the file"))
+            findings.append(Finding.breaks(model, str(error), "repair the file"))
             continue
         parameters = string_parameters(config)
         if config.backend == BACKEND:
@@ -71,7 +75,7 @@ def check_repository(repository: Path, files: EngineFiles, environment: Mapping[
             findings += _check_path(model, "engine_dir", parameters["engine_dir"], files)
     if not runs_engine:
         change = f"make one with chunkkv triton init, or add a model with backend {BACKEND}"
-        findings.append(breaks("triton repository", f"{repository} has no model that runs an engine", change))
+        findings.append(Finding.breaks("triton repository", f"{repository} has no model that runs an engine", change))
     return findings
 
 
@@ -81,7 +85,7 @@ def _check_engine_model(
     """Check a model of the C++ backend, which allocates blocks by logical length and returns none."""
     if files.backend != TENSORRT_LLM:
         change = "build with --backend tensorrt_llm, or serve it with chunkkv triton init"
-        return [breaks(f"{model}: backend", f"{BACKEND} runs no engine of backend {files.backend}", change)]
+        return [Finding.breaks(f"{model}: backend", f"{BACKEND} runs no engine of backend {files.backend}", change)]
 
     def value(name: str) -> str:
         return parameters.get(name, "")
@@ -95,67 +99,67 @@ def _check_engine_model(
     findings.append(_check_window(model, value("max_attention_window_size"), files.build["max_seq_len"]))
     if is_speculative(value("decoding_mode")):
         problem = f"{value('decoding_mode').lower()}: draft tokens and beams take tokens back by cache length"
-        findings.append(breaks(f"{model}: decoding_mode", problem, "leave it empty, or top_k_top_p"))
+        findings.append(Finding.breaks(f"{model}: decoding_mode", problem, "leave it empty, or top_k_top_p"))
     if max_batch_size > (limit := files.build["max_batch_size"]):
         problem = f"{max_batch_size}, the engine takes {limit}"
-        findings.append(breaks(f"{model}: max_batch_size", problem, f"set it to {limit}"))
+        findings.append(Finding.breaks(f"{model}: max_batch_size", problem, f"set it to {limit}"))
     memory = "the C++ runtime keeps allocating by logical length: decode gets faster, no KV memory comes back"
-    findings.append(warning(f"{model}: memory", memory, "serve it with chunkkv triton init to get blocks back"))
+    findings.append(Finding.warning(f"{model}: memory", memory, "serve it with chunkkv triton init to get blocks back"))
     return findings
 
 
 def _check_path(model: str, name: str, value: str, files: EngineFiles) -> list[Finding]:
     check, engine_dir = f"{model}: {name}", os.path.realpath(files.path)
     if not value or is_placeholder(value):
-        return [breaks(check, f"{value or 'nothing'} is set", f"set {name} to {engine_dir}")]
+        return [Finding.breaks(check, f"{value or 'nothing'} is set", f"set {name} to {engine_dir}")]
     if not os.path.isdir(value):
         change = f"make sure that the server finds {engine_dir} there"
-        return [warning(check, f"{value} is not on this machine, so it was not compared", change)]
+        return [Finding.warning(check, f"{value} is not on this machine, so it was not compared", change)]
     if os.path.realpath(value) != engine_dir:
-        return [breaks(check, f"{value} is another engine", f"set {name} to {engine_dir}")]
-    return [ok(check, value)]
+        return [Finding.breaks(check, f"{value} is another engine", f"set {name} to {engine_dir}")]
+    return [Finding.ok(check, value)]
 
 
 def _must_be_false(model: str, name: str, value: str, reason: str) -> Finding:
     check, change = f"{model}: {name}", f'set {name} to "false"'
     if value.lower() in _TRUE:
-        return breaks(check, f"{value}: {reason}", change)
+        return Finding.breaks(check, f"{value}: {reason}", change)
     if value.lower() in _FALSE:
-        return ok(check, value)
-    return warning(check, f"{value or 'not set'}: the default differs between versions", change)
+        return Finding.ok(check, value)
+    return Finding.warning(check, f"{value or 'not set'}: the default differs between versions", change)
 
 
 def _check_batching(model: str, value: str) -> Finding:
     check = f"{model}: batching_strategy"
     if value == IN_FLIGHT_BATCHING:
-        return ok(check, value)
+        return Finding.ok(check, value)
     problem = f"{value or 'not set'}; ChunkKV was checked with {IN_FLIGHT_BATCHING} only"
-    return warning(check, problem, f"set it to {IN_FLIGHT_BATCHING}")
+    return Finding.warning(check, problem, f"set it to {IN_FLIGHT_BATCHING}")
 
 
 def _check_eviction(model: str, value: str) -> Finding:
     check = f"{model}: batch_scheduler_policy"
     if value == NO_EVICTION:
-        return ok(check, value)
+        return Finding.ok(check, value)
     problem = f"{value or 'not set'}: a request that is paused is prefilled again, and compressed with another length"
-    return warning(check, problem, f"set it to {NO_EVICTION}")
+    return Finding.warning(check, problem, f"set it to {NO_EVICTION}")
 
 
 def _at_most(model: str, name: str, value: str, largest: int, reason: str) -> Finding:
     if not value or is_placeholder(value):
-        return ok(f"{model}: {name}", f"not set, {largest}")
+        return Finding.ok(f"{model}: {name}", f"not set, {largest}")
     number = whole_number(value)
     if number is None or number > largest:
-        return breaks(f"{model}: {name}", f"{value}: {reason}", f"set it to {largest}, or leave it out")
-    return ok(f"{model}: {name}", value)
+        return Finding.breaks(f"{model}: {name}", f"{value}: {reason}", f"set it to {largest}, or leave it out")
+    return Finding.ok(f"{model}: {name}", value)
 
 
 def _check_window(model: str, value: str, max_seq_len: int) -> Finding:
     check, windows = f"{model}: max_attention_window_size", attention_windows(value)
     if windows and min(windows) < max_seq_len:
         problem = f"{value}, below max_seq_len {max_seq_len}: a window that slides overwrites kept tokens"
-        return breaks(check, problem, f"leave it out, or at least {max_seq_len}")
-    return ok(check, value if windows else "not set")
+        return Finding.breaks(check, problem, f"leave it out, or at least {max_seq_len}")
+    return Finding.ok(check, value if windows else "not set")
 
 
 def _check_environment(model: str, files: EngineFiles, environment: Mapping[str, str]) -> list[Finding]:
@@ -165,7 +169,7 @@ def _check_environment(model: str, files: EngineFiles, environment: Mapping[str,
     change = f"start tritonserver with LD_PRELOAD=/path/to/{LOADER_LIBRARY} (mpirun: -x LD_PRELOAD)"
     paths = [path for path in re.split(r"[:\s]+", preload) if Path(path).name.startswith("libchunkkv_tensorrt")]
     if not paths:
-        return [breaks(check, "the C++ backend finds no ChunkKV plugins in this environment", change)]
+        return [Finding.breaks(check, "the C++ backend finds no ChunkKV plugins in this environment", change)]
     if not Path(paths[0]).is_file():
-        return [breaks(check, f"{paths[0]} is no file", change)]
-    return [ok(check, paths[0])]
+        return [Finding.breaks(check, f"{paths[0]} is no file", change)]
+    return [Finding.ok(check, paths[0])]
