@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.results import pictures, tables
 from benchmarks.results.runs import ROOT
+from benchmarks.results.trials import runs_by_name
 from chunkkv.files import write_whole
 
 TEMPLATE = Path(__file__).with_name("page.md")
@@ -16,7 +17,7 @@ PAGE = ROOT / "docs" / "results.md"
 
 def parts(measured: dict[str, Any]) -> dict[str, str]:
     """Return the texts for the template's places."""
-    by_name = {run["name"]: run for run in measured["runs"]}
+    by_name = runs_by_name(measured)
     recall, other = by_name["recall"], by_name["others"]
     return {
         "methods in": tables.methods(recall, "in"),

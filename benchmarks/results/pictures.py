@@ -5,15 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-import tempfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.results import runs
-from benchmarks.results.trials import summary
-from chunkkv.evaluation.report.plots import draw_all
+from benchmarks.results.trials import runs_by_name
+from chunkkv.evaluation.report import plots
 from chunkkv.files import write_whole
 
 FOLDER = runs.ROOT / "docs" / "images"
@@ -32,8 +31,8 @@ _AFTER_HEADER = 33  # bytes: the signature and the first chunk of a PNG
 
 
 def pictures(measured: dict[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Return per file name which of draw_all's pictures it is, and the summary that it is drawn from."""
-    by_name = {run["name"]: summary(run) for run in measured["runs"]}
+    """Return per file name which of plots.pictures it is, and the summary that it is drawn from."""
+    by_name = {name: run.summary for name, run in runs_by_name(measured).items()}
     recall, needle = by_name["recall"], by_name["needle"]
 
     def long_answer(row: dict[str, Any]) -> bool:
@@ -77,10 +76,7 @@ def draw(measured: dict[str, Any], folder: Path = FOLDER) -> list[Path]:
     """Write every picture, with the fingerprint of its data as a text within the file; returns the files."""
     written = []
     for name, (kind, data) in pictures(measured).items():
-        with tempfile.TemporaryDirectory() as temporary:
-            draw_all(Path(temporary), data)
-            content = (Path(temporary) / kind).read_bytes()
-        write_whole(folder / name, _with_text(content, mark(data)))
+        write_whole(folder / name, _with_text(plots.pictures(data)[kind](), mark(data)))
         written.append(folder / name)
     return written
 

@@ -43,8 +43,8 @@ class Run:
     modes: tuple[str, ...]
     examples: int
 
-    def plan(self, session: ChunkKVSession, examples: int | None = None) -> Plan:
-        """Return the plan for an engine built with ENGINE_FLAGS; fewer `examples` are the first of them."""
+    def plan(self, session: ChunkKVSession) -> Plan:
+        """Return the plan for an engine built with ENGINE_FLAGS."""
         assert session.settings is not None
         suites = make_suites(session.settings)
         return Plan(
@@ -53,7 +53,7 @@ class Run:
             keeps=self.keeps,
             lengths=self.lengths,
             modes=self.modes,
-            examples=examples or self.examples,
+            examples=self.examples,
             seed=0,
             wording=NEEDLE,
         )

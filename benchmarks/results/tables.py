@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 from benchmarks.results import runs
 from benchmarks.results.runs import reuse
-from benchmarks.results.trials import difference, summary
+from benchmarks.results.trials import MeasuredRun
 from chunkkv.settings import KEEP_SCALE
 
 Row = dict[str, Any]
@@ -79,45 +81,42 @@ def _find(rows: Iterable[Row], **known: Any) -> Row:
     return next(row for row in rows if all(row[name] == value for name, value in known.items()))
 
 
-def _keeps(run: Row) -> list[int]:
-    return [int(keep) for keep in run["header"]["keeps"]]
-
-
-def methods(run: Row, mode: str) -> str:
+def methods(run: MeasuredRun, mode: str) -> str:
     """Return accuracy by method and share kept."""
-    rows = [row for row in summary(run)["suites"] if row["mode"] == mode]
+    rows = [row for row in run.summary["suites"] if row["mode"] == mode]
     full = _find(rows, policy="full")
     lines = []
     for policy in (name for name in NAMES if name != "full"):
-        found = [_find(rows, policy=policy, keep_ratio=keep / KEEP_SCALE) for keep in _keeps(run)]
-        lines.append([NAMES[policy], percent(full), *map(percent, found)])
-    shown = [_find(rows, policy=runs.FIXED, keep_ratio=keep / KEEP_SCALE) for keep in _keeps(run)]
-    heads = [f"keep {row['keep_ratio'] * 100:g} % ({row['kept']:g} tokens)" for row in shown]
+        by_keep = [_find(rows, policy=policy, keep_ratio=keep / KEEP_SCALE) for keep in run.keeps]
+        lines.append([NAMES[policy], percent(full), *map(percent, by_keep)])
+    columns = [_find(rows, policy=runs.FIXED, keep_ratio=keep / KEEP_SCALE) for keep in run.keeps]
+    heads = [f"keep {row['keep_ratio'] * 100:g} % ({row['kept']:g} tokens)" for row in columns]
     return table([f"question {MODES[mode]}, n = {full['n']}", "full cache", *heads], lines)
 
 
-def questions(run: Row, mode: str) -> str:
+def questions(run: MeasuredRun, mode: str) -> str:
     """Return the paired differences that answer which setting or method is better."""
-    keeps = _keeps(run)
+    keeps = run.keeps
     lines = [
-        [text, *(signed(difference(run, one, other, keep, mode)) for keep in keeps)] for text, one, other in QUESTIONS
+        [text, *(signed(run.difference(policy, other, keep, mode)) for keep in keeps)]
+        for text, policy, other in QUESTIONS
     ]
     return table([f"question {MODES[mode]}", *(f"keep {keep / 100:g} %" for keep in keeps)], lines)
 
 
-def answers(run: Row, mode: str, keep: int) -> str:
+def answers(run: MeasuredRun, mode: str, keep: int) -> str:
     """Return accuracy by what is asked for, at one share kept."""
-    cells = [row for row in summary(run)["cells"] if row["mode"] == mode]
+    cells = [row for row in run.summary["cells"] if row["mode"] == mode]
     lines = []
     for policy in ("full", runs.FIXED, runs.FIXED_20, runs.CLAUSES, runs.TOKENS_1, runs.TOKENS, runs.TOKENS_7):
         ratio = 1.0 if policy == "full" else keep / KEEP_SCALE
-        found = [row for row in cells if (row["policy"], row["keep_ratio"]) == (policy, ratio)]
-        by_part = {row["cell"]["answer"]: row for row in found}
+        inside = [row for row in cells if (row["policy"], row["keep_ratio"]) == (policy, ratio)]
+        by_part = {row["cell"]["answer"]: row for row in inside}
         lines.append([NAMES[policy], *(percent(by_part[part]) for part in _PARTS)])
     return table([f"question {MODES[mode]}, keep {keep / 100:g} %, n = {cells[0]['n']}", *_PART_NAMES], lines)
 
 
-def answers_against_tokens(run: Row, keep: int) -> str:
+def answers_against_tokens(run: MeasuredRun, keep: int) -> str:
     """Return the paired differences by what is asked for, the question in the prompt, at one share kept."""
     pairs = (
         ("fixed chunks of 10 − SnapKV, pooling 5", runs.FIXED, runs.TOKENS),
@@ -125,15 +124,15 @@ def answers_against_tokens(run: Row, keep: int) -> str:
         ("delimiter chunks up to 20 − SnapKV, pooling 5", runs.CLAUSES, runs.TOKENS),
     )
     lines = [
-        [text, *(signed(difference(run, one, other, keep, "in", answer=part)) for part in _PARTS)]
-        for text, one, other in pairs
+        [text, *(signed(run.difference(policy, other, keep, "in", answer=part)) for part in _PARTS)]
+        for text, policy, other in pairs
     ]
     return table([f"question in the prompt, keep {keep / 100:g} %", *_PART_NAMES], lines)
 
 
-def positions(run: Row, keep: int) -> str:
+def positions(run: MeasuredRun, keep: int) -> str:
     """Return the share of codes that are right through their first, second, … digit, the question in the prompt."""
-    cells = [row for row in summary(run)["cells"] if row["mode"] == "in" and row["cell"]["answer"] == "code"]
+    cells = [row for row in run.summary["cells"] if row["mode"] == "in" and row["cell"]["answer"] == "code"]
     lines = []
     for policy in ("full", runs.FIXED, runs.CLAUSES, runs.TOKENS_1, runs.TOKENS, runs.TOKENS_7, runs.STREAMING):
         row = _find(cells, policy=policy, keep_ratio=1.0 if policy == "full" else keep / KEEP_SCALE)
@@ -142,32 +141,34 @@ def positions(run: Row, keep: int) -> str:
     return table([f"keep {keep / 100:g} %, n = {cells[0]['n']}, % right through", *heads], lines)
 
 
-def straddle(run: Row) -> str:
+def straddle(run: MeasuredRun) -> str:
     """Return accuracy by where the fact begins within a chunk of the fixed grid."""
-    rows = summary(run)["cells"]
+    rows = run.summary["cells"]
     offsets = sorted({row["cell"]["offset"] for row in rows})
     by_cell = {(row["policy"], row["cell"]["offset"]): row for row in rows}
     policies = list(dict.fromkeys(row["policy"] for row in rows))
-    lines = [[NAMES[one], *(f"{by_cell[one, at]['accuracy'] * 100:.0f}" for at in offsets)] for one in policies]
-    keep, count = run["header"]["keeps"][0], rows[0]["n"]
+    lines = [
+        [NAMES[policy], *(f"{by_cell[policy, at]['accuracy'] * 100:.0f}" for at in offsets)] for policy in policies
+    ]
+    keep, count = run.keeps[0], rows[0]["n"]
     return table([f"keep {keep / 100:g} %, n = {count}, % right", *(f"+{at}" for at in offsets)], lines)
 
 
-def others(run: Row, mode: str, keep: int) -> str:
+def others(run: MeasuredRun, mode: str, keep: int) -> str:
     """Return accuracy on the other tasks, by method, at one share kept."""
     shown = (1.0, keep / KEEP_SCALE)
-    rows = [row for row in summary(run)["suites"] if row["mode"] == mode and row["keep_ratio"] in shown]
+    rows = [row for row in run.summary["suites"] if row["mode"] == mode and row["keep_ratio"] in shown]
     policies = list(dict.fromkeys(row["policy"] for row in rows))
     lines = []
     for suite, about in SUITES.items():
         inside = [row for row in rows if row["suite"] == suite]
-        found = [percent(_find(inside, policy=policy)) for policy in policies]
-        lines.append([f"`{suite}`: {about} (n = {inside[0]['n']})", *found])
+        accuracies = [percent(_find(inside, policy=policy)) for policy in policies]
+        lines.append([f"`{suite}`: {about} (n = {inside[0]['n']})", *accuracies])
     heads = [NAMES[policy] for policy in policies]
     return table([f"question {MODES[mode]}, keep {keep / 100:g} %", *heads], lines)
 
 
-def against_tokens(run: Row, keep: int) -> str:
+def against_tokens(run: MeasuredRun, keep: int) -> str:
     """Return the paired differences on the other tasks at one share kept."""
     pairs = (
         (runs.FIXED, runs.TOKENS_1),
@@ -179,8 +180,8 @@ def against_tokens(run: Row, keep: int) -> str:
     lines = []
     for suite in SUITES:
         for mode, text in MODES.items():
-            found = [signed(difference(run, one, other, keep, mode, suite=suite)) for one, other in pairs]
-            lines.append([f"`{suite}`, question {text}", *found])
+            differences = [signed(run.difference(policy, other, keep, mode, suite=suite)) for policy, other in pairs]
+            lines.append([f"`{suite}`, question {text}", *differences])
     heads = (
         "fixed 10 − no pooling",
         "fixed 10 − pooling 5",
@@ -191,15 +192,12 @@ def against_tokens(run: Row, keep: int) -> str:
     return table([f"keep {keep / 100:g} %", *heads], lines)
 
 
-def neighbours(run: Row, mode: str = "in") -> str:
+def neighbours(run: MeasuredRun, mode: str = "in") -> str:
     """Return how far the choices of neighbouring layers agree (mean Jaccard of kept positions)."""
     lines = []
     for policy in (runs.TOKENS_1, runs.TOKENS, runs.FIXED, runs.FIXED_20, runs.CLAUSES):
-        found = [row for row in run["agreement"] if (row["policy"], row["mode"]) == (policy, mode)]
-        by_keep = {round(row["keep_ratio"] * KEEP_SCALE): row["jaccard"] for row in found}
-        means = [
-            sum(by_keep[keep][layer][layer + 1] for layer in range(len(by_keep[keep]) - 1)) / (len(by_keep[keep]) - 1)
-            for keep in _keeps(run)
-        ]
+        rows = [row for row in run.agreement if (row["policy"], row["mode"]) == (policy, mode)]
+        by_keep = {round(row["keep_ratio"] * KEEP_SCALE): np.array(row["jaccard"]) for row in rows}
+        means = [float(np.diagonal(by_keep[keep], offset=1).mean()) for keep in run.keeps]
         lines.append([NAMES[policy], *(f"{mean * 100:.0f}" for mean in means)])
-    return table(["neighbouring layers, Jaccard in %", *(f"keep {keep / 100:g} %" for keep in _keeps(run))], lines)
+    return table(["neighbouring layers, Jaccard in %", *(f"keep {keep / 100:g} %" for keep in run.keeps)], lines)

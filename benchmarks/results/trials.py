@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -37,10 +38,10 @@ def _group(records: Sequence[Record]) -> Record:
     outcomes = []
     for number, outcome in enumerate(first["outcomes"]):
         same = [record["outcomes"][number] for record in records]
-        row = {"policy": outcome["policy"], "keep": outcome["keep"], "kept": _mean([one["kept"] for one in same])}
+        row = {"policy": outcome["policy"], "keep": outcome["keep"], "kept": _mean([trial["kept"] for trial in same])}
         if "useful" in outcome:
-            row["useful"] = round(float(np.mean([one["useful"] for one in same])), 4)
-        row["through"] = "".join(_DIGITS[count] for one in same for count in one["through"])
+            row["useful"] = round(float(np.mean([trial["useful"] for trial in same])), 4)
+        row["through"] = "".join(_DIGITS[count] for trial in same for count in trial["through"])
         outcomes.append(row)
     names = ("suite", "mode", "cell", "pieces")
     return {
@@ -54,12 +55,6 @@ def _mean(values: Sequence[float]) -> float:
     return round(float(np.mean(values)), 1)
 
 
-def summary(run: Record) -> Record:
-    """Return what results.summarize says of a compacted run."""
-    records = [record for group in run["groups"] for record in _records(group)]
-    return {**summarize(run["header"], records), "agreement": run["agreement"]}
-
-
 def _through(row: Record, pieces: Sequence[int]) -> list[list[int]]:
     """Return per prompt how many parts of each answer are right."""
     counts = [int(digit, 36) for digit in row["through"]]
@@ -67,34 +62,55 @@ def _through(row: Record, pieces: Sequence[int]) -> list[list[int]]:
 
 
 def _right(through: Sequence[int], pieces: Sequence[int]) -> list[int]:
-    return [int(given == wanted) for given, wanted in zip(through, pieces, strict=True)]
+    return [int(count == size) for count, size in zip(through, pieces, strict=True)]
 
 
 def _records(group: Record) -> list[Record]:
     pieces = group["pieces"]
-    known = {name: value for name, value in group.items() if name != "outcomes"}
+    labels = {name: value for name, value in group.items() if name != "outcomes"}
     columns = [
         [{**row, "through": through, "right": _right(through, pieces)} for through in _through(row, pieces)]
         for row in group["outcomes"]
     ]
     return [
-        {**known, "index": index, "outcomes": list(outcomes)}
+        {**labels, "index": index, "outcomes": list(outcomes)}
         for index, outcomes in enumerate(zip(*columns, strict=True))
     ]
 
 
-def shares(run: Record, policy: str, keep: int, mode: str, **where: Any) -> list[float]:
-    """Return the share of right answers of every prompt of a policy, of the suite or cell that `where` names."""
-    found = []
-    for group in run["groups"]:
-        known, pieces = {"suite": group["suite"], **group["cell"]}, group["pieces"]
-        if group["mode"] == mode and all(known.get(name) == value for name, value in where.items()):
-            row = next(one for one in group["outcomes"] if (one["policy"], one["keep"]) == (policy, keep))
-            found += [sum(_right(through, pieces)) / len(pieces) for through in _through(row, pieces)]
-    return found
+class MeasuredRun:
+    """The committed trials of one run, as compact() returns them, and what is computed from them."""
+
+    def __init__(self, values: Record) -> None:
+        self._groups, self.header, self.agreement = values["groups"], values["header"], values["agreement"]
+
+    @property
+    def keeps(self) -> list[int]:
+        """Shares kept, per 10,000, in the order of the page's columns."""
+        return [int(keep) for keep in self.header["keeps"]]
+
+    @cached_property
+    def summary(self) -> Record:
+        """The tables of the run (see summarize)."""
+        records = [record for group in self._groups for record in _records(group)]
+        return {**summarize(self.header, records), "agreement": self.agreement}
+
+    def shares(self, policy: str, keep: int, mode: str, **where: Any) -> list[float]:
+        """Return the share of right answers of every prompt of a policy, of the suite or cell that `where` names."""
+        shares = []
+        for group in self._groups:
+            labels, pieces = {"suite": group["suite"], **group["cell"]}, group["pieces"]
+            if group["mode"] == mode and all(labels.get(name) == value for name, value in where.items()):
+                row = next(row for row in group["outcomes"] if (row["policy"], row["keep"]) == (policy, keep))
+                shares += [sum(_right(through, pieces)) / len(pieces) for through in _through(row, pieces)]
+        return shares
+
+    def difference(self, policy: str, other: str, keep: int, mode: str, **where: Any) -> tuple[float, float, float]:
+        """Return accuracy of `policy` minus that of `other` on the same prompts, with its 95 % interval."""
+        pairs = zip(self.shares(policy, keep, mode, **where), self.shares(other, keep, mode, **where), strict=True)
+        return paired_difference([first - second for first, second in pairs])
 
 
-def difference(run: Record, one: str, other: str, keep: int, mode: str, **where: Any) -> tuple[float, float, float]:
-    """Return accuracy of `one` minus that of `other` on the same prompts, with its 95 % interval."""
-    pairs = zip(shares(run, one, keep, mode, **where), shares(run, other, keep, mode, **where), strict=True)
-    return paired_difference([first - second for first, second in pairs])
+def runs_by_name(measured: Record) -> dict[str, MeasuredRun]:
+    """Return the runs of results.json."""
+    return {run["name"]: MeasuredRun(run) for run in measured["runs"]}

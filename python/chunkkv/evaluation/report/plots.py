@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Value = TypeVar("Value")
+Drawing = Callable[[], bytes]  # draws a picture when it is called, and returns it as PNG
 _PANEL = (4.2, 3.2)  # inches
 _COLUMNS = 4
 _COLUMNS_OF_ONE_SHARE = 3
@@ -22,22 +23,33 @@ _MAX_LAYERS_WITH_NUMBERS = 12
 
 def draw_all(folder: Path, summary: dict[str, Any]) -> list[Path]:
     """Write every picture that the summary (see summarize) has numbers for; returns the files."""
-    pictures = {
+    written = []
+    for name, draw in pictures(summary).items():
+        write_whole(folder / name, draw())
+        written.append(folder / name)
+    return written
+
+
+def pictures(summary: dict[str, Any]) -> dict[str, Drawing]:
+    """Return by file name the pictures that the summary has numbers for; calling one draws it and returns a PNG.
+
+    To add a picture: write a function that returns its Drawing, or None without numbers, and give it a line here.
+    """
+    drawings = {
         "accuracy.png": _accuracy(summary),
         "positions.png": _positions(summary),
         "layers.png": _layers(summary),
         **_heat_maps(summary),
     }
-    written = []
-    for name, picture in pictures.items():
-        if picture is not None:
-            write_whole(folder / name, picture)
-            written.append(folder / name)
-    return written
+    return {name: drawing for name, drawing in drawings.items() if drawing is not None}
 
 
-def _panels(count: int, draw: Callable[[int, Axes], None], legend: bool = True, columns: int = _COLUMNS) -> bytes:
-    """Return a PNG of `count` panels, each drawn by draw(number, axes), with one legend for all."""
+def _panels(count: int, draw: Callable[[int, Axes], None], legend: bool = True, columns: int = _COLUMNS) -> Drawing:
+    """Return a drawing of `count` panels, each drawn by draw(number, axes), with one legend for all."""
+    return lambda: _panels_png(count, draw, legend, columns)
+
+
+def _panels_png(count: int, draw: Callable[[int, Axes], None], legend: bool, columns: int) -> bytes:
     columns = min(count, columns)
     rows = -(-count // columns)
     figure = new_figure(_PANEL[0] * columns, _PANEL[1] * rows)
@@ -57,7 +69,7 @@ def _unique(values: Sequence[Value]) -> list[Value]:
     return list(dict.fromkeys(values))
 
 
-def _accuracy(summary: dict[str, Any]) -> bytes | None:
+def _accuracy(summary: dict[str, Any]) -> Drawing | None:
     """Accuracy against the share kept, a panel per suite and mode, with 95 % intervals."""
     rows = summary["suites"]
     groups = _unique([(row["suite"], row["mode"]) for row in rows])
@@ -99,7 +111,7 @@ def _mode(mode: str) -> str:
     return "question in the prompt" if mode == "in" else "question afterwards"
 
 
-def _positions(summary: dict[str, Any]) -> bytes | None:
+def _positions(summary: dict[str, Any]) -> Drawing | None:
     """Answers that are right through each part, at the smallest share kept; a panel per cell with several parts."""
     rows = [row for row in summary["cells"] if row["through"] and len(row["through"]) > 1]
     smallest = min((row["keep_ratio"] for row in rows if row["policy"] != FULL), default=None)
@@ -129,7 +141,7 @@ def _positions(summary: dict[str, Any]) -> bytes | None:
     return _panels(len(groups), draw)
 
 
-def _heat_maps(summary: dict[str, Any]) -> dict[str, bytes]:
+def _heat_maps(summary: dict[str, Any]) -> dict[str, Drawing]:
     """Depth against length, a panel per policy and share kept; a file per suite and mode that have depths."""
     rows = [row for row in summary["cells"] if {"depth", "length"} <= set(row["cell"])]
     files = {}
@@ -138,7 +150,7 @@ def _heat_maps(summary: dict[str, Any]) -> dict[str, bytes]:
     return files
 
 
-def _heat_map(rows: list[Row]) -> bytes:
+def _heat_map(rows: list[Row]) -> Drawing:
     compressed = _unique([(row["policy"], row["keep_ratio"]) for row in rows if row["policy"] != FULL])
     shares = max(len({keep for _, keep in compressed}), 1)
     # The full cache stands in a row of its own: None leaves a panel empty.
@@ -174,7 +186,7 @@ def _write_numbers(axes: Axes, values: list[list[float]], colour: Callable[[floa
             axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize="small", color=colour(value))
 
 
-def _layers(summary: dict[str, Any]) -> bytes | None:
+def _layers(summary: dict[str, Any]) -> Drawing | None:
     """Jaccard index of the kept positions of every two layers, a panel per policy, at the smallest share kept."""
     rows = summary["agreement"]
     smallest = min((row["keep_ratio"] for row in rows), default=None)
