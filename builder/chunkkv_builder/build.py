@@ -18,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; raises SystemExit with 1 for failures, 2 for bad usage, 130 for Ctrl-C, 143 for SIGTERM."""
 
     def parse() -> Namespace:
-        from chunkkv_builder import flags  # only here is a missing package an error of one line
+        from chunkkv_builder import flags  # here, so that a missing package is an error of one line
 
         return flags.parse(arguments)
 
