@@ -25,6 +25,7 @@ from support.tensorrt_double import Double, machine_of
 from chunkkv import ChunkKVSession, SamplingParams
 from chunkkv.engine.tensorrt_contract import CONTRACT_FILE, Contract
 from chunkkv.errors import BackendUnavailableError, EngineError, EngineMismatchError, EngineRunError, RequestError
+from chunkkv.requests import make_requests
 
 pytestmark = pytest.mark.contract_as_read
 
@@ -164,8 +165,6 @@ def test_a_plugin_that_counts_differently_is_noticed(session: ChunkKVSession) ->
 
 
 def session_request(session: ChunkKVSession):
-    from chunkkv.requests import make_requests
-
     return make_requests([PROMPTS[0]], None, session.limits, session.settings, None, None, 8)[0]
 
 
@@ -178,6 +177,35 @@ def test_shapes_outside_the_profile_and_failing_runs_are_errors(
     monkeypatch.setattr(tensorrt_double.Context, "execute_async_v3", lambda self, stream_handle: False)
     with pytest.raises(EngineRunError, match=naming("TensorRT engine")):
         session.generate(PROMPTS[0], PARAMS)
+
+
+def test_what_the_executor_cannot_do_is_declared_and_refused(session: ChunkKVSession) -> None:
+    executor = session.executor
+    capabilities, cache = executor.capabilities, executor.new_cache(1, executor.capacity_for(100))
+    assert not (capabilities.blockwise_prefill or capabilities.block_scoring or capabilities.layer_lengths)
+    for refused in (
+        executor.blockwise_prefiller,
+        lambda: executor.score_block(cache, PROMPTS[0], 0, 0),
+        lambda: executor.layer_lengths_decoder(cache),
+    ):
+        with pytest.raises(BackendUnavailableError, match="build the checkpoint for backend onnxruntime"):
+            refused()
+
+
+def test_a_step_answers_for_the_rows_it_names_and_refuses_slots_behind_the_cache(session: ChunkKVSession) -> None:
+    executor = session.executor
+    alone, together = executor.new_cache(1, 128), executor.new_cache(3, 128)
+    (request,) = make_requests([PROMPTS[0]], None, session.limits, session.settings, None, None, 8)
+    for cache in (alone, together.rows(1, 1)):
+        executor.prefiller().run([request], cache, threading.Event())
+    one, three = executor.decoder(alone), executor.decoder(together)
+    for step, token in enumerate((7, 200, 31)):  # the second step is captured, the third one replayed
+        position, slot = len(request.ids) + step, request.kept_tokens + step
+        expected = one.step([0], [token], [position], [slot])
+        found = three.step([1], [token], [position], [slot])
+        assert found.shape == (1, session.limits.vocab_size) and np.abs(found - expected).max() <= TOLERANCE
+    with pytest.raises(EngineRunError, match="row 1 was to write slot 128 of a cache with 128 slots"):
+        three.step([1], [7], [200], [128])
 
 
 def test_caches_that_are_not_updated_in_place_are_refused(session, monkeypatch: pytest.MonkeyPatch) -> None:

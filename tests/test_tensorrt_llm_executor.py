@@ -213,6 +213,20 @@ def test_a_budget_of_its_own_and_inspection_are_refused() -> None:
     assert session.generate(PROMPTS[0], PARAMS, cancel=cancel).finish_reason == "cancelled"
 
 
+def test_what_the_executor_cannot_do_is_declared_and_refused() -> None:
+    session, _ = recorded(engine_dir("late", chunkkv_layer_reuse=2))
+    executor = session.executor
+    capabilities, cache = executor.capabilities, executor.new_cache(1, executor.capacity_for(100))
+    assert not (capabilities.blockwise_prefill or capabilities.block_scoring or capabilities.layer_lengths)
+    for refused in (
+        executor.blockwise_prefiller,
+        lambda: executor.score_block(cache, PROMPTS[0], 0, 0),
+        lambda: executor.layer_lengths_decoder(cache),
+    ):
+        with pytest.raises(BackendUnavailableError, match="build the checkpoint for backend onnxruntime"):
+            refused()
+
+
 GEOMETRY = PagedGeometry(2, 1, 64, 16, 2, 300, 4, 256)
 
 
