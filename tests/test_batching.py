@@ -171,11 +171,14 @@ def test_cancelling_while_waiting_frees_the_queue(session, gate) -> None:
     with ContinuousBatcher(session, BatchingLimits(slots=1, waiting=1)) as batcher:
         running = batcher.stream(prompt(20), GREEDY)
         next(running)
-        waiting = batcher._queue
-        given_up = batcher.stream(prompt(21), GREEDY)
-        waiting[0].listener.cancel()
+        given_up = QueueListener()
+        batcher.submit(prompt(21), GREEDY, given_up)
+        given_up.cancel()
         gate.opened.set()
-        assert last(given_up).finish_reason == "cancelled" and last(running).finish_reason == "length"
+        result = last(given_up.events())
+        assert result.finish_reason == "cancelled" and result.token_ids == () and result.text == ""
+        assert result.statistics.prompt_tokens == 21 and result.statistics.allocated_cache_bytes == 0
+        assert last(running).finish_reason == "length"
 
 
 def test_a_wait_too_long_and_an_answer_too_long(session, gate) -> None:
