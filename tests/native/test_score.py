@@ -158,6 +158,7 @@ def sparse(shape: tuple[int, ...], dtype: str) -> tuple[NDArray[Any], RawArray]:
     return array, RawArray(array.ctypes.data, dtype, shape, on_device=False)
 
 
+@pytest.mark.deep
 def test_waves_of_rows_in_gigabytes_of_workspace(library: NativeLibrary, memory: Memory) -> None:
     """One row of this size fills the workspace, so every row is a wave of its own; entries pass 2^31."""
     if library.device == "cuda":
@@ -182,6 +183,7 @@ def test_waves_of_rows_in_gigabytes_of_workspace(library: NativeLibrary, memory:
         assert memory.get(scores)[row, :count].tobytes() == wanted[row, :count].tobytes()
 
 
+@pytest.mark.deep
 def test_a_million_tokens(library: NativeLibrary, memory: Memory) -> None:
     length, own = 1_000_037, settings(1, 10, 4)
     tried = case(own, (length,), heads=1, kv_heads=1, extra_padding=0, contrast=1.0)
