@@ -52,11 +52,11 @@ class Compression:
         self.device.wait()
         query, keys = self.device.host(self.query[0]), self.device.host(key)
         scores = reference.token_scores(query, keys, self.settings.window, self.settings.pooling)
-        wanted = reference.select_tokens(scores, self.length, self.kept, self.settings)
-        given = self.device.host(self.indices)[0]
-        differing = np.setxor1d(given, wanted)
+        expected = reference.select_tokens(scores, self.length, self.kept, self.settings)
+        chosen = self.device.host(self.indices)[0]
+        differing = np.setxor1d(chosen, expected)
         near = reference.near_cut(scores, self.length, self.kept, self.settings)
-        assert len(given) == len(wanted) and near[differing].all(), f"wrong choice at {differing[~near[differing]]}"
+        assert len(chosen) == len(expected) and near[differing].all(), f"wrong choice at {differing[~near[differing]]}"
         return len(differing)
 
 

@@ -54,7 +54,7 @@ class PackedBatch:
         last = self.prompts + self.generated - 1
         inside = (self.ids >= 0) & (self.ids < self.device.shapes.vocabulary)
         ids = np.where(inside, self.ids, 0)
-        wanted = {
+        expected = {
             "attention_lengths": np.where(self.generated > 0, last + 1 - (self.prompts - kept), self.prompts),
             "kept_lengths": kept,
             "row_starts": np.cumsum(tokens) - tokens,
@@ -63,9 +63,9 @@ class PackedBatch:
         }
         self.prepare()
         self.device.wait()
-        for name, values in wanted.items():
-            given = self.device.host(self.outputs[name])
-            assert np.array_equal(given, values), f"prepare: wrong {name} at {np.flatnonzero(given != values)[:9]}"
+        for name, values in expected.items():
+            output = self.device.host(self.outputs[name])
+            assert np.array_equal(output, values), f"prepare: wrong {name} at {np.flatnonzero(output != values)[:9]}"
 
     def check_choice(self) -> None:
         """Score, select and compact the prompts with packed and with padded arrays: the results must not differ."""
@@ -95,6 +95,6 @@ class PackedBatch:
         library.select(self.settings, rows, scores, kept, counts, stream=device.stream)
         library.compact(rows, kept, counts, [cache], stream=device.stream)
         device.wait()
-        found, numbers = device.host(kept), device.host(counts)
-        own = np.split(found[: lengths.sum()], [lengths[0]]) if packed else list(found)
+        indices, numbers = device.host(kept), device.host(counts)
+        own = np.split(indices[: lengths.sum()], [lengths[0]]) if packed else list(indices)
         return [numbers, np.concatenate([row[:n] for row, n in zip(own, numbers, strict=True)]), device.host(pool)]
