@@ -15,8 +15,6 @@ HOUSE = House()
 STILL: set[str] = {
     "chunkkv.evaluation.texts.prompts_file imports chunkkv.cli.evaluate",
     "chunkkv.profile.measure imports chunkkv.cli.options",
-    "KVCache: chunkkv.executors.interface, chunkkv.native.kv",
-    "Rows: chunkkv.native.library, chunkkv.native.structs",
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.gpu.compression import Compression, contiguous, pool
 from benchmarks.gpu.device import Device, measure
 from benchmarks.gpu.packed import PackedBatch
-from chunkkv.native.library import NativeLibrary, contiguous_kv
+from chunkkv.native import NativeLibrary, contiguous_kv
 
 REUSE = (1, 2, 4)
 

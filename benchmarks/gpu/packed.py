@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.gpu.device import Device
+from chunkkv.native import BatchRows, NativeLibrary, RawArray, paged_kv
 from chunkkv.native.arrays import as_raw
-from chunkkv.native.library import NativeLibrary, RawArray, Rows, paged_kv
 from chunkkv.settings import ChunkKVSettings
 
 GENERATING = 64  # rows of one token each, behind the prompts
@@ -75,9 +75,11 @@ class PackedBatch:
 
     def _compress(self, packed: bool) -> list[Any]:
         device, library, shapes = self.device, self.library, self.device.shapes
-        lengths, rows = self.prompts[:2], Rows(device.int32(self.prompts[:2]), self.length)
+        lengths, rows = self.prompts[:2], BatchRows(device.int32(self.prompts[:2]), self.length)
         if packed:
-            rows = Rows(rows.lengths, self.length, row_starts=self.outputs["row_starts"][:2], num_tokens=self.tokens)
+            rows = BatchRows(
+                rows.lengths, self.length, row_starts=self.outputs["row_starts"][:2], num_tokens=self.tokens
+            )
         pages = -(-self.length // shapes.page)
         pool = device.random(2 * pages, 1, 2, shapes.kv_heads, shapes.page, shapes.head_dim, seed=3)
         order = np.random.default_rng(0).permutation(2 * pages).reshape(2, pages) * 2

@@ -24,7 +24,7 @@ from support.tensorrt_llm_double.graph import Graph, Node
 from support.tensorrt_llm_double.oracle import oracle_plugins
 from support.tensorrt_llm_double.run import Execution
 
-from chunkkv.native.library import NativeLibrary
+from chunkkv.native import NativeLibrary
 from chunkkv.settings import ChunkKVSettings
 from native import llm_networks as llm
 from native.memory import Memory
