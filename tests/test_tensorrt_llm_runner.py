@@ -37,13 +37,11 @@ SETTINGS = ChunkKVSettings(keep_per_10k=2000)
 def devices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[int]]:
     """A machine with TensorRT-LLM and its runtime; yields the GPUs that were chosen."""
     found: list[int] = []
-    tensorrt_llm_runner._classes.cache_clear()
     monkeypatch.setattr(tensorrt_library, "_PLACES", (tmp_path,))
     (tmp_path / "libchunkkv_tensorrt.so.10").touch()
     with installed(request.param):
         install_runtime(monkeypatch, found)
         yield found
-    tensorrt_llm_runner._classes.cache_clear()
 
 
 def decoded(lengths: list[int], new: int, pools: tuple = ((2, 4),)) -> Any:
@@ -159,7 +157,6 @@ def test_what_is_missing_is_named(devices: list[int], tmp_path: Path, monkeypatc
 
 
 def test_without_tensorrt_llm_the_module_still_imports() -> None:
-    tensorrt_llm_runner._classes.cache_clear()
     with pytest.raises(BackendUnavailableError, match=naming("'tensorrt' 'tensorrt_llm'")):
         _ = tensorrt_llm_runner.ChunkKVModelRunner
     with pytest.raises(AttributeError, match="no attribute 'Other'"):
