@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import cast
 
-from chunkkv.engine.directory import TENSORRT_LLM, EngineFiles
+from chunkkv.engine.directory import BACKENDS, ONNXRUNTIME, TENSORRT, TENSORRT_LLM, EngineFiles
 from chunkkv.errors import EngineMismatchError, RequestError
 from chunkkv.executors.interface import Executor, KVCache
-
-RUNNABLE = ("onnxruntime", "tensorrt", TENSORRT_LLM)
 
 
 def load_executor(
@@ -39,9 +37,9 @@ def load_executor(
 
 
 def _load(files: EngineFiles, threads: int | None, pool_tokens: int | None) -> object:
-    if files.backend == "onnxruntime":
+    if files.backend == ONNXRUNTIME:
         return _load_onnxruntime(files, threads)
-    if files.backend == "tensorrt":
+    if files.backend == TENSORRT:
         from chunkkv.executors.tensorrt.executor import TensorRTExecutor
 
         return TensorRTExecutor(files.path, files.versions, files.settings is not None)
@@ -50,7 +48,7 @@ def _load(files: EngineFiles, threads: int | None, pool_tokens: int | None) -> o
 
         return load_tensorrt_llm(files, pool_tokens)
     raise EngineMismatchError(
-        f"{files.path} was built for backend {files.backend!r}; this session runs {' and '.join(map(repr, RUNNABLE))}"
+        f"{files.path} was built for backend {files.backend!r}; this session runs {' and '.join(map(repr, BACKENDS))}"
     )
 
 

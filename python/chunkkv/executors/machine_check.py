@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 from types import SimpleNamespace
 
-from chunkkv.engine.directory import TENSORRT_LLM, EngineFiles, hash_file
+from chunkkv.engine.directory import ONNXRUNTIME, TENSORRT, TENSORRT_LLM, EngineFiles, hash_file
 from chunkkv.engine.preconditions import BUILD_PRECONDITIONS, broken, build_values, shown
 from chunkkv.engine.tensorrt_llm_side_file import SideFile, engine_file
 from chunkkv.errors import BackendUnavailableError
 from chunkkv.findings import Finding
 
-_PACKAGES = {"onnxruntime": ("onnxruntime",), "tensorrt": ("tensorrt",), TENSORRT_LLM: ("tensorrt", "tensorrt_llm")}
+_PACKAGES = {ONNXRUNTIME: ("onnxruntime",), TENSORRT: ("tensorrt",), TENSORRT_LLM: ("tensorrt", "tensorrt_llm")}
 _WHEELS = {"tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"), "tensorrt_llm": ("tensorrt-llm",)}
 
 
@@ -19,7 +19,7 @@ def check_engine(files: EngineFiles) -> list[Finding]:
     """Return what was checked: the files of the engine directory, its settings, packages, GPU, plugins and ranks."""
     findings = [Finding.ok("engine directory", f"{files.path}: every file is as it was built"), _settings(files)]
     findings += _versions(files)
-    if files.backend in ("tensorrt", TENSORRT_LLM):
+    if files.backend in (TENSORRT, TENSORRT_LLM):
         findings.append(_gpu())
         if files.settings is not None:
             findings += _plugins(files)
@@ -50,7 +50,7 @@ def _versions(files: EngineFiles) -> list[Finding]:
         advice = f"install {package} {built_with}" if built_with else f"install {package}"
         if installed is None:
             findings.append(Finding.breaks(check, "is not installed here", advice))
-        elif built_with not in (None, installed) and files.backend != "onnxruntime":
+        elif built_with not in (None, installed) and files.backend != ONNXRUNTIME:
             findings.append(
                 Finding.breaks(check, f"{installed} is installed, the engine was built with {built_with}", advice)
             )

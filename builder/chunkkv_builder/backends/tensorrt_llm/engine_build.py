@@ -76,7 +76,7 @@ class EngineBuild:
         self._ranks: dict[int, RankLayers] = {}
         self._shape: AttentionShape | None = None
         self._model: LlmModel | None = None
-        self._longest = 0
+        self._max_seq_len = 0  # of the last engine; TensorRT-LLM decides where none was asked for
         self.plugins: Plugins | None = None
 
     def check_model(self, model: LlmModel) -> None:
@@ -101,7 +101,17 @@ class EngineBuild:
                 raise ConfigError("boundaries is 'delimiter', which needs the tokenizer: give --tokenizer_dir")
 
     def engine(self, model: Any, build_config: Any, build: Callable[[Any, Any], Any]) -> Any:
-        """Return the Engine of one rank; `build` is tensorrt_llm.builder.build."""
+        """Return the engine of one rank.
+
+        Parameters
+        ----------
+        model : tensorrt_llm PretrainedModel
+            The model of the rank.
+        build_config : tensorrt_llm BuildConfig
+            Limits and plugin settings of the engine.
+        build : callable
+            tensorrt_llm.builder.build, or what stands for it.
+        """
         llm_model = LlmModel.from_values(model.config.to_dict(), "the model's configuration")
         self.check_model(llm_model)
         check(BUILD_PRECONDITIONS, build_values(build_config, build_config.plugin_config))
@@ -113,7 +123,7 @@ class EngineBuild:
         layers = rank_layers(self.settings, stage, mapping.rank, mapping.tp_rank, mapping.pp_rank)
         group = tuple(mapping.tp_group) if self._tp_agree else ()
         longest = longest_prompt(llm_model, build_config)
-        words = self._words(llm_model)
+        words = self._delimiter_words(llm_model)
         rank = RankBuild(self.settings, layers, self.plugins, llm_model.vocab_size, longest, words, group)
         with injected(rank) as wrapped:
             engine = build(model, build_config)
@@ -121,10 +131,10 @@ class EngineBuild:
         if self._shape not in (None, shape):
             raise BuildError(f"rank {mapping.rank} has {shape}, other ranks {self._shape}: they must be alike")
         self._shape, self._model = shape, llm_model
-        self._longest = engine.config.build_config.max_seq_len
-        if shape.max_positions is not None and self._longest > shape.max_positions:
+        self._max_seq_len = engine.config.build_config.max_seq_len
+        if shape.max_positions is not None and self._max_seq_len > shape.max_positions:
             raise ConfigError(
-                f"max_seq_len is {self._longest}, beyond the {shape.max_positions} positions of the rotary table: "
+                f"max_seq_len is {self._max_seq_len}, beyond the {shape.max_positions} positions of the rotary table: "
                 f"give --max_seq_len {shape.max_positions} or less"
             )
         self._ranks[mapping.rank] = layers
@@ -153,7 +163,7 @@ class EngineBuild:
     def _side_file(self) -> SideFile:
         model, shape, plugins = self._model, self._shape, self.plugins
         assert model is not None and shape is not None and plugins is not None
-        words = self._words(model)
+        words = self._delimiter_words(model)
         delimiters = None
         if words is not None:
             delimiters = {"source": TOKENIZER_FILE, "sha256": hashlib.sha256(words.tobytes()).hexdigest()}
@@ -166,7 +176,7 @@ class EngineBuild:
             head_size=shape.head_size,
             kv_dtype=shape.kv_dtype,
             mapping_rank=shape.mapping_rank,
-            max_positions=shape.max_positions or self._longest,
+            max_positions=shape.max_positions or self._max_seq_len,
             tp_size=model.tp_size,
             pp_size=model.pp_size,
             tp_agree=self._tp_agree,
@@ -176,7 +186,7 @@ class EngineBuild:
             versions={"chunkkv": chunkkv.__version__, **plugins.versions},
         )
 
-    def _words(self, model: LlmModel) -> np.ndarray | None:
+    def _delimiter_words(self, model: LlmModel) -> np.ndarray | None:
         if self.settings.boundaries != "delimiter":
             return None
         assert self._tokenizer is not None  # check_model saw to that
@@ -184,9 +194,21 @@ class EngineBuild:
 
 
 def rank_layers(settings: ChunkKVSettings, stage: Sequence[int], rank: int, tp_rank: int, pp_rank: int) -> RankLayers:
-    """Return the groups of a rank whose pipeline stage has the layers `stage` (global numbers, consecutive).
+    """Return the layer-reuse groups of a rank.
 
-    Raises ConfigError where a group reaches over the end of the stage: a choice cannot be handed to another process.
+    Parameters
+    ----------
+    settings : ChunkKVSettings
+        Settings, with the layer groups of the whole model.
+    stage : sequence of int
+        The layers of the rank's pipeline stage in the numbers of the whole model, consecutive.
+    rank, tp_rank, pp_rank : int
+        Number of the rank, and its place among tensor-parallel ranks and among pipeline stages.
+
+    Raises
+    ------
+    ConfigError
+        Where a group reaches over the end of the stage: a choice cannot be handed to another process.
     """
     first, last = stage[0], stage[-1]
     groups, leaders = [], []
