@@ -33,9 +33,11 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "Serve many requests": {"chunkkv.batching": ()},
     "The op on your arrays": {"chunkkv.native.library": ()},
     "The op in NumPy": {"chunkkv.reference": ()},
-    "The contract of an engine": {"chunkkv.executors.interface": ()},
+    "The contract of an engine": {"chunkkv.executors.interface": (), "chunkkv.executors.load": ()},
     "Build engines": {
-        "chunkkv_builder.build": ("build_engine", "read_and_plan", "load_backend"),
+        "chunkkv_builder.build": ("build_engine",),
+        "chunkkv_builder.backends.interface": (),
+        "chunkkv_builder.checkpoint.interface": (),
         "chunkkv_builder.backends.tensorrt_llm.api": ("build_chunkkv",),
     },
 }
