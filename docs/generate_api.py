@@ -31,14 +31,14 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "Settings": {"chunkkv.settings": ()},
     "Errors": {"chunkkv.errors": ()},
     "Serve many requests": {"chunkkv.batching": ()},
-    "The op on your arrays": {"chunkkv.native.library": ()},
+    "The op on your arrays": {"chunkkv.native": ()},
     "The op in NumPy": {"chunkkv.reference": ()},
     "The contract of an engine": {"chunkkv.executors.interface": (), "chunkkv.executors.load": ()},
     "Build engines": {
         "chunkkv_builder.build": ("build_engine",),
         "chunkkv_builder.backends.interface": (),
         "chunkkv_builder.checkpoint.interface": (),
-        "chunkkv_builder.backends.tensorrt_llm.api": ("build_chunkkv",),
+        "chunkkv_builder.backends.tensorrt_llm.engine_build": ("build_chunkkv",),
     },
 }
 HEAD = """# Python API

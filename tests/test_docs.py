@@ -21,7 +21,7 @@ from chunkkv_builder.build import main as chunkkv_build
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATE = ROOT / "benchmarks" / "results" / "page.md"
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.md"), TEMPLATE])
-NOT_WRAPPED = {ROOT / "docs" / name for name in ("api.md", "results.md", "kernels.md", "tensorrt-plugins.md")}
+NOT_WRAPPED = {ROOT / "docs" / name for name in ("api.md", "results.md")}
 GROUPS = {"triton": ("init", "patch", "serve"), "profile": ("", "report")}
 COMMANDS = ("generate", "inspect", "eval", "calibrate", "lm-eval", "profile", "triton", "doctor", "version")
 # Flags that the pages name and that belong to other programs.
