@@ -14,9 +14,12 @@ from support import onnx_op, op_properties
 from support.op_cases import CASES, LONG_CASE, OpCase, named, op_cases
 
 from chunkkv import reference
+from chunkkv.errors import ConfigError
 from chunkkv_builder.onnx_graph import functions
 
 PROPERTIES = op_properties.PROPERTIES
+BODIES = [onnx_op.select, onnx_op.select_without_sorting]
+both_bodies = pytest.mark.parametrize("select", BODIES, ids=["sorting", "threshold"])
 drawn = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
 
@@ -28,19 +31,24 @@ def report(excused: int, name: str) -> None:
 
 @pytest.mark.parametrize("check", PROPERTIES, ids=lambda check: check.__name__)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_properties_hold_on_the_case_table(check: op_properties.Check, case: OpCase) -> None:
-    report(check(onnx_op.select, case), case.name)
+@both_bodies
+def test_properties_hold_on_the_case_table(
+    select: op_properties.Select, check: op_properties.Check, case: OpCase
+) -> None:
+    report(check(select, case), case.name)
 
 
 @pytest.mark.parametrize("check", PROPERTIES, ids=lambda check: check.__name__)
+@both_bodies
 @drawn
 @given(case=op_cases())
-def test_properties_hold_on_drawn_cases(check: op_properties.Check, case: OpCase) -> None:
-    report(check(onnx_op.select, case), "drawn case")
+def test_properties_hold_on_drawn_cases(select: op_properties.Select, check: op_properties.Check, case: OpCase) -> None:
+    report(check(select, case), "drawn case")
 
 
-def test_products_of_length_and_ratio_are_64_bit() -> None:
-    op_properties.check_exact_budget(onnx_op.select, LONG_CASE)
+@both_bodies
+def test_products_of_length_and_ratio_are_64_bit(select: op_properties.Select) -> None:
+    op_properties.check_exact_budget(select, LONG_CASE)
 
 
 @pytest.mark.parametrize("name", ["plain", "ragged batch with padding", "budget per row"])
@@ -48,11 +56,12 @@ def test_compaction_copies_bits(name: str) -> None:
     op_properties.check_compaction(onnx_op.select, onnx_op.compact, named(name))
 
 
-def test_equal_scores_tie_exactly_whatever_the_chunk_sizes() -> None:
-    """Means of equal float32 scores are equal in float64, so the lowest chunks stay even where sizes differ."""
+@both_bodies
+def test_equal_scores_tie_exactly_whatever_the_chunk_sizes(select: op_properties.Select) -> None:
+    """Means of equal float32 scores are equal, so the lowest chunks stay even where sizes differ."""
     case = named("delimiter").with_settings(score="softmax", pooling=1)
     inputs = case.inputs()
-    indices, lengths, _ = onnx_op.select(
+    indices, lengths, _ = select(
         inputs.query, np.zeros_like(inputs.key), inputs.lengths, case.settings, **inputs.optional()
     )
     for row, kept in enumerate(op_properties.kept_sets(indices, lengths)):
@@ -77,9 +86,11 @@ def test_the_reference_evaluator_runs_the_same_bodies(name: str) -> None:
 
 @pytest.mark.parametrize("opset", [23, 24])
 @pytest.mark.parametrize("boundaries", ["fixed", "delimiter"])
-def test_bodies_pass_the_checker_in_both_opsets(opset: int, boundaries: str) -> None:
+@pytest.mark.parametrize("sorting", [True, False])
+def test_bodies_pass_the_checker_in_both_opsets(opset: int, boundaries: str, sorting: bool) -> None:
     case = named("delimiter").with_settings(boundaries=boundaries, pooling=3)
-    onnx.checker.check_model(onnx_op.select_model(case.settings, case.heads, case.kv_heads, opset), full_check=True)
+    model = onnx_op.select_model(case.settings, case.heads, case.kv_heads, opset, sorting)
+    onnx.checker.check_model(model, full_check=True)
     onnx.checker.check_model(onnx_op.compact_model(opset), full_check=True)
 
 
@@ -88,6 +99,24 @@ def test_bodies_use_standard_operators_only() -> None:
     for body in (functions.select_function(case.settings, 4, 2, 23), functions.compact_function(23)):
         assert {node.domain for node in body.node} == {""}
         assert [(opset.domain, opset.version) for opset in body.opset_import] == [("", 23)]
+
+
+def test_bodies_for_tensorrt_avoid_what_its_parser_refuses() -> None:
+    """No sum by ScatterElements, no TopK beyond 3,840 elements, no 64-bit floats."""
+    case = named("delimiter").with_settings(pooling=5)
+    body = functions.select_function(case.settings, 4, 2, 24, sorting=False)
+    assert "TopK" not in {node.op_type for node in body.node}
+    values = [(node, attribute) for node in body.node for attribute in node.attribute]
+    assert not [node.op_type for node, attribute in values if attribute.name == "reduction"]
+    doubles = [attribute for _, attribute in values if attribute.t.data_type == onnx.TensorProto.DOUBLE]
+    casts = [node for node, attribute in values if attribute.name == "to" and attribute.i == onnx.TensorProto.DOUBLE]
+    assert not doubles and not casts
+
+
+def test_the_entropy_gate_needs_sorting() -> None:
+    case = named("plain").with_settings(gate="entropy")
+    with pytest.raises(ConfigError, match="gate is 'entropy'"):
+        functions.select_function(case.settings, 4, 2, 24, sorting=False)
 
 
 def test_nodes_carry_what_a_plugin_needs() -> None:

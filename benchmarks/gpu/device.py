@@ -19,7 +19,7 @@ try:
 except ImportError:
     import ml_dtypes
 
-    torch = None
+    torch = None  # type: ignore[assignment]
 
 Call = Callable[[], object]
 MEASURED_SECONDS, ROUNDS = 0.05, 5
@@ -83,8 +83,7 @@ class Device:
                 call()
             return (time.perf_counter() - begin) * 1e6 / len(calls)
         graph = self.graph(calls)
-        repeats = 1
-        rounds: list[float] = []
+        repeats, rounds = 1, []
         while len(rounds) < ROUNDS:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()

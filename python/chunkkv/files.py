@@ -13,19 +13,13 @@ from pathlib import Path
 def write_whole(path: str | os.PathLike[str], content: bytes | str) -> None:
     """Write `content` to `path` so that a reader sees the old file or the complete new one, never a part.
 
-    Nothing is forced to disk: a power failure shortly after the call may lose the new file.
-
     Parameters
     ----------
-    path : str or path
-        The file. Its folder must exist; a file that is there already is replaced.
-    content : bytes or str
-        What it shall hold; text is written as UTF-8 with the line ends it has.
+    path : path of the file; its folder must exist. A file that is there already is replaced.
+    content : bytes, or text that is written as UTF-8 with the line ends it has.
 
-    Raises
-    ------
-    OSError
-        Where the file cannot be written. The old file is then unchanged, and the temporary one removed.
+    Raises OSError where the file cannot be written; the old file is then unchanged. Nothing is forced to disk: a
+    power failure shortly after the call may lose the new file.
     """
     target = Path(path)
     data = content.encode("utf-8") if isinstance(content, str) else content
@@ -45,13 +39,9 @@ def whole_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
 
     Parameters
     ----------
-    target : str or path
-        Must not exist yet, or be an empty folder. Missing parents are made, symbolic links are followed.
+    target : path that must not exist yet, or be an empty folder; missing parents are made. Symbolic links are followed.
 
-    Raises
-    ------
-    OSError
-        Where the folder cannot be made or renamed.
+    Raises OSError where the folder cannot be made or renamed.
     """
     target = Path(os.path.realpath(target))
     target.parent.mkdir(parents=True, exist_ok=True)

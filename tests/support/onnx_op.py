@@ -17,7 +17,9 @@ from chunkkv_builder.onnx_graph.emitter import GraphEmitter
 OPSET = 23
 
 
-def select_model(settings: ChunkKVSettings, heads: int, kv_heads: int, opset: int = OPSET) -> onnx.ModelProto:
+def select_model(
+    settings: ChunkKVSettings, heads: int, kv_heads: int, opset: int = OPSET, sorting: bool = True
+) -> onnx.ModelProto:
     """Return a graph of one ChunkKVSelect node; every dimension but the head counts is free."""
     e = GraphEmitter()
     shapes = {"query": ["B", heads, settings.window, "D"], "key": ["B", kv_heads, "S", "D"], "is_delimiter": ["B", "S"]}
@@ -27,11 +29,11 @@ def select_model(settings: ChunkKVSettings, heads: int, kv_heads: int, opset: in
         e.input(name, dtypes.get(name, "int32"), shapes.get(name, ["B"]))
     outputs = {"kept_indices": ("int32", ["B", "N"]), "kept_lengths": ("int32", ["B"])}
     outputs["token_scores"] = ("float32", ["B", "S"])
-    attributes = functions.select_attributes(settings)
+    attributes = functions.select_attributes(settings) if sorting else {}
     e.op(functions.SELECT, names, list(outputs), name="/select", domain=functions.DOMAIN, **attributes)
     for name, (dtype, shape) in outputs.items():
         e.output(name, dtype, shape)
-    body = functions.select_function(settings, heads, kv_heads, opset)
+    body = functions.select_function(settings, heads, kv_heads, opset, sorting=sorting)
     return e.model("select", opset=opset, functions=[body], domains=[(functions.DOMAIN, 1)])
 
 
@@ -55,8 +57,8 @@ def session_of(model: onnx.ModelProto) -> ort.InferenceSession:
 
 
 @functools.lru_cache(maxsize=64)
-def _select_session(settings: ChunkKVSettings, heads: int, kv_heads: int) -> ort.InferenceSession:
-    return session_of(select_model(settings, heads, kv_heads))
+def _select_session(settings: ChunkKVSettings, heads: int, kv_heads: int, sorting: bool) -> ort.InferenceSession:
+    return session_of(select_model(settings, heads, kv_heads, sorting=sorting))
 
 
 @functools.lru_cache(maxsize=1)
@@ -94,9 +96,22 @@ def select(
     query: NDArray[Any], key: NDArray[Any], lengths: NDArray[Any], settings: ChunkKVSettings, **optional: Any
 ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]:
     """ChunkKVSelect in ONNX Runtime, with the signature of chunkkv.reference.select_batch."""
-    session = _select_session(settings, query.shape[1], key.shape[1])
+    session = _select_session(settings, query.shape[1], key.shape[1], True)
     indices, kept, scores = session.run(None, feeds(query, key, lengths, settings, **optional))
     return indices, kept, scores
+
+
+def select_without_sorting(
+    query: NDArray[Any], key: NDArray[Any], lengths: NDArray[Any], settings: ChunkKVSettings, **optional: Any
+) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]:
+    """The bodies for TensorRT in ONNX Runtime, with the signature of chunkkv.reference.select_batch.
+
+    They give indices [B,S]; those behind the longest row's N must be padding and are cut off.
+    """
+    session = _select_session(settings, query.shape[1], key.shape[1], False)
+    indices, kept, scores = session.run(None, feeds(query, key, lengths, settings, **optional))
+    assert indices.shape == scores.shape and (indices[:, kept.max() :] == -1).all()
+    return indices[:, : kept.max()], kept, scores
 
 
 def compact(x: NDArray[Any], kept_indices: NDArray[np.int32]) -> NDArray[Any]:

@@ -19,14 +19,26 @@ class ChunkKVNodes:
     """Emits select and compact nodes into a graph; raises ConfigError for a plan without ChunkKV.
 
     Declares the graph inputs lengths, keep_per_10k, budget_tokens [B] int32 and capacity [1] int64: the slots of the
-    output caches, at least the largest N. `ids` names the token ids [B,S], read for delimiter boundaries only. `dtype`
-    is that of queries and caches.
+    output caches, at least the largest N.
+
+    Parameters
+    ----------
+    ids : str, default "input_ids"
+        Name of the token ids [B,S], read for delimiter boundaries only.
+    dtype : str, default "float32"
+        Type of queries and caches.
+    sorting : bool, default True
+        Which function bodies the graph brings along: see functions.select_function. Without sorting the nodes do not
+        name the plugins, so that TensorRT takes the bodies.
     """
 
-    def __init__(self, e: GraphEmitter, plan: GraphPlan, ids: str = "input_ids", dtype: str = "float32") -> None:
+    def __init__(
+        self, e: GraphEmitter, plan: GraphPlan, ids: str = "input_ids", dtype: str = "float32", sorting: bool = True
+    ) -> None:
         if plan.settings is None:
             raise ConfigError("this plan has no ChunkKV settings, so there is nothing to compress")
         self._e, self._plan, self.settings, self._dtype = e, plan, plan.settings, dtype
+        self._sorting = sorting
         self._shared = [e.input(name, "int32", ["batch"]) for name in ("lengths", "keep_per_10k", "budget_tokens")]
         e.input("capacity", "int64", [1])
         if self.settings.boundaries == "delimiter":
@@ -48,7 +60,7 @@ class ChunkKVNodes:
             [indices, f"kept_lengths.{leader}", scores],
             name=f"/layers.{leader}/chunkkv/select",
             domain=functions.DOMAIN,
-            **functions.select_attributes(self.settings),
+            **(functions.select_attributes(self.settings) if self._sorting else {}),
         )
         e.output(indices, "int32", ["batch", "kept"])
         e.output(scores, "float32", ["batch", "tokens"])
@@ -67,7 +79,7 @@ class ChunkKVNodes:
                 [output],
                 name=f"/layers.{layer.index}/chunkkv/compact_{kind}",
                 domain=functions.DOMAIN,
-                **functions.plugin_attributes(),
+                **(functions.plugin_attributes() if self._sorting else {}),
             )
             self._e.output(output, self._dtype, ["batch", model.num_kv_heads, "capacity_slots", model.head_dim])
 
@@ -79,7 +91,8 @@ class ChunkKVNodes:
     def functions(self, opset: int) -> list[onnx.FunctionProto]:
         """Return the bodies that engines without a ChunkKV operator run."""
         model = self._plan.model
-        select = functions.select_function(self.settings, model.num_heads, model.num_kv_heads, opset)
+        heads = model.num_heads, model.num_kv_heads
+        select = functions.select_function(self.settings, *heads, opset, sorting=self._sorting)
         return [select, functions.compact_function(opset)]
 
     def metadata(self, graph: str) -> dict[str, str]:

@@ -7,14 +7,17 @@ The settings are constants of the body and are repeated as attributes on the nod
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import helper
 
+from chunkkv.errors import ConfigError
 from chunkkv.reference import GATED_BELOW
 from chunkkv.settings import KEEP_SCALE, ChunkKVSettings
+from chunkkv_builder.onnx_graph import threshold
 from chunkkv_builder.onnx_graph.emitter import NodeEmitter
 from chunkkv_builder.onnx_graph.gate import ChunkSums, gated_tokens
 
@@ -32,7 +35,7 @@ def plugin_attributes() -> dict[str, Any]:
 
 
 def select_attributes(settings: ChunkKVSettings) -> dict[str, Any]:
-    """Return the attributes of a ChunkKVSelect node: the settings a plugin needs, and the plugin's own name."""
+    """Return the attributes of a ChunkKVSelect node that a plugin takes: its settings, and the plugin's own name."""
     return {
         "window": settings.window,
         "chunk_size": settings.chunk_size,
@@ -56,23 +59,41 @@ def select_inputs(settings: ChunkKVSettings) -> list[str]:
     return names + (["is_delimiter"] if settings.boundaries == "delimiter" else [])
 
 
-def select_function(settings: ChunkKVSettings, heads: int, kv_heads: int, opset: int) -> onnx.FunctionProto:
+def select_function(
+    settings: ChunkKVSettings, heads: int, kv_heads: int, opset: int, *, sorting: bool = True
+) -> onnx.FunctionProto:
     """Return ChunkKVSelect for `settings` and Hq, Hkv heads.
 
     Outputs kept_indices [B,max N] int32 (-1 pads), kept_lengths [B] int32, token_scores [B,S] float32.
+
+    Parameters
+    ----------
+    sorting : bool, default True
+        True ranks tokens with TopK and sums chunks with ScatterElements in float64, which is fastest on ONNX Runtime.
+        False searches a threshold instead (threshold.py): only operators that TensorRT takes, and kept_indices is
+        [B,S]. Both keep the same tokens. Without sorting there is no entropy gate.
     """
+    if not sorting and settings.gate != "none":
+        raise ConfigError(f"gate is {settings.gate!r}; the functions for TensorRT have none: give gate none")
     e = NodeEmitter()
     length = e.op("Unsqueeze", [e.op("Cast", ["lengths"], to=onnx.TensorProto.INT64), e.ints(1)])
     position = _positions(e, e.op("Squeeze", [e.dim("key", 2)]))
     ranked_end = e.op("Sub", [length, e.const(settings.window, "int64")])
     before_window = e.op("Less", [position, ranked_end])
-    attended = _attention_weights(e, settings, (heads, kv_heads), length, position)
+    mask = _masked if sorting else threshold.masked
+    attended = _attention_weights(
+        e, settings, (heads, kv_heads), lambda logits: mask(e, settings, logits, length, position)
+    )
     scores = _token_scores(e, settings, attended, before_window)
     e.op("Identity", [scores], ["token_scores"])
     kept = _kept_tokens(e, settings, length)
     e.op("Cast", [e.op("Squeeze", [kept, e.ints(1)])], ["kept_lengths"], to=onnx.TensorProto.INT32)
-    rank_value = _rank_values(e, settings, scores, length, position, before_window, kept)
-    _ascending_top(e, rank_value, kept)
+    if sorting:
+        rank_value = _rank_values(e, settings, scores, length, position, before_window, kept)
+        _ascending_top(e, rank_value, kept)
+    else:
+        start = _chunk_starts(e, settings, position, threshold.segment_starts)
+        threshold.write_kept_indices(e, settings, threshold.Row(length, position, before_window, kept), scores, start)
     return helper.make_function(
         DOMAIN,
         SELECT,
@@ -95,17 +116,17 @@ def _kept_tokens(e: NodeEmitter, settings: ChunkKVSettings, length: str) -> str:
     ratio = e.op("Unsqueeze", [e.op("Cast", ["keep_per_10k"], to=onnx.TensorProto.INT64), column])
     budget = e.op("Unsqueeze", [e.op("Cast", ["budget_tokens"], to=onnx.TensorProto.INT64), column])
     by_ratio = e.op("Div", [e.op("Mul", [length, ratio]), e.const(KEEP_SCALE, "int64")])
-    requested = e.op("Where", [e.op("Greater", [budget, e.const(0, "int64")]), budget, by_ratio])
-    return e.op("Min", [length, e.op("Max", [requested, e.const(settings.min_tokens, "int64")])])
+    wanted = e.op("Where", [e.op("Greater", [budget, e.const(0, "int64")]), budget, by_ratio])
+    return e.op("Min", [length, e.op("Max", [wanted, e.const(settings.min_tokens, "int64")])])
 
 
 def _attention_weights(
-    e: NodeEmitter, settings: ChunkKVSettings, counts: tuple[int, int], length: str, position: str
+    e: NodeEmitter, settings: ChunkKVSettings, counts: tuple[int, int], masked: Callable[[str], str]
 ) -> str:
     """The mean (softmax) or sum (logits) over heads and window of what the window's queries give each token, [B,S].
 
     Shapes are constants but for B and S, so that an engine sees that logits can be masked in place. A column of the
-    product depends on its own key alone: the padding needs no care before it is masked.
+    product depends on its own key alone: the padding needs no care before it is masked. `masked` emits the mask.
     """
     heads, kv_heads = counts
     grouped = e.ints(0, kv_heads, heads // kv_heads * settings.window, 0)
@@ -117,7 +138,7 @@ def _attention_weights(
     root = e.op("Sqrt", [e.op("Cast", [e.op("Squeeze", [e.dim("key", 3)])], to=onnx.TensorProto.FLOAT)])
     logits = e.op("MatMul", [e.op("Reshape", [e.op("Div", [query, root]), grouped]), transposed])
     logits = e.op("Reshape", [logits, e.ints(0, heads, settings.window, 0)])
-    weights = e.op("Softmax", [_masked(e, settings, logits, length, position)], axis=-1)
+    weights = e.op("Softmax", [masked(logits)], axis=-1)
     return _mean_of_rows(e, weights, heads * settings.window)
 
 
@@ -179,7 +200,7 @@ def _rank_values(
     kept: str,
 ) -> str:
     """Return per token [B,S] its chunk's mean score, +inf for tokens that always stay, -inf for padding and NaN."""
-    start = _chunk_starts(e, settings, position)
+    start = _chunk_starts(e, settings, position, _segment_starts)
     after_sinks = e.op("GreaterOrEqual", [position, e.const(settings.sinks, "int64")])
     ranked = e.op("And", [after_sinks, before_window])
     start = e.op("Where", [ranked, start, e.const(0, "int64")])  # outside the ranking nothing is read back
@@ -196,31 +217,40 @@ def _rank_values(
     return e.op("Where", [e.op("Less", [position, length]), value, lowest])
 
 
-def _chunk_starts(e: NodeEmitter, settings: ChunkKVSettings, position: str) -> str:
-    """Return for every token the position where its chunk starts, [1,S] or [B,S] int64 (section 3)."""
+def _chunk_starts(
+    e: NodeEmitter, settings: ChunkKVSettings, position: str, segment_starts: Callable[[NodeEmitter, str, str], str]
+) -> str:
+    """Return for every token the position where its chunk starts, [1,S] or [B,S] int64 (section 3).
+
+    `segment_starts(e, starts, position)` emits, for marks [B,S] bool of where segments start, each token's own.
+    """
     size = e.const(settings.chunk_size, "int64")
     sinks = e.const(settings.sinks, "int64")
     if settings.boundaries == "fixed":
         segment = sinks
     else:
-        segment = _segment_starts(e, position, sinks)
+        segment = segment_starts(e, _segment_marks(e, position, sinks), position)
     offset = e.op("Sub", [position, segment])
     inside = e.op("Sub", [offset, e.op("Mod", [offset, size])])
     return e.op("Add", [segment, inside])
 
 
-def _segment_starts(e: NodeEmitter, position: str, sinks: str) -> str:
-    """Return for every token where the run since the last delimiter (or since the sinks) starts, [B,S] int64."""
+def _segment_marks(e: NodeEmitter, position: str, sinks: str) -> str:
+    """Return where the ranked tokens start and which tokens follow a delimiter, [B,S] bool; the first token counts."""
     first = e.op("LessOrEqual", [position, sinks])
     flags = e.op("Cast", ["is_delimiter"], to=onnx.TensorProto.INT64)
     shifted = e.op("Slice", [e.op("Pad", [flags, e.ints(0, 1, 0, 0)]), e.ints(0), e.ints(-1), e.ints(1)])
-    after_delimiter = e.op("Cast", [shifted], to=onnx.TensorProto.BOOL)
-    starts = e.op("Or", [after_delimiter, first])
-    number = e.op("CumSum", [e.op("Cast", [starts], to=onnx.TensorProto.INT64), e.const(1, "int64")])
+    return e.op("Or", [e.op("Cast", [shifted], to=onnx.TensorProto.BOOL), first])
+
+
+def _segment_starts(e: NodeEmitter, starts: str, position: str) -> str:
+    """Return for every token the position where its segment starts, [B,S] int64, from marks [B,S] bool."""
+    marks = e.op("Cast", [starts], to=onnx.TensorProto.INT64)
+    number = e.op("CumSum", [marks, e.const(1, "int64")])
     number = e.op("Sub", [number, e.const(1, "int64")])  # the first token starts segment 0
-    here = e.op("Mul", [position, e.op("Cast", [starts], to=onnx.TensorProto.INT64)])
+    here = e.op("Mul", [position, marks])
     zeros = helper.make_tensor("zero", onnx.TensorProto.INT64, [1], [0])
-    blank = e.op("ConstantOfShape", [e.op("Shape", [flags])], value=zeros)
+    blank = e.op("ConstantOfShape", [e.op("Shape", [marks])], value=zeros)
     table = e.op("ScatterElements", [blank, number, here], axis=1, reduction="add")
     return e.op("GatherElements", [table, number], axis=1)
 

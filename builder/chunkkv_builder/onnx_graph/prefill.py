@@ -32,8 +32,10 @@ class PrefillGraph(StepGraph):
         weights: Mapping[str, WeightLocation],
         dtype: str = "float32",
         emitter: GraphEmitter | None = None,
+        sorting: bool = True,
     ) -> None:
         super().__init__(plan, weights, attention="standard", dtype=dtype, emitter=emitter)
+        self._sorting = sorting
 
     def build(self) -> onnx.ModelProto:
         """Return the model.
@@ -71,7 +73,7 @@ class PrefillGraph(StepGraph):
     def _cache_nodes(self) -> ChunkKVNodes | KeepAllNodes:
         if self.plan.settings is None:
             return KeepAllNodes(self.e, self.plan, self.dtype)
-        return ChunkKVNodes(self.e, self.plan, dtype=self.dtype)
+        return ChunkKVNodes(self.e, self.plan, dtype=self.dtype, sorting=self._sorting)
 
     def _attend(self, layer: LayerPlan, qkv: tuple[str, str, str]) -> str:
         """Causal attention over the block alone; a group is compacted once its leader and its members have run."""
