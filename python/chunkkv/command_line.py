@@ -45,6 +45,7 @@ class TextAction(argparse.Action):
         values: str | Sequence[Any] | None,
         option_string: str | None = None,
     ) -> None:
+        """Store the word; argparse calls this wherever the flag stands."""
         # Before Python 3.13 argparse drops a value that is two hyphens and hands over an empty list.
         self.store(namespace, values if isinstance(values, str) else "--")
 

@@ -231,29 +231,6 @@ def sizes(root: Path) -> list[str]:
     return wrong
 
 
-def missing_docstrings(house: House) -> list[str]:
-    """Return modules, and public functions, classes and methods in them, that do not say what they are."""
-    wrong = []
-    for module in house.modules.values():
-        if not ast.get_docstring(module.tree):
-            wrong.append(module.name)
-        for name, node in _public(module.tree, module.name):
-            if not ast.get_docstring(node):
-                wrong.append(name)
-    return wrong
-
-
-def _public(tree: ast.Module | ast.ClassDef, above: str) -> Iterator[tuple[str, ast.FunctionDef | ast.ClassDef]]:
-    for node in tree.body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
-            overload = any("overload" in ast.unparse(each) for each in node.decorator_list)
-            setter = any(ast.unparse(each).endswith(".setter") for each in node.decorator_list)
-            if not overload and not setter:
-                yield f"{above}.{node.name}", node
-            if isinstance(node, ast.ClassDef):
-                yield from _public(node, f"{above}.{node.name}")
-
-
 def repeated_class_names(house: House) -> list[str]:
     """Return public class names that stand in more than one module of the two packages."""
     places: dict[str, list[str]] = defaultdict(list)

@@ -30,8 +30,11 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 
 class Row(NamedTuple):
-    """Names of what is known of every row: its length [B,1] and positions [1,S] int64, whether a token stands before
-    the observation window [B,S] bool, and N [B,1] int64."""
+    """Names of what is known of every row.
+
+    Its length [B,1] and positions [1,S] int64, whether a token stands before the observation window [B,S] bool, and
+    N [B,1] int64.
+    """
 
     length: str
     position: str

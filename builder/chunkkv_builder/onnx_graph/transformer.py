@@ -243,7 +243,7 @@ class StepGraph:
         return self.e.op("RMSNormalization", [value, weight], name="/" + name, axis=-1, epsilon=self.model.rms_norm_eps)
 
     def _linear(self, name: str, value: str, node: str | None = None) -> str:
-        """value [rows,in] times the weight [out,in] stored as in the checkpoint, plus its bias where there is one."""
+        """Return value [rows,in] times the weight [out,in] as the checkpoint stores it, plus its bias, if any."""
         e = self.e
         bias = [e.weight(self.weights[f"{name}.bias"])] if f"{name}.bias" in self.weights else []
         packed = self.weights.get(f"{name}.weight{PACKED_SUFFIX}")
