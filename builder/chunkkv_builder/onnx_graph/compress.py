@@ -23,6 +23,10 @@ class ChunkKVNodes:
 
     Parameters
     ----------
+    e : GraphEmitter
+        The graph that gets the nodes.
+    plan : GraphPlan
+        Model, settings and layers.
     ids : str, default "input_ids"
         Name of the token ids [B,S], read for delimiter boundaries only.
     dtype : str, default "float32"
@@ -103,7 +107,8 @@ class ChunkKVNodes:
 class KeepAllNodes:
     """Stands in for ChunkKVNodes in a plan without ChunkKV: every layer's cache is padded to the capacity.
 
-    Declares the graph inputs lengths [B] int32 and capacity [1] int64, at least the padded length S.
+    Declares the graph inputs lengths [B] int32 and capacity [1] int64, at least the padded length S. The parameters
+    are those of ChunkKVNodes.
     """
 
     def __init__(self, e: GraphEmitter, plan: GraphPlan, dtype: str = "float32") -> None:

@@ -23,7 +23,7 @@ _INT64 = onnx.TensorProto.INT64
 class PrefillGraph(StepGraph):
     """Emits the prefill graph of `plan`: the step graph's layers without a past, each group compacted as it ends.
 
-    A plan without ChunkKV gives the same graph with every token kept.
+    A plan without ChunkKV gives the same graph with every token kept. The parameters are those of StepGraph.
     """
 
     def __init__(
