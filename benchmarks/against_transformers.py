@@ -59,8 +59,8 @@ def build_engine(checkpoint: Path, engine: Path, longest: int) -> None:
         "max_seq_len": longest + 256,
         "max_input_len": longest,
     }
-    given = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
-    run([sys.executable, "-m", "chunkkv_builder.build", "--chunkkv", *given])
+    arguments = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+    run([sys.executable, "-m", "chunkkv_builder.build", "--chunkkv", *arguments])
 
 
 def measure(side: str, case: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -142,12 +142,12 @@ def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return table
 
 
-def show(rows: list[dict[str, Any]], found: list[dict[str, Any]], console: Console) -> None:
+def show(rows: list[dict[str, Any]], speedups: list[dict[str, Any]], console: Console) -> None:
     """Print the table people read."""
     table = Table(title="CPU, one thread: ours / transformers + kvpress (median ms)")
     for column in ("model", "tokens", "keep", "prefill", "compress", "per token", "peak MB", "per token vs full HF"):
         table.add_column(column, justify="left" if column == "model" else "right")
-    for row, ratio in zip(rows, found, strict=True):
+    for row, ratio in zip(rows, speedups, strict=True):
         ours, peer = row["ours"], row["transformers_kvpress"]
         cells = [
             f"{ours[k]['median']:.1f} / {peer[k]['median']:.1f}" for k in ("prefill_ms", "compress_ms", "decode_ms")
@@ -204,9 +204,9 @@ def main() -> None:
         write_random_checkpoint(folder / "medium")
         rows = run_model("medium", folder / "medium", lengths, arguments.repeats, folder, console)
         rows += run_model("needle", NEEDLE, [min(lengths)], arguments.repeats, folder, console)
-    found = ratios(rows)
-    show(rows, found, console)
-    result = json.dumps({**conditions(arguments.repeats), "rows": rows, "ratios": found})
+    speedups = ratios(rows)
+    show(rows, speedups, console)
+    result = json.dumps({**conditions(arguments.repeats), "rows": rows, "ratios": speedups})
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         write_whole(arguments.output, json.dumps(json.loads(result), indent=1) + "\n")

@@ -206,8 +206,8 @@ def sanitizers(run: Run) -> None:
             reason = "a dry run has no device code" if run.dry_run else "compute-sanitizer was not found"
             run.record(step, {"skipped": reason})
             continue
-        if reason := missing_modules():
-            run.record(step, {"skipped": reason})
+        if missing := missing_modules():
+            run.record(step, {"skipped": missing})
             continue
         command = [tool, "--tool", name, "--error-exitcode", "9", sys.executable, "-m", "native.probe", *PROBES]
         # Every buffer an allocation of its own: in torch's pool the tool would take a whole segment for one.
@@ -216,7 +216,8 @@ def sanitizers(run: Run) -> None:
 
 def summarize(run: Run) -> None:
     """Say beside the aims what was measured."""
-    steps, summary = run.result["steps"], {}
+    steps = run.result["steps"]
+    summary: dict[str, Any] = {}
     lines = steps.get("ops", {}).get("lines", [])
     prefill = steps.get("peers", {}).get("prefill_microseconds", {})
     long_enough = [line for line in lines if line["op"] == "score" and line["length"] >= 32768]

@@ -66,23 +66,24 @@ def main() -> None:
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default {default})")
     parser.add_argument("--keep_ratios", default="0.5,0.2,0.1", help="shares of the prompt kept (default %(default)s)")
-    given = parser.parse_args()
-    sizes = (given.pool_tokens, given.tokens_per_block, given.prompt)
+    arguments = parser.parse_args()
+    sizes = (arguments.pool_tokens, arguments.tokens_per_block, arguments.prompt)
     print(
-        f"{given.pool_tokens} tokens in blocks of {given.tokens_per_block}; prompts of {given.prompt}, {given.new} new"
+        f"{arguments.pool_tokens} tokens in blocks of {arguments.tokens_per_block}; "
+        f"prompts of {arguments.prompt}, {arguments.new} new"
     )
     print(f"{'keep':>5}  {'prefill':<16}{'sequences':>10}{'blocks after prefill':>22}{'at the end':>12}")
-    found = []
-    for ratio in map(float, given.keep_ratios.split(",")):
-        kept = ChunkKVSettings(keep_per_10k=round(ratio * 10000)).kept_tokens(given.prompt)
+    counts = []
+    for ratio in map(float, arguments.keep_ratios.split(",")):
+        kept = ChunkKVSettings(keep_per_10k=round(ratio * 10000)).kept_tokens(arguments.prompt)
         for way in WAYS:
-            count = count_sequences(way, *sizes, kept, given.new)
-            found.append({"keep_ratio": ratio, **asdict(count)})
+            count = count_sequences(way, *sizes, kept, arguments.new)
+            counts.append({"keep_ratio": ratio, **asdict(count)})
             print(
                 f"{ratio:>5.2f}  {way:<16}{count.sequences:>10}{count.blocks_after_prefill:>22}"
                 f"{count.blocks_at_end:>12}"
             )
-    print(json.dumps({**vars(given), "counts": found}))
+    print(json.dumps({**vars(arguments), "counts": counts}))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ import platform
 import subprocess
 import tempfile
 import timeit
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from chunkkv import profiling
 
@@ -40,9 +42,9 @@ def nothing() -> None:
     """What calling a function costs by itself."""
 
 
-def cost(function, number: int) -> float:
+def cost(function: Callable[[], None], number: int) -> float:
     """Return nanoseconds per call, the best of five, less those of an empty call."""
-    spent, empty = (min(timeit.repeat(one, number=number, repeat=5)) for one in (function, nothing))
+    spent, empty = (min(timeit.repeat(call, number=number, repeat=5)) for call in (function, nothing))
     return (spent - empty) / number * 1e9
 
 
@@ -61,14 +63,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--nvtx_include", type=Path, metavar="DIR", help="such as /usr/local/cuda/include")
     arguments = parser.parse_args()
-    found = {"cpu": platform.processor() or platform.machine(), "python": platform.python_version()}
-    found["without_tool_ns"] = round(cost(one_range, 200_000))
+    result: dict[str, Any] = {"cpu": platform.processor() or platform.machine(), "python": platform.python_version()}
+    result["without_tool_ns"] = round(cost(one_range, 200_000))
     with profiling.recording() as recorder:
-        found["recorder_ns"] = round(cost(one_range, 20_000))
+        result["recorder_ns"] = round(cost(one_range, 20_000))
         assert recorder.ranges
     if arguments.nvtx_include is not None:
-        found["native_without_tool_ns"] = native_cost(arguments.nvtx_include)
-    print(json.dumps(found))
+        result["native_without_tool_ns"] = native_cost(arguments.nvtx_include)
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

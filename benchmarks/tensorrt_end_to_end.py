@@ -20,7 +20,7 @@ import tempfile
 import time
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from rich.console import Console
@@ -34,6 +34,9 @@ from chunkkv import ChunkKVSession, SamplingParams  # noqa: E402
 from chunkkv.gpu.cuda_runtime import CudaRuntime  # noqa: E402
 from chunkkv.gpu.tensorrt_library import import_tensorrt, missing  # noqa: E402
 from chunkkv_builder import build as build_engine  # noqa: E402
+
+if TYPE_CHECKING:
+    from chunkkv.executors.tensorrt.executor import TensorRTExecutor
 
 NEEDLE = ROOT / "examples" / "needle"
 KEEP_RATIOS = (1.0, 0.5, 0.2, 0.1)
@@ -71,14 +74,14 @@ def run_needle(work: Path, dtypes: list[str], cache: Path) -> dict[str, Any]:
     choice = {"chunkkv_layer_reuse": 2, "chunkkv_boundaries": "delimiter", "chunkkv_chunk_size": 20}
     build(NEEDLE / "model", work / "onnxruntime", **choice)
     expected = answers(work / "onnxruntime")
-    found: dict[str, Any] = {"answers": len(expected)}
+    result: dict[str, Any] = {"answers": len(expected)}
     for dtype in dtypes:
         engine = work / f"tensorrt-{dtype}"
         seconds = build(NEEDLE / "model", engine, backend="tensorrt", dtype=dtype, timing_cache=cache, **choice)
-        given = answers(engine)
-        different = sorted(name for name in expected if given[name] != expected[name])
-        found[dtype] = {"build_s": seconds, "different": different}
-    return found
+        got = answers(engine)
+        different = sorted(name for name in expected if got[name] != expected[name])
+        result[dtype] = {"build_s": seconds, "different": different}
+    return result
 
 
 def measure(session: ChunkKVSession, length: int, ratio: float) -> dict[str, Any]:
@@ -106,7 +109,7 @@ def run_random(work: Path, dtype: str, cache: Path, config: dict[str, Any], leng
     session = ChunkKVSession.from_dir(work / "engine")
     loaded = before - cuda.free_memory()[0]
     rows = [measure(session, length, ratio) for length in lengths for ratio in KEEP_RATIOS]
-    size = sum(nbytes for _, nbytes in session.executor.contract.weights.values())
+    size = sum(nbytes for _, nbytes in cast("TensorRTExecutor", session.executor).contract.weights.values())
     return {"build_s": seconds, "weights_bytes": size, "gpu_bytes_after_load": loaded, "rows": rows}
 
 

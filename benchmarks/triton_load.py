@@ -52,21 +52,22 @@ class Server:
 
     def __init__(self, folder: Path, checkpoint: Path, slots: int, *init_flags: str) -> None:
         engine, repository = folder / "engine", folder / "repository"
-        build = [sys.executable, "-m", "chunkkv_builder.build", "--checkpoint_dir", checkpoint]
-        build += ["--output_dir", engine, "--max_seq_len", "4096"]
+        build = [sys.executable, "-m", "chunkkv_builder.build", "--checkpoint_dir", str(checkpoint)]
+        build += ["--output_dir", str(engine), "--max_seq_len", "4096"]
         choice = ["--chunkkv", "--chunkkv_layer_reuse", "2", "--chunkkv_boundaries", "delimiter"]
         subprocess.run(
             [*build, *choice, "--chunkkv_chunk_size", "20", "--max_batch_size", str(slots), "--log_level", "warning"],
             check=True,
         )
-        init = [*CHUNKKV, "triton", "init", "--engine_dir", engine, "--model_repository", repository, *init_flags]
+        init = [*CHUNKKV, "triton", "init", "--engine_dir", str(engine)]
+        init += ["--model_repository", str(repository), *init_flags]
         flags = ["--slots", str(slots), "--threads", "1", "--log_level", "warning"]
         subprocess.run([*init, *flags], check=True, stdout=subprocess.DEVNULL)
         self.http, self.grpc, metrics = _free_ports(3)
         self._log = folder / "log"
         ports = ["--http_port", str(self.http), "--grpc_port", str(self.grpc), "--metrics_port", str(metrics)]
         with self._log.open("wb") as output:
-            command = [*CHUNKKV, "triton", "serve", "--model_repository", repository, *ports]
+            command = [*CHUNKKV, "triton", "serve", "--model_repository", str(repository), *ports]
             self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         self.wait_ready(1)
 
@@ -87,7 +88,9 @@ class Server:
         """Return the server's and the model's process."""
         server = self.events("server_started")[-1]["pid"]
         command = Path(f"/proc/{server}/cmdline").read_text()
-        (model,) = model_processes(re.search(r"shm-region-prefix-name=(\w+)", command)[1])
+        prefix = re.search(r"shm-region-prefix-name=(\w+)", command)
+        assert prefix is not None, command
+        (model,) = model_processes(prefix[1])
         return server, model
 
     def stop(self) -> None:
@@ -103,10 +106,10 @@ class Server:
 
 
 def _free_ports(count: int) -> list[int]:
-    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in held]
-    for one in held:
-        one.close()
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [listening.getsockname()[1] for listening in sockets]
+    for listening in sockets:
+        listening.close()
     return ports
 
 
@@ -116,7 +119,7 @@ class PerfAnalyzer:
     def __init__(self, folder: Path) -> None:
         binary = Path(sys.executable).parent / "perf_analyzer"
         spec = find_spec("pytriton")
-        if not binary.is_file() or spec is None:
+        if not binary.is_file() or spec is None or spec.submodule_search_locations is None:
             raise SystemExit("perf_analyzer is missing: run make test-triton once, then use its environment")
         libraries = Path(next(iter(spec.submodule_search_locations))).parent / "nvidia_pytriton.libs"
         for name in ("libb64.so.0d", "libcudart.so.12"):
@@ -140,10 +143,20 @@ class PerfAnalyzer:
         folder = Path(tempfile.mkdtemp(dir=self._folder))  # the tool refuses a file that exists
         data, export = folder / "requests.json", folder / "export.json"
         prompt = PROMPT.read_text(encoding="utf-8").rstrip("\n")
-        one = {"text_input": [prompt], "max_tokens": [new_tokens], "stream": [True], "ignore_eos": [True]}
-        data.write_text(json.dumps({"data": [one]}), encoding="utf-8")
-        command = [self._binary, "-m", "chunkkv", "-i", "grpc", "-u", f"127.0.0.1:{port}", "--streaming", "--async"]
-        command += ["--input-data", data, "--profile-export-file", export]
+        request = {"text_input": [prompt], "max_tokens": [new_tokens], "stream": [True], "ignore_eos": [True]}
+        data.write_text(json.dumps({"data": [request]}), encoding="utf-8")
+        command = [
+            str(self._binary),
+            "-m",
+            "chunkkv",
+            "-i",
+            "grpc",
+            "-u",
+            f"127.0.0.1:{port}",
+            "--streaming",
+            "--async",
+        ]
+        command += ["--input-data", str(data), "--profile-export-file", str(export)]
         command += ["--concurrency-range", str(clients), "--request-count", str(requests)]
         done = subprocess.run(command, env=self._environment, capture_output=True, text=True, check=False)
         if done.returncode or not export.is_file():
@@ -153,20 +166,21 @@ class PerfAnalyzer:
 
 def _figures(requests: list[dict[str, Any]], clients: int, new_tokens: int) -> dict[str, Any]:
     """Return what the timestamps (nanoseconds) say; every request has made `new_tokens` tokens."""
-    short = [found for found in requests if len(found["response_timestamps"]) < 2]
+    short = [request for request in requests if len(request["response_timestamps"]) < 2]
     if short:
         raise SystemExit(f"{len(short)} of {len(requests)} requests got no stream")
-    first = np.array([found["response_timestamps"][0] - found["timestamp"] for found in requests]) / 1e6
-    whole = np.array([found["response_timestamps"][-1] - found["response_timestamps"][0] for found in requests]) / 1e6
-    spent = (max(f["response_timestamps"][-1] for f in requests) - min(f["timestamp"] for f in requests)) / 1e9
+    sent = np.array([request["timestamp"] for request in requests])
+    first, last = (np.array([request["response_timestamps"][at] for request in requests]) for at in (0, -1))
+    spent_s = (last.max() - sent.min()) / 1e9
+    ttft_ms, decode_ms = (first - sent) / 1e6, (last - first) / 1e6
     return {
         "clients": clients,
         "requests": len(requests),
-        "tokens_per_s": round(len(requests) * new_tokens / spent, 1),
-        "requests_per_s": round(len(requests) / spent, 2),
-        "ttft_ms_p50": round(float(np.percentile(first, 50)), 1),
-        "ttft_ms_p99": round(float(np.percentile(first, 99)), 1),
-        "tpot_ms_p50": round(float(np.percentile(whole, 50)) / (new_tokens - 1), 2),
+        "tokens_per_s": round(len(requests) * new_tokens / spent_s, 1),
+        "requests_per_s": round(len(requests) / spent_s, 2),
+        "ttft_ms_p50": round(float(np.percentile(ttft_ms, 50)), 1),
+        "ttft_ms_p99": round(float(np.percentile(ttft_ms, 99)), 1),
+        "tpot_ms_p50": round(float(np.percentile(decode_ms, 50)) / (new_tokens - 1), 2),
     }
 
 
@@ -175,7 +189,7 @@ def recovery(folder: Path, victim: str, repeats: int) -> dict[str, Any]:
 
     Each time with a new supervisor, because one waits longer from failure to failure.
     """
-    told, served = [], []
+    client_told_s, serving_again_s = [], []
     body = {"text_input": "a", "max_tokens": 3000, "ignore_eos": True, "stream": True}
     for _ in range(repeats):
         server = Server(Path(tempfile.mkdtemp(dir=folder)), MODEL, 8)
@@ -187,15 +201,15 @@ def recovery(folder: Path, victim: str, repeats: int) -> dict[str, Any]:
             with contextlib.suppress(*LOST):
                 while response.readline():
                     continue
-            told.append(time.monotonic() - began)
+            client_told_s.append(time.monotonic() - began)
             while not _serves(server):
                 if time.monotonic() - began > 60:
                     raise SystemExit("the server did not come back within a minute")
                 time.sleep(0.01)
-            served.append(time.monotonic() - began)
+            serving_again_s.append(time.monotonic() - began)
         finally:
             server.stop()
-    seconds = {"client_told_s": told, "serving_again_s": served}
+    seconds = {"client_told_s": client_told_s, "serving_again_s": serving_again_s}
     return {"killed": victim, **{name: [round(value, 3) for value in values] for name, values in seconds.items()}}
 
 
@@ -242,26 +256,26 @@ def main() -> None:
     parser.add_argument("--new_tokens", type=int, default=128)
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--output", type=Path)
-    given = parser.parse_args()
-    facts = {**conditions(), "slots": max(given.clients), "prompt": PROMPT.name, "new_tokens": given.new_tokens}
+    arguments = parser.parse_args()
+    facts = {**conditions(), "slots": max(arguments.clients), "prompt": PROMPT.name, "new_tokens": arguments.new_tokens}
     load = []
     with tempfile.TemporaryDirectory(prefix="chunkkv-load-") as name:
         folder = Path(name)
         tool = PerfAnalyzer(folder)
         for case, model, flags, requests in (
-            ("shipped model", MODEL, (), given.requests_per_client),
-            ("shipped model, 50 ms per response", MODEL, ("--stream_interval_ms", "50"), given.requests_per_client),
-            ("wide model", wide_checkpoint(folder / "wide"), (), max(given.requests_per_client // 2, 2)),
+            ("shipped model", MODEL, (), arguments.requests_per_client),
+            ("shipped model, 50 ms per response", MODEL, ("--stream_interval_ms", "50"), arguments.requests_per_client),
+            ("wide model", wide_checkpoint(folder / "wide"), (), max(arguments.requests_per_client // 2, 2)),
         ):
             place = Path(tempfile.mkdtemp(dir=folder))
-            server = Server(place, model, max(given.clients), *flags)
+            server = Server(place, model, max(arguments.clients), *flags)
             try:
-                rows = [tool.run(server.grpc, n, requests * n, given.new_tokens) for n in given.clients]
+                rows = [tool.run(server.grpc, n, requests * n, arguments.new_tokens) for n in arguments.clients]
             finally:
                 server.stop()
             base = rows[0]["tokens_per_s"]
             load += [{"case": case, **row, "speedup": round(row["tokens_per_s"] / base, 2)} for row in rows]
-        recoveries = [recovery(folder, victim, given.kills) for victim in ("model process", "server")]
+        recoveries = [recovery(folder, victim, arguments.kills) for victim in ("model process", "server")]
     table = Table(title="Load on tritonserver")
     for name in load[0]:
         table.add_column(name, justify="right")
@@ -270,8 +284,8 @@ def main() -> None:
     Console(stderr=True).print(table)
     line = json.dumps({**facts, "load": load, "recovery": recoveries})
     print(line)
-    if given.output is not None:
-        write_whole(given.output, json.dumps(json.loads(line), indent=2) + "\n")
+    if arguments.output is not None:
+        write_whole(arguments.output, json.dumps(json.loads(line), indent=2) + "\n")
 
 
 if __name__ == "__main__":

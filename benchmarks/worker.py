@@ -12,9 +12,12 @@ import statistics
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from chunkkv.executors.onnxruntime.executor import OnnxRuntimeExecutor
 
 
 def peak_mb() -> float:
@@ -37,17 +40,16 @@ def run_ours(case: dict[str, Any], ids: np.ndarray) -> dict[str, Any]:
     from chunkkv.session import ChunkKVSession
 
     session = ChunkKVSession.from_dir(case["engine_dir"], threads=case["threads"])
-    executor, loaded = session.executor, resident_mb()
-
+    executor, loaded = cast("OnnxRuntimeExecutor", session.executor), resident_mb()
     ratio = case["keep_ratio"]
     request = make_requests([ids], None, session.limits, session.settings, ratio, None, case["steps"])[0]
     prefills, compressions, decodes = [], [], []
     for _ in range(case["repeats"]):
         cache = executor.new_cache(1, request.kept_tokens + case["steps"])
         prefiller = OnnxRuntimePrefiller(executor.step, executor.compress, case["block"], case["window"])
-        (found,) = prefiller.run([request], cache, Event())
-        prefills.append(found.prefill_s)
-        compressions.append(found.compress_s)
+        (prefilled,) = prefiller.run([request], cache, Event())
+        prefills.append(prefilled.prefill_s)
+        compressions.append(prefilled.compress_s)
         decoder = executor.decoder(cache)
         times = []
         for step in range(case["steps"]):
@@ -55,6 +57,8 @@ def run_ours(case: dict[str, Any], ids: np.ndarray) -> dict[str, Any]:
             last = decoder.step([0], [ids[step]], [len(ids) + step], [request.kept_tokens + step])
             times.append(time.perf_counter() - started)
         decodes.append(statistics.median(times))
+    assert prefilled.logits is not None
+    choice = prefilled.choice
     return {
         "prefill_s": prefills,
         "compress_s": compressions,
@@ -62,9 +66,9 @@ def run_ours(case: dict[str, Any], ids: np.ndarray) -> dict[str, Any]:
         "kept_tokens": request.kept_tokens,
         "resident_after_load_mb": loaded,
         "peak_mb": peak_mb(),
-        "prefill_top": int(found.logits.argmax()),
+        "prefill_top": int(prefilled.logits.argmax()),
         "last_logits": [float(value) for value in last[0, :8]],
-        "kept": {} if found.choice is None else {str(k): v.tolist() for k, v in found.choice.kept_indices.items()},
+        "kept": {} if choice is None else {str(k): v.tolist() for k, v in choice.kept_indices.items()},
     }
 
 

@@ -12,7 +12,7 @@ from support.op_cases import CASES, OpCase, named
 
 from chunkkv import reference
 from chunkkv.errors import ConfigError, NativeArgumentError
-from chunkkv.native import library as native
+from chunkkv.native.arguments import settings_struct
 from chunkkv.settings import GATE_TOKENS, ChunkKVSettings
 from chunkkv_builder.config import BuildConfig
 
@@ -107,4 +107,4 @@ def test_other_backends_refuse_the_gate_by_name(backend: str) -> None:
 
 def test_the_native_library_refuses_the_gate() -> None:
     with pytest.raises(NativeArgumentError, match=naming("gate 'entropy'")):
-        native._settings(SETTINGS)
+        settings_struct(SETTINGS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from support.messages import naming
 
 from chunkkv.engine.fields import Fields
 from chunkkv.errors import ConfigError, EngineError
@@ -94,5 +95,5 @@ def test_others_are_refused_by_name_and_value(read: Callable[[Fields], object], 
 
 @pytest.mark.parametrize("value", [None, [], "text", 3])
 def test_what_is_no_object_is_refused(value: object) -> None:
-    with pytest.raises(ConfigError, match=r"f\.json is .*; it must be a JSON object"):
+    with pytest.raises(ConfigError, match=naming("f.json object")):
         Fields(value, "f.json")

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from support import engines
+from support.messages import naming
+from support.plugin_tables import input_names, output_names
 from support.tensorrt_llm_builds import GENERATIONS, LlmBuild, build_config, doubles, llm_checkpoint, llm_model
 from support.tensorrt_llm_double import Machine
 from support.tensorrt_llm_double.graph import Graph, Node
@@ -51,6 +53,11 @@ def attention(graph: Graph) -> list[Node]:
     return graph.of("gpt_attention")
 
 
+def named_outputs(node: Node) -> dict[str, str]:
+    """Return what a plugin's node gives, by the names in the plugin's source."""
+    return dict(zip(output_names(node.plugin or ""), node.outputs, strict=False))
+
+
 def test_gpt_attention_sees_no_positions_and_the_compacted_length(machine: Machine, build: LlmBuild) -> None:
     (graph,) = built(build, machine)
     (prepare,) = graph.of("ChunkKVPrepare")
@@ -61,7 +68,7 @@ def test_gpt_attention_sees_no_positions_and_the_compacted_length(machine: Machi
         assert settings["position_embedding_type"] == ROPED["learned_absolute"]
         assert settings["rotary_embedding_dim"] == 0 and settings["rotary_embedding_scale_type"] == 0
         assert "rotary_cos_sin" not in tensors and "rotary_inv_freq" not in tensors
-        assert tensors["sequence_length"] == prepare.outputs[0]
+        assert tensors["sequence_length"] == named_outputs(prepare)["attention_lengths"]
         assert tensors["qkv"] == rope.outputs[0]
         assert tensors["context_lengths"] == "context_lengths"
 
@@ -71,7 +78,7 @@ def test_rope_turns_the_packed_queries_and_keys_by_logical_positions(machine: Ma
     (prepare,) = graph.of("ChunkKVPrepare")
     for rope in graph.of("ChunkKVRope"):
         qkv, positions, table = rope.inputs
-        assert graph.producer(qkv).op == "linear" and positions == prepare.outputs[3]
+        assert graph.producer(qkv).op == "linear" and positions == named_outputs(prepare)["positions"]
         assert graph.constants[table].dtype == np.float32 and graph.constants[table].shape == (1, 512 * 64)
         assert rope.fields() == {
             **{"num_heads": 4, "num_kv_heads": 2, "head_size": 64},
@@ -79,14 +86,12 @@ def test_rope_turns_the_packed_queries_and_keys_by_logical_positions(machine: Ma
         }
 
 
-def test_prepare_stands_once_and_takes_network_inputs_as_they_are(machine: Machine, build: LlmBuild) -> None:
+def test_prepare_stands_once_with_the_inputs_of_the_plugins_table(machine: Machine, build: LlmBuild) -> None:
     (graph,) = built(build, machine)
     (prepare,) = graph.of("ChunkKVPrepare")
-    assert prepare.inputs[:6] == [
-        *("sequence_length", "context_lengths", "host_request_types", "host_context_lengths"),
-        *("host_past_key_value_lengths", "host_kv_cache_block_offsets"),
-    ]
-    assert set(prepare.inputs[:6]) <= set(graph.inputs) and graph.values[prepare.inputs[6]].dtype == "float16"
+    *network_inputs, qkv, input_ids = input_names("ChunkKVPrepare")
+    assert (qkv, input_ids) == ("qkv", "input_ids") and prepare.inputs[:-1] == network_inputs
+    assert set(network_inputs) <= set(graph.inputs) and graph.values[prepare.inputs[-1]].dtype == "float16"
     assert prepare.fields() == {
         **{"window": 4, "sinks": 2, "chunk_size": 3, "boundaries": "fixed", "pooling": 5, "score": "softmax"},
         **{"keep_per_10k": 4000, "budget_tokens": 0, "min_tokens": 10, "max_length": 256},
@@ -95,7 +100,7 @@ def test_prepare_stands_once_and_takes_network_inputs_as_they_are(machine: Machi
 
 
 @pytest.mark.parametrize("leader", ["first", "last"])
-def test_compress_stands_behind_attention_and_its_inputs_are_in_order(
+def test_compress_stands_behind_attention_with_the_inputs_of_the_plugins_table(
     machine: Machine, build: LlmBuild, leader: str
 ) -> None:
     (graph,) = built(build, machine, chunkkv_layer_reuse="0-2,3", chunkkv_leader=leader)
@@ -111,11 +116,9 @@ def test_compress_stands_behind_attention_and_its_inputs_are_in_order(
     for node, layer in zip(nodes, behind, strict=True):
         fields, tensors = node.fields(), layer.attributes["keywords"]
         source = nodes[0].outputs[1] if fields["role"] == "follower" else tensors["qkv"]
-        assert node.inputs == [
-            *(layer.outputs[0], source, prepare.outputs[1], prepare.outputs[2], "context_lengths"),
-            *("host_request_types", "host_context_lengths", "kv_cache_block_offsets"),
-            *("host_kv_cache_pool_pointers", "host_kv_cache_pool_mapping"),
-        ]
+        computed = {"context": layer.outputs[0], "": source, **named_outputs(prepare)}
+        *names, is_delimiter = input_names("ChunkKVCompress")
+        assert is_delimiter == "is_delimiter" and node.inputs == [computed.get(name, name) for name in names]
         assert fields["layer_in_pool"] == fields["layers"] and fields["kv_bytes"] == 2
         assert fields["mapping_rank"] == len(graph.values["host_kv_cache_pool_mapping"].shape)
         assert fields["mapping_rank"] == (2 if machine.late else 1)
@@ -140,14 +143,17 @@ def test_delimiter_boundaries_come_from_input_ids_and_a_bitmap_of_the_tokenizer(
     flags = {"chunkkv_boundaries": "delimiter", "tokenizer_dir": source, "chunkkv_layer_reuse": 2}
     (graph,) = built(build, machine, **flags, chunkkv_leader="first")
     (prepare,) = graph.of("ChunkKVPrepare")
-    assert prepare.inputs[7] == "input_ids" and len(prepare.outputs) == 5
+    assert prepare.inputs[-1] == input_names("ChunkKVPrepare")[-1] == "input_ids"
+    assert len(prepare.inputs) == len(input_names("ChunkKVPrepare"))
+    assert len(prepare.outputs) == len(output_names("ChunkKVPrepare"))
     table = Tokenizer.from_dir(source).delimiter_token_table(384)
     words = np.array(prepare.fields()["delimiter_bitmap"], np.int32).view(np.uint32)
     assert [bool(words[t // 32] >> (t % 32) & 1) for t in range(384)] == table.tolist() and table.any()
     assert prepare.fields()["vocab_size"] == 384
     for node in graph.of("ChunkKVCompress"):
         follows = node.fields()["role"] == "follower"
-        assert node.inputs[10:] == ([] if follows else [prepare.outputs[4]])
+        place = input_names("ChunkKVCompress").index("is_delimiter")
+        assert node.inputs[place:] == ([] if follows else [named_outputs(prepare)["is_delimiter"]])
     assert SideFile.read(build.output).delimiters["source"] == "tokenizer.json"
 
 
@@ -223,10 +229,10 @@ def test_the_patch_is_taken_back_whatever_happens(machine: Machine, failure: typ
 def test_a_network_with_fewer_or_other_layers_than_the_model_is_refused(machine: Machine) -> None:
     from chunkkv_builder.backends.tensorrt_llm import EngineBuild
 
-    with pytest.raises(BuildError, match="0 attention layers were given ChunkKV, rank 0 has 4"):
+    with pytest.raises(BuildError, match=naming("0 layers ChunkKV 4")):
         EngineBuild(SETTINGS).engine(llm_model(), build_config(), lambda model, config: None)
     layers = rank_layers(ChunkKVSettings(layer_groups=((0,), (1,))), [0, 1], 0, 0, 0)
-    with pytest.raises(BuildError, match="1 attention layers were given ChunkKV, rank 0 has 2"):
+    with pytest.raises(BuildError, match=naming("1 layers ChunkKV 2")):
         WrappedLayers([0]).check_complete(layers)
 
 
@@ -241,7 +247,7 @@ def test_layers_must_be_alike(machine: Machine, monkeypatch: pytest.MonkeyPatch)
         layers.gpt_attention = lambda **g: wrapped(**{**g, "num_heads": 2 if g["layer_idx"] == 2 else g["num_heads"]})
         return build(model, config)
 
-    with pytest.raises(ConfigError, match=r"layer 2 has .*num_heads=2.* all layers must be alike"):
+    with pytest.raises(ConfigError, match=naming("layer 2 num_heads=2")):
         EngineBuild(SETTINGS).engine(llm_model(), build_config(), with_other_heads)
 
 
@@ -251,7 +257,7 @@ def test_a_library_of_another_version_is_refused(machine: Machine, monkeypatch: 
     from chunkkv_builder.backends.tensorrt_llm import build_chunkkv
 
     monkeypatch.setattr(trt.PluginCreator, "create_plugin", lambda *_: None)
-    with pytest.raises(BackendUnavailableError, match=r"ChunkKVPrepare of libchunkkv_tensorrt.so.10 does not take"):
+    with pytest.raises(BackendUnavailableError, match=naming("ChunkKVPrepare libchunkkv_tensorrt.so.10")):
         build_chunkkv(llm_model(), build_config(), SETTINGS)
 
 
@@ -280,9 +286,8 @@ def test_tensor_parallel_ranks_that_agree_add_up_their_scores(machine: Machine, 
         assert len(scores) == len(sums) == len(rankers) == 2
         assert len(graph.of("ChunkKVCompress")) == 4
         for score, total, ranker in zip(scores, sums, rankers, strict=True):
-            assert score.inputs[1:] == [
-                *("context_lengths", prepare.outputs[2], "host_request_types", "host_context_lengths")
-            ]
+            _, *names, _ = input_names("ChunkKVScore")
+            assert score.inputs[1:] == [named_outputs(prepare).get(name, name) for name in names]
             assert score.fields()["window"] == 4 and score.fields()["num_heads"] == 2
             assert total.attributes["group"] == [0, 1]
             assert (total.attributes["dtype"], total.attributes["strategy"]) == ("float32", "NCCL")

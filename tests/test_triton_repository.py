@@ -65,9 +65,11 @@ def trtllm(engine, tmp_path) -> dict:
     return {name: read_config(tmp_path / "repository" / name / "config.pbtxt") for name in names}
 
 
-def tensors(found) -> dict[str, tuple]:
-    kinds = type(found[0]).DESCRIPTOR.fields_by_name["data_type"].enum_type.values_by_number
-    return {tensor.name: (kinds[tensor.data_type].name.removeprefix("TYPE_"), tuple(tensor.dims)) for tensor in found}
+def tensors(declared) -> dict[str, tuple]:
+    kinds = type(declared[0]).DESCRIPTOR.fields_by_name["data_type"].enum_type.values_by_number
+    return {
+        tensor.name: (kinds[tensor.data_type].name.removeprefix("TYPE_"), tuple(tensor.dims)) for tensor in declared
+    }
 
 
 def table(text: str) -> dict[str, tuple]:
@@ -124,8 +126,8 @@ def test_the_single_layout(engine, tmp_path, capsys) -> None:
     assert sorted(path.name for path in tmp_path.rglob("*")) == [
         "1", "chunkkv", "config.pbtxt", "model.py", "new", "repository",
     ]  # fmt: skip
-    found = check_repository(repository, EngineFiles.load(engine), {})
-    assert [finding for finding in found if finding.state == BREAKS] == []
+    findings = check_repository(repository, EngineFiles.load(engine), {})
+    assert [finding for finding in findings if finding.state == BREAKS] == []
 
 
 def test_nothing_is_overwritten_and_no_half_repository_stays(engine, tmp_path) -> None:
@@ -200,9 +202,9 @@ def test_a_patched_repository_passes_the_doctor(stock, capsys) -> None:
     assert '-  value: { string_value: "/engines/old" }  # where it was' in shown
     assert f'+  value: {{ string_value: "{engine}" }}  # where it was' in shown
     assert "preprocessing" not in shown and "LD_PRELOAD" in shown
-    found = check_repository(stock, EngineFiles.load(engine), {})
-    assert [finding.check for finding in found if finding.state == BREAKS] == ["tensorrt_llm: LD_PRELOAD"]
-    assert [finding.check for finding in found if finding.state == WARNING] == ["tensorrt_llm: memory"]
+    findings = check_repository(stock, EngineFiles.load(engine), {})
+    assert [finding.check for finding in findings if finding.state == BREAKS] == ["tensorrt_llm: LD_PRELOAD"]
+    assert [finding.check for finding in findings if finding.state == WARNING] == ["tensorrt_llm: memory"]
     assert read_config(stock / "tensorrt_llm" / "config.pbtxt").max_batch_size == 4
     assert "# TensorRT-LLM's backend" in (stock / "tensorrt_llm" / "config.pbtxt").read_text()
     again = patch_repository(engine, stock)

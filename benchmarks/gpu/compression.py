@@ -8,7 +8,7 @@ import numpy as np
 
 from benchmarks.gpu.device import Device
 from chunkkv import reference
-from chunkkv.native.library import KVCache, NativeLibrary, Rows, contiguous_kv, paged_kv
+from chunkkv.native import BatchRows, KVView, NativeLibrary, contiguous_kv, paged_kv
 from chunkkv.settings import ChunkKVSettings
 
 
@@ -18,7 +18,7 @@ class Compression:
     def __init__(self, device: Device, library: NativeLibrary, settings: ChunkKVSettings, batch: int, length: int):
         self.device, self.library, self.settings = device, library, settings
         self.length, self.kept = length, settings.kept_tokens(length)
-        self.rows = Rows(device.int32([length] * batch), length)
+        self.rows = BatchRows(device.int32([length] * batch), length)
         shapes = device.shapes
         self.query = device.random(batch, shapes.heads, settings.window, shapes.head_dim, seed=1)
         self.chunk_scores = device.empty(batch, library.max_chunks(settings, length), dtype="float32")
@@ -26,7 +26,7 @@ class Compression:
         self.lengths = device.empty(batch, dtype="int32")
         self.space: Any = None
 
-    def score(self, cache: KVCache) -> None:
+    def score(self, cache: KVView) -> None:
         """Score the chunks of one layer."""
         options = {"chunk_scores": self.chunk_scores}
         if self.space is None:
@@ -40,34 +40,34 @@ class Compression:
         outputs = (self.chunk_scores, self.indices, self.lengths)
         self.library.select(self.settings, self.rows, *outputs, stream=self.device.stream)
 
-    def compact(self, layers: list[KVCache], outputs: list[KVCache] | None = None) -> None:
+    def compact(self, layers: list[KVView], outputs: list[KVView] | None = None) -> None:
         """Move the kept rows of the layers, in place where no outputs are given."""
         chosen = (self.rows, self.indices, self.lengths)
         self.library.compact(*chosen, layers, outputs, stream=self.device.stream)
 
-    def check(self, key: Any, cache: KVCache) -> int:
+    def check(self, key: Any, cache: KVView) -> int:
         """Compare the choice of row 0, key [Hkv, L, D], with the reference; return tokens that differ near the cut."""
         self.score(cache)
         self.select()
         self.device.wait()
         query, keys = self.device.host(self.query[0]), self.device.host(key)
         scores = reference.token_scores(query, keys, self.settings.window, self.settings.pooling)
-        wanted = reference.select_tokens(scores, self.length, self.kept, self.settings)
-        given = self.device.host(self.indices)[0]
-        differing = np.setxor1d(given, wanted)
+        expected = reference.select_tokens(scores, self.length, self.kept, self.settings)
+        chosen = self.device.host(self.indices)[0]
+        differing = np.setxor1d(chosen, expected)
         near = reference.near_cut(scores, self.length, self.kept, self.settings)
-        assert len(given) == len(wanted) and near[differing].all(), f"wrong choice at {differing[~near[differing]]}"
+        assert len(chosen) == len(expected) and near[differing].all(), f"wrong choice at {differing[~near[differing]]}"
         return len(differing)
 
 
-def contiguous(device: Device, batch: int, length: int, seed: int = 2) -> tuple[Any, Any, KVCache]:
+def contiguous(device: Device, batch: int, length: int, seed: int = 2) -> tuple[Any, Any, KVView]:
     """Return K, V [B, Hkv, L, D] of noise, and both as a cache."""
     shape = (batch, device.shapes.kv_heads, length, device.shapes.head_dim)
     key, value = device.random(*shape, seed=seed), device.random(*shape, seed=seed + 1)
     return key, value, contiguous_kv(key, value)
 
 
-def pool(device: Device, batch: int, length: int, layers: int) -> list[KVCache]:
+def pool(device: Device, batch: int, length: int, layers: int) -> list[KVView]:
     """Return the caches of all layers in one pool of shuffled pages, as TensorRT-LLM lays it out."""
     shapes = device.shapes
     per_row = -(-length // shapes.page)

@@ -6,6 +6,7 @@ memory, layers take turns on as many as do; each is far larger than the second-l
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from benchmarks.gpu.device import Device, measure
@@ -70,7 +71,7 @@ def run(device: Device) -> dict[str, Any]:
                 kept = length * keep // 10_000
                 caches = decoder.caches(batch, kept)
                 hidden = device.random(batch, device.shapes.hidden)
-                taken = device.microseconds([lambda hidden=hidden, caches=caches: decoder.step(hidden, caches)])
+                taken = device.microseconds([partial(decoder.step, hidden, caches)])
                 full = full or taken
                 moved = decoder.weight_bytes + 2 * batch * kept * device.shapes.row_bytes * device.shapes.layers
                 lines.append(

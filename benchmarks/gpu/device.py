@@ -19,7 +19,7 @@ try:
 except ImportError:
     import ml_dtypes
 
-    torch = None  # type: ignore[assignment]
+    torch = None
 
 Call = Callable[[], object]
 MEASURED_SECONDS, ROUNDS = 0.05, 5
@@ -83,7 +83,8 @@ class Device:
                 call()
             return (time.perf_counter() - begin) * 1e6 / len(calls)
         graph = self.graph(calls)
-        repeats, rounds = 1, []
+        repeats = 1
+        rounds: list[float] = []
         while len(rounds) < ROUNDS:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()

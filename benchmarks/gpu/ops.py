@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.gpu.compression import Compression, contiguous, pool
 from benchmarks.gpu.device import Device, measure
 from benchmarks.gpu.packed import PackedBatch
-from chunkkv.native.library import NativeLibrary, contiguous_kv
+from chunkkv.native import NativeLibrary, contiguous_kv
 
 REUSE = (1, 2, 4)
 
@@ -57,8 +57,20 @@ def rope(device: Device, library: NativeLibrary, length: int, copy_gbps: float) 
     positions = device.int32(range(length))
     table = device.empty(length, shapes.head_dim // 2, 2, dtype="float32")
     table[:] = 0.5
-    sizes = {"heads": shapes.heads, "kv_heads": shapes.kv_heads, "head_dim": shapes.head_dim}
-    calls = [lambda x=x: library.rope(x, x, positions, table, stream=device.stream, **sizes) for x in inputs]
+    calls = [
+        partial(
+            library.rope,
+            qkv,
+            qkv,
+            positions,
+            table,
+            heads=shapes.heads,
+            kv_heads=shapes.kv_heads,
+            head_dim=shapes.head_dim,
+            stream=device.stream,
+        )
+        for qkv in inputs
+    ]
     moved = 4 * length * (shapes.heads + shapes.kv_heads) * shapes.head_dim
     return rate("rope", device.microseconds(calls), moved, copy_gbps, batch=1, length=length)
 

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.gpu.device import Device
+from chunkkv.native import BatchRows, NativeLibrary, RawArray, paged_kv
 from chunkkv.native.arrays import as_raw
-from chunkkv.native.library import NativeLibrary, RawArray, Rows, paged_kv
 from chunkkv.settings import ChunkKVSettings
 
 GENERATING = 64  # rows of one token each, behind the prompts
@@ -54,7 +54,7 @@ class PackedBatch:
         last = self.prompts + self.generated - 1
         inside = (self.ids >= 0) & (self.ids < self.device.shapes.vocabulary)
         ids = np.where(inside, self.ids, 0)
-        wanted = {
+        expected = {
             "attention_lengths": np.where(self.generated > 0, last + 1 - (self.prompts - kept), self.prompts),
             "kept_lengths": kept,
             "row_starts": np.cumsum(tokens) - tokens,
@@ -63,9 +63,9 @@ class PackedBatch:
         }
         self.prepare()
         self.device.wait()
-        for name, values in wanted.items():
-            given = self.device.host(self.outputs[name])
-            assert np.array_equal(given, values), f"prepare: wrong {name} at {np.flatnonzero(given != values)[:9]}"
+        for name, values in expected.items():
+            output = self.device.host(self.outputs[name])
+            assert np.array_equal(output, values), f"prepare: wrong {name} at {np.flatnonzero(output != values)[:9]}"
 
     def check_choice(self) -> None:
         """Score, select and compact the prompts with packed and with padded arrays: the results must not differ."""
@@ -75,9 +75,11 @@ class PackedBatch:
 
     def _compress(self, packed: bool) -> list[Any]:
         device, library, shapes = self.device, self.library, self.device.shapes
-        lengths, rows = self.prompts[:2], Rows(device.int32(self.prompts[:2]), self.length)
+        lengths, rows = self.prompts[:2], BatchRows(device.int32(self.prompts[:2]), self.length)
         if packed:
-            rows = Rows(rows.lengths, self.length, row_starts=self.outputs["row_starts"][:2], num_tokens=self.tokens)
+            rows = BatchRows(
+                rows.lengths, self.length, row_starts=self.outputs["row_starts"][:2], num_tokens=self.tokens
+            )
         pages = -(-self.length // shapes.page)
         pool = device.random(2 * pages, 1, 2, shapes.kv_heads, shapes.page, shapes.head_dim, seed=3)
         order = np.random.default_rng(0).permutation(2 * pages).reshape(2, pages) * 2
@@ -95,6 +97,6 @@ class PackedBatch:
         library.select(self.settings, rows, scores, kept, counts, stream=device.stream)
         library.compact(rows, kept, counts, [cache], stream=device.stream)
         device.wait()
-        found, numbers = device.host(kept), device.host(counts)
-        own = np.split(found[: lengths.sum()], [lengths[0]]) if packed else list(found)
+        indices, numbers = device.host(kept), device.host(counts)
+        own = np.split(indices[: lengths.sum()], [lengths[0]]) if packed else list(indices)
         return [numbers, np.concatenate([row[:n] for row, n in zip(own, numbers, strict=True)]), device.host(pool)]

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.gpu.compression import Compression, contiguous
 from benchmarks.gpu.device import Device, measure
-from chunkkv.native.library import NativeLibrary, contiguous_kv
+from chunkkv.native import NativeLibrary, contiguous_kv
 
 POOLING = 5
 

@@ -18,7 +18,7 @@ WEIGHT_ONLY_PRECISIONS = ("int8", "int4")
 DEFAULT_MAX_BATCH_SIZE = 8
 DEFAULT_MAX_NUM_TOKENS = 512
 _LARGEST = {"max_batch_size": 4096, "max_num_tokens": 2**20, "max_seq_len": 2**31 - 1, "max_input_len": 2**31 - 1}
-# What trtllm-build also records and this builder has one answer to.
+# What trtllm-build records, too, and what has only one value in these engines.
 _FIXED = {"max_beam_width": 1, "kv_cache_type": "continuous"}
 
 
@@ -26,7 +26,22 @@ _FIXED = {"max_beam_width": 1, "kv_cache_type": "continuous"}
 class BuildConfig:
     """The limits of an engine; raises ConfigError for any value or combination that cannot be built.
 
-    `max_num_tokens` is the size of a prefill block. `weight_only_precision` None keeps the weights in `dtype`.
+    Parameters
+    ----------
+    max_input_len : int
+        Longest prompt in tokens.
+    max_seq_len : int
+        Longest prompt and answer together, in tokens.
+    max_batch_size : int, default 8
+        Prompts that are answered at once.
+    max_num_tokens : int, default 512
+        Tokens of a prefill block, which must hold the observation window.
+    dtype : str, default "float32"
+        Number type of weights and KV cache, one of DTYPES that the backend allows.
+    weight_only_precision : str or None, default None
+        "int8" or "int4" stores the projections' weights in fewer bits; None keeps them in `dtype`.
+    backend : str, default "onnxruntime"
+        The engine that runs it, one of chunkkv.engine.directory.BACKENDS.
     """
 
     max_input_len: int
@@ -71,9 +86,23 @@ class BuildConfig:
     def for_model(
         cls, model: ModelConfig, max_input_len: int | None = None, max_seq_len: int | None = None, **values: Any
     ) -> BuildConfig:
-        """Return the limits for `model`: max_seq_len is its longest context unless given, max_input_len the same.
+        """Return the limits for a model.
 
-        Raises ConfigError for a max_seq_len beyond the positions the model was trained for.
+        Parameters
+        ----------
+        model : ModelConfig
+            The model.
+        max_input_len : int, optional
+            Default: max_seq_len.
+        max_seq_len : int, optional
+            Default: the model's longest context.
+        **values
+            The other parameters of BuildConfig.
+
+        Raises
+        ------
+        ConfigError
+            For a max_seq_len beyond the positions the model was trained for, and as BuildConfig does.
         """
         longest = longest_context(model)
         seq_len = longest if max_seq_len is None else max_seq_len

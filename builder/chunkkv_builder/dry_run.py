@@ -1,4 +1,4 @@
-"""Prints what would be built: the plan as a table, layer by layer."""
+"""Prints what a build would make, for --dry_run: the limits, the settings and a table of the layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,17 @@ _PIPE_WIDTH = 120  # wide enough for the table where there is no terminal to ask
 
 
 def print_plan(plan: GraphPlan, build: BuildConfig, console: Console | None = None) -> None:
-    """Print the engine's limits and, per layer, its role, the tokens kept and the KV bytes saved at 2k, 8k and 32k."""
+    """Print the engine's limits and, for every layer, its role and what it keeps of prompts of 2k, 8k and 32k tokens.
+
+    Parameters
+    ----------
+    plan : GraphPlan
+        Model, settings and layers.
+    build : BuildConfig
+        The limits of the engine.
+    console : Console, optional
+        Where to print; default: standard output.
+    """
     console = plan_console(console)
     model = plan.model
     weights = f"weights {build.weight_only_precision}" if build.weight_only_precision else f"weights {build.dtype}"
@@ -65,7 +75,7 @@ def _role(plan: GraphPlan, layer: LayerPlan) -> str:
 
 
 def plan_console(console: Console | None = None) -> Console:
-    """Return `console`, or one for standard output, wide enough for a plan where it is no terminal."""
+    """Return `console`, or one for standard output; one that is no terminal is made wide enough for the table."""
     console = console or Console(highlight=False)
     if not console.is_terminal:
         console.width = max(console.width, _PIPE_WIDTH)

@@ -1,4 +1,10 @@
-"""Writes an engine directory so that it is complete or absent: built under another name, listed, then renamed."""
+"""Writes an engine directory so that it is complete or absent, whatever ends the build.
+
+A build writes to `<output_dir>.partial-<process id>`, writes the manifest last, and renames the folder. An engine that
+is replaced waits as `<output_dir>.replaced-<process id>` between two renames. The build holds a lock on these folders
+while it lives. So the next build can tell what a killed one has left: it removes a partial folder without a lock, and
+gives a replaced engine its name back where the new one did not come.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +33,18 @@ _LOCK_ATTEMPTS = 5
 
 
 def write_manifest(folder: Path, backend: str, versions: Mapping[str, str], progress: Progress) -> None:
-    """Hash every file in `folder`, force it to disk and write manifest.json, without which nothing loads.
+    """Force every file in `folder` to disk and write manifest.json, without which no engine loads.
 
-    `versions` names what the backend used.
+    Parameters
+    ----------
+    folder : Path
+        The engine directory, with all its other files.
+    backend : str
+        The engine that runs it.
+    versions : mapping
+        Versions of the packages that took part in the build, by name; Python's and this package's are added.
+    progress : Progress
+        Shows the stage "checksums".
     """
     files = sorted(path for path in folder.iterdir() if path.name != MANIFEST_FILE)
     progress.stage("checksums", sum(path.stat().st_size for path in files), unit="bytes")

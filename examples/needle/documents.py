@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 from vocabulary import (
@@ -33,6 +34,7 @@ from vocabulary import (
     ids_of,
 )
 
+Value = TypeVar("Value")
 Slots = list["int | list[int]"]
 
 
@@ -98,7 +100,7 @@ class Picker:
         """A whole number in [0, limit)."""
         return int(self.chance() * limit)
 
-    def pick(self, values: list) -> object:
+    def pick(self, values: Sequence[Value]) -> Value:
         """One of the values."""
         return values[int(self.chance() * len(values))]
 
@@ -106,7 +108,7 @@ class Picker:
         """The template's tokens with every slot filled."""
         return [slot if isinstance(slot, int) else self.pick(slot) for slot in slots]
 
-    def shuffled(self, values: list) -> list:
+    def shuffled(self, values: Sequence[Value]) -> list[Value]:
         """A new list in random order."""
         return [value for _, value in sorted(((self.chance(), index), value) for index, value in enumerate(values))]
 
@@ -335,20 +337,20 @@ def test_prompt(writer: Writer, length: int, task: Task, depth: float | None = N
     The fact asked for stands at `depth` (0 to 1) of the document, at a random place when `depth` is None; raises
     ValueError when the facts alone are longer than `length`.
     """
-    wanted, *others = writer.facts(task.facts, (task.kind,), task.sharing)
+    asked_for, *others = writer.facts(task.facts, (task.kind,), task.sharing)
     question = Document([])
-    writer.ask(question, wanted, refused=task.rule == "forbidden", sentence=task.sentence)
+    writer.ask(question, asked_for, refused=task.rule == "forbidden", sentence=task.sentence)
     start = question.questions[0].start
     ending, answer = question.tokens[:start], question.tokens[start:]
     rules = []
     if task.rule:
-        barred = wanted if task.rule == "forbidden" else others[0]
+        barred = asked_for if task.rule == "forbidden" else others[0]
         rules = [*_RULE[barred.kind], *barred.entity, _STOP]
     stated = [fact.sentence() for fact in others]
-    room = length - 2 - len(rules) - len(ending) - len(wanted.sentence()) - sum(map(len, stated))
+    room = length - 2 - len(rules) - len(ending) - len(asked_for.sentence()) - sum(map(len, stated))
     if room < 0:
         raise ValueError(f"{task.facts} facts and a question need {length - room} tokens; length is {length}")
     body = writer.scatter(stated, room)
     place = writer.picker.below(len(body) + 1) if depth is None else round(depth * len(body))
-    body.insert(place, wanted.sentence())
+    body.insert(place, asked_for.sentence())
     return [BOS_ID, *rules, *(token for sentence in body for token in sentence), _LINE_BREAK, *ending], answer

@@ -11,7 +11,7 @@ import argparse
 import json
 import time
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from documents import Task, Writer, test_prompt
@@ -72,16 +72,16 @@ def measure_cell(model: LlamaForCausalLM, name: str, length: int, count: int, se
     }
 
 
-def card_table(cells: list[dict[str, object]]) -> str:
+def card_table(cells: list[dict[str, Any]]) -> str:
     """The cells as the Markdown table of the model card: exact match in percent with its interval."""
     lengths = sorted({cell["length"] for cell in cells})
     lines = ["| asked for | " + " | ".join(f"{length}" for length in lengths) + " |", "|---|" + "---|" * len(lengths)]
     for name in dict.fromkeys(cell["task"] for cell in cells):
         texts = []
         for length in lengths:
-            found = [cell for cell in cells if (cell["task"], cell["length"]) == (name, length)]
-            percent = [f"{found[0][key] * 100:.1f}" for key in ("exact", "low", "high")] if found else []
-            texts.append(f"{percent[0]} ({percent[1]}–{percent[2]})" if found else "–")
+            matching = [cell for cell in cells if (cell["task"], cell["length"]) == (name, length)]
+            percent = [f"{matching[0][key] * 100:.1f}" for key in ("exact", "low", "high")] if matching else []
+            texts.append(f"{percent[0]} ({percent[1]}–{percent[2]})" if matching else "–")
         lines.append(f"| {name} | " + " | ".join(texts) + " |")
     return "\n".join(lines)
 

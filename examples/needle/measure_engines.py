@@ -12,7 +12,7 @@ import json
 import tempfile
 import time
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from documents import Task, Writer, test_prompt
 from rich.console import Console
@@ -69,33 +69,35 @@ def exact_answers(session: ChunkKVSession, examples: list[tuple[list[int], list[
     return right
 
 
-def measure(length: int, count: int, seed: int, console: Console) -> list[dict[str, object]]:
+def measure(length: int, count: int, seed: int, console: Console) -> list[dict[str, Any]]:
     """Return one cell per engine, task and keep ratio."""
     examples = {}
     for number, (name, task) in enumerate(TASKS.items()):
         writer = Writer([seed, length, number])
         examples[name] = [test_prompt(writer, length, task) for _ in range(count)]
+    engines: list[tuple[str, str, dict[str, Any], list[str], tuple[float, ...]]]
     engines = [("weights", name, flags, list(TASKS), KEEP_RATIOS) for name, flags in PRECISIONS.items()]
     engines += [("choice", name, flags, ["code"], KEEP_RATIOS[1:]) for name, flags in CHOICES.items()]
     cells = []
     with tempfile.TemporaryDirectory() as folder, Progress(console=console) as progress:
         bar = progress.add_task("prompts", total=count * sum(len(tasks) * len(ratios) for *_, tasks, ratios in engines))
-        for kind, name, flags, tasks, ratios in engines:
-            engine = build(name, flags, Path(folder))
+        for kind, engine_name, flags, tasks, ratios in engines:
+            engine = build(engine_name, flags, Path(folder))
             session = ChunkKVSession.from_dir(engine, threads=1)
-            for task, ratio in itertools.product(tasks, ratios):
-                right = exact_answers(session, examples[task], ratio)
+            for task_name, ratio in itertools.product(tasks, ratios):
+                right = exact_answers(session, examples[task_name], ratio)
                 low, high = (round(bound, 4) for bound in wilson(right, count))
                 numbers = {"n": count, "exact": right / count, "low": low, "high": high}
                 size = (engine / "weights.safetensors").stat().st_size
-                cells.append({kind: name, "task": task, "keep_ratio": ratio, **numbers, "weight_bytes": size})
+                names: dict[str, Any] = {kind: engine_name, "task": task_name}
+                cells.append({**names, "keep_ratio": ratio, **numbers, "weight_bytes": size})
                 progress.advance(bar, count)
     return cells
 
 
-def card_rows(cells: list[dict[str, object]]) -> list[str]:
+def card_rows(cells: list[dict[str, Any]]) -> list[str]:
     """Return the rows of the model card's two tables: exact answers in percent with their interval."""
-    rows = {}
+    rows: dict[str, list[str]] = {}
     for cell in cells:
         if "weights" in cell:
             row = f"{cell['weights']}, {cell['weight_bytes'] / 1e6:.1f} MB | {cell['task']}"

@@ -151,13 +151,15 @@ class Batches:
     def __next__(self) -> Batch:
         length, rows, picker = self.stage.length, self.stage.batch, self.writer.picker
         tokens = torch.full((rows, length), PAD_ID, dtype=torch.long)
-        answers, others, groups = [], [], defaultdict(list)
+        answers: list[tuple[int, int]] = []
+        others: list[tuple[int, int]] = []
+        members_of: dict[str, list[int]] = defaultdict(list)
         for row in range(rows):
             document = self._document()
             ids = document.tokens[:length]
             tokens[row, : len(ids)] = torch.tensor(ids)
             learned = set(document.answer_places)
-            kind_of = {}
+            kind_of: dict[int, str] = {}
             for question in document.questions:
                 kind = "refusal" if question.refused else question.kind
                 kind_of |= dict.fromkeys(range(question.start, question.end), kind)
@@ -165,7 +167,7 @@ class Batches:
                     kind_of[question.start] = "first " + kind
             for place in document.answer_places:
                 if place < length:
-                    groups[kind_of.get(place, document.label)].append(len(answers))
+                    members_of[kind_of.get(place, document.label)].append(len(answers))
                     answers.append((row * length + place - 1, ids[place]))
             others += [
                 (row * length + place - 1, ids[place])
@@ -174,7 +176,7 @@ class Batches:
             ]
         answers = answers[: self.limit]
         others = others[: self.limit - len(answers)]
-        groups = {name: [i for i in members if i < len(answers)] for name, members in groups.items()}
+        groups = {name: [i for i in members if i < len(answers)] for name, members in members_of.items()}
         missing = self.limit - len(answers) - len(others)
         chosen = torch.tensor([*answers, *others, *([(0, 0)] * missing)])
         weights = torch.zeros(self.limit)

@@ -78,7 +78,8 @@ def build_tokenizer() -> Tokenizer:
     tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Strip()])
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n|\d|[^\W\d]+|[^\w\s]"), behavior="removed", invert=True)
     # WordPiece's decoder puts the blanks between words and removes those before . , ? !
-    tidy = [(" :", ":"), (" ;", ";"), (" \n", "\n"), ("\n ", "\n"), (Regex(r"(?<=\d) (?=\d)"), "")]
+    tidy: list[tuple[str | Regex, str]] = [(" :", ":"), (" ;", ";"), (" \n", "\n"), ("\n ", "\n")]
+    tidy.append((Regex(r"(?<=\d) (?=\d)"), ""))
     tokenizer.decoder = decoders.Sequence(
         [decoders.WordPiece(prefix="##", cleanup=True), decoders.Fuse(), *(decoders.Replace(a, b) for a, b in tidy)]
     )

@@ -13,13 +13,19 @@ from pathlib import Path
 def write_whole(path: str | os.PathLike[str], content: bytes | str) -> None:
     """Write `content` to `path` so that a reader sees the old file or the complete new one, never a part.
 
+    Nothing is forced to disk: a power failure shortly after the call may lose the new file.
+
     Parameters
     ----------
-    path : path of the file; its folder must exist. A file that is there already is replaced.
-    content : bytes, or text that is written as UTF-8 with the line ends it has.
+    path : str or path
+        The file. Its folder must exist; a file that is there already is replaced.
+    content : bytes or str
+        What it shall hold; text is written as UTF-8 with the line ends it has.
 
-    Raises OSError where the file cannot be written; the old file is then unchanged. Nothing is forced to disk: a
-    power failure shortly after the call may lose the new file.
+    Raises
+    ------
+    OSError
+        Where the file cannot be written. The old file is then unchanged, and the temporary one removed.
     """
     target = Path(path)
     data = content.encode("utf-8") if isinstance(content, str) else content
@@ -39,9 +45,13 @@ def whole_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
 
     Parameters
     ----------
-    target : path that must not exist yet, or be an empty folder; missing parents are made. Symbolic links are followed.
+    target : str or path
+        Must not exist yet, or be an empty folder. Missing parents are made, symbolic links are followed.
 
-    Raises OSError where the folder cannot be made or renamed.
+    Raises
+    ------
+    OSError
+        Where the folder cannot be made or renamed.
     """
     target = Path(os.path.realpath(target))
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from chunkkv.native.library import NativeLibrary
+from chunkkv.native import NativeLibrary
 from native.build import BuildError, compiler, emulated_library
 from native.memory import Memory
 

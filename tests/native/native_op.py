@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkkv.native.library import Chunks, KVCache, NativeLibrary, RawArray, Rows, contiguous_kv, packed_kv, paged_kv
+from chunkkv.native import BatchRows, Chunks, KVView, NativeLibrary, RawArray, contiguous_kv, packed_kv, paged_kv
 from chunkkv.settings import ChunkKVSettings
 from native.memory import POISON, Memory
 
@@ -32,7 +32,7 @@ def dequantize(key: NDArray[Any]) -> NDArray[np.float32]:
     return key.astype(np.float32) * np.float32(KEY_SCALE)
 
 
-def make_cache(memory: Memory, key: NDArray[Any], layout: str, block: int = 16, seed: int = 0) -> KVCache:
+def make_cache(memory: Memory, key: NDArray[Any], layout: str, block: int = 16, seed: int = 0) -> KVView:
     """Return key [B, Hkv, S, D] as the K of a cache in one of LAYOUTS; everything that holds no key is poison."""
     batch, heads, tokens, head_dim = key.shape
     if layout == "contiguous":
@@ -79,23 +79,23 @@ class NativeOp:
         padded: int,
         keep_per_10k: NDArray[np.int32] | None = None,
         budget_tokens: NDArray[np.int32] | None = None,
-    ) -> Rows:
+    ) -> BatchRows:
         """Return the rows on the device; packed ones lie back to back in TRAILING tokens more than they need."""
         ratios, budgets = (
             None if values is None else self.memory.put(values) for values in (keep_per_10k, budget_tokens)
         )
-        rows = Rows(self.memory.put(lengths), padded, ratios, budgets)
+        rows = BatchRows(self.memory.put(lengths), padded, ratios, budgets)
         if not self.packed_rows:
             return rows
         starts = np.cumsum([0, *lengths[:-1]]).astype(np.int32)
         return replace(rows, row_starts=self.memory.put(starts), num_tokens=int(lengths.sum()) + TRAILING)
 
-    def empty(self, rows: Rows, width: int, dtype: str) -> RawArray:
+    def empty(self, rows: BatchRows, width: int, dtype: str) -> RawArray:
         """Return poisoned memory for an array [B, width] or [T]."""
         shape = (rows.lengths.shape[0], width) if rows.row_starts is None else (rows.num_tokens,)
         return self.memory.empty(shape, dtype)
 
-    def padded(self, array: RawArray, rows: Rows, width: int, filler: float) -> NDArray[Any]:
+    def padded(self, array: RawArray, rows: BatchRows, width: int, filler: float) -> NDArray[Any]:
         """Return what an array of `empty` holds as [B, width]; `filler` behind a packed row's own L entries."""
         content = self.memory.get(array)
         if rows.row_starts is None:
@@ -113,7 +113,7 @@ class NativeOp:
         self,
         query: NDArray[Any],
         key: NDArray[Any],
-        rows: Rows,
+        rows: BatchRows,
         settings: ChunkKVSettings,
         chunks: Chunks | None = None,
         with_tokens: bool = True,
@@ -140,7 +140,7 @@ class NativeOp:
         self.library.score(settings, rows, queries, cache, workspace=workspace, **options)
         return options["chunk_scores"], options["token_scores"]
 
-    def _all_queries(self, query: NDArray[Any], rows: Rows) -> NDArray[Any]:
+    def _all_queries(self, query: NDArray[Any], rows: BatchRows) -> NDArray[Any]:
         batch, heads, window, head_dim = query.shape
         lengths = np.clip(self.memory.get(rows.lengths), window, None)
         whole = np.full((batch, heads, max(rows.max_length, window), head_dim), np.nan, dtype=query.dtype)
@@ -183,7 +183,7 @@ class NativeOp:
         assert (indices[:, max(wanted) :] == -1).all()
         return indices[:, : max(wanted)], kept_lengths, self.padded(token_scores, rows, rows.max_length, 0.0)
 
-    def chunks(self, is_delimiter: NDArray[np.bool_], rows: Rows, settings: ChunkKVSettings) -> Chunks:
+    def chunks(self, is_delimiter: NDArray[np.bool_], rows: BatchRows, settings: ChunkKVSettings) -> Chunks:
         """Return the chunks that the boundaries op finds."""
         batch = is_delimiter.shape[0]
         width = max(1, self.library.max_chunks(settings, rows.max_length))

@@ -20,7 +20,7 @@ def attached(out: Path) -> dict[str, str]:
 
 def capture(program: str, *arguments: str, out: Path) -> list[Event]:
     """Run Python text with tests/ on its path and return the ranges by start; fails where one was not ended."""
-    environment = attached(out) | {"PYTHONPATH": str(ROOT / "tests")}
+    environment = attached(out) | {"PYTHONPATH": os.pathsep.join((str(ROOT / "tests"), *sys.path))}
     command = [sys.executable, "-W", "error", "-c", program, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -31,23 +31,23 @@ def read_events(path: Path) -> list[Event]:
     """Return what the recorder wrote as ranges by start."""
     stacks: dict[int, list[dict]] = {}
     begun: dict[int, dict] = {}
-    found = []
+    ranges = []
     for line in path.read_text(encoding="utf-8").splitlines():
-        one = json.loads(line)
-        stack = stacks.setdefault(one["thread"], [])
-        if one["event"] == "push":
-            assert one["depth"] == len(stack)
-            stack.append(one)
-        elif one["event"] == "pop":
-            found.append(_event(stack.pop(), one, True))
-            assert one["depth"] == len(stack)
-        elif one["event"] == "start":
-            begun[one["id"]] = one
+        event = json.loads(line)
+        stack = stacks.setdefault(event["thread"], [])
+        if event["event"] == "push":
+            assert event["depth"] == len(stack)
+            stack.append(event)
+        elif event["event"] == "pop":
+            ranges.append(_event(stack.pop(), event, True))
+            assert event["depth"] == len(stack)
+        elif event["event"] == "start":
+            begun[event["id"]] = event
         else:
-            assert one["event"] == "end", line
-            found.append(_event(begun.pop(one["id"]), one, False))
+            assert event["event"] == "end", line
+            ranges.append(_event(begun.pop(event["id"]), event, False))
     assert not begun and not any(stacks.values())
-    return sorted(found, key=lambda event: (event.start, -event.end))
+    return sorted(ranges, key=lambda entry: (entry.start, -entry.end))
 
 
 def _event(first: dict, last: dict, nested: bool) -> Event:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkkv.native.arrays import RawArray
+from chunkkv.native import RawArray
 from native.memory import Memory
 
 TYPES = {"float32": 0, "float16": 1, "int8": 2, "int32": 3, "bool": 4, "float8_e4m3fn": 6, "bfloat16": 7, "int64": 8}

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from chunkkv import reference
-from chunkkv.native.library import NativeLibrary, contiguous_kv
+from chunkkv.native import NativeLibrary, contiguous_kv
 from native import test_boundaries, test_compact, test_packed, test_prepare, test_rope, test_score, test_select
 from native.build import ROOT, runtime
 from native.memory import Memory

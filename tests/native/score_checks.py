@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from support.op_cases import OpCase, OpInputs
 
 from chunkkv import reference
-from chunkkv.native.library import Chunks, Rows
+from chunkkv.native import BatchRows, Chunks
 from native.native_op import NativeOp, dequantize, quantize
 
 TOLERANCE = 1e-5  # of the op contract: closer scores may be ranked either way
@@ -33,7 +33,7 @@ def expected_scores(op: NativeOp, case: OpCase, inputs: OpInputs, row: int) -> t
 def largest_error(op: NativeOp, case: OpCase, storage: str, one_pass: bool) -> float:
     """Return the largest relative error of a chunk's score, and of a token's where the call gives them."""
     inputs = case.inputs(storage)
-    rows = Rows(op.memory.put(inputs.lengths), inputs.key.shape[2])
+    rows = BatchRows(op.memory.put(inputs.lengths), inputs.key.shape[2])
     chunks = None
     if inputs.is_delimiter is not None:
         chunks = op.chunks(inputs.is_delimiter, rows, case.settings)
@@ -60,7 +60,7 @@ def _relative(given: NDArray[Any], expected: NDArray[Any], score: str) -> float:
 
 def bits_of_scores(op: NativeOp, inputs: OpInputs, case: OpCase, one_pass: bool) -> list[bytes]:
     """Return the bits of every row's chunk scores, and of its token scores where the call gives them."""
-    rows = Rows(op.memory.put(inputs.lengths), inputs.key.shape[2])
+    rows = BatchRows(op.memory.put(inputs.lengths), inputs.key.shape[2])
     chunks: Chunks | None = None
     if inputs.is_delimiter is not None:
         chunks = op.chunks(inputs.is_delimiter, rows, case.settings)

@@ -17,9 +17,9 @@ import pytest
 from support.messages import naming
 
 from chunkkv.errors import BackendUnavailableError, NativeArgumentError
+from chunkkv.native import BatchRows, Chunks, NativeLibrary, RawArray, contiguous_kv, packed_kv, paged_kv
 from chunkkv.native import structs as abi
 from chunkkv.native.arrays import as_raw
-from chunkkv.native.library import Chunks, NativeLibrary, RawArray, Rows, contiguous_kv, packed_kv, paged_kv
 from chunkkv.settings import ChunkKVSettings
 from native.build import ROOT, compiler
 from native.memory import Memory
@@ -316,7 +316,7 @@ def test_settings_and_lengths_out_of_range_raise(library: NativeLibrary) -> None
 def test_arrays_of_the_wrong_kind_raise(library: NativeLibrary, memory: Memory) -> None:
     lengths, scores = memory.put(np.array([20], np.int32)), memory.put(np.zeros((1, 6), np.float32))
     kept, counts = memory.empty((1, 20), "int32"), memory.empty((1,), "int32")
-    rows = Rows(lengths, 20)
+    rows = BatchRows(lengths, 20)
     for bad, text in [
         (replace(scores, dtype="float16"), "chunk_scores float16"),
         (replace(scores, shape=(2, 3)), "chunk_scores float32 [2,3]"),

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from chunkkv import reference
 from chunkkv.errors import NativeArgumentError
-from chunkkv.native.library import Chunks, NativeLibrary, Rows
+from chunkkv.native import BatchRows, Chunks, NativeLibrary
 from chunkkv.settings import ChunkKVSettings
 from native.memory import Memory
 
@@ -47,13 +47,15 @@ def run(
     placed = memory.put(np.array(changes.get("lengths", lengths), np.int32))
     if packed:
         tokens, starts = np.concatenate(ids), np.cumsum([0, *lengths[:-1]]).astype(np.int32)
-        rows = Rows(placed, padded, row_starts=memory.put(changes.get("row_starts", starts)), num_tokens=len(tokens))
+        rows = BatchRows(
+            placed, padded, row_starts=memory.put(changes.get("row_starts", starts)), num_tokens=len(tokens)
+        )
         table = memory.empty((len(tokens) + len(ids),), "int32")
     else:
         tokens = np.zeros((len(ids), padded), np.int32)  # 0 is a delimiter: padding must not matter
         for row, values in enumerate(ids):
             tokens[row, : len(values)] = values
-        rows, table = Rows(placed, padded), memory.empty((len(ids), width + 1), "int32")
+        rows, table = BatchRows(placed, padded), memory.empty((len(ids), width + 1), "int32")
     counts = memory.empty((len(ids),), "int32")
     library.boundaries(settings, rows, memory.put(tokens), memory.put(bitmap()), VOCABULARY, Chunks(table, counts))
     found = memory.get(table)
@@ -103,7 +105,7 @@ def test_flags_instead_of_ids(library: NativeLibrary, memory: Memory) -> None:
     flags = np.random.default_rng(4).integers(-1, 2, (2, 50)).astype(np.int32)
     width = library.max_chunks(SETTINGS, 50)
     table, counts = memory.empty((2, width + 1), "int32"), memory.empty((2,), "int32")
-    rows = Rows(memory.put(np.array([50, 31], np.int32)), 50)
+    rows = BatchRows(memory.put(np.array([50, 31], np.int32)), 50)
     library.boundaries(SETTINGS, rows, memory.put(flags), None, 0, Chunks(table, counts))
     for row, length in enumerate((50, 31)):
         wanted = reference.chunk_starts(length, SETTINGS, flags[row] != 0)

@@ -12,7 +12,7 @@ from support.messages import naming
 
 from chunkkv import reference
 from chunkkv.errors import NativeArgumentError
-from chunkkv.native.library import KVCache, NativeLibrary, RawArray, Rows, contiguous_kv, packed_kv, paged_kv
+from chunkkv.native import BatchRows, KVView, NativeLibrary, RawArray, contiguous_kv, packed_kv, paged_kv
 from native.memory import Memory, numpy_dtype
 
 DTYPES = ["float32", "float16", "bfloat16", "int8", "float8_e4m3fn"]
@@ -71,8 +71,8 @@ def check_bytes(got: NDArray[Any], wanted: NDArray[Any]) -> None:
     np.testing.assert_array_equal(got.view(np.uint8), wanted.view(np.uint8))
 
 
-def place_rows(memory: Memory, lengths: Any, padded: int) -> Rows:
-    return Rows(memory.put(np.array(lengths, np.int32)), padded)
+def place_rows(memory: Memory, lengths: Any, padded: int) -> BatchRows:
+    return BatchRows(memory.put(np.array(lengths, np.int32)), padded)
 
 
 def compact_paged(library: NativeLibrary, memory: Memory, pool: Pool, lengths: Any, kept: Any, seed: int = 0) -> None:
@@ -219,7 +219,7 @@ def test_garbage_is_memory_safe(library: NativeLibrary, memory: Memory, seed: in
 
 def test_a_table_shorter_than_the_padded_length_is_refused(library: NativeLibrary, memory: Memory) -> None:
     pool = Pool.make(np.random.default_rng(0), 1, 1, 16, 64, "float16", (20,))
-    cache: KVCache = paged_kv(memory.put(pool.data), memory.put(pool.offsets), 0)
+    cache: KVView = paged_kv(memory.put(pool.data), memory.put(pool.offsets), 0)
     kept = memory.put(np.zeros((1, 3), np.int32)), memory.put(np.zeros(1, np.int32))
     with pytest.raises(NativeArgumentError, match="max_blocks"):
         library.compact(place_rows(memory, (20,), 33), *kept, [cache])

@@ -15,7 +15,7 @@ import pytest
 from support.messages import naming
 
 from chunkkv.errors import NativeError
-from chunkkv.native.library import NativeLibrary, RawArray, Rows
+from chunkkv.native import BatchRows, NativeLibrary, RawArray
 from chunkkv.settings import ChunkKVSettings
 from native import compile_check
 from native.build import BUILD, ROOT
@@ -82,7 +82,7 @@ def test_the_library_loads_and_names_a_missing_driver() -> None:
     assert library.device == "cuda"
     settings = ChunkKVSettings()
     assert library.kept_tokens(settings, 1000) == settings.kept_tokens(1000)
-    rows = Rows(RawArray(4096, "int32", (1,)), 100)
+    rows = BatchRows(RawArray(4096, "int32", (1,)), 100)
     scores, kept = RawArray(4096, "float32", (1, 20)), RawArray(4096, "int32", (1, 100))
     with pytest.raises(NativeError, match=naming("chunkkv_select CUDA driver")):
         library.select(settings, rows, scores, kept, RawArray(4096, "int32", (1,)))
@@ -101,5 +101,5 @@ def test_cmake_works_without_nvcc(tmp_path: Path) -> None:
     assert library.device == "emulated"
     lengths, kept = np.array([100], np.int32), np.zeros((1, 64), np.int32)
     counts = np.zeros(1, np.int32)
-    library.select(ChunkKVSettings(), Rows(lengths, 100), np.zeros((1, 7), np.float32), kept, counts)
+    library.select(ChunkKVSettings(), BatchRows(lengths, 100), np.zeros((1, 7), np.float32), kept, counts)
     assert counts[0] == 64 and list(kept[0]) == [*range(32), *range(68, 100)]

@@ -7,7 +7,7 @@ import ctypes
 import numpy as np
 import pytest
 
-from chunkkv.native.library import NativeLibrary
+from chunkkv.native import NativeLibrary
 from native.memory import Memory
 
 

@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from native.build import ROOT, emulated_library
 
 
+@pytest.mark.deep
 def test_the_dry_run_goes_through_every_step(tmp_path: Path) -> None:
     emulated_library()
     output = tmp_path / "result.json"

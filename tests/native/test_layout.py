@@ -12,10 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from chunkkv.native import NativeLibrary, RawArray, contiguous_kv, packed_kv, paged_kv
 from chunkkv.native import structs as abi
-from chunkkv.native.arrays import RawArray
-from chunkkv.native.kv import contiguous_kv, packed_kv, paged_kv
-from chunkkv.native.library import NativeLibrary
 from chunkkv.reference import chunk_starts
 from chunkkv.settings import ChunkKVSettings
 from native.build import ROOT, compiler

@@ -27,8 +27,7 @@ import dataclasses
 import sys
 import numpy as np
 from chunkkv import profiling
-from chunkkv.native import library as native
-from chunkkv.native.library import NativeLibrary, Rows, contiguous_kv
+from chunkkv.native import NativeLibrary, BatchRows, contiguous_kv
 from chunkkv.settings import ChunkKVSettings
 from native.memory import Memory
 from native.native_op import NativeOp
@@ -43,7 +42,7 @@ flags = random.random((2, 50)) < 0.2
 with profiling.range("prefill", request_id=3, kept_tokens=40):
     kept, counts, _ = op.select(query, key, np.int32([50, 50]), settings, is_delimiter=flags)
 cache, out = memory.put(key), memory.empty((2, 2, 20, 64), "float32")
-rows = Rows(memory.put(np.int32([50, 50])), 50)
+rows = BatchRows(memory.put(np.int32([50, 50])), 50)
 layers = [contiguous_kv(cache, cache)], [contiguous_kv(out, memory.empty((2, 2, 20, 64), "float32"))]
 library.compact(rows, memory.put(kept), memory.put(counts), *layers)
 qkv, table = memory.put(np.zeros((3, 4 * 64), np.float32)), memory.put(np.zeros((9, 32, 2), np.float32))

@@ -12,7 +12,7 @@ from support import op_properties
 from support.op_cases import CASES, OpCase, named
 
 from chunkkv import reference
-from chunkkv.native.library import Chunks, NativeLibrary, Rows, contiguous_kv, paged_kv
+from chunkkv.native import BatchRows, Chunks, NativeLibrary, contiguous_kv, paged_kv
 from chunkkv.settings import ChunkKVSettings
 from native.memory import POISON, Memory
 from native.native_op import NativeOp
@@ -79,9 +79,9 @@ def test_properties(library: NativeLibrary, memory: Memory, check: op_properties
     assert check(op.select, replace(named(name), head_dim=64)) == 0
 
 
-def packed_rows(memory: Memory, lengths: Any, *, trailing: int = 3, starts: Any = None) -> Rows:
+def packed_rows(memory: Memory, lengths: Any, *, trailing: int = 3, starts: Any = None) -> BatchRows:
     own = np.cumsum([0, *lengths[:-1]]) if starts is None else starts
-    return Rows(
+    return BatchRows(
         memory.put(np.array(lengths, np.int32)),
         max(*lengths, 1),
         row_starts=memory.put(np.array(own, np.int32)),
@@ -135,7 +135,7 @@ def test_rows_that_are_kept_whole_are_not_touched_in_place(
     pool = Pool.make(np.random.default_rng(3), 2, 2, 8, 64, "int8", LENGTHS)
     data, table = memory.put(pool.data), memory.put(pool.offsets)
     caches = [paged_kv(data, table, layer) for layer in range(2)]
-    rows = packed_rows(memory, LENGTHS) if packed else Rows(memory.put(np.array(LENGTHS, np.int32)), max(LENGTHS))
+    rows = packed_rows(memory, LENGTHS) if packed else BatchRows(memory.put(np.array(LENGTHS, np.int32)), max(LENGTHS))
     wild = np.random.default_rng(4).choice(WILD, (len(LENGTHS), max(LENGTHS)))
     itself = np.tile(np.arange(max(LENGTHS), dtype=np.int32), (len(LENGTHS), 1))
     for indices, kept in ((wild, LENGTHS), (itself, KEPT)):

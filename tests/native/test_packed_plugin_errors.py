@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from chunkkv.native.library import NativeLibrary, RawArray
+from chunkkv.native import NativeLibrary, RawArray
 from native.memory import Memory
 from native.packed_batch import SETTINGS, PackedBatch, Pools
 from native.plugin_host import CHAR, INT32, Field, HostError, Range, node_fields

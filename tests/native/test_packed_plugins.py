@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from chunkkv.native.library import NativeLibrary, RawArray, Rows, contiguous_kv
+from chunkkv.native import BatchRows, NativeLibrary, RawArray, contiguous_kv
 from native.memory import Memory, numpy_dtype
 from native.packed_batch import SETTINGS, UNUSED, PackedBatch, Pools, setting_fields
 from native.plugin_host import Range, node_fields
@@ -218,7 +218,7 @@ def test_workspace_of_the_profile_suffices_below_it(library: NativeLibrary) -> N
             return RawArray(4096, "float16", shape)  # only sizes are looked at
 
         cache = contiguous_kv(*[array(batch, 8, length, 64)] * 2)
-        lengths = Rows(RawArray(4096, "int32", (batch,)), length)
+        lengths = BatchRows(RawArray(4096, "int32", (batch,)), length)
         scores = RawArray(4096, "float32", (batch, library.max_chunks(settings, length)))
         return library.score_workspace(settings, lengths, array(batch, 16, 31, 64), cache, chunk_scores=scores)
 

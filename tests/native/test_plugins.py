@@ -16,7 +16,7 @@ from support.messages import naming
 from support.op_cases import CASES, STORAGE_TYPES, OpCase
 
 from chunkkv import reference
-from chunkkv.native.library import NativeLibrary, RawArray, Rows, contiguous_kv
+from chunkkv.native import BatchRows, NativeLibrary, RawArray, contiguous_kv
 from chunkkv.settings import ChunkKVSettings
 from chunkkv_builder.onnx_graph import functions
 from native.memory import Memory
@@ -167,7 +167,7 @@ def test_workspace_of_the_profile_suffices_below_it(host: PluginHost, library: N
         scores = {"chunk_scores": array("float32", rows, library.max_chunks(settings, length))}
         scores["token_scores"] = array("float32", rows, length)
         queries = array("float32", rows, 64, 128, 64)
-        return library.score_workspace(settings, Rows(array("int32", rows), length), queries, cache, **scores)
+        return library.score_workspace(settings, BatchRows(array("int32", rows), length), queries, cache, **scores)
 
     sizes = [wanted(rows, length) for rows in (1, 2, 3, 8, 33, batch) for length in (1, 4096, 30_000, 60_000, tokens)]
     assert max(sizes) == wanted(batch, tokens) <= given

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from support.messages import naming
 
 from chunkkv.errors import NativeArgumentError
-from chunkkv.native.library import NativeLibrary
+from chunkkv.native import NativeLibrary
 from chunkkv.settings import ChunkKVSettings
 from native.memory import Memory
 from native.test_boundaries import DELIMITERS, VOCABULARY, bitmap

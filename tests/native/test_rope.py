@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from support.messages import naming
 
 from chunkkv.errors import NativeArgumentError
-from chunkkv.native.library import NativeLibrary
+from chunkkv.native import NativeLibrary
 from native.memory import Memory, numpy_dtype
 
 HEADS, KV_HEADS, TOKENS, POSITIONS = 5, 2, 9, 40

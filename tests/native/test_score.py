@@ -14,7 +14,7 @@ from support.op_cases import CASES, STORAGE_TYPES, OpCase, named
 
 from chunkkv import reference
 from chunkkv.errors import NativeArgumentError
-from chunkkv.native.library import NativeLibrary, RawArray, Rows, contiguous_kv
+from chunkkv.native import BatchRows, NativeLibrary, RawArray, contiguous_kv
 from chunkkv.settings import ChunkKVSettings
 from native.memory import Memory, numpy_dtype
 from native.native_op import LAYOUTS, NativeOp, make_cache
@@ -158,6 +158,7 @@ def sparse(shape: tuple[int, ...], dtype: str) -> tuple[NDArray[Any], RawArray]:
     return array, RawArray(array.ctypes.data, dtype, shape, on_device=False)
 
 
+@pytest.mark.deep
 def test_waves_of_rows_in_gigabytes_of_workspace(library: NativeLibrary, memory: Memory) -> None:
     """One row of this size fills the workspace, so every row is a wave of its own; entries pass 2^31."""
     if library.device == "cuda":
@@ -168,25 +169,26 @@ def test_waves_of_rows_in_gigabytes_of_workspace(library: NativeLibrary, memory:
     keys[:, :, :302] = small.key
     cache, query = contiguous_kv(raw, raw), memory.put(small.query)
     scores = memory.empty((2, library.max_chunks(own, padded)), "float32")
-    rows = Rows(memory.put(small.lengths), padded)
+    rows = BatchRows(memory.put(small.lengths), padded)
     size = library.score_workspace(own, rows, query, cache, chunk_scores=scores)
     first = memory.empty((1, scores.shape[1]), "float32")
-    alone = Rows(memory.put(small.lengths[:1]), padded)
+    alone = BatchRows(memory.put(small.lengths[:1]), padded)
     assert size == library.score_workspace(own, alone, memory.put(small.query[:1]), cache, chunk_scores=first) > 4 << 31
     _, workspace = sparse((size,), "uint8")
     library.score(own, rows, query, cache, chunk_scores=scores, workspace=workspace)
     op = NativeOp(library, memory)
-    wanted = memory.get(op.score(small.query, small.key, Rows(rows.lengths, 302), own, with_tokens=False)[0])
+    wanted = memory.get(op.score(small.query, small.key, BatchRows(rows.lengths, 302), own, with_tokens=False)[0])
     for row, length in enumerate((300, 250)):
         count = library.max_chunks(own, length)
         assert memory.get(scores)[row, :count].tobytes() == wanted[row, :count].tobytes()
 
 
+@pytest.mark.deep
 def test_a_million_tokens(library: NativeLibrary, memory: Memory) -> None:
     length, own = 1_000_037, settings(1, 10, 4)
     tried = case(own, (length,), heads=1, kv_heads=1, extra_padding=0, contrast=1.0)
     inputs = tried.inputs("float16")
-    rows = Rows(memory.put(inputs.lengths), length)
+    rows = BatchRows(memory.put(inputs.lengths), length)
     given = memory.get(NativeOp(library, memory).score(inputs.query, inputs.key, rows, own, with_tokens=False)[0])[0]
     logits = inputs.key[0, 0].astype(np.float32) @ inputs.query[0, 0, 0].astype(np.float32) / 8.0
     weights = np.exp(logits.astype(np.float64) - logits.max())
@@ -207,7 +209,7 @@ def test_garbage_stays_inside(library: NativeLibrary, memory: Memory, storage: s
         inputs.key.view(np.uint8)[:] = rng.integers(0, 256, inputs.key.view(np.uint8).shape)
         op = NativeOp(library, memory, layout="paged")
         lengths = np.array([INT32.min, -1, 0, 5, 93, INT32.max], dtype=np.int32)
-        rows = Rows(memory.put(lengths), inputs.key.shape[2])
+        rows = BatchRows(memory.put(lengths), inputs.key.shape[2])
         chunks = None
         if boundaries == "delimiter":
             chunks = op.chunks(np.zeros(inputs.key.shape[::2], dtype=np.bool_), rows, own)
@@ -219,7 +221,7 @@ def test_garbage_stays_inside(library: NativeLibrary, memory: Memory, storage: s
 def test_arguments_are_checked(library: NativeLibrary, memory: Memory) -> None:
     tried = case(settings(), (40,))
     inputs, op = tried.inputs("float16"), NativeOp(library, memory)
-    rows = Rows(memory.put(inputs.lengths), inputs.key.shape[2])
+    rows = BatchRows(memory.put(inputs.lengths), inputs.key.shape[2])
     cache, query = make_cache(memory, inputs.key, "contiguous"), memory.put(inputs.query)
     scores = memory.empty((1, 10), "float32")
     size = library.score_workspace(tried.settings, rows, query, cache, chunk_scores=scores)

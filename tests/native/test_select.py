@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from chunkkv import reference
-from chunkkv.native.library import Chunks, NativeLibrary, Rows
+from chunkkv.native import BatchRows, Chunks, NativeLibrary
 from chunkkv.settings import ChunkKVSettings
 from native.memory import Memory
 
@@ -67,7 +67,7 @@ class Call:
         wanted = max([library.kept_tokens(self.settings, longest), *map(self.kept, range(batch))]) + self.kept_extra
         kept = memory.empty((batch, changes.get("max_kept", wanted)), "int32")
         lengths = memory.empty((batch,), "int32")
-        rows = Rows(placed["lengths"], longest, placed["keep_per_10k"], placed["budget_tokens"])
+        rows = BatchRows(placed["lengths"], longest, placed["keep_per_10k"], placed["budget_tokens"])
         delimiter = self.settings.boundaries == "delimiter"
         chunks = Chunks(placed["starts"], placed["counts"]) if delimiter else None
         library.select(self.settings, rows, placed["scores"], kept, lengths, chunks=chunks)

@@ -30,7 +30,7 @@ from chunkkv.gpu.cuda_runtime import CudaRuntime
 from chunkkv.settings import ChunkKVSettings
 from native import llm_networks as llm
 
-pytestmark = pytest.mark.contract_as_read
+pytestmark = [pytest.mark.contract_as_read, pytest.mark.deep]
 
 NEEDLE = llm.ROOT / "examples" / "needle"
 STEPS = 65  # the first token comes from prefill, 64 from decode steps

@@ -24,7 +24,7 @@ from support.tensorrt_llm_double.graph import Graph, Node
 from support.tensorrt_llm_double.oracle import oracle_plugins
 from support.tensorrt_llm_double.run import Execution
 
-from chunkkv.native.library import NativeLibrary
+from chunkkv.native import NativeLibrary
 from chunkkv.settings import ChunkKVSettings
 from native import llm_networks as llm
 from native.memory import Memory
@@ -88,7 +88,14 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize(("generation", "dtype", "kv", "leader", "reuse"), KINDS)
+# One of each generation after each change, the others with the deep tests.
+QUICK = [("late", "float16", None, "first", 2), ("0.16", "bfloat16", None, "last", 2)]
+
+
+@pytest.mark.parametrize(
+    ("generation", "dtype", "kv", "leader", "reuse"),
+    [pytest.param(*kind, marks=[] if kind in QUICK else pytest.mark.deep) for kind in KINDS],
+)
 def test_decoding_sees_the_kept_tokens_and_nothing_else(
     machine: llm.Machine, generation: str, dtype: str, kv: str | None, leader: str, reuse: int
 ) -> None:

@@ -13,8 +13,8 @@ from support.messages import naming
 
 from chunkkv import reference
 from chunkkv.errors import NativeArgumentError
+from chunkkv.native import BatchRows, NativeLibrary, contiguous_kv
 from chunkkv.native.arrays import as_raw
-from chunkkv.native.library import NativeLibrary, Rows, contiguous_kv
 from chunkkv.settings import ChunkKVSettings
 
 SETTINGS = ChunkKVSettings(window=4, chunk_size=3, sinks=2, min_tokens=9, keep_per_10k=4_000)
@@ -58,7 +58,7 @@ def test_select_and_compact_as_the_reference_and_torch_gather(
     key, value = data.to(device)
     indices = torch.full((1, kept), -1, dtype=torch.int32, device=device)
     counts = torch.zeros(1, dtype=torch.int32, device=device)
-    rows = Rows(torch.tensor([length], dtype=torch.int32, device=device), length)
+    rows = BatchRows(torch.tensor([length], dtype=torch.int32, device=device), length)
     library.select(SETTINGS, rows, means.to(device), indices, counts)
     tokens = np.zeros(length, np.float32)
     tokens[2:46] = np.repeat(means[0].numpy(), 3)[:44]
@@ -77,6 +77,6 @@ def bytes_of(tensor: torch.Tensor) -> Any:
 
 def test_tensors_of_the_wrong_kind_are_refused(library: NativeLibrary, device: str) -> None:
     counts = torch.zeros(1, dtype=torch.int32, device=device)
-    rows = Rows(torch.tensor([50], dtype=torch.int64, device=device), 50)
+    rows = BatchRows(torch.tensor([50], dtype=torch.int64, device=device), 50)
     with pytest.raises(NativeArgumentError, match=naming("lengths int64 [1]")):
         library.select(SETTINGS, rows, torch.zeros(1, 15, device=device), torch.zeros(1, 20, device=device), counts)

@@ -95,15 +95,15 @@ def make_repository(engine: Path, folder: Path, *flags: str) -> Path:
 @pytest.fixture(scope="module")
 def servers(engine_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator:
     """Make servers; whatever is left of them at the end is killed."""
-    made: list[Server] = []
+    started: list[Server] = []
 
     def start(*init_flags: str, serve_flags: tuple[str, ...] = ()) -> Server:
         folder = tmp_path_factory.mktemp("server")
         repository = make_repository(engine_dir, folder / "repository", *init_flags)
-        made.append(Server(repository, folder / "log", *serve_flags))
-        made[-1].wait_ready()
-        return made[-1]
+        started.append(Server(repository, folder / "log", *serve_flags))
+        started[-1].wait_ready()
+        return started[-1]
 
     yield start
-    for server in made:
+    for server in started:
         server.kill()

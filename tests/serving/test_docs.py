@@ -94,8 +94,8 @@ def test_defaults_are_those_of_the_code() -> None:
 
     defaults = dict(re.findall(r"`--(\w+)` \(([\d.]+)\)", PAGE))
     limits, settings = BatchingLimits(), ServeSettings(ROOT)
-    found = {name: getattr(limits, name, getattr(settings, name, None)) for name in defaults}
-    assert {name: float(value) for name, value in defaults.items() if found[name] is not None} == {
-        name: value for name, value in found.items() if value is not None
+    in_code = {name: getattr(limits, name, getattr(settings, name, None)) for name in defaults}
+    assert {name: float(value) for name, value in defaults.items() if in_code[name] is not None} == {
+        name: value for name, value in in_code.items() if value is not None
     }
     assert {"slots", "waiting", "canary_s", "exit_timeout_s", "queue_timeout_s"} <= set(defaults)

@@ -45,10 +45,10 @@ def assert_every_client_was_told(waiting, stream, seconds: float) -> None:
     """Each request ends with an error soon; the streamed one without its last event is one too."""
     for future in waiting:
         try:
-            found = future.result(timeout=seconds)
+            answer = future.result(timeout=seconds)
         except LOST:
             continue
-        assert isinstance(found, list) and "finish_reason" not in found[-1], "cut off in the middle"
+        assert isinstance(answer, list) and "finish_reason" not in answer[-1], "cut off in the middle"
     with pytest.raises(InferenceServerException):
         while True:
             stream.next(timeout=seconds)
@@ -187,9 +187,9 @@ def test_load_goes_on_through_a_crash(server: Server) -> None:
 def test_nothing_is_listened_to_but_loopback(server: Server) -> None:
     tables = [Path(f"/proc/net/{name}").read_text().splitlines()[1:] for name in ("tcp", "tcp6")]
     sockets = [line.split() for table in tables for line in table]
-    found = {local[-4:]: local[:-5] for _, local, _, state, *_ in sockets if state == "0A"}
-    mine = [found[f"{port:04X}"] for port in (server.http, server.grpc, server.metrics)]
-    assert set(mine) <= {"0100007F", "0000000000000000FFFF00000100007F"}
+    addresses = {local[-4:]: local[:-5] for _, local, _, state, *_ in sockets if state == "0A"}
+    listening = [addresses[f"{port:04X}"] for port in (server.http, server.grpc, server.metrics)]
+    assert set(listening) <= {"0100007F", "0000000000000000FFFF00000100007F"}
 
 
 def test_flags_are_checked_before_anything_starts(tmp_path) -> None:

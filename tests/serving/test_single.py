@@ -52,22 +52,22 @@ def own_answer(session, text: str, case: dict):
 
 @pytest.mark.parametrize("case", CASES, ids=json.dumps)
 def test_the_answer_is_the_librarys_own(server, session, document, case) -> None:
-    status, found = server.generate({"text_input": document, "max_tokens": 12, **case})
+    status, answer = server.generate({"text_input": document, "max_tokens": 12, **case})
     own = own_answer(session, document, case)
-    assert status == 200, found
-    assert (found["text_output"], tuple(np.atleast_1d(found["output_ids"]))) == (own.text, own.token_ids)
+    assert status == 200, answer
+    assert (answer["text_output"], tuple(np.atleast_1d(answer["output_ids"]))) == (own.text, own.token_ids)
     costs = own.statistics
-    assert found["finish_reason"] == own.finish_reason
-    assert (found["num_input_tokens"], found["kept_tokens"]) == (costs.prompt_tokens, costs.kept_tokens)
-    assert (found["num_output_tokens"], found["kv_cache_bytes"]) == (costs.new_tokens, costs.cache_bytes)
-    assert 0 < found["prefill_ms"] <= found["ttft_ms"]
+    assert answer["finish_reason"] == own.finish_reason
+    assert (answer["num_input_tokens"], answer["kept_tokens"]) == (costs.prompt_tokens, costs.kept_tokens)
+    assert (answer["num_output_tokens"], answer["kv_cache_bytes"]) == (costs.new_tokens, costs.cache_bytes)
+    assert 0 < answer["prefill_ms"] <= answer["ttft_ms"]
 
 
 def test_many_at_once_get_what_each_alone_gets(server, session, short) -> None:
     cases = [{"seed": n, "temperature": 0.9, "max_tokens": 20 + n, "ignore_eos": True} for n in range(20)]
     with ThreadPoolExecutor(20) as pool:
-        found = list(pool.map(lambda case: server.generate({"text_input": short, **case})[1], cases))
-    for case, answer in zip(cases, found, strict=True):
+        answers = list(pool.map(lambda case: server.generate({"text_input": short, **case})[1], cases))
+    for case, answer in zip(cases, answers, strict=True):
         assert tuple(answer["output_ids"]) == own_answer(session, short, case).token_ids
 
 
@@ -129,8 +129,8 @@ BAD = [
 
 @pytest.mark.parametrize(("body", "status", "named"), BAD, ids=[str(body)[:60] for body, *_ in BAD])
 def test_bad_input_is_refused_by_name(server, body, status, named) -> None:
-    found, answer = server.generate(body)
-    assert found == status and re.search(named, answer["error"]), answer
+    got, answer = server.generate(body)
+    assert got == status and re.search(named, answer["error"]), answer
 
 
 @pytest.mark.parametrize(
@@ -176,9 +176,9 @@ def test_more_than_fits_is_rejected_and_the_rest_is_served(server, short) -> Non
 
     before = server.metric("chunkkv_requests_total", outcome="rejected")
     with ThreadPoolExecutor(60) as pool:
-        found = list(pool.map(ask, range(60)))
-    served = [answer for status, answer in found if status == 200]
-    refused = [answer for status, answer in found if status == 400]
+        answers = list(pool.map(ask, range(60)))
+    served = [answer for status, answer in answers if status == 200]
+    refused = [answer for status, answer in answers if status == 400]
     assert len(served) + len(refused) == 60 and len(served) >= 24 and refused
     assert all(answer["num_output_tokens"] == 400 for answer in served)
     assert all(answer["error"].startswith("CHUNKKV_OVERLOADED: the queue is full") for answer in refused)
@@ -224,6 +224,6 @@ def test_metrics_add_up(server, short) -> None:
     names = ("chunkkv_prompt_tokens_total", "chunkkv_kept_tokens_total", "chunkkv_generated_tokens_total")
     names += ("chunkkv_ttft_seconds_count", "chunkkv_tpot_seconds_count")
     before = [server.metric(name) for name in names]
-    _, found = server.generate({"text_input": short, "max_tokens": 6, "keep_ratio": 0.5, "ignore_eos": True})
-    expected = [found["num_input_tokens"], found["kept_tokens"], 6, 1, 1]
+    _, answer = server.generate({"text_input": short, "max_tokens": 6, "keep_ratio": 0.5, "ignore_eos": True})
+    expected = [answer["num_input_tokens"], answer["kept_tokens"], 6, 1, 1]
     wait_for(lambda: [server.metric(name) - old for name, old in zip(names, before, strict=True)] == expected)

@@ -35,13 +35,13 @@ def server(servers):
 @pytest.mark.parametrize("model", TEXT_MODELS)
 @pytest.mark.parametrize("case", CASES, ids=json.dumps)
 def test_the_answer_is_the_librarys_own(server, session, document, case, model) -> None:
-    status, found = server.generate({"text_input": document, "max_tokens": 12, **case}, model)
+    status, answer = server.generate({"text_input": document, "max_tokens": 12, **case}, model)
     own = own_answer(session, document, case)
-    assert status == 200, found
-    assert (found["text_output"], found["num_output_tokens"]) == (own.text, len(own.token_ids))
+    assert status == 200, answer
+    assert (answer["text_output"], answer["num_output_tokens"]) == (own.text, len(own.token_ids))
     costs = own.statistics
-    assert (found["num_input_tokens"], found["kept_tokens"]) == (costs.prompt_tokens, costs.kept_tokens)
-    assert found["finish_reason"] == own.finish_reason
+    assert (answer["num_input_tokens"], answer["kept_tokens"]) == (costs.prompt_tokens, costs.kept_tokens)
+    assert answer["finish_reason"] == own.finish_reason
 
 
 @pytest.mark.parametrize("model", TEXT_MODELS)
@@ -189,7 +189,7 @@ def test_the_ensemble_over_grpc(server, session, short) -> None:
     stream = GrpcStream(server, text_request(short, 8), "ensemble")
     texts = [result.as_numpy("text_output") for result in stream.all()]
     stream.close()
-    text = b"".join(found.reshape(-1)[0] for found in texts if found is not None).decode()
+    text = b"".join(piece.reshape(-1)[0] for piece in texts if piece is not None).decode()
     assert text == own_answer(session, short, {"max_tokens": 8}).text
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkkv.engine.fields import LARGEST_INT, Fields
+from chunkkv.engine.fields import Fields, is_integer
 from chunkkv.errors import ConfigError
 from chunkkv_builder.checkpoint import rope
 from chunkkv_builder.checkpoint.rope import RopeScaling
@@ -27,10 +27,36 @@ _QWEN3_HEAD_DIM = 128  # what Qwen3 means where its config leaves head_dim out
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer of a supported family; `dtype` is that of the checkpoint's tensors.
+    """A decoder-only transformer of a supported family; raises ConfigError for sizes that do not fit together.
 
-    `attention_bias` is the bias of the q, k and v projections, `attention_out_bias` that of the output projection;
-    `qk_norm` is Qwen3's norm over each query and key head. `rope_scaling` is None for plain RoPE.
+    Parameters
+    ----------
+    architecture, family : str
+        A key of ARCHITECTURES, and its value.
+    vocab_size, hidden_size, intermediate_size : int
+        Tokens of the vocabulary, and widths of the residual stream and of the MLP.
+    num_layers, num_heads, num_kv_heads, head_dim : int
+        Decoder layers, query heads and KV heads of a layer, and the width of a head.
+    rms_norm_eps : float
+        Epsilon of every norm.
+    rope_theta : float
+        Base of the rotary frequencies.
+    rope_scaling : RopeScaling or None
+        None for plain RoPE.
+    max_position_embeddings : int
+        Positions the model was trained for.
+    tie_word_embeddings : bool, default False
+        Whether the embedding table is also the projection to the vocabulary.
+    attention_bias, attention_out_bias, mlp_bias : bool, default False
+        Whether the projections have a bias: q, k and v; the output of attention; those of the MLP.
+    qk_norm : bool, default False
+        Whether each query and key head is normalised, as in Qwen3.
+    bos_token_id : int or None, default None
+        Token that begins a text.
+    eos_token_ids : tuple of int, default empty
+        Tokens that end an answer.
+    dtype : str, default "float32"
+        Type the checkpoint's tensors are stored in, one of DTYPES.
     """
 
     architecture: str
@@ -73,10 +99,22 @@ class ModelConfig:
         generation_config: Mapping[str, Any] | None = None,
         source: str = "config.json",
     ) -> ModelConfig:
-        """Read a Hugging Face config of transformers 4 or 5; end tokens of `generation_config` come first.
+        """Read a Hugging Face config of transformers 4 or 5.
 
-        Raises ConfigError for an architecture, activation, attention or rotary variant that is not supported, and for
-        missing or invalid keys.
+        Parameters
+        ----------
+        config : mapping
+            The content of config.json.
+        generation_config : mapping, optional
+            The content of generation_config.json; its end tokens win over those of `config`.
+        source : str, default "config.json"
+            What `config` is called in errors.
+
+        Raises
+        ------
+        ConfigError
+            For an architecture, activation, attention or rotary variant that is not supported, and for missing or
+            invalid keys.
         """
         fields = Fields(config, source)
         architecture, family = _read_architecture(fields)
@@ -187,14 +225,14 @@ def _unsupported(architecture: Any) -> ConfigError:
 
 
 def _read_architecture(fields: Fields) -> tuple[str, str]:
-    listed = fields.get("architectures")
-    if not isinstance(listed, list) or len(listed) != 1:
+    names = fields.get("architectures")
+    if not isinstance(names, list) or len(names) != 1:
         raise fields.error("architectures", f"give a list of one name; supported are {', '.join(ARCHITECTURES)}")
-    family = ARCHITECTURES.get(listed[0]) if isinstance(listed[0], str) else None
+    family = ARCHITECTURES.get(names[0]) if isinstance(names[0], str) else None
     if family is None:
-        raise _unsupported(listed[0])
+        raise _unsupported(names[0])
     fields.text("model_type", allowed=(family,), default=family)
-    return listed[0], family
+    return names[0], family
 
 
 def _refuse_variants(fields: Fields, family: str) -> None:
@@ -249,12 +287,11 @@ def _first_ids(key: str, generation: Fields, fields: Fields, default: list[int |
 
 
 def _token_ids(fields: Fields, key: str) -> list[int]:
-    listed = fields.get(key)
-    listed = listed if isinstance(listed, list) else [listed]
-    for token in listed:
-        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token <= LARGEST_INT:
-            raise fields.error(key, "give a token id, or a list of them")
-    return listed
+    value = fields.get(key)
+    tokens = value if isinstance(value, list) else [value]
+    if not all(is_integer(token, low=0) for token in tokens):
+        raise fields.error(key, "give a token id, or a list of them")
+    return tokens
 
 
 def _read_dtype(fields: Fields) -> str:

@@ -140,8 +140,9 @@ def _yarn(
         high += 0.001  # as in transformers: the ramp is a step
     ramp = (np.arange(head_dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
     extrapolated = np.float32(1) - np.clip(ramp, np.float32(0), np.float32(1))
-    one = np.float32(1)
-    inverse = one / (np.float32(scaling.factor) * wavelengths) * (one - extrapolated) + one / wavelengths * extrapolated
+    unscaled = np.float32(1) / wavelengths
+    interpolated = np.float32(1) / (np.float32(scaling.factor) * wavelengths)
+    inverse = interpolated * (np.float32(1) - extrapolated) + unscaled * extrapolated
     return inverse, _yarn_attention_factor(scaling)
 
 

@@ -140,10 +140,10 @@ def _entry(name: str, value: Any, source: str) -> TensorEntry:
     if not _whole_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise CheckpointError(f"{where} has data_offsets {shown(offsets)}; expected a start and an end not before it")
     needed, odd_bits = divmod(math.prod(shape) * ITEM_BITS[dtype], 8)
-    given = offsets[1] - offsets[0]
-    if odd_bits or needed != given:
+    span = offsets[1] - offsets[0]
+    if odd_bits or needed != span:
         raise CheckpointError(
-            f"{where}: shape {shown(shape)} in {dtype} takes {needed} bytes, but its data_offsets span {given}: "
+            f"{where}: shape {shown(shape)} in {dtype} takes {needed} bytes, but its data_offsets span {span}: "
             f"{_DAMAGED}"
         )
     return TensorEntry(dtype, tuple(shape), offsets[0], offsets[1])

@@ -116,8 +116,8 @@ def _kept_tokens(e: NodeEmitter, settings: ChunkKVSettings, length: str) -> str:
     ratio = e.op("Unsqueeze", [e.op("Cast", ["keep_per_10k"], to=onnx.TensorProto.INT64), column])
     budget = e.op("Unsqueeze", [e.op("Cast", ["budget_tokens"], to=onnx.TensorProto.INT64), column])
     by_ratio = e.op("Div", [e.op("Mul", [length, ratio]), e.const(KEEP_SCALE, "int64")])
-    wanted = e.op("Where", [e.op("Greater", [budget, e.const(0, "int64")]), budget, by_ratio])
-    return e.op("Min", [length, e.op("Max", [wanted, e.const(settings.min_tokens, "int64")])])
+    requested = e.op("Where", [e.op("Greater", [budget, e.const(0, "int64")]), budget, by_ratio])
+    return e.op("Min", [length, e.op("Max", [requested, e.const(settings.min_tokens, "int64")])])
 
 
 def _attention_weights(

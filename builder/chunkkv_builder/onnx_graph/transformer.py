@@ -27,12 +27,24 @@ _INT32, _INT64, _FLOAT = onnx.TensorProto.INT32, onnx.TensorProto.INT64, onnx.Te
 
 
 class StepGraph:
-    """Emits the step graph of `plan`; weights are looked up in `weights` by their checkpoint names.
+    """Emits the step graph of a plan.
 
-    attention "fused" uses ONNX Runtime's GroupQueryAttention, whose memory does not grow with block x cache, and
-    which accepts several tokens per row only for B = 1. "standard" uses TensorScatter and Attention of ONNX opset 24
-    with a slot mask: any engine, any B and S, and computes in the `dtype` of the weights (logits are always float32).
-    `emitter` decides where the weights lie; `window_queries` False leaves the outputs query.l out.
+    Parameters
+    ----------
+    plan : GraphPlan
+        Model, settings and layers.
+    weights : mapping
+        Where each tensor lies, by its name in the checkpoint.
+    attention : str, default "fused"
+        "fused" uses ONNX Runtime's GroupQueryAttention, whose memory does not grow with block x cache, and which takes
+        several tokens per row only for B = 1. "standard" uses TensorScatter and Attention of ONNX opset 24 with a mask
+        over slots: any engine, any B and S.
+    dtype : str, default "float32"
+        Type of weights, cache and arithmetic; logits are always float32.
+    emitter : GraphEmitter, optional
+        Decides where the weights lie; default: in a file beside the graph.
+    window_queries : bool, default True
+        Whether the graph has the outputs query.l, which a compress graph needs.
     """
 
     def __init__(

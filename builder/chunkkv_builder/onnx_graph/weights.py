@@ -1,6 +1,6 @@
-"""The engine's one weights file: written once, tensor by tensor, and referenced by every graph.
+"""The one weights file of an engine: written tensor by tensor, and shared by all its graphs.
 
-The file is plain safetensors, so any tool can read it; graphs point into it by offset (ONNX external data).
+It is a safetensors file, so any tool can read it. Graphs refer to it by offset (ONNX external data).
 """
 
 from __future__ import annotations
@@ -20,7 +20,21 @@ SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "u
 
 @dataclass(frozen=True)
 class WeightLocation:
-    """Where one tensor lies: file name, byte offset from the start of the file, shape and NumPy dtype name."""
+    """Where one tensor lies.
+
+    Parameters
+    ----------
+    name : str
+        Name of the tensor.
+    file : str
+        Name of the file, relative to the graph's folder.
+    offset : int
+        Byte offset from the start of the file.
+    shape : tuple of int
+        Its shape.
+    dtype : str
+        Name of its NumPy type.
+    """
 
     name: str
     file: str
@@ -36,7 +50,19 @@ class WeightLocation:
 
 @dataclass(frozen=True)
 class WeightSource:
-    """One tensor to be stored: its final shape and dtype, and a function that produces it when its turn comes."""
+    """One tensor that is to be stored.
+
+    Parameters
+    ----------
+    name : str
+        Its name in the file.
+    shape : tuple of int
+        Its shape in the file.
+    dtype : str
+        Its NumPy type in the file, a key of SAFETENSORS_DTYPES.
+    load : callable
+        Returns the tensor, when its turn comes.
+    """
 
     name: str
     shape: tuple[int, ...]

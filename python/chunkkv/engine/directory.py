@@ -45,9 +45,12 @@ class Manifest:
 
     Parameters
     ----------
-    backend : one of BACKENDS, or another name in an engine of a later version.
-    versions : version of each package that took part in the build, by name.
-    files : size and digest of every file but the manifest, by name.
+    backend : str
+        One of BACKENDS, or another name in an engine of a later version.
+    versions : dict
+        Version of each package that took part in the build, by name.
+    files : dict
+        Size and digest of every file but the manifest, by name.
     """
 
     backend: str
@@ -95,12 +98,18 @@ class EngineFiles:
 
     Parameters
     ----------
-    path : the directory.
-    backend : the engine that runs it, one of BACKENDS.
-    versions : versions of the packages it was built with, by name.
-    model : `pretrained_config` of config.json: the model's sizes under TensorRT-LLM's names.
-    build : `build_config` of config.json: the limits it was built for under trtllm-build's names.
-    settings : ChunkKV's settings, None for an engine that keeps every token.
+    path : Path
+        The directory.
+    backend : str
+        The engine that runs it, one of BACKENDS.
+    versions : dict
+        Versions of the packages it was built with, by name.
+    model : dict
+        `pretrained_config` of config.json: the model's sizes under TensorRT-LLM's names.
+    build : dict
+        `build_config` of config.json: the limits it was built for, under trtllm-build's names.
+    settings : ChunkKVSettings or None
+        ChunkKV's settings, None for an engine that keeps every token.
     """
 
     path: Path
@@ -200,12 +209,12 @@ def _check_directory(path: Path) -> None:
 
 def _check_names(path: Path, manifest: Manifest) -> None:
     """Raise EngineError unless the directory holds exactly the listed files, as plain files."""
-    listed = {*manifest.files, MANIFEST_FILE}
+    expected = {*manifest.files, MANIFEST_FILE}
     with os.scandir(path) as entries:
         kinds = {entry.name: stat.S_IFMT(entry.stat(follow_symlinks=False).st_mode) for entry in entries}
-    if missing := sorted(listed - set(kinds)):
+    if missing := sorted(expected - set(kinds)):
         raise EngineError(f"{path / missing[0]} is missing, though {MANIFEST_FILE} lists it; {_REBUILD}")
-    if foreign := sorted(set(kinds) - listed):
+    if foreign := sorted(set(kinds) - expected):
         raise EngineError(
             f"{path / foreign[0]} is foreign: {MANIFEST_FILE} lists only {', '.join(sorted(manifest.files))}; remove it"
         )

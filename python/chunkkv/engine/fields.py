@@ -26,10 +26,14 @@ class Fields:
 
     Parameters
     ----------
-    values : the parsed JSON value; anything but an object is refused.
-    source : what the object is in errors: a path, and what of the file it is.
-    error : class of every error that is raised; default ConfigError.
-    remedy : what to do about any error, such as "build it again"; added to every message. Default: nothing.
+    values : object
+        The parsed JSON value; anything but a JSON object is refused.
+    source : str
+        What the object is called in errors: a path, and what of the file it is.
+    error : type, default ConfigError
+        Class of every error that is raised.
+    remedy : str, default ""
+        What to do about any error, such as "build it again"; added to every message.
     """
 
     def __init__(self, values: object, source: str, error: type[ChunkKVError] = ConfigError, remedy: str = "") -> None:

@@ -23,10 +23,14 @@ class Precondition:
 
     Parameters
     ----------
-    name : a flag of trtllm-build, or a keyword of gpt_attention.
-    allowed : the values that are allowed, in words, and why where that is not obvious.
-    remedy : what to change, as an imperative: "give --max_beam_width 1".
-    holds : whether a value is allowed. Values are those of TensorRT-LLM: numbers, text, enum members, tensors.
+    name : str
+        A flag of trtllm-build, or a keyword of gpt_attention.
+    allowed : str
+        The values that are allowed, in words, and why.
+    remedy : str
+        What to change, as an imperative: "give --max_beam_width 1".
+    holds : callable
+        Returns whether a value is allowed. Values are those of TensorRT-LLM: numbers, text, enum members, tensors.
     """
 
     name: str
@@ -110,9 +114,14 @@ def build_values(*objects: object) -> dict[str, Any]:
 
     Parameters
     ----------
-    objects : whatever has the names as attributes: parsed flags, a BuildConfig, a PluginConfig. Of several that
-        have a name, the last one with a value other than None counts. Members of enums are given by name and in lower
-        case, "enable" and "disable" as True and False.
+    *objects : object
+        Whatever has the names as attributes: parsed flags, a BuildConfig, a PluginConfig. If several have a name, the
+        last value that is not None counts.
+
+    Returns
+    -------
+    dict
+        Members of enums are given by name and in lower case, "enable" and "disable" as True and False.
     """
     values: dict[str, Any] = {}
     for name in (precondition.name for precondition in BUILD_PRECONDITIONS):

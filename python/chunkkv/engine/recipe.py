@@ -1,4 +1,4 @@
-"""A recipe: ChunkKV settings that were found by measuring, in a JSON file that chunkkv-build reads."""
+"""Recipes: ChunkKV settings that chunkkv calibrate measured, in a JSON file that chunkkv-build reads."""
 
 from __future__ import annotations
 
@@ -24,10 +24,14 @@ def write_recipe(path: Path, settings: Mapping[str, Any], num_layers: int, measu
 
     Parameters
     ----------
-    path : the JSON file; its folder must exist.
-    settings : values under the names of chunkkv-build's flags without `chunkkv_`, of NUMBERS, RATIOS and WORDS.
-    num_layers : layers of the model that the settings were measured on; other models refuse the recipe.
-    measured : JSON values that say what the settings were found by. A build does not read them.
+    path : Path
+        The JSON file; its folder must exist.
+    settings : mapping
+        Values under the names of chunkkv-build's flags without `chunkkv_`: those of NUMBERS, RATIOS and WORDS.
+    num_layers : int
+        Layers of the model that the settings were measured on; a model with another number refuses the recipe.
+    measured : mapping
+        JSON values that say how the settings were found. A build does not read them.
     """
     values = {"format": FORMAT, "format_version": FORMAT_VERSION, "num_hidden_layers": num_layers}
     text = json.dumps({**values, "settings": dict(settings), "measured": measured}, indent=1) + "\n"
@@ -37,7 +41,17 @@ def write_recipe(path: Path, settings: Mapping[str, Any], num_layers: int, measu
 def read_recipe(path: Path, num_layers: int) -> dict[str, Any]:
     """Return the settings of a recipe, each of the right type; their ranges are checked where they are used.
 
-    Raises ConfigError for a file that is no recipe, for unknown settings, and for another number of layers.
+    Parameters
+    ----------
+    path : Path
+        A file of write_recipe.
+    num_layers : int
+        Layers of the model that is to be built.
+
+    Raises
+    ------
+    ConfigError
+        For a file that is no recipe, for unknown settings, and for another number of layers.
     """
     if path.is_file() and path.stat().st_size > _LARGEST_BYTES:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""tensorrt.json: what the engines of one directory are, written by the builder and checked on loading."""
+"""tensorrt.json: what a runtime must know of TensorRT engines, written by the builder and checked on loading."""
 
 from __future__ import annotations
 
@@ -35,14 +35,22 @@ class Contract:
 
     Parameters
     ----------
-    dtype : type of weights and KV cache, a key of DTYPES.
-    num_layers, num_kv_heads, head_dim, vocab_size : sizes of the model.
-    max_input_len : longest prompt in tokens.
-    prefill_rows : how many prompts are prefilled at once.
-    group_layers : layers of the largest layer-reuse group, whose keys and values are alive together; 1 without ChunkKV.
-    leaders : layers that score and select, ascending; empty without ChunkKV.
-    capacities : slots of the decode engines, ascending; a cache has one of these sizes.
-    weights : offset and size in bytes of every matrix in the weights file; all engines take them as inputs.
+    dtype : str
+        Type of weights and KV cache, a key of DTYPES.
+    num_layers, num_kv_heads, head_dim, vocab_size : int
+        Sizes of the model.
+    max_input_len : int
+        Longest prompt in tokens.
+    prefill_rows : int
+        How many prompts are prefilled at once.
+    group_layers : int
+        Layers of the largest layer-reuse group, whose keys and values are alive together; 1 without ChunkKV.
+    leaders : tuple of int
+        Layers that score and select, ascending; empty without ChunkKV.
+    capacities : tuple of int
+        Slots of the decode engines, ascending; a cache has one of these sizes.
+    weights : dict
+        Offset and size in bytes of every matrix in the weights file; all engines take them as inputs.
     """
 
     dtype: str

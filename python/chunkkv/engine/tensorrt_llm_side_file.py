@@ -1,8 +1,6 @@
-"""chunkkv_config.json: what an engine directory of trtllm-build holds beside TensorRT-LLM's own config.json.
+"""chunkkv_config.json: what ChunkKV adds to an engine directory of trtllm-build, beside TensorRT-LLM's config.json.
 
-It is authoritative: `settings`, with global layer numbers; per rank the reuse groups and their leaders in local layer
-numbers; the cache's shape per tensor-parallel rank; what end an answer; what the engine was built with. TensorRT-LLM
-ignores it. Where the key `chunkkv` of config.json says otherwise the directory is refused.
+TensorRT-LLM ignores this file. An engine directory is refused where the key `chunkkv` of config.json says otherwise.
 """
 
 from __future__ import annotations
@@ -34,11 +32,16 @@ class RankLayers:
 
     Parameters
     ----------
-    rank : number of the rank among all.
-    tp_rank, pp_rank : its place among the tensor-parallel ranks and the pipeline stages.
-    first_layer : layer of the model that is the rank's layer 0; local layer `i` is layer `first_layer + i`.
-    groups : the layer-reuse groups in local numbers; every layer of the rank once, in order.
-    leaders : the layer of each group, in local numbers, whose attention decides what the group keeps.
+    rank : int
+        Number of the rank among all.
+    tp_rank, pp_rank : int
+        Its place among the tensor-parallel ranks and among the pipeline stages.
+    first_layer : int
+        The layer of the model that is the rank's layer 0: local layer `i` is layer `first_layer + i`.
+    groups : tuple of tuples of int
+        The layer-reuse groups in local numbers; every layer of the rank once, in order.
+    leaders : tuple of int
+        The layer of each group, in local numbers, whose attention decides what the group keeps.
     """
 
     rank: int
@@ -80,19 +83,33 @@ class SideFile:
 
     Parameters
     ----------
-    settings : ChunkKV's settings; layer groups in the numbers of the whole model.
-    ranks : the layers of each rank, in the order of the ranks.
-    tokens_per_block : tokens in one block of the paged KV cache.
-    num_heads, num_kv_heads, head_size : query heads, KV heads and size of a head of one tensor-parallel rank.
-    kv_dtype : type of a cached number, a key of KV_ITEM_BYTES.
-    mapping_rank : number of dimensions of the input host_kv_cache_pool_mapping, 1 or 2.
-    max_positions : rows of the rotary table, or max_seq_len where the model has no such table.
-    tp_size, pp_size : number of tensor-parallel ranks and of pipeline stages.
-    tp_agree : whether tensor-parallel ranks add up their chunk scores, so that all keep the same tokens.
-    eos_token_ids : tokens that end an answer.
-    delimiters : None, or the tokenizer file (`source`) that delimiters come from and the `sha256` of their bitmap.
-    plugin_library : `name` and `sha256` of the plugin library that the engine was built with.
-    versions : versions of the packages that took part, by name.
+    settings : ChunkKVSettings
+        ChunkKV's settings; layer groups in the numbers of the whole model.
+    ranks : tuple of RankLayers
+        The layers of each rank, in the order of the ranks.
+    tokens_per_block : int
+        Tokens in one block of the paged KV cache.
+    num_heads, num_kv_heads, head_size : int
+        Query heads, KV heads and size of a head of one tensor-parallel rank.
+    kv_dtype : str
+        Type of a cached number, a key of KV_ITEM_BYTES.
+    mapping_rank : int
+        Dimensions of the input host_kv_cache_pool_mapping: 1 or 2, which differs between versions of TensorRT-LLM.
+    max_positions : int
+        Rows of the rotary table, or max_seq_len where the model has no such table.
+    tp_size, pp_size : int
+        Number of tensor-parallel ranks, and of pipeline stages.
+    tp_agree : bool
+        Whether tensor-parallel ranks add up their chunk scores, so that all keep the same tokens.
+    eos_token_ids : tuple of int
+        Tokens that end an answer.
+    delimiters : dict or None
+        The tokenizer file (`source`) that delimiters come from and the `sha256` of their bitmap in the engine; None
+        where chunks have fixed lengths.
+    plugin_library : dict
+        `name` and `sha256` of the plugin library that the engine was built with.
+    versions : dict
+        Versions of the packages that took part, by name.
     """
 
     settings: ChunkKVSettings

@@ -1,13 +1,14 @@
 """Arrays of any library as pointer, type, shape and strides: torch, CuPy, NumPy, DLPack, or a raw pointer.
 
-Nothing is copied and no array library is imported; the caller keeps the memory alive until the stream is done with it.
+Nothing is copied, and no array library is imported. The caller owns the memory and keeps it alive until the stream has
+finished the work.
 """
 
 from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from chunkkv.errors import NativeArgumentError
 
@@ -31,7 +32,21 @@ _DLPACK_CUDA = (2, 3, 13)  # device, host memory pinned by CUDA, managed
 
 @dataclass(frozen=True)
 class RawArray:
-    """An array given by its address: `strides` in bytes (None: dense), `on_device` None where it is not known."""
+    """An array given by its address.
+
+    Parameters
+    ----------
+    pointer : int
+        Address of the first element.
+    dtype : str
+        A key of ITEM_BYTES, such as "float16".
+    shape : tuple of int
+        Sizes of the axes.
+    strides : tuple of int, default None
+        Bytes from one entry of each axis to the next. None: dense, row-major.
+    on_device : bool, default None
+        Whether the memory is on the GPU (or host memory that the GPU can read). None: not known, not checked.
+    """
 
     pointer: int
     dtype: str
@@ -48,11 +63,28 @@ class RawArray:
     @property
     def is_dense(self) -> bool:
         """Whether the elements lie back to back in row-major order."""
-        wanted = dense_strides(self.shape, ITEM_BYTES[self.dtype])
+        dense = dense_strides(self.shape, ITEM_BYTES[self.dtype])
         assert self.strides is not None
-        return 0 in self.shape or all(
-            size == 1 or stride == want for size, stride, want in zip(self.shape, self.strides, wanted, strict=True)
-        )
+        axes = zip(self.shape, self.strides, dense, strict=True)
+        return 0 in self.shape or all(size == 1 or stride == expected for size, stride, expected in axes)
+
+
+class SupportsDLPack(Protocol):
+    """An array that describes its memory by DLPack: NumPy's, torch's, CuPy's, JAX's."""
+
+    def __dlpack__(self, *, stream: int | None = None) -> Any: ...
+
+    def __dlpack_device__(self) -> tuple[Any, Any]: ...
+
+
+class SupportsCudaArrayInterface(Protocol):
+    """An array that describes its memory by the CUDA array interface: Numba's, CuPy's."""
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]: ...
+
+
+Array = RawArray | SupportsDLPack | SupportsCudaArrayInterface
 
 
 def dense_strides(shape: tuple[int, ...], item_bytes: int) -> tuple[int, ...]:
@@ -64,8 +96,11 @@ def dense_strides(shape: tuple[int, ...], item_bytes: int) -> tuple[int, ...]:
     return tuple(strides)
 
 
-def as_raw(array: Any) -> RawArray:
-    """Return where `array` lies; raises NativeArgumentError for an object that is no array or has no usable type."""
+def as_raw(array: Array) -> RawArray:
+    """Return address, type, shape and strides of `array`.
+
+    Raises NativeArgumentError for an object that is no array, or whose type is no key of ITEM_BYTES.
+    """
     if isinstance(array, RawArray):
         return array
     if hasattr(array, "data_ptr"):
@@ -73,7 +108,7 @@ def as_raw(array: Any) -> RawArray:
     if hasattr(array, "__cuda_array_interface__"):
         return _from_interface(array.__cuda_array_interface__, on_device=True, name=str(getattr(array, "dtype", "")))
     if hasattr(array, "__array_interface__"):
-        return _from_interface(array.__array_interface__, on_device=False, name=str(array.dtype))
+        return _from_interface(array.__array_interface__, on_device=False, name=str(getattr(array, "dtype", "")))
     if hasattr(array, "__dlpack__"):
         return _from_dlpack(array)
     raise NativeArgumentError(
@@ -81,17 +116,20 @@ def as_raw(array: Any) -> RawArray:
     )
 
 
-def expect(array: Any, name: str, dtype: str | None, shape: tuple[int | None, ...]) -> RawArray:
-    """Return where a dense array lies; raises NativeArgumentError unless type and shape (None: any) are as wanted."""
+def expect(array: Array, name: str, dtype: str | None, shape: tuple[int | None, ...]) -> RawArray:
+    """Return a dense array as as_raw() does, if it has this type (None: any) and shape (None: any size).
+
+    Raises NativeArgumentError, which calls the array `name`, where it has not.
+    """
     raw = as_raw(array)
     fits = len(raw.shape) == len(shape) and all(
-        want is None or size == want for size, want in zip(raw.shape, shape, strict=True)
+        allowed is None or size == allowed for size, allowed in zip(raw.shape, shape, strict=True)
     )
     if (dtype is not None and raw.dtype != dtype) or not fits or not raw.is_dense:
-        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        sizes = ", ".join("any" if size is None else str(size) for size in shape)
         raise NativeArgumentError(
             f"{name} is {raw.dtype} {list(raw.shape)} with strides {raw.strides} bytes; "
-            f"pass {dtype or 'an array'} [{wanted}], dense and row-major"
+            f"pass {dtype or 'an array'} [{sizes}], dense and row-major"
         )
     return raw
 

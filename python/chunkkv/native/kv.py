@@ -1,18 +1,33 @@
-"""K and V caches as the native ops see them: two addresses, and one layout that places every row, head and token."""
+"""Views of K and V caches for the native ops: two addresses, and the layout that says where each token lies."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from chunkkv.errors import NativeArgumentError
-from chunkkv.native.arrays import ITEM_BYTES, RawArray, as_raw, expect
+from chunkkv.native.arrays import ITEM_BYTES, Array, RawArray, as_raw, expect
 from chunkkv.native.structs import Layout
 
 
 @dataclass(frozen=True)
-class KVCache:
-    """K and V of one layer: two addresses and the layout both share. Made by contiguous_kv, packed_kv or paged_kv."""
+class KVView:
+    """The K and V of one layer in the caller's memory; made by contiguous_kv, packed_kv or paged_kv.
+
+    Parameters
+    ----------
+    key, value : int
+        Addresses of K and V; for a paged pool both are the address of the layer.
+    layout : structs.Layout
+        Where the token of a row and head lies, for K and V alike.
+    kv_heads, head_dim : int
+        Hkv and D.
+    dtype : str
+        Type of the elements, a key of arrays.ITEM_BYTES.
+    on_device : bool or None
+        Whether the memory is on the GPU; None where it is not known.
+    arrays : tuple
+        The arrays that were passed, so that they live as long as the view.
+    """
 
     key: int
     value: int
@@ -21,34 +36,34 @@ class KVCache:
     head_dim: int
     dtype: str
     on_device: bool | None
-    arrays: tuple[Any, ...] = field(repr=False, default=())
+    arrays: tuple[Array, ...] = field(repr=False, default=())
 
     @property
-    def geometry(self) -> tuple[Any, ...]:
-        """What the layers of one call share."""
+    def geometry(self) -> tuple[int | None, ...]:
+        """The layout, heads, head size and bytes of an element: what the layers of one call must have in common."""
         values = tuple(getattr(self.layout, name) for name, _ in Layout._fields_)
         return (*values, self.kv_heads, self.head_dim, ITEM_BYTES[self.dtype])
 
 
-def contiguous_kv(key: Any, value: Any) -> KVCache:
+def contiguous_kv(key: Array, value: Array) -> KVView:
     """Return K and V [B, Hkv, S, D]; any strides that both share, D dense."""
     keys, values = _same_shape(key, value, 4)
     _, kv_heads, tokens, head_dim = keys.shape
     layout = strided_layout(keys, row=0, head=1, token=2, extent=tokens)
-    return KVCache(keys.pointer, values.pointer, layout, kv_heads, head_dim, keys.dtype, keys.on_device, (key, value))
+    return KVView(keys.pointer, values.pointer, layout, kv_heads, head_dim, keys.dtype, keys.on_device, (key, value))
 
 
-def packed_kv(key: Any, value: Any, row_starts: Any) -> KVCache:
+def packed_kv(key: Array, value: Array, row_starts: Array) -> KVView:
     """Return K and V [T, Hkv, D] (views of packed QKV do) whose rows start at row_starts int32 [B]."""
     keys, values = _same_shape(key, value, 3)
     tokens, kv_heads, head_dim = keys.shape
     layout = strided_layout(keys, row=None, head=1, token=0, extent=tokens)
     layout.row_starts = expect(row_starts, "row_starts", "int32", (None,)).pointer
     arrays = (key, value, row_starts)
-    return KVCache(keys.pointer, values.pointer, layout, kv_heads, head_dim, keys.dtype, keys.on_device, arrays)
+    return KVView(keys.pointer, values.pointer, layout, kv_heads, head_dim, keys.dtype, keys.on_device, arrays)
 
 
-def paged_kv(pool: Any, block_offsets: Any, layer: int) -> KVCache:
+def paged_kv(pool: Array, block_offsets: Array, layer: int) -> KVView:
     """Return one layer of TensorRT-LLM's pool [blocks, layers, 2, Hkv, tokens_per_block, D] (K, then V).
 
     block_offsets int32 [B, 2, max_blocks] counts K and V blocks of all layers: block * layers * 2, + 1 for V.
@@ -64,7 +79,7 @@ def paged_kv(pool: Any, block_offsets: Any, layer: int) -> KVCache:
     layout.stride_block = kv_heads * tokens_per_block * row_bytes
     layout.extent = (blocks - 1) * layers * 2 + 2  # the same for every layer: offsets count from the layer's base
     base = raw.pointer + layer * 2 * layout.stride_block
-    return KVCache(base, base, layout, kv_heads, head_dim, raw.dtype, raw.on_device, (pool, block_offsets))
+    return KVView(base, base, layout, kv_heads, head_dim, raw.dtype, raw.on_device, (pool, block_offsets))
 
 
 def strided_layout(raw: RawArray, *, row: int | None, head: int, token: int, extent: int) -> Layout:
@@ -84,7 +99,7 @@ def strided_layout(raw: RawArray, *, row: int | None, head: int, token: int, ext
     )
 
 
-def _same_shape(key: Any, value: Any, axes: int) -> tuple[RawArray, RawArray]:
+def _same_shape(key: Array, value: Array, axes: int) -> tuple[RawArray, RawArray]:
     keys, values = as_raw(key), as_raw(value)
     if len(keys.shape) != axes or (keys.shape, keys.strides, keys.dtype) != (
         values.shape,

@@ -1,74 +1,60 @@
 """libchunkkv from Python: the ops of the C ABI on torch, CuPy, NumPy or DLPack arrays and raw pointers.
 
-Letters as in docs/method.md. Every op writes into arrays that the caller passes, enqueues on `stream` and returns at
-once: keep the arrays alive until the stream is done. Nothing is allocated on the device, so calls can be captured in
-CUDA graphs. Every op raises NativeArgumentError for an argument it cannot use and NativeError where CUDA refuses.
+Letters in shapes: B rows, Hq query heads, Hkv KV heads, D head size, L prompt tokens of a row, S padded length,
+w observation window, N kept tokens of a row, T entries of a packed array, P positions of a table.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from chunkkv.errors import NativeArgumentError, NativeError
 from chunkkv.native import structs as abi
-from chunkkv.native.arrays import ITEM_BYTES, RawArray, as_raw, expect
-from chunkkv.native.kv import KVCache, contiguous_kv, packed_kv, paged_kv, strided_layout
+from chunkkv.native.arguments import ArgumentReader, settings_struct, stream_pointer, token_shape
+from chunkkv.native.arrays import ITEM_BYTES, Array, as_raw
+from chunkkv.native.batch import BatchRows, Chunks
+from chunkkv.native.kv import KVView, strided_layout
 from chunkkv.native.loader import load_library
 from chunkkv.settings import ChunkKVSettings
-
-__all__ = ["Chunks", "KVCache", "NativeLibrary", "RawArray", "Rows", "contiguous_kv", "packed_kv", "paged_kv"]
 
 _BAD_ARGUMENT = (1, 2, 3)  # CHUNKKV_INVALID_ARGUMENT, CHUNKKV_UNSUPPORTED, CHUNKKV_WORKSPACE
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The rows of a batch: lengths int32 [B], the padded length S, and optional int32 [B] ratios and budgets.
+class NativeLibrary:
+    """A loaded libchunkkv; `device` is "cuda" or "emulated". Thread safe.
 
-    With row_starts int32 [B], arrays that have entries per row are packed: [T], T = num_tokens, where they are else
-    [B, S], [B, max_chunks] or [B, max_kept], and [T + B] where they are else [B, max_chunks + 1].
+    Every op writes into arrays that the caller passes, enqueues its work on `stream` and returns at once; keep the
+    arrays alive until the stream has finished. Nothing is allocated on the device, so calls can be captured in CUDA
+    graphs. `stream` is a cudaStream_t as int, a torch stream or a CuPy stream; 0 is the default stream.
+    Every op raises NativeArgumentError for an argument that it cannot use and NativeError where CUDA fails.
+
+    Parameters
+    ----------
+    path : path, default None
+        The library. None: what the environment variable CHUNKKV_LIB names, else the one that was built here.
+        BackendUnavailableError is raised where there is none, or one of another version of the C ABI.
     """
 
-    lengths: Any
-    max_length: int
-    keep_per_10k: Any = None
-    budget_tokens: Any = None
-    row_starts: Any = None
-    num_tokens: int = 0
-
-
-@dataclass(frozen=True)
-class Chunks:
-    """Delimiter chunks of a batch: chunk_starts int32 [B, max_chunks + 1] or [T + B], and num_chunks int32 [B]."""
-
-    chunk_starts: Any
-    num_chunks: Any
-
-
-class NativeLibrary:
-    """A loaded libchunkkv; `device` is "cuda" or "emulated". Thread safe."""
-
     def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
-        """Load `path`, else what CHUNKKV_LIB names, else the built library; raises BackendUnavailableError."""
         self.path, self._lib = load_library(path)
         self.device: str = self._lib.chunkkv_device().decode()
+        self._read = ArgumentReader(self.path.name, on_device=self.device == "cuda")
 
     def params_size(self, op: str) -> int:
         """Return the bytes of an op's parameter struct, as the library was compiled."""
         return int(self._lib.chunkkv_params_size(abi.OP_CODES[op]))
 
     def why_unsupported(self, op: str, query_dtype: str, kv_dtype: str, head_dim: int, group: int = 1) -> str | None:
-        """Return None where `op` has a kernel for these types, D and Hq/Hkv, else what is allowed."""
+        """Return None where `op` has a kernel for these types, D and group = Hq/Hkv, else what is allowed."""
         codes = [abi.DTYPE_CODES.get(dtype, -1) for dtype in (query_dtype, kv_dtype)]
         status = self._lib.chunkkv_supports(abi.OP_CODES[op], *codes, head_dim, group)
         return self._lib.chunkkv_last_error().decode() if status else None
 
     def kept_tokens(self, settings: ChunkKVSettings, length: int) -> int:
-        """Return N(length)."""
+        """Return N(length), the tokens kept of a prompt of `length` tokens."""
         return self._count(self._lib.chunkkv_kept_tokens, settings, length)
 
     def max_chunks(self, settings: ChunkKVSettings, length: int) -> int:
@@ -78,94 +64,156 @@ class NativeLibrary:
     def boundaries(
         self,
         settings: ChunkKVSettings,
-        rows: Rows,
-        token_ids: Any,
-        delimiter_bitmap: Any,
+        rows: BatchRows,
+        token_ids: Array,
+        delimiter_bitmap: Array | None,
         vocab_size: int,
         chunks: Chunks,
         *,
         stream: Any = 0,
     ) -> None:
-        """Write the delimiter chunks of token_ids int32 [B, S] or [T] into `chunks`.
+        """Write the delimiter chunks of every row into `chunks`.
 
-        delimiter_bitmap uint32 [ceil(vocab_size / 32)]: bit id % 32 of word id // 32 marks a delimiter;
-        None with vocab_size 0: token_ids are flags, and what is not 0 is a delimiter.
+        Parameters
+        ----------
+        token_ids : int32 [B, S] or [T]
+            The prompts; or flags, where there is no bitmap: a token that is not 0 is a delimiter.
+        delimiter_bitmap : uint32 [ceil(vocab_size / 32)] or None
+            Bit id % 32 of word id // 32 is 1 for the token ids that are delimiters.
+        vocab_size : int
+            Token ids from here on are no delimiters; 0 without a bitmap.
         """
-        p = abi.BoundariesParams(settings=_settings(settings), rows=self._rows(rows), vocab_size=vocab_size)
-        p.token_ids = self._array(token_ids, "token_ids", "int32", _per_token(p.rows)).pointer
-        words = (vocab_size + 31) // 32
-        p.delimiter_bitmap = self._optional(delimiter_bitmap, "delimiter_bitmap", "uint32", (words,))
-        widest = self.max_chunks(settings, rows.max_length)
-        # A padded table may be wider than it must be.
-        p.max_chunks = widest if rows.row_starts is not None else as_raw(chunks.chunk_starts).shape[-1] - 1
-        p.chunk_starts, p.num_chunks = self._chunks(chunks, p.rows, p.max_chunks)
-        self._call("boundaries", p, _stream(stream))
+        params = abi.BoundariesParams(settings=settings_struct(settings), rows=self._read.rows(rows))
+        params.token_ids = self._read.array(token_ids, "token_ids", "int32", token_shape(params.rows)).pointer
+        params.delimiter_bitmap = self._read.bitmap(delimiter_bitmap, vocab_size)
+        params.vocab_size = vocab_size
+        if rows.row_starts is not None:
+            params.max_chunks = self.max_chunks(settings, rows.max_length)
+        else:  # a padded table may be wider than it must be
+            params.max_chunks = as_raw(chunks.chunk_starts).shape[-1] - 1
+        params.chunk_starts, params.num_chunks = self._read.chunks(chunks, params.rows, params.max_chunks)
+        self._call("boundaries", params, stream)
 
-    def score_workspace(self, settings: ChunkKVSettings, rows: Rows, query: Any, key: KVCache, **options: Any) -> int:
+    def score_workspace(
+        self,
+        settings: ChunkKVSettings,
+        rows: BatchRows,
+        query: Array,
+        key: KVView,
+        *,
+        chunk_scores: Array,
+        token_scores: Array | None = None,
+        chunks: Chunks | None = None,
+        key_scale: Array | None = None,
+        query_row_starts: Array | None = None,
+    ) -> int:
         """Return the bytes of workspace that score() needs for the same arguments."""
-        p = self._score_params(settings, rows, query, key, **options)
+        params = self._score_params(settings, rows, query, key, query_row_starts)
+        self._score_outputs(params, settings, chunk_scores, token_scores, chunks, key_scale)
         size = ctypes.c_size_t()
-        self._check(self._lib.chunkkv_score_workspace(ctypes.byref(p), ctypes.byref(size)))
+        self._check(self._lib.chunkkv_score_workspace(ctypes.byref(params), ctypes.byref(size)))
         return size.value
 
     def score(
         self,
         settings: ChunkKVSettings,
-        rows: Rows,
-        query: Any,
-        key: KVCache,
+        rows: BatchRows,
+        query: Array,
+        key: KVView,
         *,
-        workspace: Any,
+        workspace: Array,
+        chunk_scores: Array,
+        token_scores: Array | None = None,
+        chunks: Chunks | None = None,
+        key_scale: Array | None = None,
+        query_row_starts: Array | None = None,
         stream: Any = 0,
-        **options: Any,
     ) -> None:
-        """Write the mean score of every chunk: query [B, Hq, w, D], rotated, or [B, Hq, S, D] or packed [T, Hq, D].
+        """Write the mean score of every chunk into chunk_scores.
 
-        Options: chunk_scores float32 [B, max_chunks] or [T] (required), token_scores float32 [B, S] or [T], chunks
-        (delimiter boundaries), key_scale float32 [1] (int8 and fp8 keys), query_row_starts int32 [B] (packed queries).
-        workspace: uint8 [score_workspace(...)], aligned to 256 bytes.
+        Parameters
+        ----------
+        query : float32, float16 or bfloat16 [B, Hq, w, D], [B, Hq, S, D] or [T, Hq, D]
+            Rotated queries of the window, of all tokens, or of all tokens packed (then with query_row_starts).
+        key : KVView
+            Rotated keys, of the queries' type, int8 or fp8; the V of the view is not read.
+        workspace : uint8 [score_workspace(...)]
+            Scratch memory, aligned to 256 bytes.
+        chunk_scores : float32 [B, max_chunks] or [T]
+            Written: the mean score of each chunk.
+        token_scores : float32 [B, S] or [T], default None
+            Written if given: the score of each token.
+        chunks : Chunks, default None
+            The chunks of every row, with delimiter boundaries; None with fixed ones.
+        key_scale : float32 [1], default None
+            What int8 and fp8 keys are multiplied by; None: 1.
+        query_row_starts : int32 [B], default None
+            The first token of each row in packed queries.
         """
-        p = self._score_params(settings, rows, query, key, **options)
-        space = self._array(workspace, "workspace", "uint8", (None,))
-        call = self._lib.chunkkv_score
-        arguments = (ctypes.c_void_p(space.pointer), ctypes.c_size_t(space.shape[0]), _stream(stream))
-        self._check(call(ctypes.byref(p), *arguments))
+        params = self._score_params(settings, rows, query, key, query_row_starts)
+        self._score_outputs(params, settings, chunk_scores, token_scores, chunks, key_scale)
+        space = self._read.array(workspace, "workspace", "uint8", (None,))
+        size = ctypes.c_size_t(space.shape[0])
+        address = ctypes.c_void_p(space.pointer)
+        self._check(self._lib.chunkkv_score(ctypes.byref(params), address, size, stream_pointer(stream)))
 
     def select(
         self,
         settings: ChunkKVSettings,
-        rows: Rows,
-        chunk_scores: Any,
-        kept_indices: Any,
-        kept_lengths: Any,
+        rows: BatchRows,
+        chunk_scores: Array,
+        kept_indices: Array,
+        kept_lengths: Array,
         *,
         chunks: Chunks | None = None,
         stream: Any = 0,
     ) -> None:
-        """Write the kept positions int32 [B, max_kept] or [T] (ascending, -1 behind N) and N int32 [B] of every row."""
-        p = abi.SelectParams(settings=_settings(settings), rows=self._rows(rows))
-        widest = self.max_chunks(settings, rows.max_length)
-        p.chunk_scores, p.max_chunks = self._per_row(chunk_scores, "chunk_scores", "float32", p.rows, widest)
-        p.kept_indices, p.max_kept = self._per_row(kept_indices, "kept_indices", "int32", p.rows, rows.max_length)
-        p.kept_lengths = self._array(kept_lengths, "kept_lengths", "int32", (p.rows.batch,)).pointer
+        """Choose the tokens to keep by the scores of their chunks.
+
+        Parameters
+        ----------
+        chunk_scores : float32 [B, max_chunks] or [T]
+            What score() has written.
+        kept_indices : int32 [B, max_kept] or [T]
+            Written: the kept positions of each row, ascending, then -1.
+        kept_lengths : int32 [B]
+            Written: N of each row.
+        chunks : Chunks, default None
+            The chunks of every row, with delimiter boundaries; None with fixed ones.
+        """
+        params = abi.SelectParams(settings=settings_struct(settings), rows=self._read.rows(rows))
+        self._set_chunk_scores(params, settings, chunk_scores)
+        params.kept_indices, params.max_kept = self._read.per_row(
+            kept_indices, "kept_indices", "int32", params.rows, rows.max_length
+        )
+        params.kept_lengths = self._read.array(kept_lengths, "kept_lengths", "int32", (params.rows.batch,)).pointer
         if chunks is not None:
-            p.chunk_starts, p.num_chunks = self._chunks(chunks, p.rows, p.max_chunks)
-        self._call("select", p, _stream(stream))
+            params.chunk_starts, params.num_chunks = self._read.chunks(chunks, params.rows, params.max_chunks)
+        self._call("select", params, stream)
 
     def compact(
         self,
-        rows: Rows,
-        kept_indices: Any,
-        kept_lengths: Any,
-        layers: Sequence[KVCache],
-        outputs: Sequence[KVCache] | None = None,
+        rows: BatchRows,
+        kept_indices: Array,
+        kept_lengths: Array | None,
+        layers: Sequence[KVView],
+        outputs: Sequence[KVView] | None = None,
         *,
         stream: Any = 0,
     ) -> None:
-        """Move the kept rows of all `layers` to slots 0..N-1 in one launch: in place, or into `outputs`.
+        """Move the kept tokens of all `layers` to slots 0 to N-1, in one launch.
 
-        kept_indices int32 [B, max_kept] or [T], ascending; kept_lengths int32 [B].
-        kept_lengths None, with outputs: every slot is written, negative indices repeat the row's first token.
+        Parameters
+        ----------
+        kept_indices : int32 [B, max_kept] or [T]
+            The kept positions of each row, ascending.
+        kept_lengths : int32 [B] or None
+            N of each row. None, which needs outputs: every slot is written, and where the index of a slot is negative
+            it holds the first token of its row.
+        layers : sequence of KVView
+            Caches of the same shape, strides and block table.
+        outputs : sequence of KVView, default None
+            Where the kept tokens of each layer go. None: to the first slots of the same cache.
         """
         if not layers or (outputs is not None and len(outputs) != len(layers)):
             raise NativeArgumentError(
@@ -177,26 +225,23 @@ class NativeLibrary:
                 raise NativeArgumentError("layers of one call must share shape, strides and block table")
         if targets[0].geometry[-3:] != layers[0].geometry[-3:]:
             raise NativeArgumentError("layers and outputs differ in heads, head size or bytes of an element")
-        p = abi.CompactParams(rows=self._rows(rows), layout=layers[0].layout, layout_out=targets[0].layout)
-        p.kept_indices, p.max_kept = self._per_row(kept_indices, "kept_indices", "int32", p.rows, rows.max_length)
-        p.kept_lengths = self._optional(kept_lengths, "kept_lengths", "int32", (p.rows.batch,))
-        entries = (abi.Layer * len(layers))()
-        for entry, cache, target in zip(entries, layers, targets, strict=True):
-            self._check_place(cache.on_device, "layers")
-            self._check_place(target.on_device, "outputs")
-            entry.key, entry.value = cache.key, cache.value
-            if outputs is not None:
-                entry.key_out, entry.value_out = target.key, target.value
-        p.layers, p.num_layers = entries, len(layers)
-        p.kv_heads, p.row_bytes = layers[0].kv_heads, layers[0].head_dim * ITEM_BYTES[layers[0].dtype]
-        self._call("compact", p, _stream(stream))
+        params = abi.CompactParams(
+            rows=self._read.rows(rows), layout=layers[0].layout, layout_out=targets[0].layout, num_layers=len(layers)
+        )
+        params.kept_indices, params.max_kept = self._read.per_row(
+            kept_indices, "kept_indices", "int32", params.rows, rows.max_length
+        )
+        params.kept_lengths = self._read.optional(kept_lengths, "kept_lengths", "int32", (params.rows.batch,))
+        params.layers = self._read.layers(layers, targets, in_place=outputs is None)
+        params.kv_heads, params.row_bytes = layers[0].kv_heads, layers[0].head_dim * ITEM_BYTES[layers[0].dtype]
+        self._call("compact", params, stream)
 
     def rope(
         self,
-        qkv: Any,
-        qkv_out: Any,
-        positions: Any,
-        cos_sin: Any,
+        qkv: Array,
+        qkv_out: Array,
+        positions: Array,
+        cos_sin: Array,
         *,
         heads: int,
         kv_heads: int,
@@ -204,176 +249,142 @@ class NativeLibrary:
         style: str = "neox",
         stream: Any = 0,
     ) -> None:
-        """Rotate Q and K of qkv [T, (Hq + 2 Hkv) D] into qkv_out (may be qkv) by positions int32 [T].
+        """Rotate the Q and K of packed QKV by the positions of its tokens.
 
-        cos_sin float32 [P, rotary_dim / 2, 2] (TensorRT-LLM's table); style "neox" or "gptj".
+        Parameters
+        ----------
+        qkv, qkv_out : float32, float16 or bfloat16 [T, (Hq + 2 Hkv) D]
+            Read and written; may be the same array.
+        positions : int32 [T]
+            Logical position of each token.
+        cos_sin : float32 [P, rotary_dim / 2, 2]
+            Cosine and sine of every position, as in TensorRT-LLM's table.
+        heads, kv_heads, head_dim : int
+            Hq, Hkv and D.
+        style : {"neox", "gptj"}, default "neox"
+            Which elements form a pair: i and i + rotary_dim / 2, or 2i and 2i + 1.
         """
-        source = self._array(qkv, "qkv", None, (None, (heads + 2 * kv_heads) * head_dim))
-        table = self._array(cos_sin, "cos_sin", "float32", (None, None, 2))
+        source = self._read.array(qkv, "qkv", None, (None, (heads + 2 * kv_heads) * head_dim))
+        table = self._read.array(cos_sin, "cos_sin", "float32", (None, None, 2))
         if style not in abi.ROPE_CODES:
             raise NativeArgumentError(f"style is {style!r}; allowed are {', '.join(abi.ROPE_CODES)}")
-        p = abi.RopeParams(heads=heads, kv_heads=kv_heads, head_dim=head_dim, style=abi.ROPE_CODES[style])
-        p.qkv, p.num_tokens, p.dtype = source.pointer, source.shape[0], abi.DTYPE_CODES.get(source.dtype, -1)
-        p.qkv_out = self._array(qkv_out, "qkv_out", source.dtype, source.shape).pointer
-        p.positions = self._array(positions, "positions", "int32", (source.shape[0],)).pointer
-        p.cos_sin, p.max_positions, p.rotary_dim = table.pointer, table.shape[0], 2 * table.shape[1]
-        self._call("rope", p, _stream(stream))
+        params = abi.RopeParams(heads=heads, kv_heads=kv_heads, head_dim=head_dim, style=abi.ROPE_CODES[style])
+        params.qkv, params.num_tokens = source.pointer, source.shape[0]
+        params.dtype = abi.DTYPE_CODES.get(source.dtype, -1)
+        params.qkv_out = self._read.array(qkv_out, "qkv_out", source.dtype, source.shape).pointer
+        params.positions = self._read.array(positions, "positions", "int32", (source.shape[0],)).pointer
+        params.cos_sin, params.max_positions, params.rotary_dim = table.pointer, table.shape[0], 2 * table.shape[1]
+        self._call("rope", params, stream)
 
     def prepare(
         self,
         settings: ChunkKVSettings,
-        sequence_lengths: Any,
-        context_lengths: Any,
+        sequence_lengths: Array,
+        context_lengths: Array,
         *,
         contexts: int,
         max_length: int,
-        attention_lengths: Any,
-        kept_lengths: Any,
-        row_starts: Any,
-        positions: Any,
-        token_ids: Any = None,
-        delimiter_bitmap: Any = None,
+        attention_lengths: Array,
+        kept_lengths: Array,
+        row_starts: Array,
+        positions: Array,
+        token_ids: Array | None = None,
+        delimiter_bitmap: Array | None = None,
         vocab_size: int = 0,
-        is_delimiter: Any = None,
+        is_delimiter: Array | None = None,
         stream: Any = 0,
     ) -> None:
-        """Write what a packed batch of `contexts` prompts, then rows of one generated token needs to know of itself.
+        """Write what all layers need to know of a packed batch: `contexts` whole prompts, then rows of one token.
 
-        In, int32 [B]: sequence_lengths (logical, this batch's tokens included), context_lengths (L, at most
-        max_length). Out: attention_lengths, kept_lengths, row_starts int32 [B] and positions int32 [T].
-        With token_ids int32 [T] and delimiter_bitmap uint32 [ceil(vocab_size / 32)]: is_delimiter int32 [T], 0 or 1.
+        Parameters
+        ----------
+        sequence_lengths : int32 [B]
+            Tokens that each row has seen, those of this batch included.
+        context_lengths : int32 [B]
+            Prompt tokens of each row, at most max_length.
+        attention_lengths, kept_lengths, row_starts : int32 [B]
+            Written: cache slots that attention reads, N, and the first token of each row in the batch.
+        positions : int32 [T]
+            Written: the logical position of each token.
+        token_ids, delimiter_bitmap, vocab_size : default None, None and 0
+            As in boundaries(), for delimiter boundaries; token_ids is int32 [T].
+        is_delimiter : int32 [T], default None
+            Written with delimiter boundaries: 1 for delimiters, else 0.
         """
-        p = abi.PrepareParams(settings=_settings(settings), contexts=contexts, max_length=max_length)
-        sequences = self._array(sequence_lengths, "sequence_lengths", "int32", (None,))
-        places = self._array(positions, "positions", "int32", (None,))
-        p.sequence_lengths, p.batch = sequences.pointer, sequences.shape[0]
-        p.positions, p.num_tokens, p.vocab_size = places.pointer, places.shape[0], vocab_size
-        p.context_lengths = self._array(context_lengths, "context_lengths", "int32", sequences.shape).pointer
-        p.attention_lengths = self._array(attention_lengths, "attention_lengths", "int32", sequences.shape).pointer
-        p.kept_lengths = self._array(kept_lengths, "kept_lengths", "int32", sequences.shape).pointer
-        p.row_starts = self._array(row_starts, "row_starts", "int32", sequences.shape).pointer
-        p.token_ids = self._optional(token_ids, "token_ids", "int32", places.shape)
-        p.is_delimiter = self._optional(is_delimiter, "is_delimiter", "int32", places.shape)
-        words = ((vocab_size + 31) // 32,)
-        p.delimiter_bitmap = self._optional(delimiter_bitmap, "delimiter_bitmap", "uint32", words)
-        self._call("prepare", p, _stream(stream))
+        read = self._read
+        params = abi.PrepareParams(settings=settings_struct(settings), contexts=contexts, max_length=max_length)
+        sequences = read.array(sequence_lengths, "sequence_lengths", "int32", (None,))
+        tokens = read.array(positions, "positions", "int32", (None,))
+        params.sequence_lengths, params.batch = sequences.pointer, sequences.shape[0]
+        params.positions, params.num_tokens, params.vocab_size = tokens.pointer, tokens.shape[0], vocab_size
+        params.context_lengths = read.array(context_lengths, "context_lengths", "int32", sequences.shape).pointer
+        params.attention_lengths = read.array(attention_lengths, "attention_lengths", "int32", sequences.shape).pointer
+        params.kept_lengths = read.array(kept_lengths, "kept_lengths", "int32", sequences.shape).pointer
+        params.row_starts = read.array(row_starts, "row_starts", "int32", sequences.shape).pointer
+        params.token_ids = read.optional(token_ids, "token_ids", "int32", tokens.shape)
+        params.is_delimiter = read.optional(is_delimiter, "is_delimiter", "int32", tokens.shape)
+        params.delimiter_bitmap = read.bitmap(delimiter_bitmap, vocab_size)
+        self._call("prepare", params, stream)
 
     def _score_params(
-        self,
-        settings: ChunkKVSettings,
-        rows: Rows,
-        query: Any,
-        key: KVCache,
-        *,
-        chunk_scores: Any,
-        token_scores: Any = None,
-        chunks: Chunks | None = None,
-        key_scale: Any = None,
-        query_row_starts: Any = None,
+        self, settings: ChunkKVSettings, rows: BatchRows, query: Array, key: KVView, query_row_starts: Array | None
     ) -> abi.ScoreParams:
-        p = abi.ScoreParams(settings=_settings(settings), rows=self._rows(rows), key_layout=key.layout, key=key.key)
-        batch = p.rows.batch
-        self._check_place(key.on_device, "key")
+        """Return the parameters without the outputs and the chunks."""
+        params = abi.ScoreParams(settings=settings_struct(settings), rows=self._read.rows(rows))
+        self._read.check_memory(key.on_device, "key")
         queries = as_raw(query)
-        self._check_place(queries.on_device, "query")
+        self._read.check_memory(queries.on_device, "query")
         if len(queries.shape) != (4 if query_row_starts is None else 3) or queries.shape[-1] != key.head_dim:
             raise NativeArgumentError(
                 f"query has shape {queries.shape}, keys have head size {key.head_dim}; pass [B, Hq, w, D], "
                 "[B, Hq, S, D], or [T, Hq, D] together with query_row_starts"
             )
         if query_row_starts is None:
-            p.query_layout = strided_layout(queries, row=0, head=1, token=2, extent=queries.shape[2])
-            p.query_is_window = int(queries.shape[2] == settings.window)
+            params.query_layout = strided_layout(queries, row=0, head=1, token=2, extent=queries.shape[2])
+            params.query_is_window = int(queries.shape[2] == settings.window)
         else:
-            p.query_layout = strided_layout(queries, row=None, head=1, token=0, extent=queries.shape[0])
-            p.query_layout.row_starts = self._array(query_row_starts, "query_row_starts", "int32", (batch,)).pointer
-        p.query, p.heads, p.kv_heads, p.head_dim = queries.pointer, queries.shape[1], key.kv_heads, key.head_dim
-        p.query_dtype = abi.DTYPE_CODES.get(queries.dtype, -1)
-        p.key_dtype = abi.DTYPE_CODES.get(key.dtype, -1)
-        widest = self.max_chunks(settings, rows.max_length)
-        p.chunk_scores, p.max_chunks = self._per_row(chunk_scores, "chunk_scores", "float32", p.rows, widest)
-        p.token_scores = self._optional(token_scores, "token_scores", "float32", _per_token(p.rows))
-        p.key_scale = self._optional(key_scale, "key_scale", "float32", (1,))
-        if chunks is not None:
-            p.chunk_starts, p.num_chunks = self._chunks(chunks, p.rows, p.max_chunks)
-        return p
+            starts = self._read.array(query_row_starts, "query_row_starts", "int32", (params.rows.batch,))
+            params.query_layout = strided_layout(queries, row=None, head=1, token=0, extent=queries.shape[0])
+            params.query_layout.row_starts = starts.pointer
+        params.query, params.heads, params.head_dim = queries.pointer, queries.shape[1], key.head_dim
+        params.query_dtype = abi.DTYPE_CODES.get(queries.dtype, -1)
+        params.key, params.key_layout, params.kv_heads = key.key, key.layout, key.kv_heads
+        params.key_dtype = abi.DTYPE_CODES.get(key.dtype, -1)
+        return params
 
-    def _rows(self, rows: Rows) -> abi.Rows:
-        lengths = self._array(rows.lengths, "lengths", "int32", (None,))
-        batch = lengths.shape[0]
-        return abi.Rows(
-            lengths=lengths.pointer,
-            keep_per_10k=self._optional(rows.keep_per_10k, "keep_per_10k", "int32", (batch,)),
-            budget_tokens=self._optional(rows.budget_tokens, "budget_tokens", "int32", (batch,)),
-            row_starts=self._optional(rows.row_starts, "row_starts", "int32", (batch,)),
-            num_tokens=rows.num_tokens,
-            batch=batch,
-            max_length=rows.max_length,
+    def _score_outputs(
+        self,
+        params: abi.ScoreParams,
+        settings: ChunkKVSettings,
+        chunk_scores: Array,
+        token_scores: Array | None,
+        chunks: Chunks | None,
+        key_scale: Array | None,
+    ) -> None:
+        self._set_chunk_scores(params, settings, chunk_scores)
+        params.token_scores = self._read.optional(token_scores, "token_scores", "float32", token_shape(params.rows))
+        params.key_scale = self._read.optional(key_scale, "key_scale", "float32", (1,))
+        if chunks is not None:
+            params.chunk_starts, params.num_chunks = self._read.chunks(chunks, params.rows, params.max_chunks)
+
+    def _set_chunk_scores(
+        self, params: abi.ScoreParams | abi.SelectParams, settings: ChunkKVSettings, chunk_scores: Array
+    ) -> None:
+        packed_width = self.max_chunks(settings, params.rows.max_length)
+        params.chunk_scores, params.max_chunks = self._read.per_row(
+            chunk_scores, "chunk_scores", "float32", params.rows, packed_width
         )
 
-    def _per_row(self, array: Any, name: str, dtype: str, rows: abi.Rows, packed_width: int) -> tuple[int, int]:
-        """Return the address of an array [B, width] or [T], and the most entries that a row may use of it."""
-        if rows.row_starts is not None:
-            return self._array(array, name, dtype, (rows.num_tokens,)).pointer, packed_width
-        raw = self._array(array, name, dtype, (rows.batch, None))
-        return raw.pointer, raw.shape[1]
-
-    def _chunks(self, chunks: Chunks, rows: abi.Rows, max_chunks: int) -> tuple[int, int]:
-        """Return the two addresses."""
-        padded = rows.row_starts is None
-        shape = (rows.batch, max_chunks + 1) if padded else (rows.num_tokens + rows.batch,)
-        starts = self._array(chunks.chunk_starts, "chunk_starts", "int32", shape)
-        return starts.pointer, self._array(chunks.num_chunks, "num_chunks", "int32", (rows.batch,)).pointer
-
-    def _array(self, array: Any, name: str, dtype: str | None, shape: tuple[int | None, ...]) -> RawArray:
-        raw = expect(array, name, dtype, shape)
-        self._check_place(raw.on_device, name)
-        return raw
-
-    def _optional(self, array: Any, name: str, dtype: str, shape: tuple[int | None, ...]) -> int | None:
-        return None if array is None else self._array(array, name, dtype, shape).pointer
-
-    def _check_place(self, on_device: bool | None, name: str) -> None:
-        if on_device is not None and on_device != (self.device == "cuda"):
-            place, wanted = ("device", "host") if on_device else ("host", "device")
-            raise NativeArgumentError(f"{name} is in {place} memory; {self.path.name} works on {wanted} memory")
-
-    def _count(self, function: Any, settings: ChunkKVSettings, length: int) -> int:
-        count = function(ctypes.byref(_settings(settings)), ctypes.c_int64(length))
+    def _count(self, function: Callable[..., int], settings: ChunkKVSettings, length: int) -> int:
+        count = function(ctypes.byref(settings_struct(settings)), ctypes.c_int64(length))
         if count < 0:
             raise NativeArgumentError(self._lib.chunkkv_last_error().decode())
         return int(count)
 
-    def _call(self, op: str, params: ctypes.Structure, stream: ctypes.c_void_p) -> None:
-        self._check(getattr(self._lib, f"chunkkv_{op}")(ctypes.byref(params), stream))
+    def _call(self, op: str, params: ctypes.Structure, stream: Any) -> None:
+        self._check(getattr(self._lib, f"chunkkv_{op}")(ctypes.byref(params), stream_pointer(stream)))
 
     def _check(self, status: int) -> None:
         if status:
             kind = NativeArgumentError if status in _BAD_ARGUMENT else NativeError
             raise kind(self._lib.chunkkv_last_error().decode())
-
-
-def _settings(settings: ChunkKVSettings) -> abi.Settings:
-    if settings.gate != "none":
-        raise NativeArgumentError(f"gate is {settings.gate!r}, which the native library does not have; give 'none'")
-    return abi.Settings(
-        window=settings.window,
-        sinks=settings.sinks,
-        chunk_size=settings.chunk_size,
-        boundaries=abi.BOUNDARIES_CODES[settings.boundaries],
-        pooling=settings.pooling,
-        score=abi.SCORE_CODES[settings.score],
-        keep_per_10k=settings.keep_per_10k,
-        budget_tokens=settings.budget_tokens,
-        min_tokens=settings.min_tokens,
-    )
-
-
-def _per_token(rows: abi.Rows) -> tuple[int, ...]:
-    """Return the shape of an array with one entry per token."""
-    return (rows.batch, rows.max_length) if rows.row_starts is None else (rows.num_tokens,)
-
-
-def _stream(stream: Any) -> ctypes.c_void_p:
-    """Return a cudaStream_t from an integer, a torch stream or a CuPy stream; 0 is the default stream."""
-    return ctypes.c_void_p(getattr(stream, "cuda_stream", getattr(stream, "ptr", stream)))

@@ -36,7 +36,31 @@ _NO_SUCH_ATTENTION = {
 
 @dataclass(frozen=True)
 class LlmModel:
-    """A checkpoint's model: heads are those of the whole model, layers of all pipeline stages."""
+    """The model of a TensorRT-LLM checkpoint.
+
+    Parameters
+    ----------
+    architecture : str
+        TensorRT-LLM's class of the model.
+    dtype : str
+        Type of weights and activations, one of DTYPES.
+    num_layers : int
+        Decoder layers of all pipeline stages.
+    num_heads, num_kv_heads, head_size : int
+        Query heads and KV heads of all tensor-parallel ranks, and the width of a head.
+    vocab_size : int
+        Tokens of the vocabulary.
+    max_positions : int
+        Rows of the rotary table.
+    default_max_seq_len : int
+        What trtllm-build takes for --max_seq_len where it is left out.
+    sliding_window : int or None
+        Tokens that attention sees back; None for all.
+    kv_quantisation : str or None
+        A key of KV_QUANTISATIONS; None keeps the cache in `dtype`.
+    tp_size, pp_size : int
+        Number of tensor-parallel ranks, and of pipeline stages.
+    """
 
     architecture: str
     dtype: str

@@ -1,4 +1,4 @@
-"""Prints what a TensorRT-LLM build would do, group by group."""
+"""Prints what a TensorRT-LLM build would make, for --dry_run: limits, settings, a table of the layer-reuse groups."""
 
 from __future__ import annotations
 
@@ -16,9 +16,18 @@ from chunkkv_builder.progress import human_bytes
 
 
 def print_plan(model: LlmModel, settings: ChunkKVSettings, limits: Namespace, console: Console | None = None) -> None:
-    """Print model, settings and per reuse group its leader, the tokens kept and the KV bytes saved at 2k, 8k, 32k.
+    """Print model, settings and, for every layer-reuse group, what it keeps of prompts of 2k, 8k and 32k tokens.
 
-    `limits` are trtllm-build's flags as far as they are known. Bytes are those of all tensor-parallel ranks together.
+    Parameters
+    ----------
+    model : LlmModel
+        The model; bytes are those of all its tensor-parallel ranks together.
+    settings : ChunkKVSettings
+        ChunkKV's settings.
+    limits : Namespace
+        trtllm-build's flags, as far as they are known.
+    console : Console, optional
+        Where to print; default: standard output.
     """
     console = plan_console(console)
     layer_bytes = 2 * model.num_kv_heads * model.head_size * KV_ITEM_BYTES[model.kv_dtype]

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from chunkkv.engine.tensorrt_llm_side_file import SideFile
@@ -28,9 +27,15 @@ __all__ = ["ChunkKVGenerationSession", "ChunkKVModelRunner", "truncate_pools"]
 
 def __getattr__(name: str) -> Any:
     """Return one of the two classes; raises BackendUnavailableError where TensorRT-LLM is missing."""
-    if name in ("ChunkKVGenerationSession", "ChunkKVModelRunner"):
-        return getattr(_classes(), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in ("ChunkKVGenerationSession", "ChunkKVModelRunner"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import_tensorrt_llm(__name__)
+    from tensorrt_llm.builder import Engine
+    from tensorrt_llm.runtime import model_runner
+    from tensorrt_llm.runtime.generation import GenerationSession
+
+    session_class = _session_class(GenerationSession)
+    return session_class if name == "ChunkKVGenerationSession" else _runner_class(session_class, Engine, model_runner)
 
 
 def truncate_pools(pools: Any, kept: Sequence[int]) -> int:
@@ -54,17 +59,11 @@ def truncate_pools(pools: Any, kept: Sequence[int]) -> int:
     return freed
 
 
-@cache
-def _classes() -> SimpleNamespace:
-    import_tensorrt_llm(__name__)
-    session = _session_class()
-    return SimpleNamespace(ChunkKVGenerationSession=session, ChunkKVModelRunner=_runner_class(session))
+@cache  # every access must give the same class
+def _session_class(generation_session: Any) -> type:
+    """Return the subclass of tensorrt_llm's GenerationSession."""
 
-
-def _session_class() -> type:
-    from tensorrt_llm.runtime.generation import GenerationSession
-
-    class ChunkKVGenerationSession(GenerationSession):
+    class ChunkKVGenerationSession(generation_session):
         """A GenerationSession that returns the blocks of dropped tokens after prefill; set `chunkkv` before decode().
 
         `blocks_returned` counts those of the last batch.
@@ -100,9 +99,9 @@ def _session_class() -> type:
     return ChunkKVGenerationSession
 
 
-def _runner_class(session_class: type) -> type:
-    from tensorrt_llm.builder import Engine
-    from tensorrt_llm.runtime import model_runner
+@cache
+def _runner_class(session_class: type, engine_class: Any, model_runner: Any) -> type:
+    """Return the subclass of model_runner.ModelRunner that runs sessions of `session_class`."""
 
     class ChunkKVModelRunner(model_runner.ModelRunner):
         """A ModelRunner over a ChunkKVGenerationSession; one process per rank, as ModelRunner itself."""
@@ -123,7 +122,7 @@ def _runner_class(session_class: type) -> type:
             """Load the engine of `rank`; raises EngineError for a directory without ChunkKV's side file."""
             settings = SideFile.read(Path(engine_dir)).settings
             _register_plugins(Path(engine_dir))
-            engine = Engine.from_dir(str(engine_dir), rank)
+            engine = engine_class.from_dir(str(engine_dir), rank)
             model = model_runner._engine_config_to_model_config(engine.config, gpu_weights_percent=gpu_weights_percent)
             limits, mapping = engine.config.build_config, engine.config.pretrained_config.mapping
             model_runner.torch.cuda.set_device(rank % mapping.gpus_per_node)
