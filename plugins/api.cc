@@ -67,7 +67,7 @@ int64_t chunkkv_max_chunks(const chunkkv_settings* settings, int64_t length) {
 }
 
 chunkkv_status chunkkv_score_workspace(const chunkkv_score_params* params, size_t* bytes) {
-    if (!(begin("chunkkv_score_workspace", params) && given("bytes", bytes) && checkScoreShape(*params)))
+    if (!(begin("chunkkv_score_workspace", params) && isGiven("bytes", bytes) && checkScoreShape(*params)))
         return failure.status;
     *bytes = scoreWorkspaceBytes(*params);
     return CHUNKKV_OK;
@@ -125,7 +125,7 @@ chunkkv_status chunkkv_copy(void* to, const void* from, size_t bytes, void* stre
 
 chunkkv_status chunkkv_zero(void* to, size_t bytes, void* stream) {
     current_op = "chunkkv_zero";
-    if (bytes > 0 && !given("to", to)) return failure.status;
+    if (bytes > 0 && !isGiven("to", to)) return failure.status;
     return bytes == 0 ? CHUNKKV_OK : reported(clearBytes(to, bytes, stream));
 }
 

@@ -39,7 +39,7 @@ inline bool isAllowed(const limits::Setting& setting, int64_t value) {
     return inRange(setting.name, value, setting.low, setting.high);
 }
 
-inline bool given(const char* name, const void* pointer) {
+inline bool isGiven(const char* name, const void* pointer) {
     return pointer ? true : fail(CHUNKKV_INVALID_ARGUMENT, "%s is NULL; pass a device pointer", name);
 }
 
@@ -68,10 +68,11 @@ inline bool checkRowSizes(const Rows& rows) {
 }
 
 inline bool checkRows(const Rows& rows) {
-    return checkRowSizes(rows) && (rows.batch == 0 || given("lengths", rows.lengths));
+    return checkRowSizes(rows) && (rows.batch == 0 || isGiven("lengths", rows.lengths));
 }
 
-/// `tokens` is what a row must have room for; `row_bytes` are the bytes of D elements.
+/// `tokens` is the most tokens of a row, for which the layout must have room; `row_bytes` the bytes of the D elements
+/// of one head of one token.
 inline bool checkLayout(const char* name, const Layout& layout, int64_t tokens, int64_t row_bytes) {
     char text[64];
     const auto field = [&](const char* member) {
@@ -99,20 +100,21 @@ inline bool checkLayout(const char* name, const Layout& layout, int64_t tokens, 
                    "the tokens a row may hold");
 }
 
-/// The chunk table and its pitch, which boundaries writes and the other ops read.
+/// Check max_chunks, the entries that a row has in the chunk table, and the table, which boundaries writes and score
+/// and select read.
 inline bool checkChunks(const Settings& settings, const Rows& rows, int32_t max_chunks, const int32_t* starts,
                         const int32_t* counts) {
     if (!atLeast("max_chunks", max_chunks, maxChunks(settings, rows.max_length), "chunkkv_max_chunks() of max_length"))
         return false;
     const bool delimiter = settings.boundaries == CHUNKKV_BOUNDARIES_DELIMITER;
-    if (rows.batch > 0 && delimiter) return given("chunk_starts", starts) && given("num_chunks", counts);
+    if (rows.batch > 0 && delimiter) return isGiven("chunk_starts", starts) && isGiven("num_chunks", counts);
     if (!delimiter && (starts || counts))
         return fail(CHUNKKV_INVALID_ARGUMENT,
                     "boundaries is fixed, but chunk_starts or num_chunks is given; pass NULL for both");
     return true;
 }
 
-/// What cp.async copies must start at multiples of 16 bytes.
+/// The kernels copy 16 bytes at a time (cp.async), so every head of every token must begin at a multiple of 16 bytes.
 inline bool isAligned(const char* name, const void* base, const Layout& layout) {
     const int64_t outer = layout.block_offsets ? layout.stride_block : layout.row_starts ? 0 : layout.stride_row;
     if (reinterpret_cast<uintptr_t>(base) % 16 == 0 && (layout.stride_token | layout.stride_head | outer) % 16 == 0)
@@ -180,8 +182,8 @@ inline bool checkScore(const ScoreParams& p) {
     if (p.query_layout.block_offsets)
         return fail(CHUNKKV_INVALID_ARGUMENT, "query_layout is paged; queries lie in a contiguous or packed tensor");
     const int64_t queries = p.query_is_window ? p.settings.window : p.rows.max_length;
-    return given("query", p.query) && given("key", p.key) &&
-           (p.max_chunks == 0 || given("chunk_scores", p.chunk_scores)) &&
+    return isGiven("query", p.query) && isGiven("key", p.key) &&
+           (p.max_chunks == 0 || isGiven("chunk_scores", p.chunk_scores)) &&
            checkLayout("query_layout", p.query_layout, queries, p.head_dim * elementBytes(p.query_dtype)) &&
            checkLayout("key_layout", p.key_layout, p.rows.max_length, p.head_dim * elementBytes(p.key_dtype)) &&
            isAligned("query", p.query, p.query_layout) && isAligned("key", p.key, p.key_layout);
@@ -193,22 +195,23 @@ inline bool checkBoundaries(const BoundariesParams& p) {
         return fail(CHUNKKV_INVALID_ARGUMENT, "boundaries is fixed; this op is for delimiter chunks");
     return checkChunks(p.settings, p.rows, p.max_chunks, p.chunk_starts, p.num_chunks) &&
            inRange("vocab_size", p.vocab_size, 0, INT32_MAX) &&
-           (p.vocab_size == 0 || given("delimiter_bitmap", p.delimiter_bitmap)) &&
-           (p.rows.batch == 0 || p.rows.max_length == 0 || given("token_ids", p.token_ids));
+           (p.vocab_size == 0 || isGiven("delimiter_bitmap", p.delimiter_bitmap)) &&
+           (p.rows.batch == 0 || p.rows.max_length == 0 || isGiven("token_ids", p.token_ids));
 }
 
 inline bool checkSelect(const SelectParams& p) {
     if (!(checkSettings(p.settings) && checkRows(p.rows) &&
           checkChunks(p.settings, p.rows, p.max_chunks, p.chunk_starts, p.num_chunks)))
         return false;
-    // N grows with L. Per-row budgets lie on the device: there the caller answers for max_kept.
+    // N grows with L, so N of max_length is the largest. Budgets per row lie in device memory, which the host cannot
+    // read: then it is for the caller to pass a max_kept that suffices.
     const bool same_budget = !p.rows.keep_per_10k && !p.rows.budget_tokens;
     const Settings& s = p.settings;
     const int64_t most = same_budget ? keptTokens(p.rows.max_length, s.keep_per_10k, s.budget_tokens, s.min_tokens) : 0;
     return atLeast("max_kept", p.max_kept, most, "N of max_length") &&
            (p.rows.batch == 0 ||
-            (given("kept_lengths", p.kept_lengths) && (p.max_kept == 0 || given("kept_indices", p.kept_indices)) &&
-             (p.max_chunks == 0 || given("chunk_scores", p.chunk_scores))));
+            (isGiven("kept_lengths", p.kept_lengths) && (p.max_kept == 0 || isGiven("kept_indices", p.kept_indices)) &&
+             (p.max_chunks == 0 || isGiven("chunk_scores", p.chunk_scores))));
 }
 
 inline bool checkCompact(const CompactParams& p) {
@@ -222,7 +225,7 @@ inline bool checkCompact(const CompactParams& p) {
     const bool in_place = p.layers[0].key_out == nullptr;
     for (int32_t i = 0; i < p.num_layers; ++i) {
         const Layer& layer = p.layers[i];
-        if (!(given("layers[].key", layer.key) && given("layers[].value", layer.value))) return false;
+        if (!(isGiven("layers[].key", layer.key) && isGiven("layers[].value", layer.value))) return false;
         if ((layer.key_out == nullptr) != in_place || (layer.value_out == nullptr) != in_place)
             return fail(CHUNKKV_INVALID_ARGUMENT,
                         "layers[%d] sets key_out or value_out unlike layers[0].key_out; "
@@ -234,7 +237,7 @@ inline bool checkCompact(const CompactParams& p) {
     if (every_slot && in_place)
         return fail(CHUNKKV_INVALID_ARGUMENT, "kept_lengths is NULL in place; pass it, or outputs of their own");
     const int64_t most = every_slot || p.max_kept < p.rows.max_length ? p.max_kept : p.rows.max_length;
-    return (p.max_kept == 0 || given("kept_indices", p.kept_indices)) &&
+    return (p.max_kept == 0 || isGiven("kept_indices", p.kept_indices)) &&
            checkLayout("layout", p.layout, p.rows.max_length, p.row_bytes) &&
            (in_place || checkLayout("layout_out", p.layout_out, most, p.row_bytes));
 }
@@ -247,8 +250,8 @@ inline bool checkRope(const RopeParams& p) {
         return false;
     if (p.rotary_dim % 2 != 0) return fail(CHUNKKV_INVALID_ARGUMENT, "rotary_dim is %d; it must be even", p.rotary_dim);
     if (p.num_tokens == 0) return true;
-    if (!(given("qkv", p.qkv) && given("qkv_out", p.qkv_out) && given("positions", p.positions) &&
-          given("cos_sin", p.cos_sin)))
+    if (!(isGiven("qkv", p.qkv) && isGiven("qkv_out", p.qkv_out) && isGiven("positions", p.positions) &&
+          isGiven("cos_sin", p.cos_sin)))
         return false;
     if (reinterpret_cast<uintptr_t>(p.cos_sin) % 8 != 0)
         return fail(CHUNKKV_INVALID_ARGUMENT, "cos_sin is not aligned to 8 bytes, one pair; pass a table that is");
@@ -264,17 +267,17 @@ inline bool checkPrepare(const PrepareParams& p) {
         return fail(CHUNKKV_INVALID_ARGUMENT,
                     "is_delimiter is NULL, but token_ids, delimiter_bitmap or vocab_size is given; pass all or none");
     if (p.batch == 0) return true;
-    return inRange("num_tokens", p.num_tokens, 1, INT32_MAX) && given("sequence_lengths", p.sequence_lengths) &&
-           given("context_lengths", p.context_lengths) && given("attention_lengths", p.attention_lengths) &&
-           given("kept_lengths", p.kept_lengths) && given("row_starts", p.row_starts) &&
-           given("positions", p.positions) &&
-           (!delimiters || (given("token_ids", p.token_ids) && given("delimiter_bitmap", p.delimiter_bitmap) &&
+    return inRange("num_tokens", p.num_tokens, 1, INT32_MAX) && isGiven("sequence_lengths", p.sequence_lengths) &&
+           isGiven("context_lengths", p.context_lengths) && isGiven("attention_lengths", p.attention_lengths) &&
+           isGiven("kept_lengths", p.kept_lengths) && isGiven("row_starts", p.row_starts) &&
+           isGiven("positions", p.positions) &&
+           (!delimiters || (isGiven("token_ids", p.token_ids) && isGiven("delimiter_bitmap", p.delimiter_bitmap) &&
                             inRange("vocab_size", p.vocab_size, 1, INT32_MAX)));
 }
 
 inline bool checkCopy(const void* to, const void* from, size_t bytes) {
     if (bytes == 0) return true;
-    if (!(given("to", to) && given("from", from))) return false;
+    if (!(isGiven("to", to) && isGiven("from", from))) return false;
     const auto a = reinterpret_cast<uintptr_t>(to), b = reinterpret_cast<uintptr_t>(from);
     if (a == b || (a > b ? a - b : b - a) >= bytes) return true;
     return fail(CHUNKKV_INVALID_ARGUMENT, "to %p and from %p overlap in %zu bytes; pass ranges of their own", to, from,

@@ -43,7 +43,7 @@ struct SyncPoint {
 #endif
 };
 
-/// Memory that the emulator itself hands out is not a race partner.
+/// While an object of this type lives, ThreadSanitizer ignores the accesses: they are the emulator's own.
 struct Unwatched {
 #if defined(EMULATOR_TSAN)
     Unwatched() {

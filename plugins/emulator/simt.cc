@@ -1,9 +1,10 @@
 // The scheduler: blocks one after the other, their threads as fibers in one of four orders.
 //
-// For ThreadSanitizer this file is compiled without instrumentation, and every CUDA thread is a TSan fiber whose
-// switches order nothing. What orders is told by hand: barriers, collectives, and the end of a launch against the next
-// one. Four sets of fibers take turns, so that neighbouring blocks stay unordered and a race between them shows. Sync
-// points alternate in pairs: a single one would order phase n of one thread with phase n+1 of another.
+// For ThreadSanitizer this file is compiled without instrumentation, and every CUDA thread is a TSan fiber. Switching
+// between fibers implies no order of memory accesses. This file reports what does: barriers, warp collectives, and the
+// end of a launch before the next one. Four sets of fibers take turns, so that neighbouring blocks stay unordered and a
+// race between them is found. Sync points alternate in pairs: with a single one, phase n of one thread would be ordered
+// before phase n+1 of another.
 #include "simt.h"
 
 #include <cstdarg>

@@ -1,8 +1,8 @@
 // Runs CUDA kernels on the host, one fiber per thread, one block after the other. A fiber runs until a barrier or a
 // warp collective; the last one to arrive lets the others go on. See simt.cc for the order in which fibers run.
 //
-// A launch reports what a GPU would only do wrong silently: a barrier or collective that threads reach at different
-// places, a deadlock, a misaligned access. It then returns 1 and failureText() says what happened and where.
+// A launch reports mistakes that a GPU would not: a barrier or collective that threads reach at different places in the
+// source, a deadlock, a misaligned access. It then returns 1 and failureText() says what happened and where.
 #pragma once
 
 #include <cstddef>
@@ -42,8 +42,8 @@ void meet(unsigned mask, void* operand, const char* file, int line, Collective c
 void* staticShared(const void* place, size_t bytes);
 void* dynamicShared();
 
-/// cp.async: the first `bytes` of 16 come from `from`, the others are zero; `perform` runs now or when waited for.
-/// Copies nobody waits for are lost.
+/// cp.async: the first `bytes` of 16 come from `from`, the others are zero. `perform` runs when the copy is issued or
+/// when it is waited for (see chunkkv_emulator_configure). A copy that is not waited for is never made.
 struct Copy {
     void* to;
     const void* from;

@@ -8,9 +8,10 @@
 // writes slots below t+T. Every load of a later tile reads kept[j] >= j >= t+T: never a slot that an earlier tile has
 // written. Inside a tile the barrier puts all loads before all stores. Blocks share no bytes: layer, K or V, row, head
 // and column slice are different memory, also in a paged pool, where a slot of a row has exactly one address. Source
-// and destination pages of a tile may be the same page; the argument is about slots, so it does not care.
-// Two neighbouring tiles need no barrier between them: loads of the later one and stores of the earlier one do not
-// meet. Slots that already hold their row (kept[j] == j, such as the sinks) are neither read nor written.
+// and destination pages of a tile may be the same page: the argument holds for slots, whatever their pages.
+// Two neighbouring tiles need no barrier between them: the loads of the later one and the stores of the earlier one
+// touch different slots. Slots that already hold their row (kept[j] == j, such as the sinks) are neither read nor
+// written.
 //
 // Out of place nothing can collide, so tiles are spread over blocks as well.
 #include "chunkkv/layout.h"
@@ -111,7 +112,7 @@ LaunchStatus launchWith(const CompactParams& params, CompactArgs args, int32_t n
     return launch(compactKernel<Vector>, grid, dim3(kThreads), 0, stream, args);
 }
 
-/// The bits that no address of the call may have set below its vector size.
+/// All addresses and strides of the call, combined by OR: its lowest bits tell the largest alignment that all share.
 uint64_t addressBits(const CompactParams& params) {
     uint64_t bits = static_cast<uint64_t>(params.row_bytes);
     const bool in_place = params.layers[0].key_out == nullptr;

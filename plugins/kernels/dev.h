@@ -1,6 +1,6 @@
 // The device vocabulary: everything a kernel may use besides C++ and the headers in plugins/include. Under nvcc it is
-// CUDA and PTX; under any other compiler the emulator of the tests supplies the same names, and runs the same kernels
-// on the host. Kernels include this file and hold no #if of their own.
+// CUDA and PTX; under any other compiler plugins/emulator supplies the same names and runs the same kernels on the
+// host. Kernels include this file and hold no #if of their own.
 //
 // Shared by both: threadIdx, blockIdx, blockDim, gridDim, dim3, uint4, __half, __nv_bfloat16, __syncthreads(),
 // __shfl_sync, __shfl_up_sync, __shfl_xor_sync, __ballot_sync, atomicAdd(int*), __float_as_uint, __uint_as_float, and
@@ -80,7 +80,7 @@ __device__ __forceinline__ uint32_t packPair<__nv_bfloat16>(float low, float hig
 __device__ __forceinline__ float lowHalf(uint32_t word) { return __half2float(__ushort_as_half(word & 0xFFFFu)); }
 __device__ __forceinline__ float highHalf(uint32_t word) { return __half2float(__ushort_as_half(word >> 16)); }
 
-/// *to = value, in a form that every race checker sees.
+/// *to = value. The emulator stores it so that ThreadSanitizer sees the access.
 template <class T>
 __device__ __forceinline__ void storeScalar(T* to, T value) {
     *to = value;

@@ -10,7 +10,8 @@ constexpr size_t kDefaultSharedBytes = 48 * 1024;
 
 inline int64_t ceilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-/// Launch kernel(params) and return the status; `grid` with a zero side launches nothing. No sticky error is left.
+/// Launch kernel(params) and return the status; a grid with a side of 0 launches nothing. The error of a failed launch
+/// is cleared in the CUDA runtime, so that no later call reports it.
 template <class P>
 LaunchStatus launch(void (*kernel)(const P), dim3 grid, dim3 block, size_t shared_bytes, void* stream,
                     const P& params) {

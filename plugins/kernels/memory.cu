@@ -9,7 +9,7 @@ namespace chunkkv {
 #if defined(__CUDACC__)
 namespace {
 
-/// The status as it is; the runtime forgets it, so that the next call is judged on its own.
+/// Return the status, and clear it in the CUDA runtime, so that no later call reports it.
 LaunchStatus taken(cudaError_t status) {
     if (status != cudaSuccess) cudaGetLastError();
     return status;

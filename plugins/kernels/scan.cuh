@@ -32,7 +32,7 @@ __device__ ScanWord exclusiveScan(ScanWord value, ScanWord* warp_totals, ScanWor
         if (lane >= distance) inclusive = combine(lower, inclusive);
     }
     const ScanWord below = __shfl_up_sync(kFullWarp, inclusive, 1);
-    __syncthreads();  // everybody has read the totals of the scan before this one
+    __syncthreads();  // all threads have read the totals of the previous scan
     if (lane == 31) warp_totals[warp] = inclusive;
     __syncthreads();
     ScanWord before = 0;

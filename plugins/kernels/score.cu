@@ -1,5 +1,5 @@
-// score: window queries against all keys, down to one mean per chunk. The host side: which kernels run, on what grid,
-// and where they put their parts.
+// score: window queries against all keys, down to one mean per chunk. This file is the host side: which kernels run, on
+// what grid, and where their intermediate arrays lie.
 //
 //   fixed chunks     scoreTiles<kPartials> ─► rowStats ─► slotSums ─► slotMeans                        K is read once
 //   everything else  scoreTiles<kStatistics> ─► rowStats ─► scoreTiles<kColumns> ─► rawScores ─► (smooth) ─► tokenMeans
@@ -26,7 +26,7 @@ bool takesOnePass(const ScoreParams& params) {
            params.token_scores == nullptr && slotsPerTile(params.settings) <= kMostSlots;
 }
 
-/// Everything but the pointers.
+/// The arguments without the pointers.
 ScoreArgs argsWithSizes(const ScoreParams& params) {
     ScoreArgs args{};
     args.params = params;
@@ -41,7 +41,8 @@ ScoreArgs argsWithSizes(const ScoreParams& params) {
     return args;
 }
 
-/// Hand out the workspace for `rows` rows of a wave and return the bytes used; `base` may be null.
+/// Divide the workspace among the arrays of a wave of `rows` rows and return the bytes used. `base` may be null: then
+/// only the size is computed.
 int64_t placeParts(ScoreArgs& args, int64_t rows, char* base) {
     const ScoreParams& params = args.params;
     int64_t used = 0;
@@ -139,8 +140,9 @@ LaunchStatus launchWave(const ScoreArgs& args, int32_t rows, void* stream) {
 
 }  // namespace
 
-// What the rows of a batch take one by one, and no more than a wave may. So it grows with batch and S: what suffices
-// for the largest sizes suffices for all below. Rows of a wave share the rounding of their parts and never need more.
+// The bytes of all rows, each counted alone, but no more than a wave may use. So the size grows with batch and S, and
+// what suffices for the largest sizes suffices for all smaller ones. The rows of a wave are rounded up together, so
+// that a wave never needs more than its rows counted alone.
 size_t scoreWorkspaceBytes(const ScoreParams& params) {
     ScoreArgs args = argsWithSizes(params);
     const int64_t row = placeParts(args, 1, nullptr), batch = row * params.rows.batch;

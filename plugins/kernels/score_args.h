@@ -1,4 +1,4 @@
-// What the score kernels share: how the work is cut, and where the parts lie in the workspace.
+// What the score kernels share: how the work is divided, and where the intermediate arrays lie in the workspace.
 #pragma once
 
 #include "chunkkv/layout.h"
@@ -42,7 +42,7 @@ struct ScoreArgs {
     int32_t slot_pitch;     // slots, rounded up to even
 };
 
-/// Whether nobody reads the scores of this row.
+/// Whether the scores of this row are not needed.
 __device__ inline bool skipsRow(const ScoreArgs& args, int32_t row, int32_t length) {
     if (length < args.params.settings.window) return true;
     return args.params.token_scores == nullptr &&

@@ -1,5 +1,5 @@
-// score, the part that never reads K: brings the sums of tiles, heads and query rows together, always in the same
-// order. Memory-bound, all of it small beside K.
+// score, the part that does not read K: adds up the sums of tiles, heads and query rows, always in the same order.
+// Memory-bound; all of it is small compared with K.
 #pragma once
 
 #include "chunks.cuh"
@@ -97,7 +97,7 @@ __global__ void __launch_bounds__(kReduceThreads) slotMeansKernel(const __grid_c
     params.chunk_scores[part.first + chunk] = sum / weight / spans.length(chunk);
 }
 
-/// Write a[t] where the caller has asked for it.
+/// Write a[t] if the caller has passed token_scores.
 __device__ inline void giveTokenScore(const ScoreParams& params, int32_t row, int32_t length, int32_t token,
                                       float score) {
     if (params.token_scores == nullptr) return;

@@ -68,7 +68,7 @@ __device__ QueryRows<kRowTiles> queryRows(const ScoreArgs& args, const FragmentP
     return rows;
 }
 
-/// S = Q K^T of a warp's rows and a tile: with Q held in registers on tensor cores, ...
+/// S = Q K^T of a warp's rows and a tile, on tensor cores. Q is held in registers.
 template <class T, int kHeadDim>
 struct Multiplier {
     using Shape = TileShape<T, kHeadDim>;
@@ -108,7 +108,8 @@ struct Multiplier {
     }
 };
 
-/// ... and in float32 with Q read through the first-level cache. The same sums end in the same threads.
+/// The same in float32, without tensor cores: Q is read through the first-level cache. Every sum ends in the same
+/// thread as above.
 template <int kHeadDim>
 struct Multiplier<float, kHeadDim> {
     using Shape = TileShape<float, kHeadDim>;
@@ -149,8 +150,9 @@ struct Multiplier<float, kHeadDim> {
     }
 };
 
-/// Bring a tile of keys into a stage. A warp owns some of the tokens: each lane finds out where one of them lies, and
-/// all lanes share the copies. 8-bit keys are widened to T on the way, which is exact; key_scale is applied to logits.
+/// Copy a tile of keys to shared memory. A warp copies some of its tokens: each lane computes the address of one token,
+/// then all lanes share the copies. 8-bit keys are widened to T on the way, which is exact; key_scale is applied to
+/// logits.
 template <class T, int kHeadDim>
 __device__ void stageTile(const ScoreArgs& args, const TokenRows& keys, int32_t tile, int32_t length, char* stage) {
     using Shape = TileShape<T, kHeadDim>;
@@ -353,13 +355,13 @@ __global__ void __launch_bounds__(TileShape<T, kHeadDim>::kThreads, TileShape<T,
     for (int i = 0; i < Shape::kStages - 1; ++i) fetch(i);
     for (int32_t number = 0, tile = split; tile < tiles; ++number, tile += args.splits) {
         if constexpr (Shape::kStages == 1) {
-            __syncthreads();  // everybody has read the tile before this one
+            __syncthreads();  // all threads have read the previous tile
             fetch(number);
             cpAsyncWait<0>();
             __syncthreads();
         } else {
             cpAsyncWait<Shape::kStages - 2>();
-            __syncthreads();  // this tile is there, and everybody has read the one that the next fetch overwrites
+            __syncthreads();  // this tile has arrived, and all threads have read the one that the next fetch overwrites
             fetch(number + Shape::kStages - 1);
         }
         if (!has_rows) continue;

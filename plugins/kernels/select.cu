@@ -1,9 +1,9 @@
 // select: rank the chunks of a row and keep exactly N tokens. One block per row.
 //
-// R = N - w - s tokens are to be given away, best chunk first. Sorting is not needed: a radix search finds the score T
-// of the chunk that the budget runs out in, every chunk adding its length, not 1, to its digit's bin. Chunks above T
-// are taken whole; those equal to T share what is left, lower position first; so the last one may be cut. Both are
-// prefix sums in position order, which makes the output ascending without a sort.
+// R = N - w - s tokens are left for chunks, best chunk first. No sort is needed: a radix search finds T, the score of
+// the chunk in which the budget runs out. For that, every chunk adds its length, not 1, to the bin of its digit. Chunks
+// above T are taken whole. Chunks equal to T share what is left, lower position first, so that the last one may be cut.
+// Prefix sums in position order give every chunk its slots, so that the output is ascending.
 //
 //   chunk      0    1    2    3    4        R = 12, lengths 5
 //   score     .3   .9   .5   .5   .1        T = .5: chunk 1 is above, 7 tokens are left for the two that equal T
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kThreads) selectKernel(const __grid_constant__
     const int32_t stored = wanted < slots.count ? wanted : slots.count;
     int32_t* kept = params.kept_indices + slots.first;
 
-    // Everything that does not depend on scores: sinks, window and what is behind N; or the whole row.
+    // What does not depend on scores: sinks, window and the entries after N; or the whole row.
     const int32_t head = wanted == length ? length : params.settings.sinks;
     const int32_t tail = wanted == length ? length : wanted - params.settings.window;
     for (int32_t slot = thread; slot < slots.count; slot += kThreads) {

@@ -28,8 +28,8 @@ class Compact final : public Plugin {
     int32_t rank(int32_t input) const noexcept override { return kRanks[input]; }
     bool checkFields() const override { return true; }
 
-    bool isInputType(int32_t place, const DataType* types) const override {
-        return place == kX ? storageType(types[kX]) >= 0 : types[kIndices] == DataType::kINT32;
+    bool isInputType(int32_t index, const DataType* types) const override {
+        return index == kX ? storageType(types[kX]) >= 0 : types[kIndices] == DataType::kINT32;
     }
 
     DataType outputType(int32_t, const DataType* input_types) const override { return input_types[kX]; }

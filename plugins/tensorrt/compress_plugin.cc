@@ -1,12 +1,12 @@
-// ChunkKVCompress: behind a layer's attention, move the kept tokens of its paged caches to their first slots, in place.
-//   in   context [T,Hq*D] float32, float16, bfloat16 or fp8, passed on so that this runs behind attention;
+// ChunkKVCompress: after a layer's attention, move the kept tokens of its paged caches to the first slots, in place.
+//   in   context [T,Hq*D] float32, float16, bfloat16 or fp8: attention's output, so that this node runs after it;
 //        leader: qkv [T,(Hq+2*Hkv)*D] float32, float16 or bfloat16, rotated; ranker: chunk_scores [T] float32;
 //        follower: kept_indices [T] int32; kept_lengths, row_starts, context_lengths [B] int32;
 //        host_request_types, host_context_lengths [B] int32, host; kv_cache_block_offsets [P,B,2,M] int32;
 //        host_kv_cache_pool_pointers [P,2] int64, host; host_kv_cache_pool_mapping [A] or [A,2] int32, host;
 //        leader and ranker with delimiter boundaries: is_delimiter [T] int32
-//   out  context, copied; leader and ranker: kept_indices [T] int32, N entries of a row from row_starts on, which mean
-//        nothing where no row of the batch is compressed
+//   out  context, copied; leader and ranker: kept_indices [T] int32, N entries of a row from row_starts on, undefined
+//        where no row of the batch is compressed
 #include <cinttypes>
 
 #include "chunkkv/layout.h"
@@ -78,7 +78,7 @@ class Compress final : public PackedPlugin {
     static const Table& table() { return kTable; }
 
   private:
-    /// Where the cache of a layer begins.
+    /// Where the cache of a layer begins, and the index of its pool.
     struct Cache {
         int32_t pool;
         const char* base;
@@ -105,19 +105,19 @@ class Compress final : public PackedPlugin {
         if (places != layers && (places > 0 || value(kMappingRank) == 1))
             return report("%s: layers has %zu entries, layer_in_pool has %zu; give one for each layer", getPluginName(),
                           layers, places);
-        size_t bytes;  // the data type comes with the inputs; any that has kernels checks the rest
+        size_t bytes;  // the data type is not known yet: float16, which has kernels, serves to check the rest
         return value(kRole) != kLeader || scoreBytes(heads(), DataType::kHALF, 0, 0, bytes);
     }
 
-    bool isInputType(int32_t place, const DataType* types) const override {
-        if (place == kContextIn) return isFloating(types[place]) || types[place] == DataType::kFP8;
-        if (place == kSource && value(kRole) == kLeader) return isFloating(types[place]);
-        if (place == kSource && value(kRole) == kRanker) return types[place] == DataType::kFLOAT;
-        return types[place] == (place == kHostPools ? DataType::kINT64 : DataType::kINT32);
+    bool isInputType(int32_t index, const DataType* types) const override {
+        if (index == kContextIn) return isFloating(types[index]) || types[index] == DataType::kFP8;
+        if (index == kSource && value(kRole) == kLeader) return isFloating(types[index]);
+        if (index == kSource && value(kRole) == kRanker) return types[index] == DataType::kFLOAT;
+        return types[index] == (index == kHostPools ? DataType::kINT64 : DataType::kINT32);
     }
 
-    DataType outputType(int32_t place, const DataType* input_types) const override {
-        return place == kContextOut ? input_types[kContextIn] : DataType::kINT32;
+    DataType outputType(int32_t index, const DataType* input_types) const override {
+        return index == kContextOut ? input_types[kContextIn] : DataType::kINT32;
     }
 
     bool shapeExpressions(const DimsExprs* in, DimsExprs* out, IExprBuilder&) const override {
@@ -204,7 +204,7 @@ class Compress final : public PackedPlugin {
             params.num_chunks = at.num_chunks;
         }
         params.kept_indices = kept_indices;
-        params.kept_lengths = at.kept_lengths;  // the same as the input of that name
+        params.kept_lengths = at.kept_lengths;  // select writes N again; the input of that name is read-only
         params.max_chunks = maxChunks(params.settings, rows.max_length);
         params.max_kept = batch.longest;
         return done(chunkkv_select(&params, buffers.stream));

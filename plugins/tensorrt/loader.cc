@@ -35,7 +35,7 @@ void registerWith(void* tensorrt, int major) {
     }
 }
 
-/// Tries every major that is loaded, or, with flags 0, that can be loaded; returns whether any was found.
+/// Register with the newest major that is loaded (RTLD_NOLOAD), or that can be loaded (0); return whether there is one.
 bool registerWhere(int flags) {
     for (const int major : kMajors) {
         const std::string name = "libnvinfer.so." + std::to_string(major);
@@ -48,7 +48,7 @@ bool registerWhere(int flags) {
 }
 
 __attribute__((constructor)) void registerPlugins() {
-    // A preloaded library comes first: then TensorRT is loaded here, and its later user gets the same copy.
+    // Under LD_PRELOAD this runs before TensorRT is loaded. Then it is loaded here, and the host gets the same copy.
     if (registerWhere(RTLD_NOLOAD) || registerWhere(0)) return;
     std::fprintf(stderr, "chunkkv: no libnvinfer.so.11 or libnvinfer.so.10 was found, so no plugin is registered\n");
 }

@@ -5,10 +5,10 @@
 
 namespace chunkkv::trt {
 
-/// Keep the first finder: the registry that loads this library owns it and outlives every plugin.
+/// Keep the finder unless there is one already. The registry that loads this library owns it and outlives every plugin.
 void keepLoggerFinder(nvinfer1::ILoggerFinder* finder) noexcept;
 
-/// Log an error on the calling thread, as findLogger() demands; always returns false.
+/// Log an error and return false. Must run on the thread that TensorRT called: findLogger() requires it.
 __attribute__((format(printf, 1, 2))) bool report(const char* format, ...) noexcept;
 
 }  // namespace chunkkv::trt

@@ -21,8 +21,8 @@ Settings PackedPlugin::settings() const noexcept {
 }
 
 bool PackedPlugin::areSettings() const {
-    const Settings given = settings();
-    return chunkkv_max_chunks(&given, value(kMaxLength)) >= 0 || fail(chunkkv_last_error());
+    const Settings checked = settings();
+    return chunkkv_max_chunks(&checked, value(kMaxLength)) >= 0 || fail(chunkkv_last_error());
 }
 
 bool PackedPlugin::isPowerOfTwo(int32_t field, const char* name) const {
@@ -34,7 +34,7 @@ bool PackedPlugin::readBatch(const void* types, const void* lengths, int64_t row
     constexpr int32_t kContext = 0, kGeneration = 1;
     batch = Batch{static_cast<int32_t>(rows), 0, 0, false, tokens};
     if (rows > 0 && (!types || !lengths)) return fail("host_request_types or host_context_lengths is NULL");
-    const Settings given = settings();
+    const Settings budget = settings();
     int64_t used = 0;
     for (int32_t row = 0; row < batch.rows; ++row) {
         const int32_t type = static_cast<const int32_t*>(types)[row];
@@ -55,7 +55,7 @@ bool PackedPlugin::readBatch(const void* types, const void* lengths, int64_t row
         ++batch.contexts;
         used += length;
         batch.longest = std::max(batch.longest, length);
-        batch.compresses |= keptTokens(length, given.keep_per_10k, given.budget_tokens, given.min_tokens) < length;
+        batch.compresses |= keptTokens(length, budget.keep_per_10k, budget.budget_tokens, budget.min_tokens) < length;
     }
     if (used == tokens) return true;
     return report(

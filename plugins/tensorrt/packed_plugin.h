@@ -9,7 +9,7 @@
 
 namespace chunkkv::trt {
 
-/// The first fields of every table; a plugin's own follow.
+/// The first fields of the tables that withShared() makes; a plugin's own fields follow.
 enum {
     kWindow,
     kSinks,
@@ -52,7 +52,7 @@ class PackedPlugin : public Plugin {
   protected:
     using Plugin::Plugin;
 
-    /// What the host's tensors say of a batch.
+    /// What the tensors in host memory say about a batch.
     struct Batch {
         int32_t rows;
         int32_t contexts;  // leading rows in their context phase
@@ -68,7 +68,7 @@ class PackedPlugin : public Plugin {
         int64_t width() const { return (query + 2LL * kv) * size; }
     };
 
-    /// Parts of a workspace. Chunks are those of the delimiter boundaries.
+    /// The arrays in a workspace. The chunk table is used with delimiter boundaries alone.
     struct Parts {
         int32_t* chunk_starts;  // [T + B]
         int32_t* num_chunks;    // [B]
@@ -89,10 +89,10 @@ class PackedPlugin : public Plugin {
     /// The context rows of a batch, by device arrays [B].
     Rows contextRows(const Batch& batch, const void* lengths, const void* row_starts) const;
 
-    /// Check that the score op has a kernel; `bytes` suffice for any batch of up to these sizes.
+    /// Check that score has a kernel for these heads; `bytes` of workspace suffice for any batch of up to these sizes.
     bool scoreBytes(const Heads& heads, DataType type, int64_t rows, int64_t tokens, size_t& bytes) const;
     static Parts parts(void* workspace, int64_t rows, int64_t tokens, size_t score_bytes);
-    /// Largest value of a dimension over a profile: bounds of different tensors need not fit each other.
+    /// The largest size of an axis over a profile and over `inputs`, whose bounds may differ.
     static int64_t largest(const DynamicPluginTensorDesc* in, std::initializer_list<int32_t> inputs, int32_t axis);
 
     /// Find the delimiter chunks from flags [T].

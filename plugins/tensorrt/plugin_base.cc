@@ -96,27 +96,27 @@ bool Plugin::hasTypes(const PluginTensorDesc* in, const PluginTensorDesc* out) c
     return true;
 }
 
-bool Plugin::hasShape(const char* name, const PluginTensorDesc& tensor, std::initializer_list<int64_t> wanted) const {
-    if (tensor.dims.nbDims != static_cast<int32_t>(wanted.size()))
+bool Plugin::hasShape(const char* name, const PluginTensorDesc& tensor, std::initializer_list<int64_t> sizes) const {
+    if (tensor.dims.nbDims != static_cast<int32_t>(sizes.size()))
         return report("%s: %s has %d dimensions; it must have %zu", getPluginName(), name, tensor.dims.nbDims,
-                      wanted.size());
-    const int64_t* size = tensor.dims.d;
-    for (const int64_t value : wanted) {
-        const int64_t low = value < 0 ? 0 : value, high = value < 0 ? INT32_MAX : value;
-        if (*size < low || *size > high)
+                      sizes.size());
+    const int64_t* actual = tensor.dims.d;
+    for (const int64_t size : sizes) {
+        const int64_t low = size < 0 ? 0 : size, high = size < 0 ? INT32_MAX : size;
+        if (*actual < low || *actual > high)
             return report("%s: dimension %td of %s is %lld; allowed is %lld to %lld", getPluginName(),
-                          size - tensor.dims.d, name, static_cast<long long>(*size), static_cast<long long>(low),
+                          actual - tensor.dims.d, name, static_cast<long long>(*actual), static_cast<long long>(low),
                           static_cast<long long>(high));
-        ++size;
+        ++actual;
     }
     return true;
 }
 
 bool Plugin::hasOutputDims(const PluginTensorDesc* in, const PluginTensorDesc* out) const {
-    Dims wanted[kMaxTensors];
-    outputDims(in, wanted);
+    Dims expected[kMaxTensors];
+    outputDims(in, expected);
     for (int32_t i = 0; i < outputs(); ++i)
-        if (!equal(out[i].dims, wanted[i]))
+        if (!equal(out[i].dims, expected[i]))
             return report("%s: the shape of output %d does not follow from its inputs", getPluginName(), i);
     return true;
 }
@@ -130,8 +130,8 @@ int32_t Plugin::configurePlugin(const DynamicPluginTensorDesc* in, int32_t nb_in
         PluginTensorDesc at[kMaxTensors], at_out[kMaxTensors];
         atOpt(in, nb_inputs, at);
         atOpt(out, nb_outputs, at_out);
-        // Types hold at every corner. Sizes must fit each other at kOPT alone: kMIN and kMAX are bounds that TensorRT
-        // computes for each tensor by itself.
+        // Types are the same at kMIN, kOPT and kMAX. Sizes of different tensors must agree at kOPT alone: kMIN and kMAX
+        // are bounds, which TensorRT computes for each tensor by itself.
         return hasTypes(at, at_out) && check(at) ? 0 : 1;
     });
 }
@@ -164,7 +164,7 @@ bool Plugin::supportsFormatCombination(int32_t pos, const DynamicPluginTensorDes
     return guarded("supportsFormatCombination", false, [&] {
         if (nb_inputs != inputs() || nb_outputs != outputs() || pos < 0 || pos >= nb_inputs + nb_outputs) return false;
         if (in_out[pos].desc.format != TensorFormat::kLINEAR) return false;
-        DataType types[kMaxTensors];  // entries behind pos are not settled yet and not read
+        DataType types[kMaxTensors];  // entries after pos are not known yet and not read
         for (int32_t i = 0; i <= pos; ++i) types[i] = in_out[i].desc.type;
         return pos < nb_inputs ? isInputType(pos, types) : types[pos] == outputType(pos - nb_inputs, types);
     });

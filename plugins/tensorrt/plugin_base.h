@@ -1,4 +1,4 @@
-// What the plugins have in common: the IPluginV3 of TensorRT over a table of fields and a handful of plain functions.
+// What the plugins have in common: TensorRT's IPluginV3, written once over a table of fields and a few plain functions.
 #pragma once
 
 #include <NvInferRuntime.h>
@@ -45,7 +45,7 @@ struct Buffers {
     void* stream;
 };
 
-/// Run `body` where an exception must not leave: report it and return `failure`.
+/// Run `body`; report an exception and return `failure`, because TensorRT expects functions that do not throw.
 template <class Result, class Body>
 Result guarded(const char* where, Result failure, Body body) noexcept {
     try {
@@ -58,9 +58,9 @@ Result guarded(const char* where, Result failure, Body body) noexcept {
     return failure;
 }
 
-/// A plugin with one format (linear), one tactic and no state but its field values and what attach() makes: an object
-/// belongs to one execution context, and objects share nothing. Functions of derived classes report what is wrong and
-/// return false.
+/// A plugin with one format (linear) and one tactic. Its state is its field values and what attach() allocates. Every
+/// execution context has an object of its own, and objects share nothing. A function of a derived class that finds a
+/// mistake reports it and returns false.
 class Plugin : public nvinfer1::IPluginV3,
                public nvinfer1::IPluginV3OneCore,
                public nvinfer1::IPluginV3OneBuild,
@@ -103,8 +103,8 @@ class Plugin : public nvinfer1::IPluginV3,
     bool fail(const char* what) const noexcept { return report("%s: %s", getPluginName(), what); }
     bool done(chunkkv_status status) const noexcept { return status == CHUNKKV_OK || fail(chunkkv_last_error()); }
 
-    /// Check `tensor` [rank] against what a dimension must be; -1 stands for any size.
-    bool hasShape(const char* name, const PluginTensorDesc& tensor, std::initializer_list<int64_t> wanted) const;
+    /// Check the shape of a tensor; -1 stands for any size.
+    bool hasShape(const char* name, const PluginTensorDesc& tensor, std::initializer_list<int64_t> sizes) const;
 
   private:
     virtual Plugin* copy() const = 0;
@@ -112,23 +112,24 @@ class Plugin : public nvinfer1::IPluginV3,
     virtual int32_t outputs() const noexcept = 0;
     /// Conditions between fields.
     virtual bool checkFields() const = 0;
-    /// Whether input `place` may have types[place]; earlier types are settled.
-    virtual bool isInputType(int32_t place, const DataType* types) const = 0;
-    virtual DataType outputType(int32_t place, const DataType* input_types) const = 0;
+    /// Whether input `index` may have types[index]. The types of earlier inputs are known; later ones are not set.
+    virtual bool isInputType(int32_t index, const DataType* types) const = 0;
+    virtual DataType outputType(int32_t index, const DataType* input_types) const = 0;
     virtual int32_t rank(int32_t input) const noexcept = 0;
     virtual bool shapeExpressions(const DimsExprs* in, DimsExprs* out, IExprBuilder& builder) const = 0;
-    /// Dims of the outputs for inputs that check() has passed.
+    /// The dims of the outputs for inputs that check() has accepted.
     virtual void outputDims(const PluginTensorDesc* in, Dims* out) const = 0;
     virtual bool check(const PluginTensorDesc* in) const = 0;
-    /// Enough for all sizes within the profile, whose bounds need not fit each other.
+    /// Bytes that suffice for all sizes within the profile. The bounds of two tensors may contradict each other,
+    /// because TensorRT computes them for each tensor alone.
     virtual size_t workspaceBytes(const DynamicPluginTensorDesc* in) const = 0;
-    /// Make what the context of this object needs beside its fields; the destructor takes it down.
+    /// Allocate what an execution context needs besides the field values; the destructor frees it.
     virtual bool attach() { return true; }
-    /// Enqueue the work; all of the above has been checked.
+    /// Enqueue the work. Field values, types and shapes have been checked.
     virtual bool run(const PluginTensorDesc* in, const PluginTensorDesc* out, const Buffers& buffers) const = 0;
 
     bool hasCounts(int32_t nb_inputs, int32_t nb_outputs) const noexcept;
-    /// For Dims and DimsExprs.
+    /// Shape is Dims or DimsExprs.
     template <class Shape>
     bool hasRank(int32_t input, const Shape& shape) const noexcept {
         if (shape.nbDims == rank(input)) return true;

@@ -1,4 +1,4 @@
-// ChunkKVPrepare: what the layers of a TensorRT-LLM network need to know of a batch, once per network.
+// ChunkKVPrepare: computes, once per network, what all layers of a TensorRT-LLM network need to know about a batch.
 //   in   sequence_length, context_lengths [B] int32; host_request_types, host_context_lengths,
 //        host_past_key_value_lengths [B] int32, host; host_kv_cache_block_offsets [P,B,2,M] int32, host; qkv [T,E]
 //        float32, float16 or bfloat16, of which only T counts; with delimiter boundaries input_ids [T] int32
@@ -34,7 +34,7 @@ constexpr const char* kInputs[] = {"sequence_length",
                                    "input_ids"};
 constexpr int32_t kRanks[] = {1, 1, 1, 1, 1, 4, 2, 1};
 
-/// A table on the device that one object owns; copies of the object make their own.
+/// A table in device memory, owned by one object. A copy of the object starts without one and uploads its own.
 class DeviceTable {
   public:
     DeviceTable() = default;
@@ -73,8 +73,8 @@ class Prepare final : public PackedPlugin {
                       (vocabulary + 31) / 32);
     }
 
-    bool isInputType(int32_t place, const DataType* types) const override {
-        return place == kQkv ? isFloating(types[kQkv]) : types[place] == DataType::kINT32;
+    bool isInputType(int32_t index, const DataType* types) const override {
+        return index == kQkv ? isFloating(types[kQkv]) : types[index] == DataType::kINT32;
     }
 
     DataType outputType(int32_t, const DataType*) const override { return DataType::kINT32; }
@@ -134,7 +134,8 @@ class Prepare final : public PackedPlugin {
         return done(chunkkv_prepare(&params, buffers.stream));
     }
 
-    /// Whether every context row brings its whole prompt: then its past, which counts this batch, is that prompt.
+    /// Whether every context row holds its whole prompt: then host_past_key_value_lengths, which counts the tokens of
+    /// this batch too, equals its prompt length.
     bool isWholeContext(const Batch& batch, const Buffers& buffers) const {
         const auto* lengths = static_cast<const int32_t*>(buffers.inputs[kHostContext]);
         const auto* past = static_cast<const int32_t*>(buffers.inputs[kHostPast]);

@@ -1,7 +1,6 @@
-// ChunkKVRope: rotate Q and K of packed QKV by logical positions, so that attention need not know positions.
-//   in   qkv [T,(Hq+2*Hkv)*D] float32, float16 or bfloat16; positions [T] int32; rotary_cos_sin [1,P*rotary_dim]
-//   float32,
-//        TensorRT-LLM's table
+// ChunkKVRope: rotate Q and K of packed QKV by logical positions. Attention then runs without RoPE of its own.
+//   in   qkv [T,(Hq+2*Hkv)*D] float32, float16 or bfloat16; positions [T] int32;
+//        rotary_cos_sin [1,P*rotary_dim] float32, TensorRT-LLM's table
 //   out  the same as qkv
 #include "plugin_base.h"
 
@@ -45,13 +44,13 @@ class Rope final : public Plugin {
     }
 
     bool checkFields() const override {
-        const RopeParams none = params();  // no tokens: only sizes are checked
+        const RopeParams none = params();  // without tokens, so that only sizes are checked
         return done(chunkkv_rope(&none, nullptr));
     }
 
-    bool isInputType(int32_t place, const DataType* types) const override {
-        if (place == kQkv) return isFloating(types[kQkv]);
-        return types[place] == (place == kPositions ? DataType::kINT32 : DataType::kFLOAT);
+    bool isInputType(int32_t index, const DataType* types) const override {
+        if (index == kQkv) return isFloating(types[kQkv]);
+        return types[index] == (index == kPositions ? DataType::kINT32 : DataType::kFLOAT);
     }
 
     DataType outputType(int32_t, const DataType* input_types) const override { return input_types[kQkv]; }

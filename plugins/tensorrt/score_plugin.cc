@@ -1,4 +1,5 @@
-// ChunkKVScore: chunk scores of this rank's heads, for networks whose ranks add them up and select alike.
+// ChunkKVScore: chunk scores of this rank's heads. Tensor-parallel ranks add them up, so that all select the same
+// tokens.
 //   in   qkv [T,(Hq+2*Hkv)*D] float32, float16 or bfloat16, rotated; context_lengths, row_starts [B] int32;
 //        host_request_types, host_context_lengths [B] int32, host; with delimiter boundaries is_delimiter [T] int32
 //   out  chunk_scores [T] float32: chunk i of a row at row_starts + i; zero where nothing is scored
@@ -33,12 +34,12 @@ class Score final : public PackedPlugin {
     int32_t rank(int32_t input) const noexcept override { return input == kQkv ? 2 : 1; }
     Heads heads() const noexcept { return {value(kNumHeads), value(kNumKvHeads), value(kHeadSize)}; }
     bool checkFields() const override {
-        size_t bytes;  // the data type comes with the inputs; any that has kernels checks the rest
+        size_t bytes;  // the data type is not known yet: float16, which has kernels, serves to check the rest
         return areSettings() && scoreBytes(heads(), DataType::kHALF, 0, 0, bytes);
     }
 
-    bool isInputType(int32_t place, const DataType* types) const override {
-        return place == kQkv ? isFloating(types[kQkv]) : types[place] == DataType::kINT32;
+    bool isInputType(int32_t index, const DataType* types) const override {
+        return index == kQkv ? isFloating(types[kQkv]) : types[index] == DataType::kINT32;
     }
 
     DataType outputType(int32_t, const DataType*) const override { return DataType::kFLOAT; }

@@ -1,10 +1,11 @@
 // ChunkKVSelect: score and select, once per layer group.
-//   in   query [B,Hq,w,D], key [B,Hkv,S,D] float32, float16 or bfloat16; lengths, keep_per_10k, budget_tokens [B]
-//   int32;
+//   in   query [B,Hq,w,D], key [B,Hkv,S,D] float32, float16 or bfloat16;
+//        lengths, keep_per_10k, budget_tokens [B] int32;
 //        with delimiter boundaries is_delimiter [B,S] int32, not 0 = the token ends a chunk
 //   out  kept_indices [B,K] int32, -1 behind a row's N; kept_lengths [B] int32; token_scores [B,S] float32
-// K = min(S, max_kept), or S where max_kept is 0. N depends on values, which a shape expression cannot; who sets
-// max_kept answers for N <= max_kept, else a row keeps the first max_kept of its list.
+// K = min(S, max_kept), or S where max_kept is 0. N depends on the contents of lengths and budgets, which a shape
+// expression cannot read. Set max_kept only where N <= max_kept is certain: a longer list is cut after max_kept
+// entries.
 #include <algorithm>
 
 #include "chunkkv/budget.h"
@@ -52,7 +53,7 @@ class Select final : public Plugin {
     int32_t rank(int32_t input) const noexcept override { return kRanks[input]; }
     bool isDelimited() const noexcept { return value(kBoundaries) == CHUNKKV_BOUNDARIES_DELIMITER; }
 
-    /// The fields; the budget comes with every row.
+    /// The settings of the fields. Budgets are inputs, one for each row, so that the ratio set here is not used.
     Settings settings() const {
         Settings settings{};
         settings.window = value(kWindow);
@@ -67,20 +68,20 @@ class Select final : public Plugin {
     }
 
     bool checkFields() const override {
-        const Settings given = settings();
-        if (chunkkv_max_chunks(&given, 0) < 0) return fail(chunkkv_last_error());
+        const Settings checked = settings();
+        if (chunkkv_max_chunks(&checked, 0) < 0) return fail(chunkkv_last_error());
         if (value(kMaxKept) == 0 || value(kMaxKept) >= value(kMinTokens)) return true;
         return report("%s: max_kept is %d; it must be 0 or at least min_tokens = %d", getPluginName(), value(kMaxKept),
                       value(kMinTokens));
     }
 
-    bool isInputType(int32_t place, const DataType* types) const override {
-        if (place == kQuery) return isFloating(types[kQuery]);
-        return types[place] == (place == kKey ? types[kQuery] : DataType::kINT32);
+    bool isInputType(int32_t index, const DataType* types) const override {
+        if (index == kQuery) return isFloating(types[kQuery]);
+        return types[index] == (index == kKey ? types[kQuery] : DataType::kINT32);
     }
 
-    DataType outputType(int32_t place, const DataType*) const override {
-        return place == kTokenScores ? DataType::kFLOAT : DataType::kINT32;
+    DataType outputType(int32_t index, const DataType*) const override {
+        return index == kTokenScores ? DataType::kFLOAT : DataType::kINT32;
     }
 
     bool shapeExpressions(const DimsExprs* in, DimsExprs* out, IExprBuilder& builder) const override {
@@ -128,7 +129,7 @@ class Select final : public Plugin {
         params.head_dim = static_cast<int32_t>(key.d[3]);
         params.query_dtype = params.key_dtype = storageType(in[kKey].type);
         params.query_is_window = 1;
-        // Whether it is NULL decides about the workspace; run() puts the address here.
+        // Any address but NULL: the workspace is larger where token scores are written. run() sets the real address.
         params.token_scores = reinterpret_cast<float*>(kAlignment);
         const int64_t chunks = chunkkv_max_chunks(&params.settings, params.rows.max_length);
         params.max_chunks = static_cast<int32_t>(chunks);
@@ -154,7 +155,8 @@ class Select final : public Plugin {
         PluginTensorDesc largest[kKey + 1] = {in[kQuery].desc, in[kKey].desc};
         largest[kQuery].dims = in[kQuery].opt;  // heads and head size are constants of the network
         largest[kKey].dims = in[kKey].opt;
-        // Of bounds that differ the largest counts: where too little is reserved a kernel would write behind it.
+        // The bounds of the inputs may differ. Take the largest: with too little workspace a kernel would write past
+        // its end.
         int64_t &batch = largest[kQuery].dims.d[0], &tokens = largest[kKey].dims.d[2];
         for (int32_t i = 0; i < inputs(); ++i) batch = std::max({batch, in[i].opt.d[0], in[i].max.d[0]});
         tokens = std::max(tokens, in[kKey].max.d[2]);

@@ -5,8 +5,8 @@
 
 namespace chunkkv {
 
-/// One head of one row of K or V: at(token) is the first byte of its D elements. Any token number and any table or
-/// row start yields an address inside the tensor as its layout describes it; wrong ones just yield the wrong token.
+/// One head of one row of K or V: at(token) is the first byte of its D elements. Token numbers, row starts and entries
+/// of the block table are clamped: a wrong value gives the address of a wrong token, never one outside the tensor.
 struct TokenRows {
     char* base;
     const int32_t* offsets;  // the row's block table, or null
@@ -36,7 +36,7 @@ CHUNKKV_HD int32_t log2Of(int32_t power_of_two) {
     return shift;
 }
 
-/// The rows of (row, head) in a tensor that starts at `base`; kv is 0 for K (and for queries), 1 for V.
+/// The tokens of (row, head) in a tensor that starts at `base`; kv is 0 for K (and for queries), 1 for V.
 CHUNKKV_HD TokenRows tokenRows(const Layout& layout, const void* base, int32_t kv, int32_t row, int32_t head) {
     TokenRows rows;
     rows.base = static_cast<char*>(const_cast<void*>(base)) + head * layout.stride_head;
@@ -58,14 +58,15 @@ CHUNKKV_HD TokenRows tokenRows(const Layout& layout, const void* base, int32_t k
     return rows;
 }
 
-/// A row's own entries in an array that has some per row: `count` of them, the first at number `first`.
+/// The entries of one row in an array of many rows: `count` of them, from index `first` on.
 struct RowPart {
     int64_t first;
     int32_t count;
 };
 
-/// The part of a row of `length` tokens: of a padded array [B, pitch] all its entries; of a packed one [T] up to
-/// `pitch` of its L, the others are the next row's. Inside the array whatever row_starts holds.
+/// The entries of a row of `length` tokens. In a padded array [B, pitch] the row has `pitch` entries. In a packed array
+/// [T] it has one per token, of which at most `pitch` are used. The part lies inside the array whatever row_starts
+/// holds.
 CHUNKKV_HD RowPart rowPart(const Rows& rows, int32_t row, int32_t length, int32_t pitch) {
     if (rows.row_starts == nullptr) return {static_cast<int64_t>(row) * pitch, pitch};
     const int64_t first = clampTo(rows.row_starts[row], 0, rows.num_tokens);
@@ -77,7 +78,7 @@ CHUNKKV_HD RowPart rowPart(const Rows& rows, int32_t row, int32_t length, int32_
 /// [T + B].
 CHUNKKV_HD int64_t firstChunkStart(const RowPart& chunks, int32_t row) { return chunks.first + row; }
 
-/// Of (token, head) in a dense tensor [T, heads, D].
+/// The index of the first element of (token, head) in a dense tensor [T, heads, D].
 CHUNKKV_HD int64_t firstElement(int64_t token, int32_t heads, int32_t head, int32_t head_dim) {
     return (token * heads + head) * head_dim;
 }

@@ -6,7 +6,7 @@
  * How per-row values arrive. The host knows B, S and the settings; everything that differs between rows lies in
  * device arrays that only kernels read: lengths [B] and, optionally, keep_per_10k [B] and budget_tokens [B]. Kernels
  * clamp lengths to [0, S]; budget.h turns a row's values into N(L). A row with N == L is kept whole: score skips it,
- * so its scores are unspecified and nobody reads them.
+ * so its scores are undefined, and select does not read them.
  *
  * How the ops hand over. score ends in chunk_scores [B, max_chunks], the mean of a[t] over each chunk's own tokens;
  * select ranks those and writes kept_indices; compact and the caller read kept_indices and kept_lengths.
@@ -21,8 +21,8 @@
  *   chunk_scores                     [B, max_chunks]                       [T], row r from row_starts[r] on
  *   kept_indices                     [B, max_kept]                         [T], row r from row_starts[r] on
  *   chunk_starts                     [B, max_chunks + 1]                   [T + B], row r from row_starts[r] + r on
- * Packed rows lie back to back and T may exceed their sum: tokens behind them belong to nobody. A row of L tokens has
- * at most L chunks and keeps at most L tokens, so it never needs more than its own entries; max_chunks and max_kept
+ * Packed rows lie back to back, and T may exceed their sum: entries after the last row are not used. A row of L tokens
+ * has at most L chunks and keeps at most L tokens, so it never needs more than its own entries; max_chunks and max_kept
  * only bound what one row may use of them. Whatever row_starts holds, kernels stay inside [0, T).
  *
  * Pointers are device pointers unless a comment says host. Sizes in [brackets] are row-major and dense. Strides are in
