@@ -71,15 +71,15 @@ print(json.dumps({**found, "enums": enums}))
 """
 OWN_CLASSES = """
 from chunkkv.errors import BackendUnavailableError
-from chunkkv.gpu.tensorrt_library import Messages, import_tensorrt
+from chunkkv.gpu.tensorrt_library import ErrorLog, import_tensorrt
 from chunkkv_builder.backends.tensorrt.engines import EngineBuilder, progress_monitor
 from chunkkv_builder.progress import Progress
 
-trt, messages = import_tensorrt(), Messages()
+trt, messages = import_tensorrt(), ErrorLog()
 logger = messages.logger(trt)
 logger.log(trt.ILogger.Severity.ERROR, "first")
 logger.log(trt.ILogger.Severity.INFO, "not this")
-assert isinstance(logger, trt.ILogger) and messages.because() == ": first"
+assert isinstance(logger, trt.ILogger) and messages.explanation() == ": first"
 monitor = progress_monitor(trt, "prefill", Progress("error"))
 monitor.phase_start("build", None, 3)
 assert isinstance(monitor, trt.IProgressMonitor) and monitor.step_complete("build", 0) is True

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +21,6 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "native"
-EMULATOR = ROOT / "plugins" / "emulator"
 JOBS = 2
 
 COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off"]
@@ -99,13 +98,11 @@ def emulated_library(flavour: str = "plain", mutations: tuple[Mutation, ...] = (
     """Return the library of a flavour of FLAVOURS, built unless it exists; raises BuildError where it cannot be."""
     tree = _source_tree(mutations)
     sources = [*sorted((tree / "plugins" / "kernels").glob("*.cu")), tree / "plugins" / "api.cc"]
-    headers = _digest_of(
-        path for folder in (tree / "plugins", EMULATOR) for path in sorted(folder.rglob("*.*h")) if path.is_file()
-    )
+    headers = _digest_of(sorted((tree / "plugins").rglob("*.*h")))
     flags = [*COMMON, *FLAVOURS[flavour]]
     scheduler = [*COMMON, *UNINSTRUMENTED.get(flavour, FLAVOURS[flavour])]
     jobs = [(source, [*flags, *(nvtx_flags() if source.name == "api.cc" else [])]) for source in sources]
-    jobs.append((EMULATOR / "simt.cc", scheduler))
+    jobs.append((tree / "plugins" / "emulator" / "simt.cc", scheduler))
     with ThreadPoolExecutor(JOBS) as pool:
         objects = list(pool.map(lambda job: _compile(job[0], job[1], tree, headers), jobs))
     return _link(flavour, objects)
@@ -113,9 +110,9 @@ def emulated_library(flavour: str = "plain", mutations: tuple[Mutation, ...] = (
 
 def probe_library(source: Path, flags: tuple[str, ...] = ()) -> Path:
     """Return a library of one file of kernels and the emulator: for tests of the emulator itself."""
-    headers = _digest_of(path for folder in (ROOT / "plugins", EMULATOR) for path in sorted(folder.rglob("*.*h")))
+    headers = _digest_of(sorted((ROOT / "plugins").rglob("*.*h")))
     every = [*COMMON, *FLAVOURS["plain"], *flags]
-    objects = [_compile(path, every, ROOT, headers) for path in (source, EMULATOR / "simt.cc")]
+    objects = [_compile(path, every, ROOT, headers) for path in (source, ROOT / "plugins" / "emulator" / "simt.cc")]
     target = BUILD / "probe" / ("-".join(path.stem for path in objects) + ".so")
     return _make(target, [compiler(), "-shared", *map(str, objects), "-lpthread"])
 
@@ -137,7 +134,7 @@ def _source_tree(mutations: tuple[Mutation, ...]) -> Path:
     return tree
 
 
-def _digest_of(paths: Iterator[Path]) -> str:
+def _digest_of(paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
@@ -147,7 +144,7 @@ def _digest_of(paths: Iterator[Path]) -> str:
 def _compile(source: Path, flags: list[str], tree: Path, headers: str) -> Path:
     key = repr((_compiler_version(), flags, headers, source.read_bytes()))
     target = BUILD / "objects" / f"{source.stem}-{hashlib.sha256(key.encode()).hexdigest()[:20]}.o"
-    folders = (tree / "plugins", tree / "plugins" / "include", tree / "plugins" / "kernels", EMULATOR)
+    folders = (tree / "plugins", *(tree / "plugins" / name for name in ("include", "kernels", "emulator")))
     includes = [f"-I{folder}" for folder in folders]
     return _make(target, [compiler(), *flags, *includes, "-x", "c++", "-c", str(source)])
 

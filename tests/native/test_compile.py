@@ -64,8 +64,8 @@ def test_whatever_got_worse_is_named() -> None:
     ]
 
 
-def build_with_cmake(folder: Path, *options: str) -> None:
-    subprocess.run(["cmake", "-S", ROOT, "-B", folder, *options], check=True, capture_output=True)
+def build_with_cmake(folder: Path, *options: str, source: Path = ROOT) -> None:
+    subprocess.run(["cmake", "-S", source, "-B", folder, *options], check=True, capture_output=True)
     done = subprocess.run(["cmake", "--build", folder, "-j2"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
 
@@ -90,8 +90,11 @@ def test_the_library_loads_and_names_a_missing_driver() -> None:
 
 @needs_cmake
 def test_cmake_works_without_nvcc(tmp_path: Path) -> None:
-    """What CMake builds there is the emulated library, which answers as the reference does; no runtime finds it."""
-    build_with_cmake(tmp_path, "-DCMAKE_CUDA_COMPILER=NOTFOUND")
+    """CMake needs plugins/ alone and builds the emulated library, which keeps what the reference keeps."""
+    source = tmp_path / "source"
+    shutil.copytree(ROOT / "plugins", source / "plugins")
+    shutil.copy(ROOT / "CMakeLists.txt", source)
+    build_with_cmake(tmp_path, "-DCMAKE_CUDA_COMPILER=NOTFOUND", source=source)
     assert [path.name for path in tmp_path.glob("*.so*")] == ["libchunkkv_emulated.so"]
     plugins = [f"libchunkkv_tensorrt.so.{major}" for major in MAJORS]
     assert {path.name for path in (tmp_path / "emulated").glob("*.so*")} == {*plugins, "libchunkkv_tensorrt_loader.so"}

@@ -88,7 +88,7 @@ def _plugins(files: EngineFiles) -> list[Finding]:
 
     check, change = "plugin library", "build the plugins with CMake, or let CHUNKKV_LIB name the libchunkkv.so there"
     try:
-        path = find_plugin_library(SimpleNamespace(__version__=files.versions.get("tensorrt", "10")))
+        path = find_plugin_library(files.versions.get("tensorrt", "10"))
     except BackendUnavailableError as error:
         return [Finding.breaks(check, f"needs {error}", change)]
     if files.backend == TENSORRT_LLM:

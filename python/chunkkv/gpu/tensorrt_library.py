@@ -1,6 +1,6 @@
 """Finds TensorRT, a GPU and the ChunkKV plugins, or says what is missing; used when building and when running.
 
-Features are looked for, not version numbers: 10.15 brought what the graphs need, and names moved since.
+Whether a TensorRT will do is decided by the names that it has, not by its version number: some names have moved.
 """
 
 from __future__ import annotations
@@ -47,29 +47,36 @@ def import_tensorrt(needed: Sequence[str] = _NEEDED) -> Any:
 
 
 def missing(plugins: bool) -> list[str]:
-    """Return what this machine lacks for TensorRT engines, with ChunkKV plugins or without; empty if nothing."""
-    found = []
+    """Return what this machine lacks for TensorRT engines, one text for each thing; empty if it lacks nothing.
+
+    `plugins` says whether the engines contain ChunkKV plugins, so that the plugin library is needed too.
+    """
+    lacking = []
     trt = None
     try:
         trt = import_tensorrt()
     except BackendUnavailableError as error:
-        found.append(str(error))
+        lacking.append(str(error))
     try:
         if reason := CudaRuntime.load().why_no_device():
-            found.append(f"an NVIDIA GPU, which was not found ({reason})")
+            lacking.append(f"an NVIDIA GPU, which was not found ({reason})")
     except BackendUnavailableError as error:
-        found.append(str(error))
+        lacking.append(str(error))
     if plugins and trt is not None:
         try:
-            find_plugin_library(trt)
+            find_plugin_library(trt.__version__)
         except BackendUnavailableError as error:
-            found.append(str(error))
-    return found
+            lacking.append(str(error))
+    return lacking
 
 
-def find_plugin_library(trt: Any) -> Path:
-    """Return the plugin library for this TensorRT's major version; raises BackendUnavailableError where none is."""
-    name = f"{_PLUGIN_LIBRARY}.{trt.__version__.split('.')[0]}"
+def find_plugin_library(tensorrt_version: str) -> Path:
+    """Return the plugin library for the major version of a TensorRT, such as "11" or "11.4.0.106".
+
+    It is looked for beside the library that CHUNKKV_LIB names, then where CMake builds it. Raises
+    BackendUnavailableError where it is in none of these folders.
+    """
+    name = f"{_PLUGIN_LIBRARY}.{tensorrt_version.split('.', maxsplit=1)[0]}"
     named = os.environ.get("CHUNKKV_LIB")
     places = ((Path(named).parent,) if named else ()) + _PLACES
     for folder in places:
@@ -81,16 +88,17 @@ def find_plugin_library(trt: Any) -> Path:
     )
 
 
-def load_plugins(trt: Any, registry: Any, messages: Messages, names: Sequence[str] = PLUGINS) -> dict[str, Any]:
-    """Register the ChunkKV plugins in `registry` unless they are, and return the creators of `names` by name.
+def load_plugins(trt: Any, registry: Any, errors: ErrorLog, names: Sequence[str] = PLUGINS) -> dict[str, Any]:
+    """Register the ChunkKV plugins in `registry`, unless they are registered, and return the creators of `names`.
 
-    A Builder or Runtime must have started before: TensorRT says to its logger why a library does not load.
+    Call start() before, with the logger of `errors`: TensorRT logs there why a library does not load. Raises
+    BackendUnavailableError where the plugin library is missing, does not load or lacks a plugin.
     """
     creators = _creators(registry, names)
     if None in creators.values():
-        path = find_plugin_library(trt)
+        path = find_plugin_library(trt.__version__)
         if registry.load_library(str(path)) is None:
-            raise BackendUnavailableError(f"TensorRT {trt.__version__} does not load {path}{messages.because()}")
+            raise BackendUnavailableError(f"TensorRT {trt.__version__} does not load {path}{errors.explanation()}")
         creators = _creators(registry, names)
         if absent := [name for name, creator in creators.items() if creator is None]:
             raise BackendUnavailableError(f"{path} has no plugin {absent[0]} version {PLUGIN_VERSION}; build it again")
@@ -114,15 +122,15 @@ def _creators(registry: Any, names: Sequence[str]) -> dict[str, Any]:
     return {name: registry.get_creator(name, PLUGIN_VERSION, PLUGIN_NAMESPACE) for name in names}
 
 
-class Messages:
-    """What TensorRT's logger said last: errors are kept, so that a failure can be explained."""
+class ErrorLog:
+    """Keeps the last errors that TensorRT logs: its functions return nothing on failure and say the reason there."""
 
     def __init__(self) -> None:
         self.errors: deque[str] = deque(maxlen=50)
 
     def logger(self, trt: Any) -> Any:
         """Return a tensorrt.ILogger that writes here; it must outlive every object made with it."""
-        severity, messages = trt.ILogger.Severity, self
+        severity, errors = trt.ILogger.Severity, self.errors
 
         class Logger(trt.ILogger):
             def __init__(self) -> None:
@@ -130,19 +138,22 @@ class Messages:
 
             def log(self, level: Any, text: str) -> None:
                 if level in (severity.ERROR, severity.INTERNAL_ERROR):
-                    messages.errors.append(text)
+                    errors.append(text)
 
         return Logger()
 
-    def because(self) -> str:
-        """Return ": " and the errors so far as one line, or nothing."""
+    def explanation(self) -> str:
+        """Return ": " and the kept errors in one line, or "" if there are none; to be added to a message."""
         return ": " + "; ".join(self.errors) if self.errors else ""
 
 
-def start(trt: Any, kind: Any, logger: Any, messages: Messages) -> Any:
-    """Return a tensorrt.Builder or tensorrt.Runtime; raises BackendUnavailableError where there is no GPU for it."""
+def start(trt: Any, kind: Any, logger: Any, errors: ErrorLog) -> Any:
+    """Make the first object of a TensorRT: kind(logger), where `kind` is tensorrt.Builder or tensorrt.Runtime.
+
+    Raises BackendUnavailableError where it cannot be made, as on a machine without a GPU.
+    """
     try:
         return kind(logger)
-    except (TypeError, RuntimeError):  # the bindings' way of saying that the library returned nothing
-        reason = messages.because() or ": is there an NVIDIA GPU?"
+    except (TypeError, RuntimeError):  # the bindings raise these where the library returned nothing
+        reason = errors.explanation() or ": is there an NVIDIA GPU?"
         raise BackendUnavailableError(f"TensorRT {trt.__version__} cannot start{reason}") from None

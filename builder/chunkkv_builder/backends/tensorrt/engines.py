@@ -11,7 +11,7 @@ import onnx
 
 from chunkkv.errors import BackendUnavailableError, BuildError
 from chunkkv.files import write_whole
-from chunkkv.gpu.tensorrt_library import Messages, import_tensorrt, load_plugins, start
+from chunkkv.gpu.tensorrt_library import ErrorLog, import_tensorrt, load_plugins, start
 from chunkkv.settings import ChunkKVSettings
 from chunkkv_builder.backends.tensorrt.graphs import ShapeProfile, for_parser
 from chunkkv_builder.onnx_graph import functions
@@ -34,7 +34,7 @@ class EngineBuilder:
     def __init__(self, dtype: str, progress: Progress, timing_cache: Path | None = None) -> None:
         self._dtype, self._progress, self._cache_path = dtype, progress, timing_cache
         self.trt = import_tensorrt()
-        self._messages = Messages()
+        self._messages = ErrorLog()
         self._logger = self._messages.logger(self.trt)
         self._builder = start(self.trt, self.trt.Builder, self._logger, self._messages)
         self._timings = timing_cache.read_bytes() if timing_cache is not None and timing_cache.is_file() else b""
@@ -68,7 +68,7 @@ class EngineBuilder:
             raise monitor.interrupted
         if engine is None:
             raise BuildError(
-                f"TensorRT {self.trt.__version__} cannot build the {name} engine{self._messages.because()}"
+                f"TensorRT {self.trt.__version__} cannot build the {name} engine{self._messages.explanation()}"
             )
         return bytes(engine)
 

@@ -14,7 +14,7 @@ from chunkkv.errors import BackendUnavailableError
 from chunkkv.gpu.tensorrt_library import (
     PLUGIN_VERSION,
     TENSORRT_LLM_PLUGINS,
-    Messages,
+    ErrorLog,
     find_plugin_library,
     load_plugins,
 )
@@ -65,9 +65,9 @@ class Plugins:
         import tensorrt_llm
 
         self._trt = trt
-        path = find_plugin_library(trt)
+        path = find_plugin_library(trt.__version__)
         self.library = {"name": path.name, "sha256": hash_file(path).sha256}
-        self._creators = load_plugins(trt, trt.get_plugin_registry(), Messages(), TENSORRT_LLM_PLUGINS)
+        self._creators = load_plugins(trt, trt.get_plugin_registry(), ErrorLog(), TENSORRT_LLM_PLUGINS)
         self.versions = {"tensorrt": str(trt.__version__), "tensorrt_llm": str(tensorrt_llm.__version__)}
 
     def add_node(self, name: str, fields: Mapping[str, Any], inputs: Sequence[Any]) -> list[Any]:

@@ -11,7 +11,7 @@ import numpy as np
 from chunkkv.engine.tensorrt_contract import WEIGHTS_FILE, Contract
 from chunkkv.errors import BackendUnavailableError, EngineError, EngineMismatchError, EngineRunError
 from chunkkv.gpu.cuda_runtime import ALIGNMENT, CudaRuntime, DeviceBuffer, Stream
-from chunkkv.gpu.tensorrt_library import Messages, import_tensorrt, load_plugins, start
+from chunkkv.gpu.tensorrt_library import ErrorLog, import_tensorrt, load_plugins, start
 
 _PIECE = 64 << 20  # bytes of weights copied at once: bounds the host memory of loading
 
@@ -47,7 +47,7 @@ class TensorRTEngines:
                 f"{engine_dir} was built with TensorRT {built}, installed is {self._trt.__version__}: install that "
                 "version or build the engine again"
             )
-        self._messages = Messages()
+        self._messages = ErrorLog()
         self._logger = self._messages.logger(self._trt)
         self._runtime = start(self._trt, self._trt.Runtime, self._logger, self._messages)
         if chunkkv:
@@ -58,7 +58,7 @@ class TensorRTEngines:
         """Return an execution context with the weights bound."""
         context = engine.create_execution_context()
         if context is None:
-            raise EngineRunError(f"TensorRT cannot make an execution context{self._messages.because()}")
+            raise EngineRunError(f"TensorRT cannot make an execution context{self._messages.explanation()}")
         for name, address in self._weights.items():
             bind(context, name, address)
         return context
@@ -66,7 +66,7 @@ class TensorRTEngines:
     def run(self, context: Any, stream: Stream) -> None:
         """Enqueue `context` on `stream`."""
         if not context.execute_async_v3(stream.handle):
-            raise EngineRunError(f"TensorRT could not run an engine{self._messages.because()}")
+            raise EngineRunError(f"TensorRT could not run an engine{self._messages.explanation()}")
 
     def load(self, name: str) -> Any:
         """Deserialise the engine file `name`; raises EngineMismatchError for one that does not load on this GPU."""
@@ -75,7 +75,7 @@ class TensorRTEngines:
         if engine is None:
             raise EngineMismatchError(
                 f"{self._dir / name} does not load in TensorRT {self._trt.__version__} on this GPU"
-                f"{self._messages.because()}; build it on this machine"
+                f"{self._messages.explanation()}; build it on this machine"
             )
         names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
         if absent := sorted(set(self._weights) - names):

@@ -15,7 +15,7 @@ from chunkkv.errors import BackendUnavailableError, EngineMismatchError, EngineR
 from chunkkv.executors.tensorrt_llm.paged_inputs import LOGITS
 from chunkkv.executors.tensorrt_llm.step_engine import HOST_PREFIX, StepTensor
 from chunkkv.gpu.cuda_runtime import ALIGNMENT, CudaRuntime, DeviceBuffer, PinnedArray
-from chunkkv.gpu.tensorrt_library import TENSORRT_LLM_PLUGINS, Messages, import_tensorrt, load_plugins, start
+from chunkkv.gpu.tensorrt_library import TENSORRT_LLM_PLUGINS, ErrorLog, import_tensorrt, load_plugins, start
 
 _PIECE = 64 << 20  # bytes that are zeroed at once
 _TYPES = {"FLOAT": np.float32, "HALF": np.float16, "INT32": np.int32, "INT64": np.int64}
@@ -46,7 +46,7 @@ class TensorRTLLMStepEngine:
             self._cuda = CudaRuntime.load()
         except BackendUnavailableError as error:
             raise BackendUnavailableError(f"{path} was built for TensorRT-LLM and needs {error}") from None
-        self._messages = Messages()
+        self._messages = ErrorLog()
         self._logger = self._messages.logger(self._trt)
         self._runtime = start(self._trt, self._trt.Runtime, self._logger, self._messages)
         load_plugins(self._trt, self._trt.get_plugin_registry(), self._messages, TENSORRT_LLM_PLUGINS)
@@ -54,7 +54,7 @@ class TensorRTLLMStepEngine:
         self._inputs, self._outputs = self._tensors("INPUT"), self._tensors("OUTPUT")
         self._context = self._engine.create_execution_context()
         if self._context is None:
-            raise EngineRunError(f"TensorRT cannot make an execution context{self._messages.because()}")
+            raise EngineRunError(f"TensorRT cannot make an execution context{self._messages.explanation()}")
         self._stream = self._cuda.stream()
         self._staging: PinnedArray | None = None  # the inputs of one step, each at an aligned place
         self._device = self._cuda.device_memory(0)  # the same layout, for what the GPU reads
@@ -95,7 +95,7 @@ class TensorRTLLMStepEngine:
         if not self._context.set_tensor_address(LOGITS, self._logits.address):
             raise EngineRunError(f"TensorRT does not take an address for {LOGITS!r}")
         if not self._context.execute_async_v3(self._stream.handle):
-            raise EngineRunError(f"TensorRT could not run the engine{self._messages.because()}")
+            raise EngineRunError(f"TensorRT could not run the engine{self._messages.explanation()}")
         self._stream.download(logits, self._logits.address)
         self._stream.synchronize()
         return logits
@@ -141,7 +141,7 @@ class TensorRTLLMStepEngine:
         engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is None:
             raise EngineMismatchError(
-                f"{path} does not load in TensorRT {self._trt.__version__} on this GPU{self._messages.because()}; "
+                f"{path} does not load in TensorRT {self._trt.__version__} on this GPU{self._messages.explanation()}; "
                 "build it on this machine"
             )
         if engine.num_optimization_profiles != 1:
