@@ -51,11 +51,12 @@ def plan_of(variant: str, session: ChunkKVSession) -> GraphPlan:
     return make_plan(model, session.settings, delimiter_table(session))
 
 
-def prefill_path(variant: str, session: ChunkKVSession, precision: str | None = None) -> Path:
+def prefill_path(variant: str, session: ChunkKVSession, precision: str | None = None, sorting: bool = True) -> Path:
     """Write the one-shot prefill graph of the engine behind `session` and return its file."""
     skip_without_standard_attention()
     folder, locations = weights_of(variant, precision)
-    onnx.save_model(PrefillGraph(plan_of(variant, session), locations).build(), folder / PREFILL_FILE)
+    graph = PrefillGraph(plan_of(variant, session), locations, sorting=sorting)
+    onnx.save_model(graph.build(), folder / PREFILL_FILE)
     return folder / PREFILL_FILE
 
 
