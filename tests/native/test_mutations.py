@@ -11,9 +11,7 @@ from dataclasses import dataclass
 import pytest
 
 from native import probe
-from native.build import BuildError, Mutation, emulated_library
-
-pytestmark = pytest.mark.deep
+from native.build import ROOT, BuildError, Mutation, emulated_library
 
 TILES, REDUCE, SCORE = "kernels/score_tiles.cuh", "kernels/score_reduce.cuh", "kernels/score.cu"
 SELECT, COMPACT, SCAN, LAYOUT = (
@@ -58,7 +56,7 @@ class Bug:
         return (*PRUNED, Mutation(self.file, self.old, self.new))
 
 
-BOTH_READ = "this tile is there, and everybody has read the one that the next fetch overwrites"
+BOTH_READ = "this tile has arrived, and all threads have read the one that the next fetch overwrites"
 ARRIVED = f"            __syncthreads();  // {BOTH_READ}\n"
 FETCH = "            fetch(number + Shape::kStages - 1);\n"
 AFTER_PARTS = "    __syncthreads();\n    if (lane != 0 || {}"
@@ -89,7 +87,7 @@ BUGS = (
         "scan: totals overwritten while read",
         "select",
         SCAN,
-        "    __syncthreads();  // everybody has read the totals of the scan before this one\n",
+        "    __syncthreads();  // all threads have read the totals of the previous scan\n",
         "",
         flavour="tsan",
     ),
@@ -187,6 +185,7 @@ BUGS = (
 )
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
 def test_a_planted_bug_is_found(bug: Bug) -> None:
     library = emulated_library(bug.flavour, bug.mutations)
@@ -202,6 +201,7 @@ def test_a_planted_bug_is_found(bug: Bug) -> None:
     assert bug.says in outcome.text
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("flavour", ["plain", "asan", "tsan"])
 def test_without_a_bug_nothing_is_found(flavour: str) -> None:
     """The mutants leave out most of score; what is left must be right, or every bug would seem to be found."""
@@ -209,6 +209,13 @@ def test_without_a_bug_nothing_is_found(flavour: str) -> None:
     checks = {bug.check for bug in BUGS if bug.flavour == flavour}
     outcome = probe.run(emulated_library(flavour, PRUNED), *sorted(checks), preload=preload)
     assert outcome.status == 0, outcome.text
+
+
+def test_every_planted_bug_fits_the_sources() -> None:
+    """Without compiling anything: whoever changes a line that a bug replaces learns it here."""
+    plugins = ROOT / "plugins"
+    for mutation in {mutation for bug in BUGS for mutation in bug.mutations}:
+        assert (plugins / mutation.file).read_text(encoding="utf-8").count(mutation.old) == 1, mutation
 
 
 def test_a_bug_that_does_not_fit_is_refused() -> None:
