@@ -26,5 +26,6 @@ COPY python python
 ENV PIP_BREAK_SYSTEM_PACKAGES=1
 # Without dependencies, so that nothing TensorRT-LLM pinned is moved; onnx and onnxruntime serve the other backends.
 RUN pip install --no-cache-dir --no-deps . && pip install --no-cache-dir --upgrade-strategy only-if-needed \
-    "ml_dtypes>=0.5,<1" "tokenizers>=0.20,<1" "jinja2>=3.1.6,<4" "rich>=13,<16"
+    "ml_dtypes>=0.5,<1" "tokenizers>=0.20,<1" "jinja2>=3.1.6,<4" "rich>=13,<16" \
+    "cuda-bindings>=12.9,<14"
 # The loader is preloaded by the process that serves (see docs/tensorrt-llm.md), not here: a build loads the plugins itself.
