@@ -216,7 +216,7 @@ def test_a_step_keeps_the_logits_of_earlier_steps(executors) -> None:
 def test_a_slot_behind_the_cache_is_refused(executors) -> None:
     for executor in executors:
         decoder = executor.decoder(executor.new_cache(2, 24))
-        with pytest.raises(EngineRunError, match="row 1 was to write slot 24 of a cache with 24 slots"):
+        with pytest.raises(EngineRunError, match=naming("row 1 slot 24")):
             decoder.step([0, 1], [7, 7], [30, 30], [23, 24])
 
 
