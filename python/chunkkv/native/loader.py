@@ -14,24 +14,28 @@ _PLACES = (Path(__file__).parents[1] / "lib", Path(__file__).parents[3] / "build
 
 
 def load_library(path: str | os.PathLike[str] | None = None) -> tuple[Path, ctypes.CDLL]:
-    """Return `path`, else what CHUNKKV_LIB names, else the built library, loaded; raises BackendUnavailableError."""
-    found = _find(path)
+    """Return the path of a libchunkkv and the loaded library, whose functions have their return types set.
+
+    `path` comes first, then what CHUNKKV_LIB names, then the library that CMake built. Raises BackendUnavailableError
+    where there is none, or one with another version of the C ABI.
+    """
+    library_path = _find(path)
     try:
-        library = ctypes.CDLL(str(found))
+        library = ctypes.CDLL(str(library_path))
         library.chunkkv_abi_version.restype = ctypes.c_int32
         version = library.chunkkv_abi_version()
     except (OSError, AttributeError) as error:
-        raise BackendUnavailableError(f"{found} cannot be loaded as libchunkkv: {error}") from error
+        raise BackendUnavailableError(f"{library_path} cannot be loaded as libchunkkv: {error}") from error
     if version != ABI_VERSION:
         raise BackendUnavailableError(
-            f"{found} has ABI version {version}, this package needs {ABI_VERSION}: build the library again"
+            f"{library_path} has ABI version {version}, this package needs {ABI_VERSION}: build the library again"
         )
     library.chunkkv_last_error.restype = ctypes.c_char_p
     library.chunkkv_device.restype = ctypes.c_char_p
     library.chunkkv_params_size.restype = ctypes.c_size_t
     library.chunkkv_kept_tokens.restype = ctypes.c_int64
     library.chunkkv_max_chunks.restype = ctypes.c_int64
-    return found, library
+    return library_path, library
 
 
 def _find(path: str | os.PathLike[str] | None) -> Path:
