@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.random_checkpoint import LLAMA_8B, write_random_checkpoint  # noqa: E402
 from chunkkv import ChunkKVSession, SamplingParams  # noqa: E402
 from chunkkv.gpu.cuda_runtime import CudaRuntime  # noqa: E402
-from chunkkv.gpu.tensorrt_library import import_tensorrt, missing  # noqa: E402
+from chunkkv.gpu.tensorrt_library import import_tensorrt, missing, missing_gpu  # noqa: E402
 from chunkkv_builder import build as build_engine  # noqa: E402
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, help="folder to keep checkpoint, engines and timings in")
     parser.add_argument("--output", type=Path, help="file for the JSON result")
     flags = parser.parse_args(arguments)
-    if lacking := missing(plugins=True):
+    if lacking := list(dict.fromkeys([*missing(), *missing_gpu()])):
         print(f"this benchmark needs {'; and '.join(lacking)}", file=sys.stderr)
         return CANNOT_RUN
     with tempfile.TemporaryDirectory() as temporary:

@@ -22,7 +22,7 @@ from chunkkv.engine.preconditions import BUILD_PRECONDITIONS, build_values, chec
 from chunkkv.errors import ConfigError
 from chunkkv.executors import machine_check
 from chunkkv.findings import BREAKS, OK, WARNING, Finding
-from chunkkv.gpu import tensorrt_library
+from chunkkv.gpu import tensorrt_plugins
 from chunkkv.gpu.cuda_runtime import CudaRuntime
 from chunkkv.triton.repository.cpp_backend import LOADER_LIBRARY
 from chunkkv_builder.manifest import write_manifest
@@ -44,7 +44,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A machine that has all a late engine needs; returns the loader library that tritonserver preloads."""
     runtime = CudaRuntime(CudartDouble())
     monkeypatch.setattr(CudaRuntime, "load", staticmethod(lambda: runtime))
-    monkeypatch.setattr(tensorrt_library, "_PLACES", (tmp_path,))
+    monkeypatch.setattr(tensorrt_plugins, "PLUGIN_FOLDERS", (tmp_path,))
     versions = {"tensorrt": "10.14.1.48", "tensorrt_llm": "1.2.1"}
     monkeypatch.setattr(machine_check, "installed_version", versions.get)
     (tmp_path / "libchunkkv_tensorrt.so.10").touch()
@@ -156,7 +156,7 @@ def test_what_this_machine_lacks(monkeypatch: pytest.MonkeyPatch, machine: Path)
     found = checked(path)
     assert "10.14.1.48 is installed, the engine was built with 10.7.0.23" in named(found, "package tensorrt").found
     monkeypatch.setattr(machine_check, "installed_version", lambda name: None)
-    monkeypatch.setattr(tensorrt_library, "_PLACES", ())
+    monkeypatch.setattr(tensorrt_plugins, "PLUGIN_FOLDERS", ())
     monkeypatch.setattr(CudaRuntime, "load", staticmethod(lambda: CudaRuntime(CudartDouble(devices=0))))
     found = checked(path)
     assert named(found, "package tensorrt_llm").found == "is not installed here"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -144,7 +145,20 @@ def test_it_refuses_what_the_build_would_refuse(cli: CommandLine) -> None:
     assert "holds an engine already; give --overwrite" in cli(*base, "--output_dir", taken).error(2)
     assert cli(*base, "--output_dir", taken, "--overwrite").code == 0
     assert "max_seq_len is 513" in cli(*base, "--max_seq_len", 513).error(2)
-    assert cli(*base, "--backend", "tensorrt").error(1).startswith("--backend tensorrt needs")
+
+
+def test_engines_for_tensorrt_are_planned_without_a_tensorrt(cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings"):
+        monkeypatch.setitem(sys.modules, package, None)
+    flags = ("--backend", "tensorrt", "--max_seq_len", "256", "--max_batch_size", "4")
+    text = dry_run(cli, "llama3", "--chunkkv", *flags)
+    assert re.search(r"ChunkKV operators: undecided \(.*\)", text)
+    assert re.search("missing here: .*'tensorrt' .*'tensorrt_rtx'", text)
+    assert "prefill.engine: 1 to 2 rows of 1 to 256 tokens, caches of 128 to 256 slots" in text
+    assert re.findall(r"(decode_\d+\.engine): 1 to 4 rows", text) == ["decode_128.engine", "decode_256.engine"]
+    text = dry_run(cli, "llama3", "--chunkkv", *flags, "--tensorrt", "rtx", "--chunkkv_ops", "functions")
+    assert re.search(r"ChunkKV operators: functions \(.*--chunkkv_ops", text)
+    assert "'tensorrt_rtx'" in text and "'tensorrt'" not in text
 
 
 def test_the_table_goes_to_standard_output_and_stages_to_standard_error(cli: CommandLine) -> None:

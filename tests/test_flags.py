@@ -28,7 +28,8 @@ CHUNKKV_FLAGS = tuple(
         *("_min_tokens", "_boundaries", "_score", "_gate", "_leader", "_layer_reuse", "_recipe"),
     )
 )
-OWN_FLAGS = ("overwrite", "backend", "dtype", "use_weight_only", "weight_only_precision", "timing_cache")
+OWN_FLAGS = ("overwrite", "backend", "dtype", "use_weight_only", "weight_only_precision")
+OWN_FLAGS += ("tensorrt", "compute_capability", "timing_cache", "chunkkv_ops")
 LAYERS = 3  # of the llama3 checkpoint, whose context is 512
 
 

@@ -71,7 +71,8 @@ print(json.dumps({**found, "enums": enums}))
 """
 OWN_CLASSES = """
 from chunkkv.errors import BackendUnavailableError
-from chunkkv.gpu.tensorrt_library import ErrorLog, import_tensorrt
+from chunkkv.gpu.tensorrt_errors import ErrorLog
+from chunkkv.gpu.tensorrt_library import import_tensorrt
 from chunkkv_builder.backends.tensorrt.engines import EngineBuilder, progress_monitor
 from chunkkv_builder.progress import Progress
 

@@ -6,6 +6,8 @@ TensorRT is our own double (support/tensorrt_double.py); these tests prove nothi
 from __future__ import annotations
 
 import json
+import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +18,13 @@ from support.builds import CommandLine, Outcome
 from support.messages import naming
 from support.tensorrt_double import TIMINGS, Double, machine_of
 
+from chunkkv.engine.directory import Manifest
 from chunkkv.engine.tensorrt_contract import Contract
 from chunkkv.errors import ConfigError
-from chunkkv.gpu import tensorrt_library
+from chunkkv.gpu import tensorrt_plugins
 from chunkkv_builder.backends.tensorrt.graphs import decode_capacities
 from chunkkv_builder.onnx_graph import functions
-from chunkkv_builder.progress import Progress
+from chunkkv_builder.progress import Progress, human_bytes
 
 pytestmark = pytest.mark.contract_as_read
 
@@ -207,14 +210,34 @@ def test_ctrl_c_during_a_build_leaves_nothing(machine: Double, build, monkeypatc
 
 def test_progress_counts_the_steps_of_all_phases(machine: Double, build) -> None:
     outcome, _ = build(log_level="info")
-    assert [line.split("  ")[0] for line in outcome.err.splitlines()[:-1]] == [
-        *("checkpoint", "weights", "prefill", "decode 128", "decode 256", "tokenizer", "checksums")
+    stages = re.findall(r"^(\S.*?) +\d+\.\d s$", outcome.err, re.MULTILINE)
+    assert stages == ["checkpoint", "weights", "prefill", "decode 128", "decode 256", "tokenizer", "checksums"]
+
+
+def test_every_engine_is_reported_on(machine: Double, build) -> None:
+    outcome, folder = build(log_level="info")
+    (target,) = re.findall(r"^TensorRT .*", outcome.err, re.MULTILINE)
+    assert machine.version in target and "this machine's GPU" in target and "libchunkkv_tensorrt.so.11" in target
+    engines_told = re.findall(
+        r"^(.*) engine: (\d+) layers(.*), (\S+ \S+), \d+\.\d s, peak memory", outcome.err, re.MULTILINE
+    )
+    layers = [len(entry["network"].model.graph.node) for entry in machine.log]
+    plugins = [", 9 of them ChunkKV plugins", "", ""]
+    sizes = [
+        human_bytes((folder / file).stat().st_size)
+        for file in ("prefill.engine", "decode_128.engine", "decode_256.engine")
     ]
+    names = ["prefill", "decode 128", "decode 256"]
+    assert engines_told == list(zip(names, map(str, layers), plugins, sizes, strict=True))
+    built_with = Manifest.read(folder / "manifest.json").tensorrt
+    assert (built_with.flavour, built_with.version) == ("standard", machine.version)
+    assert (built_with.compute_capabilities, built_with.chunkkv_ops) == ((), "plugin")
+    assert set(built_with.seconds) == {path.name for path in folder.glob("*.engine")}
 
 
 def test_plugins_are_checked_before_anything_is_written(machine: Double, build, tmp_path: Path) -> None:
     (tmp_path / "libchunkkv_tensorrt.so.11").unlink()
-    message = build()[0].error(1)
+    message = build(chunkkv_ops="plugin")[0].error(1)
     assert message.startswith(
         "--backend tensorrt needs the ChunkKV plugins libchunkkv_tensorrt.so.11, which are in none of"
     )
@@ -239,13 +262,18 @@ def test_what_is_missing_is_said_in_one_line(machine: Double, build, monkeypatch
     monkeypatch.delattr(machine.module, "IKVCacheUpdateLayer")
     message = build()[0].error(1)
     assert message.startswith(f"{needs}TensorRT 10.15 or later; 11.4.0.106 has no IKVCacheUpdateLayer")
-    machine.cuda.devices = 0
-    monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
-    message = build()[0].error(1)
-    assert message.startswith(
-        f"{needs}the Python package 'tensorrt' 10.15 or later, which is not installed; and an NVIDIA"
-    )
+    monkeypatch.undo()
     assert message.endswith("give --backend onnxruntime")
+
+
+def test_a_missing_gpu_and_missing_packages_are_told_apart(machine: Double, build, monkeypatch) -> None:
+    machine.cuda.devices = 0
+    message = build(chunkkv_ops="plugin")[0].error(1)
+    assert re.search("needs an NVIDIA GPU, which was not found", message)
+    for package in ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings"):
+        monkeypatch.setitem(sys.modules, package, None)
+    message = build()[0].error(1)
+    assert re.search("'tensorrt' .* or 'tensorrt_rtx' .*not installed", message) and "GPU" not in message
 
 
 @pytest.mark.parametrize(
@@ -257,15 +285,42 @@ def test_what_is_missing_is_said_in_one_line(machine: Double, build, monkeypatch
 )
 def test_models_that_the_plugins_have_no_kernel_for_are_refused(sizes: tuple[int, int, int], message: str) -> None:
     with pytest.raises(ConfigError, match=naming(message)):
-        tensorrt_library.check_head_sizes(*sizes)
-    tensorrt_library.check_head_sizes(128, 32, 8)
+        tensorrt_plugins.check_head_sizes(*sizes, advice="")
+    tensorrt_plugins.check_head_sizes(128, 32, 8, advice="")
 
 
-def test_a_model_without_kernels_still_builds_without_chunkkv(machine: Double, build, monkeypatch) -> None:
-    monkeypatch.setattr(tensorrt_library, "KERNEL_HEAD_SIZES", (64,))
-    outcome, folder = build()
-    assert "build without --chunkkv, or with --backend onnxruntime" in outcome.error(1) and not folder.exists()
-    assert build(chunkkv=False)[0].code == 0
+def test_a_model_without_kernels_is_built_with_functions(machine: Double, build, monkeypatch) -> None:
+    monkeypatch.setattr(tensorrt_plugins, "KERNEL_HEAD_SIZES", (64,))
+    outcome, folder = build(chunkkv_ops="plugin")
+    assert re.search("head_dim is 16.*--chunkkv_ops functions", outcome.error(1)) and not folder.exists()
+    outcome, folder = build(log_level="info")
+    assert outcome.code == 0 and "functions (head_dim is 16" in outcome.err and not machine.registry.loaded
+    assert Manifest.read(folder / "manifest.json").tensorrt.chunkkv_ops == "functions"
+
+
+def test_functions_are_taken_where_there_is_no_plugin_library(machine: Double, build, tmp_path: Path) -> None:
+    (tmp_path / "libchunkkv_tensorrt.so.11").unlink()
+    outcome, folder = build(log_level="info")
+    assert outcome.code == 0 and "functions (plugins need the ChunkKV plugins libchunkkv_tensorrt.so.11" in outcome.err
+    assert "9 ChunkKV functions among them" in outcome.err
+    nodes = [node for node in machine.log[0]["network"].model.graph.node if node.domain == functions.DOMAIN]
+    assert len(nodes) == 9 and not any(node.attribute for node in nodes)
+    assert Manifest.read(folder / "manifest.json").tensorrt.chunkkv_ops == "functions"
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        ({"compute_capability": "8.9"}, 2, "--compute_capability 8.9 --tensorrt rtx"),
+        ({"compute_capability": "sm89"}, 2, "--compute_capability sm89 8.9"),
+        ({"chunkkv": False, "chunkkv_ops": "plugin"}, 2, "--chunkkv_ops --chunkkv"),
+        ({"backend": "onnxruntime", "tensorrt": "rtx"}, 2, "--tensorrt --backend tensorrt"),
+        ({"backend": "onnxruntime", "chunkkv_ops": "plugin"}, 2, "--chunkkv_ops --backend tensorrt"),
+        ({"backend": "onnxruntime", "compute_capability": "8.9"}, 2, "--compute_capability --backend tensorrt"),
+    ],
+)
+def test_flags_that_fit_nothing_are_refused_by_name(machine: Double, build, flags: dict, code: int, words: str) -> None:
+    assert re.search(naming(words), build(**flags)[0].error(code))
 
 
 def test_quantised_weights_are_refused(machine: Double, build) -> None:

@@ -203,10 +203,10 @@ def test_a_build_without_tensorrt_llm_says_what_is_missing(build: LlmBuild) -> N
 def test_a_build_without_the_plugins_says_what_is_missing(
     machine: Machine, build: LlmBuild, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from chunkkv.gpu import tensorrt_library
+    from chunkkv.gpu import tensorrt_plugins
 
     monkeypatch.setenv("CHUNKKV_LIB", str(tmp_path / "nowhere" / "libchunkkv.so"))
-    monkeypatch.setattr(tensorrt_library, "_PLACES", ())
+    monkeypatch.setattr(tensorrt_plugins, "PLUGIN_FOLDERS", ())
     assert "the ChunkKV plugins libchunkkv_tensorrt.so.10, which are in none of" in build().error(1)
 
 

@@ -42,7 +42,7 @@ from chunkkv.errors import (
 from chunkkv.executors.tensorrt_llm.executor import TensorRTLLMExecutor, paged_geometry
 from chunkkv.executors.tensorrt_llm.paged_inputs import PagedGeometry, StepInputs, StepRow
 from chunkkv.executors.tensorrt_llm.step_engine import StepTensor
-from chunkkv.gpu import tensorrt_library
+from chunkkv.gpu import tensorrt_plugins
 from chunkkv.gpu.cuda_runtime import CudaRuntime
 from chunkkv.requests import Limits, Request, make_requests
 from chunkkv_builder import build as build_engine
@@ -63,7 +63,7 @@ def engine_dir(generation: str, **flags: Any) -> Path:
     named = {"backend": "tensorrt_llm", "checkpoint_dir": llm_checkpoint(), "output_dir": folder / "engine"}
     named |= {"max_batch_size": 4, "max_input_len": 192, "max_seq_len": 256, "max_num_tokens": 512}
     named |= {"tokens_per_block": TOKENS_PER_BLOCK, "log_level": "error", "chunkkv": True}
-    with installed(generation), mock.patch.object(tensorrt_library, "_PLACES", (folder,)):
+    with installed(generation), mock.patch.object(tensorrt_plugins, "PLUGIN_FOLDERS", (folder,)):
         build_engine.main(engines.command_line({**named, **engines.SMALL_CHUNKKV, **flags}))
     return folder / "engine"
 
@@ -269,7 +269,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Machine
         found.cuda = CudartDouble()
         runtime = CudaRuntime(found.cuda)
         monkeypatch.setattr(CudaRuntime, "load", staticmethod(lambda: runtime))
-        monkeypatch.setattr(tensorrt_library, "_PLACES", (tmp_path,))
+        monkeypatch.setattr(tensorrt_plugins, "PLUGIN_FOLDERS", (tmp_path,))
         (tmp_path / "libchunkkv_tensorrt.so.10").touch()
         yield found
 

@@ -25,7 +25,7 @@ from test_tensorrt_llm_executor import engine_dir
 from chunkkv.errors import BackendUnavailableError, EngineError, EngineRunError
 from chunkkv.executors.tensorrt_llm import runner as tensorrt_llm_runner
 from chunkkv.executors.tensorrt_llm.runner import truncate_pools
-from chunkkv.gpu import tensorrt_library
+from chunkkv.gpu import tensorrt_plugins
 from chunkkv.settings import ChunkKVSettings
 
 pytestmark = pytest.mark.contract_as_read
@@ -37,7 +37,7 @@ SETTINGS = ChunkKVSettings(keep_per_10k=2000)
 def devices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[int]]:
     """A machine with TensorRT-LLM and its runtime; yields the GPUs that were chosen."""
     found: list[int] = []
-    monkeypatch.setattr(tensorrt_library, "_PLACES", (tmp_path,))
+    monkeypatch.setattr(tensorrt_plugins, "PLUGIN_FOLDERS", (tmp_path,))
     (tmp_path / "libchunkkv_tensorrt.so.10").touch()
     with installed(request.param):
         install_runtime(monkeypatch, found)
@@ -151,7 +151,7 @@ def test_streamed_weights_get_their_share_of_the_gpu(devices: list[int], monkeyp
 def test_what_is_missing_is_named(devices: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EngineError, match=naming("chunkkv_config.json read")):
         tensorrt_llm_runner.ChunkKVModelRunner.from_dir(tmp_path)
-    monkeypatch.setattr(tensorrt_library, "_PLACES", ())
+    monkeypatch.setattr(tensorrt_plugins, "PLUGIN_FOLDERS", ())
     with pytest.raises(BackendUnavailableError, match=naming("libchunkkv_tensorrt.so.10")):
         tensorrt_llm_runner.ChunkKVModelRunner.from_dir(engine_dir("late", chunkkv_layer_reuse=2))
 

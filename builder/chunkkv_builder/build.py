@@ -57,9 +57,9 @@ def build_engine(flags: Namespace) -> None:
         backend.check(planned, progress)
         if not flags.dry_run:
             with staged_output(flags.output_dir, flags.overwrite) as folder:
-                versions = backend.build(planned, folder, progress)
+                built = backend.build(planned, folder, progress)
                 copy_tokenizer(planned.tokenizer_dir, folder, progress)
-                write_manifest(folder, backend.name, versions, progress)
+                write_manifest(folder, backend.name, built.versions, progress, built.tensorrt)
     if flags.dry_run:
         planned.show()  # not earlier: a progress bar would be drawn over it
     else:

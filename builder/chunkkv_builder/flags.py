@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from chunkkv.command_line import LOG_LEVELS, CommandParser, UsageError, errors_n
 from chunkkv.engine.directory import BACKENDS, TENSORRT, TENSORRT_LLM
 from chunkkv.engine.layer_groups import SYNTAX, layer_groups
 from chunkkv.engine.recipe import read_recipe
+from chunkkv.engine.tensorrt_build import FLAVOURS, FUNCTIONS, PLUGIN
 from chunkkv.limits import CHOICES, RANGES
 from chunkkv.settings import DELIMITER_CHUNK_SIZE, ChunkKVSettings
 from chunkkv.settings import keep_ratio_to_per_10k as to_per_10k
@@ -21,6 +23,7 @@ from chunkkv_builder import config
 PROGRAM = "chunkkv-build"
 _PREFIX = "chunkkv_"
 _DEFAULTS = ChunkKVSettings()
+_TENSORRT_ONLY = ("timing_cache", "tensorrt", "compute_capability", "chunkkv_ops")
 _TENSORRT_LLM_ONLY = ("tokenizer_dir", "chunkkv_tp_agree")
 # Flags that TensorRT-LLM has at another place, and that place.
 _TENSORRT_LLM_INSTEAD = {
@@ -90,8 +93,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             "--chunkkv_max_keep_ratio bounds a share, --chunkkv_budget_tokens is a number of tokens: give one of them"
         )
     _check_budget(flags)
-    if flags.timing_cache and flags.backend != TENSORRT:
-        raise UsageError("--timing_cache has no effect without --backend tensorrt: add that or leave it away")
+    for name in _TENSORRT_ONLY:
+        if getattr(flags, name) and flags.backend != TENSORRT:
+            raise UsageError(f"--{name} has no effect without --backend tensorrt: add that or leave it away")
     return flags
 
 
@@ -139,7 +143,8 @@ def chunkkv_settings(flags: argparse.Namespace, num_layers: int) -> ChunkKVSetti
         for name, value in vars(flags).items()
         if name.startswith(_PREFIX) and value is not None
     }
-    values.pop("tp_agree", None)  # says how ranks of an engine work together, not what is kept
+    for name in ("tp_agree", "ops"):  # say how ranks work together and what the nodes are, not what is kept
+        values.pop(name, None)
     with errors_name_flags(_PREFIX):
         if (recipe := values.pop("recipe", None)) is not None:
             values = _over_recipe(values, read_recipe(Path(recipe), num_layers))
@@ -204,11 +209,7 @@ def _parser() -> BuildParser:
         choices=config.WEIGHT_ONLY_PRECISIONS,
         help="number type of those weights; default: int8",
     )
-    build.add_argument(
-        "--timing_cache",
-        metavar="FILE",
-        help="kernel timings of TensorRT, read if the file exists and written after the build; default: none",
-    )
+    _add_tensorrt(parser)
     _add_output(parser)
     _add_chunkkv(parser)
     _add_budget(parser, max_keep_ratio=True)
@@ -239,6 +240,37 @@ def _tensorrt_llm_parser() -> BuildParser:
     )
     _add_budget(parser)
     return parser
+
+
+def _add_tensorrt(parser: BuildParser) -> None:
+    group = parser.add_argument_group(f"TensorRT (needs --backend {TENSORRT})")
+    group.add_argument(
+        "--tensorrt",
+        choices=("auto", *FLAVOURS),
+        help="TensorRT to build with: standard needs a GPU, rtx (TensorRT for RTX) needs none; default: auto = "
+        "standard where the package tensorrt is installed, else rtx",
+    )
+    group.add_argument(
+        "--compute_capability",
+        type=_compute_capability,
+        action="append",
+        default=[],
+        metavar="N.N",
+        help="kind of GPU that TensorRT for RTX builds for, as in 8.9; may be given several times; default: none, "
+        "portable engines",
+    )
+    group.add_argument(
+        "--chunkkv_ops",
+        choices=("auto", PLUGIN, FUNCTIONS),
+        help="what ChunkKV is in the engines: plugin = our kernels, functions = operators of TensorRT's own; "
+        "default: auto = plugin where their library is found and has a kernel for the model, else functions",
+    )
+    group.add_argument(
+        "--timing_cache",
+        metavar="FILE",
+        help="kernel timings of the standard TensorRT, read if the file exists and written after the build; "
+        "default: none",
+    )
 
 
 def _add_paths(parser: BuildParser, checkpoint: str) -> None:
@@ -293,6 +325,13 @@ def _add_budget(parser: BuildParser, max_keep_ratio: bool = False) -> None:
         metavar="N",
         help=f"prompts up to this many tokens are kept whole; default: {_DEFAULTS.min_tokens}, or {least} if more",
     )
+
+
+def _compute_capability(text: str) -> str:
+    """Return a compute capability as it is written, "8.9"; raises ArgumentTypeError for anything else."""
+    if not re.fullmatch(r"\d{1,2}\.\d", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no compute capability; give one such as 8.9")
+    return text
 
 
 def _range(setting: str) -> str:

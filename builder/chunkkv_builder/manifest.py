@@ -19,6 +19,7 @@ from types import ModuleType
 
 import chunkkv
 from chunkkv.engine.directory import MANIFEST_FILE, PARTIAL_MARK, FileRecord, Manifest, hash_file
+from chunkkv.engine.tensorrt_build import TensorRTBuild
 from chunkkv.errors import ConfigError, EngineError
 from chunkkv_builder.progress import Progress
 
@@ -32,7 +33,13 @@ _REPLACED_MARK = ".replaced-"  # where the old engine waits while the new one ta
 _LOCK_ATTEMPTS = 5
 
 
-def write_manifest(folder: Path, backend: str, versions: Mapping[str, str], progress: Progress) -> None:
+def write_manifest(
+    folder: Path,
+    backend: str,
+    versions: Mapping[str, str],
+    progress: Progress,
+    tensorrt: TensorRTBuild | None = None,
+) -> None:
     """Force every file in `folder` to disk and write manifest.json, without which no engine loads.
 
     Parameters
@@ -45,13 +52,15 @@ def write_manifest(folder: Path, backend: str, versions: Mapping[str, str], prog
         Versions of the packages that took part in the build, by name; Python's and this package's are added.
     progress : Progress
         Shows the stage "checksums".
+    tensorrt : TensorRTBuild or None, default None
+        Which TensorRT built the engines; None for other backends than TensorRT.
     """
     files = sorted(path for path in folder.iterdir() if path.name != MANIFEST_FILE)
     progress.stage("checksums", sum(path.stat().st_size for path in files), unit="bytes")
     records: dict[str, FileRecord] = {path.name: hash_file(path, progress.advance, sync=True) for path in files}
     path = folder / MANIFEST_FILE
     used = {"chunkkv": chunkkv.__version__, "python": platform.python_version(), **versions}
-    path.write_text(Manifest(backend, used, records).to_json(), encoding="utf-8")
+    path.write_text(Manifest(backend, used, records, tensorrt).to_json(), encoding="utf-8")
     hash_file(path, sync=True)
     _sync_directory(folder)
 

@@ -21,7 +21,7 @@ from support.tensorrt_llm_double.driver import Driver, Row
 from support.tensorrt_llm_double.graph import Graph, Node
 from support.tensorrt_llm_double.run import Execution
 
-from chunkkv.gpu import tensorrt_library
+from chunkkv.gpu import tensorrt_plugins
 from chunkkv.settings import ChunkKVSettings
 from chunkkv_builder import build as build_engine
 from native.memory import Memory
@@ -106,7 +106,7 @@ def plugin_library() -> Iterator[None]:
     """Let a file stand for the plugin library: the double takes any."""
     library = Path(_FOLDER.name) / "libchunkkv_tensorrt.so.10"
     library.touch()
-    with mock.patch.object(tensorrt_library, "_PLACES", (library.parent,)):
+    with mock.patch.object(tensorrt_plugins, "PLUGIN_FOLDERS", (library.parent,)):
         yield
 
 

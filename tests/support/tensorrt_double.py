@@ -30,7 +30,7 @@ from support.tensorrt_graphs import as_plugins, refusal
 
 MAGIC, TIMINGS = b"tensorrt double engine\n", b"tensorrt double timings\n"
 ALIGNMENT = 256
-FIELDS = ("window", "chunk_size", "sinks", "boundaries", "pooling", "score", "min_tokens")
+FIELDS = ("window", "chunk_size", "sinks", "boundaries", "pooling", "score", "min_tokens", "max_kept")
 NUMPY = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16}
 NUMPY |= {TensorProto.INT32: np.int32, TensorProto.INT64: np.int64}
 
@@ -378,14 +378,14 @@ class Double:
 
     def install(self, monkeypatch: Any, folder: Path) -> None:
         """Make `import tensorrt` and the CUDA runtime mean this machine, with a plugin library in `folder`."""
-        from chunkkv.gpu import tensorrt_library
+        from chunkkv.gpu import tensorrt_plugins
         from chunkkv.gpu.cuda_runtime import CudaRuntime
 
         DOUBLES.append(self)
         runtime = CudaRuntime(self.cuda)
         monkeypatch.setitem(sys.modules, "tensorrt", self.module)
-        monkeypatch.setattr(tensorrt_library, "_PLACES", (folder,))  # not what this checkout may have built
-        monkeypatch.setattr(tensorrt_library, "KERNEL_HEAD_SIZES", (16, 32, 64))  # the tiny models' own
+        monkeypatch.setattr(tensorrt_plugins, "PLUGIN_FOLDERS", (folder,))  # not what this checkout may have built
+        monkeypatch.setattr(tensorrt_plugins, "KERNEL_HEAD_SIZES", (16, 32, 64))  # the tiny models' own
         monkeypatch.setattr(CudaRuntime, "load", staticmethod(lambda: runtime))
         (folder / f"libchunkkv_tensorrt.so.{self.version.split('.')[0]}").touch()
         monkeypatch.setenv("CHUNKKV_LIB", str(folder / "libchunkkv.so"))

@@ -3,10 +3,28 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from chunkkv.engine.tensorrt_build import TensorRTBuild
 from chunkkv_builder.progress import Progress
+
+
+@dataclass(frozen=True)
+class Built:
+    """What the manifest says of a build that has ended well.
+
+    Parameters
+    ----------
+    versions : dict of str to str
+        Version of each package that took part, by name.
+    tensorrt : TensorRTBuild or None, default None
+        Which TensorRT built the engines; None for other backends.
+    """
+
+    versions: dict[str, str]
+    tensorrt: TensorRTBuild | None = None
 
 
 class PlannedBuild(Protocol):
@@ -47,8 +65,8 @@ class Backend(Protocol[Planned]):
     def check(self, planned: Planned, progress: Progress) -> None:
         """Raise ChunkKVError subclasses for whatever would fail later, so that it fails before the long work."""
 
-    def build(self, planned: Planned, folder: Path, progress: Progress) -> dict[str, str]:
-        """Write the engine's files to `folder`, which is empty; return the versions of the packages that took part.
+    def build(self, planned: Planned, folder: Path, progress: Progress) -> Built:
+        """Write the engine's files to `folder`, which is empty; return what the manifest says of the build.
 
         Tokenizer files and the manifest are written afterwards, by build.py.
         """

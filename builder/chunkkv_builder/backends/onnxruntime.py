@@ -13,6 +13,7 @@ import onnx
 from chunkkv.engine.directory import COMPRESS_FILE, ONNXRUNTIME, STEP_FILE
 from chunkkv.errors import ConfigError
 from chunkkv_builder.backends.graph_build import GraphBuild, plan_graphs
+from chunkkv_builder.backends.interface import Built
 from chunkkv_builder.checkpoint.interface import Checkpoint
 from chunkkv_builder.onnx_graph import quantize
 from chunkkv_builder.onnx_graph.compress import compress_graph
@@ -46,7 +47,7 @@ class OnnxRuntimeBackend:
                 f"this model cannot be built for backend {self.name}"
             )
 
-    def build(self, planned: GraphBuild, folder: Path, progress: Progress) -> dict[str, str]:
+    def build(self, planned: GraphBuild, folder: Path, progress: Progress) -> Built:
         """Write weights, graphs and config.json to `folder`; return the version of onnx."""
         sources = weight_sources(planned.checkpoint, planned.limits.weight_only_precision)
         progress.stage("weights", len(sources))
@@ -60,7 +61,7 @@ class OnnxRuntimeBackend:
             onnx.checker.check_model(str(folder / file))
             progress.advance()
         planned.write_config(folder)
-        return {"onnx": onnx.__version__}
+        return Built({"onnx": onnx.__version__})
 
 
 def weight_sources(checkpoint: Checkpoint, weight_only_precision: str | None = None) -> list[WeightSource]:

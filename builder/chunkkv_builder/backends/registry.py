@@ -38,8 +38,11 @@ def load_backend(flags: Namespace) -> Backend[Any]:
         return OnnxRuntimeBackend()
     if name == TENSORRT:
         from chunkkv_builder.backends.tensorrt.backend import TensorRTBackend
+        from chunkkv_builder.backends.tensorrt.target import Options
 
-        return TensorRTBackend(timing_cache=Path(flags.timing_cache) if flags.timing_cache else None)
+        timing_cache = Path(flags.timing_cache) if flags.timing_cache else None
+        ops = flags.chunkkv_ops or "auto"
+        return TensorRTBackend(Options(flags.tensorrt or "auto", flags.compute_capability, ops, timing_cache))
     if name == TENSORRT_LLM:
         from chunkkv_builder.backends.tensorrt_llm.backend import TensorRTLLMBackend
 

@@ -75,7 +75,7 @@ def select_function(
     """
     if not sorting and settings.gate != "none":
         raise ConfigError(f"gate is {settings.gate!r}; the functions for TensorRT have none: give gate none")
-    e = NodeEmitter()
+    e = _function_emitter(SELECT)
     length = e.op("Unsqueeze", [e.op("Cast", ["lengths"], to=onnx.TensorProto.INT64), e.ints(1)])
     position = _positions(e, e.op("Squeeze", [e.dim("key", 2)]))
     ranked_end = e.op("Sub", [length, e.const(settings.window, "int64")])
@@ -102,6 +102,14 @@ def select_function(
         e.nodes,
         [helper.make_opsetid("", opset)],
     )
+
+
+def _function_emitter(function: str) -> NodeEmitter:
+    """Return an emitter of names that occur in no graph and in no other function.
+
+    ONNX gives every function a scope of its own, but TensorRT's parser takes constants of one name for the same.
+    """
+    return NodeEmitter(f"{function}/")
 
 
 def _positions(e: NodeEmitter, count: str) -> str:
@@ -149,7 +157,9 @@ def _token_scores(e: NodeEmitter, settings: ChunkKVSettings, attended: str, befo
         half = settings.pooling // 2
         rows = e.op("Unsqueeze", [scores, e.ints(1)])
         pooled = e.op("AveragePool", [rows], kernel_shape=[settings.pooling], pads=[half, half], count_include_pad=1)
-        scores = e.op("Where", [before_window, e.op("Squeeze", [pooled, e.ints(1)]), e.scalar(0.0)])
+        # Pooled and unpooled rows have one length, but TensorRT cannot see that from the formula of a pooled length.
+        pooled = e.op("Reshape", [pooled, e.op("Shape", [scores])])
+        scores = e.op("Where", [before_window, pooled, e.scalar(0.0)])
     return scores
 
 
@@ -273,7 +283,7 @@ def compact_function(opset: int) -> onnx.FunctionProto:
 
     Where an index is -1 the row's first token is copied: those slots lie behind kept_lengths and are never read.
     """
-    e = NodeEmitter()
+    e = _function_emitter(COMPACT)
     index = e.op("Cast", ["kept_indices"], to=onnx.TensorProto.INT64)
     rows = take_rows(e, "x", e.op("Max", [index, e.const(0, "int64")]))
     e.op("Identity", [rows], ["y"])

@@ -14,6 +14,7 @@ from typing import Any
 
 from chunkkv.engine.fields import LARGEST_OFFSET, Fields
 from chunkkv.engine.json_files import read_object
+from chunkkv.engine.tensorrt_build import TensorRTBuild
 from chunkkv.engine.tensorrt_llm_side_file import SIDE_FILE, SideFile
 from chunkkv.errors import ConfigError, EngineError, EngineMismatchError
 from chunkkv.settings import ChunkKVSettings
@@ -51,11 +52,14 @@ class Manifest:
         Version of each package that took part in the build, by name.
     files : dict
         Size and digest of every file but the manifest, by name.
+    tensorrt : TensorRTBuild or None
+        Which TensorRT built the engines; None for other backends than TENSORRT.
     """
 
     backend: str
     versions: dict[str, str]
     files: dict[str, FileRecord]
+    tensorrt: TensorRTBuild | None = None
 
     def to_json(self) -> str:
         """Return the manifest as it is written to disk."""
@@ -64,6 +68,7 @@ class Manifest:
             "format_version": FORMAT_VERSION,
             "backend": self.backend,
             "versions": dict(sorted(self.versions.items())),
+            **({} if self.tensorrt is None else {"tensorrt": self.tensorrt.to_dict()}),
             "files": {name: vars(record) for name, record in sorted(self.files.items())},
         }
         return json.dumps({**values, "manifest_sha256": _digest(values)}, indent=2) + "\n"
@@ -89,7 +94,9 @@ class Manifest:
         if CONFIG_FILE not in files.values:
             raise files.error(CONFIG_FILE, "every engine has that file")
         records = {name: _record(files, name) for name in files.values}
-        return cls(fields.text("backend"), fields.text_section("versions"), records)
+        backend = fields.text("backend")
+        tensorrt = TensorRTBuild.from_fields(fields.section("tensorrt")) if backend == TENSORRT else None
+        return cls(backend, fields.text_section("versions"), records, tensorrt)
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,8 @@ class EngineFiles:
         `build_config` of config.json: the limits it was built for, under trtllm-build's names.
     settings : ChunkKVSettings or None
         ChunkKV's settings, None for an engine that keeps every token.
+    tensorrt : TensorRTBuild or None
+        Which TensorRT built the engines; None for other backends than TENSORRT.
     """
 
     path: Path
@@ -118,6 +127,7 @@ class EngineFiles:
     model: dict[str, Any]
     build: dict[str, Any]
     settings: ChunkKVSettings | None
+    tensorrt: TensorRTBuild | None = None
 
     @property
     def budget_is_fixed(self) -> bool:
@@ -164,7 +174,8 @@ class EngineFiles:
         settings = _settings(config, model.integer("num_hidden_layers"))
         if settings is not None and build.integer("max_num_tokens") < settings.window:
             raise build.error("max_num_tokens", f"it must hold the observation window of {settings.window} tokens")
-        return cls(path, manifest.backend, manifest.versions, dict(model.values), dict(build.values), settings)
+        values = dict(model.values), dict(build.values)
+        return cls(path, manifest.backend, manifest.versions, *values, settings, manifest.tensorrt)
 
 
 def hash_file(path: Path, advance: Callable[[int], None] | None = None, sync: bool = False) -> FileRecord:

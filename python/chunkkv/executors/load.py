@@ -42,7 +42,8 @@ def _load(files: EngineFiles, threads: int | None, pool_tokens: int | None) -> o
     if files.backend == TENSORRT:
         from chunkkv.executors.tensorrt.executor import TensorRTExecutor
 
-        return TensorRTExecutor(files.path, files.versions, files.settings is not None)
+        assert files.tensorrt is not None  # the manifest of this backend has it
+        return TensorRTExecutor(files.path, files.tensorrt)
     if files.backend == TENSORRT_LLM:
         from chunkkv.executors.tensorrt_llm.executor import load_tensorrt_llm
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 from chunkkv.engine.directory import ONNXRUNTIME, TENSORRT, TENSORRT_LLM, EngineFiles, hash_file
 from chunkkv.engine.preconditions import BUILD_PRECONDITIONS, broken, build_values, shown
+from chunkkv.engine.tensorrt_build import PACKAGES, STANDARD
 from chunkkv.engine.tensorrt_llm_side_file import SideFile, engine_file
 from chunkkv.errors import BackendUnavailableError
 from chunkkv.findings import Finding
@@ -84,11 +85,12 @@ def _gpu() -> Finding:
 
 
 def _plugins(files: EngineFiles) -> list[Finding]:
-    from chunkkv.gpu.tensorrt_library import find_plugin_library
+    from chunkkv.gpu.tensorrt_plugins import find_plugin_library
 
     check, change = "plugin library", "build the plugins with CMake, or let CHUNKKV_LIB name the libchunkkv.so there"
     try:
-        path = find_plugin_library(files.versions.get("tensorrt", "10"))
+        flavour = STANDARD if files.tensorrt is None else files.tensorrt.flavour
+        path = find_plugin_library(flavour, files.versions.get(PACKAGES[flavour], "10"))
     except BackendUnavailableError as error:
         return [Finding.breaks(check, f"needs {error}", change)]
     if files.backend == TENSORRT_LLM:

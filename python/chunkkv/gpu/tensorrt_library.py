@@ -1,159 +1,199 @@
-"""Finds TensorRT, a GPU and the ChunkKV plugins, or says what is missing; used when building and when running.
+"""Finds a TensorRT, or says what is missing; used when building and when running.
 
-Whether a TensorRT will do is decided by the names that it has, not by its version number: some names have moved.
+There are two: the standard TensorRT (package tensorrt), and TensorRT for RTX (package tensorrt_rtx), which builds
+engines ahead of time and without a GPU. Their interfaces are the same where this project uses them. Features are
+looked for, not version numbers: names move between versions.
 """
 
 from __future__ import annotations
 
-import os
-from collections import deque
+import importlib
+import re
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
-from chunkkv.errors import BackendUnavailableError, ConfigError
+from chunkkv.engine.tensorrt_build import PACKAGES, RTX, STANDARD, TITLES, TensorRTBuild
+from chunkkv.errors import BackendUnavailableError, EngineMismatchError
 from chunkkv.gpu.cuda_runtime import CudaRuntime
-from chunkkv.limits import KERNEL_HEAD_SIZES, KERNEL_MAX_GROUP
 
-PLUGIN_NAMESPACE, PLUGIN_VERSION = "chunkkv", "1"
-PLUGINS = ("ChunkKVSelect", "ChunkKVCompact")
-TENSORRT_LLM_PLUGINS = ("ChunkKVPrepare", "ChunkKVRope", "ChunkKVScore", "ChunkKVCompress")
-FIRST_VERSION = "10.15"
-_PLUGIN_LIBRARY = "libchunkkv_tensorrt.so"
-_PLACES = (Path(__file__).parents[1] / "lib", Path(__file__).parents[3] / "build" / "native")
+AUTO = "auto"
+CHOICES = (AUTO, STANDARD, RTX)
+FIRST_VERSION = "10.15"  # of the standard TensorRT: the first with everything in _NEEDED
+_INSTALL = {
+    STANDARD: "pip install 'chunkkv-trt[tensorrt]'",
+    RTX: "pip install 'chunkkv-trt[rtx]'",
+}
+# The package tensorrt_rtx is a thin one over the bindings; the wheels of the bindings can be installed without it.
+_MODULES = {STANDARD: ("tensorrt",), RTX: ("tensorrt_rtx", "tensorrt_rtx_bindings")}
 _NEEDED = ("IKVCacheUpdateLayer", "IRotaryEmbeddingLayer", "IAttention", "OnnxParser", "IProgressMonitor")
+_CAPABILITY_NAME = re.compile(r"SM(\d+)(\d)")
+
+
+@dataclass(frozen=True)
+class TensorRT:
+    """A TensorRT that is installed here, and what it can do.
+
+    Parameters
+    ----------
+    module : the Python package; `Any`, because it has no types.
+    flavour : "standard" or "rtx".
+    version : its version, as in "11.4.0.106".
+    compute_capabilities : those that engines can be built for without that GPU, ascending, as in "8.9". Empty for a
+        TensorRT that builds for the GPU of the machine only.
+    """
+
+    module: Any
+    flavour: str
+    version: str
+    compute_capabilities: tuple[str, ...]
+
+    @classmethod
+    def of(cls, module: Any, flavour: str = STANDARD) -> TensorRT:
+        """Return what the imported package `module` is."""
+        return cls(module, flavour, str(module.__version__), _offered_capabilities(module))
+
+    @property
+    def title(self) -> str:
+        """Its name and version for people, as in "TensorRT for RTX 1.7.1.116"."""
+        return f"{TITLES[self.flavour]} {self.version}"
+
+    @property
+    def builds_ahead(self) -> bool:
+        """Whether it builds for GPUs that this machine does not have.
+
+        Then it times no kernels, and has no use for a timing cache.
+        """
+        return bool(self.compute_capabilities)
+
+
+def find_tensorrt(choice: str = AUTO) -> TensorRT:
+    """Return the TensorRT to use.
+
+    Parameters
+    ----------
+    choice : str, default "auto"
+        "standard" or "rtx"; "auto" takes the standard one where it is installed, else TensorRT for RTX.
+
+    Raises
+    ------
+    BackendUnavailableError
+        Where it is not installed, cannot be loaded, or lacks something that the engines need.
+    """
+    flavours = (STANDARD, RTX) if choice == AUTO else (choice,)
+    for flavour in flavours:
+        if (module := _import_flavour(flavour)) is not None:
+            _require_names(module, TITLES[flavour], _NEEDED)
+            return TensorRT.of(module, flavour)
+    packages = " or ".join(f"{PACKAGES[flavour]!r} ({_INSTALL[flavour]})" for flavour in flavours)
+    raise BackendUnavailableError(f"the Python package {packages}: not installed")
 
 
 def import_tensorrt(needed: Sequence[str] = _NEEDED) -> Any:
-    """Return the module tensorrt; raises BackendUnavailableError where it is missing, broken or lacks a name `needed`.
+    """Return the package tensorrt; raises BackendUnavailableError where it is missing, broken or lacks a name `needed`.
 
     The default names are what the graphs for TensorRT need; TensorRT-LLM brings older versions and needs none of them.
     """
-    try:
-        import tensorrt as trt
-    except ModuleNotFoundError as error:
-        if error.name != "tensorrt":
-            raise BackendUnavailableError(f"the Python package 'tensorrt', which lacks {error.name!r}") from None
+    module = _import_flavour(STANDARD)
+    if module is None:
         raise BackendUnavailableError(
             f"the Python package 'tensorrt' {FIRST_VERSION} or later, which is not installed"
         ) from None
-    except ImportError as error:
-        raise BackendUnavailableError(f"the Python package 'tensorrt', which cannot be loaded ({error})") from None
-    if absent := [name for name in needed if not hasattr(trt, name)]:
-        raise BackendUnavailableError(
-            f"TensorRT {FIRST_VERSION} or later; {getattr(trt, '__version__', 'the one installed')} has no {absent[0]}"
+    _require_names(module, TITLES[STANDARD], needed)
+    return module
+
+
+def tensorrt_of_engine(source: object, built_with: TensorRTBuild) -> TensorRT:
+    """Return the TensorRT that engines of `source` run with.
+
+    Parameters
+    ----------
+    source : object
+        The engine directory, for messages.
+    built_with : TensorRTBuild
+        What its manifest says of the TensorRT that built it.
+
+    Raises
+    ------
+    BackendUnavailableError
+        Where no TensorRT of that kind is installed; the message names both.
+    EngineMismatchError
+        Where another version is installed.
+    """
+    try:
+        trt = find_tensorrt(built_with.flavour)
+    except BackendUnavailableError as error:
+        other = next((f"; installed is {trt.title}" for trt in installed() if trt.flavour != built_with.flavour), "")
+        raise BackendUnavailableError(f"{source} was built with {built_with.title} and needs {error}{other}") from None
+    if trt.version != built_with.version:
+        raise EngineMismatchError(
+            f"{source} was built with {built_with.title}, installed is {trt.title}: install that version or build "
+            "the engine again"
         )
     return trt
 
 
-def missing(plugins: bool) -> list[str]:
-    """Return what this machine lacks for TensorRT engines, one text for each thing; empty if it lacks nothing.
+def installed() -> list[TensorRT]:
+    """Return every TensorRT that can be used here, the standard one first."""
+    available = []
+    for flavour in (STANDARD, RTX):
+        try:
+            available.append(find_tensorrt(flavour))
+        except BackendUnavailableError:
+            continue
+    return available
 
-    `plugins` says whether the engines contain ChunkKV plugins, so that the plugin library is needed too.
-    """
-    lacking = []
-    trt = None
+
+def missing(choice: str = AUTO) -> list[str]:
+    """Return what this machine lacks to build engines with the TensorRT of `choice`; empty if nothing."""
     try:
-        trt = import_tensorrt()
+        trt = find_tensorrt(choice)
     except BackendUnavailableError as error:
-        lacking.append(str(error))
+        return [str(error)]
+    return [] if trt.builds_ahead else missing_gpu()
+
+
+def missing_gpu() -> list[str]:
+    """Return what this machine lacks to use a GPU; empty if nothing."""
     try:
         if reason := CudaRuntime.load().why_no_device():
-            lacking.append(f"an NVIDIA GPU, which was not found ({reason})")
+            return [f"an NVIDIA GPU, which was not found ({reason})"]
     except BackendUnavailableError as error:
-        lacking.append(str(error))
-    if plugins and trt is not None:
+        return [str(error)]
+    return []
+
+
+def _import_flavour(flavour: str) -> ModuleType | None:
+    """Return the package of a TensorRT, None where it is not installed."""
+    for name in _MODULES[flavour]:
         try:
-            find_plugin_library(trt.__version__)
-        except BackendUnavailableError as error:
-            lacking.append(str(error))
-    return lacking
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name != name:
+                raise BackendUnavailableError(f"the Python package {name!r}, which lacks {error.name!r}") from None
+        except ImportError as error:
+            raise BackendUnavailableError(f"the Python package {name!r}, which cannot be loaded ({error})") from None
+    return None
 
 
-def find_plugin_library(tensorrt_version: str) -> Path:
-    """Return the plugin library for the major version of a TensorRT, such as "11" or "11.4.0.106".
-
-    It is looked for beside the library that CHUNKKV_LIB names, then where CMake builds it. Raises
-    BackendUnavailableError where it is in none of these folders.
-    """
-    name = f"{_PLUGIN_LIBRARY}.{tensorrt_version.split('.', maxsplit=1)[0]}"
-    named = os.environ.get("CHUNKKV_LIB")
-    places = ((Path(named).parent,) if named else ()) + _PLACES
-    for folder in places:
-        if (folder / name).is_file():
-            return folder / name
-    raise BackendUnavailableError(
-        f"the ChunkKV plugins {name}, which are in none of {', '.join(map(str, places))}: build them with CMake, or "
-        "let CHUNKKV_LIB name the libchunkkv.so beside them"
-    )
+def _require_names(module: Any, title: str, needed: Sequence[str]) -> None:
+    if absent := [name for name in needed if not hasattr(module, name)]:
+        version = getattr(module, "__version__", "the one installed")
+        least = f" {FIRST_VERSION} or later" if title == TITLES[STANDARD] else ""
+        raise BackendUnavailableError(f"{title}{least}; {version} has no {absent[0]}")
 
 
-def load_plugins(trt: Any, registry: Any, errors: ErrorLog, names: Sequence[str] = PLUGINS) -> dict[str, Any]:
-    """Register the ChunkKV plugins in `registry`, unless they are registered, and return the creators of `names`.
-
-    Call start() before, with the logger of `errors`: TensorRT logs there why a library does not load. Raises
-    BackendUnavailableError where the plugin library is missing, does not load or lacks a plugin.
-    """
-    creators = _creators(registry, names)
-    if None in creators.values():
-        path = find_plugin_library(trt.__version__)
-        if registry.load_library(str(path)) is None:
-            raise BackendUnavailableError(f"TensorRT {trt.__version__} does not load {path}{errors.explanation()}")
-        creators = _creators(registry, names)
-        if absent := [name for name, creator in creators.items() if creator is None]:
-            raise BackendUnavailableError(f"{path} has no plugin {absent[0]} version {PLUGIN_VERSION}; build it again")
-    return creators
+def _offered_capabilities(module: Any) -> tuple[str, ...]:
+    """Return the compute capabilities that engines can be built for, none where the builder takes no target."""
+    config, kinds = getattr(module, "IBuilderConfig", None), getattr(module, "ComputeCapability", None)
+    if kinds is None or not hasattr(config, "set_compute_capability"):
+        return ()
+    matches = (_CAPABILITY_NAME.fullmatch(name) for name in kinds.__members__)
+    versions = sorted((int(match[1]), int(match[2])) for match in matches if match)
+    return tuple(f"{major}.{minor}" for major, minor in versions)
 
 
-def check_head_sizes(head_dim: int, num_heads: int, num_kv_heads: int) -> None:
-    """Raise ConfigError for a model that the plugins have no kernel for."""
-    advice = "build without --chunkkv, or with --backend onnxruntime"
-    if head_dim not in KERNEL_HEAD_SIZES:
-        sizes = ", ".join(map(str, KERNEL_HEAD_SIZES))
-        raise ConfigError(f"head_dim is {head_dim}; the ChunkKV plugins have kernels for {sizes}: {advice}")
-    if num_heads // num_kv_heads > KERNEL_MAX_GROUP:
-        raise ConfigError(
-            f"{num_heads} query heads share {num_kv_heads} KV heads; the ChunkKV plugins take at most "
-            f"{KERNEL_MAX_GROUP} query heads for one: {advice}"
-        )
-
-
-def _creators(registry: Any, names: Sequence[str]) -> dict[str, Any]:
-    return {name: registry.get_creator(name, PLUGIN_VERSION, PLUGIN_NAMESPACE) for name in names}
-
-
-class ErrorLog:
-    """Keeps the last errors that TensorRT logs: its functions return nothing on failure and say the reason there."""
-
-    def __init__(self) -> None:
-        self.errors: deque[str] = deque(maxlen=50)
-
-    def logger(self, trt: Any) -> Any:
-        """Return a tensorrt.ILogger that writes here; it must outlive every object made with it."""
-        severity, errors = trt.ILogger.Severity, self.errors
-
-        class Logger(trt.ILogger):
-            def __init__(self) -> None:
-                trt.ILogger.__init__(self)
-
-            def log(self, level: Any, text: str) -> None:
-                if level in (severity.ERROR, severity.INTERNAL_ERROR):
-                    errors.append(text)
-
-        return Logger()
-
-    def explanation(self) -> str:
-        """Return ": " and the kept errors in one line, or "" if there are none; to be added to a message."""
-        return ": " + "; ".join(self.errors) if self.errors else ""
-
-
-def start(trt: Any, kind: Any, logger: Any, errors: ErrorLog) -> Any:
-    """Make the first object of a TensorRT: kind(logger), where `kind` is tensorrt.Builder or tensorrt.Runtime.
-
-    Raises BackendUnavailableError where it cannot be made, as on a machine without a GPU.
-    """
-    try:
-        return kind(logger)
-    except (TypeError, RuntimeError):  # the bindings raise these where the library returned nothing
-        reason = errors.explanation() or ": is there an NVIDIA GPU?"
-        raise BackendUnavailableError(f"TensorRT {trt.__version__} cannot start{reason}") from None
+def capability_member(trt: TensorRT, capability: str) -> Any:
+    """Return the member of ComputeCapability for one of `trt.compute_capabilities`."""
+    return getattr(trt.module.ComputeCapability, "SM" + capability.replace(".", ""))

@@ -6,65 +6,120 @@ All engines take the weight matrices as inputs, so that one copy on the GPU serv
 from __future__ import annotations
 
 from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 
 from chunkkv.engine.directory import TENSORRT
+from chunkkv.engine.tensorrt_build import FUNCTIONS, PLUGIN
 from chunkkv.engine.tensorrt_contract import PREFILL_FILE, WEIGHTS_FILE, decode_file
-from chunkkv.gpu import tensorrt_library
 from chunkkv_builder.backends.graph_build import GraphBuild, plan_graphs
+from chunkkv_builder.backends.interface import Built
 from chunkkv_builder.backends.tensorrt.engines import EngineBuilder
-from chunkkv_builder.backends.tensorrt.graphs import Graphs, weight_sources
+from chunkkv_builder.backends.tensorrt.graphs import Graphs, ShapeProfile, weight_sources
+from chunkkv_builder.backends.tensorrt.target import Options, Target
+from chunkkv_builder.dry_run import plan_console
 from chunkkv_builder.onnx_graph.weights import write_weights
 from chunkkv_builder.progress import Progress
 
 
-class TensorRTBackend:
-    """Builds for TensorRT; satisfies chunkkv_builder.backends.interface.Backend.
+@dataclass(frozen=True)
+class TensorRTPlan:
+    """A planned build of TensorRT engines.
 
     Parameters
     ----------
-    timing_cache : Path or None, default None
-        A file of kernel timings: read where it exists, written when all engines are built. None keeps no timings.
+    graphs : GraphBuild
+        Checkpoint, limits and plan.
+    target : Target
+        Which TensorRT builds, for which GPUs, and how ChunkKV gets in.
+    """
+
+    graphs: GraphBuild
+    target: Target
+
+    @property
+    def tokenizer_dir(self) -> Path | None:
+        """The directory of the checkpoint's tokenizer, if it has one."""
+        return self.graphs.tokenizer_dir
+
+    def show(self) -> None:
+        """Print the plan, which TensorRT would build it, and the engines with their profiles."""
+        self.graphs.show()
+        console = plan_console()
+        for line in [*self.target.lines(), *_engine_lines(self._engines())]:
+            console.print(line, markup=False, soft_wrap=True)
+
+    def _engines(self) -> dict[str, ShapeProfile]:
+        graphs = Graphs(self.graphs.checkpoint, self.graphs.plan, self.graphs.limits, {})
+        decode = {decode_file(capacity): graphs.decode_profile() for capacity in graphs.capacities}
+        return {PREFILL_FILE: graphs.prefill_profile(), **decode}
+
+
+class TensorRTBackend:
+    """Builds for TensorRT and TensorRT for RTX; satisfies chunkkv_builder.backends.interface.Backend.
+
+    Parameters
+    ----------
+    options : Options
+        The flags that only this backend has; default: those of a command line without them.
     """
 
     name = TENSORRT
 
-    def __init__(self, timing_cache: Path | None = None) -> None:
-        self._timing_cache = timing_cache
+    def __init__(self, options: Options | None = None) -> None:
+        self._options = options or Options()
 
     def missing(self, flags: Namespace) -> list[str]:
-        """Return what this machine lacks of TensorRT, a GPU and, with --chunkkv, the plugin library."""
-        return tensorrt_library.missing(flags.chunkkv)
+        """Return what this machine lacks of TensorRT, a GPU and the plugins; a dry run shows that with its plan."""
+        return [] if flags.dry_run else self._options.missing(flags.chunkkv)
 
-    def plan(self, flags: Namespace, progress: Progress) -> GraphBuild:
-        """Read the checkpoint and plan the graphs; raises as plan_graphs does."""
+    def plan(self, flags: Namespace, progress: Progress) -> TensorRTPlan:
+        """Read the checkpoint and plan the graphs.
+
+        Raises as plan_graphs does, and UsageError for flags that do not fit the TensorRT at hand.
+        """
         # Its fast attention kernels need 16 bits.
-        return plan_graphs(flags, self.name, auto_dtype="bfloat16", progress=progress)
+        planned = plan_graphs(flags, self.name, auto_dtype="bfloat16", progress=progress)
+        target = Target.decide(self._options, planned.plan.model, planned.plan.settings is not None)
+        return TensorRTPlan(planned, target)
 
-    def check(self, planned: GraphBuild, progress: Progress) -> None:
-        """Raise ConfigError for a model that the ChunkKV plugins have no kernel for."""
-        model = planned.plan.model
-        if planned.plan.settings is not None:
-            tensorrt_library.check_head_sizes(model.head_dim, model.num_heads, model.num_kv_heads)
+    def check(self, planned: TensorRTPlan, progress: Progress) -> None:
+        """Do nothing: `plan` has checked all that can be known before the build."""
 
-    def build(self, planned: GraphBuild, folder: Path, progress: Progress) -> dict[str, str]:
-        """Write weights, engines, their contract and config.json to `folder`; return the versions of onnx and TensorRT.
+    def build(self, planned: TensorRTPlan, folder: Path, progress: Progress) -> Built:
+        """Write weights, engines, their contract and config.json to `folder`; return what the manifest says of them.
 
         Raises BackendUnavailableError for a missing library or plugin before anything slow begins, BuildError for what
         TensorRT refuses.
         """
-        builder = EngineBuilder(planned.limits.dtype, progress, self._timing_cache)
-        if planned.plan.settings is not None:
-            builder.require_plugins(planned.plan.settings)
-        sources = weight_sources(planned.checkpoint, planned.limits.dtype)
+        target, build = planned.target, planned.graphs
+        assert target.trt is not None  # `missing` saw to that
+        builder = EngineBuilder(target.trt, target, build.limits.dtype, progress, self._options.timing_cache)
+        progress.info("; ".join(target.lines()))
+        if target.chunkkv_ops == PLUGIN:
+            assert build.plan.settings is not None
+            builder.require_plugins(build.plan.settings)
+        sources = weight_sources(build.checkpoint, build.limits.dtype)
         progress.stage("weights", len(sources))
         locations = write_weights(folder / WEIGHTS_FILE, sources, progress.advance)
-        graphs = Graphs(planned.checkpoint, planned.plan, planned.limits, locations)
-        (folder / PREFILL_FILE).write_bytes(builder.build("prefill", graphs.prefill(), graphs.prefill_profile()))
+        graphs = Graphs(build.checkpoint, build.plan, build.limits, locations)
+        prefill = graphs.prefill(sorting=target.chunkkv_ops != FUNCTIONS)
+        builder.build("prefill", prefill, graphs.prefill_profile(), folder / PREFILL_FILE)
         for capacity in graphs.capacities:
-            engine = builder.build(f"decode {capacity}", graphs.decode(capacity), graphs.decode_profile())
-            (folder / decode_file(capacity)).write_bytes(engine)
+            path = folder / decode_file(capacity)
+            builder.build(f"decode {capacity}", graphs.decode(capacity), graphs.decode_profile(), path)
         builder.write_timing_cache()
         graphs.contract().write(folder)
-        planned.write_config(folder)
-        return builder.versions()
+        build.write_config(folder)
+        return Built(builder.versions(), builder.record())
+
+
+def _engine_lines(engines: dict[str, ShapeProfile]) -> list[str]:
+    """Return one line for each engine: its file, and the least and most of what varies in its profile."""
+    lines = []
+    for file, profile in engines.items():
+        (least, _, most), values = profile.shapes["input_ids"], profile.values.get("capacity")
+        rows = f"{least[0]} to {most[0]} rows of {least[1]} to {most[1]} tokens"
+        slots = "" if values is None else f", caches of {values[0]} to {values[-1]} slots"
+        lines.append(f"{file}: {rows}{slots}")
+    return lines

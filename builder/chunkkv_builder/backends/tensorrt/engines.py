@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
+import time
 from pathlib import Path
 from typing import Any
 
 import onnx
 
+from chunkkv.engine.tensorrt_build import FUNCTIONS, PACKAGES, PLUGIN, TensorRTBuild
 from chunkkv.errors import BackendUnavailableError, BuildError
 from chunkkv.files import write_whole
-from chunkkv.gpu.tensorrt_library import ErrorLog, import_tensorrt, load_plugins, start
+from chunkkv.gpu.tensorrt_errors import ErrorLog, start
+from chunkkv.gpu.tensorrt_library import TensorRT, capability_member
+from chunkkv.gpu.tensorrt_plugins import load_plugins, prepare_parser
 from chunkkv.settings import ChunkKVSettings
 from chunkkv_builder.backends.tensorrt.graphs import ShapeProfile, for_parser
+from chunkkv_builder.backends.tensorrt.memory import peak_memory
+from chunkkv_builder.backends.tensorrt.monitor import progress_monitor, run_interruptibly
+from chunkkv_builder.backends.tensorrt.target import Target
 from chunkkv_builder.onnx_graph import functions
-from chunkkv_builder.progress import Progress
+from chunkkv_builder.progress import Progress, human_bytes
 
 
 class EngineBuilder:
@@ -23,25 +28,34 @@ class EngineBuilder:
 
     Parameters
     ----------
+    trt : TensorRT
+        The TensorRT that builds.
+    target : Target
+        Which GPUs to build for, and how ChunkKV gets into the engines.
     dtype : str
         Type that the engines compute in: "float32", "float16" or "bfloat16".
     progress : Progress
-        Shows one stage for each engine.
+        Shows one stage for each engine, and a line on it.
     timing_cache : Path or None, default None
         A file of kernel timings that is read where it exists; see write_timing_cache.
     """
 
-    def __init__(self, dtype: str, progress: Progress, timing_cache: Path | None = None) -> None:
+    def __init__(
+        self, trt: TensorRT, target: Target, dtype: str, progress: Progress, timing_cache: Path | None = None
+    ) -> None:
+        self._library, self._target = trt, target
         self._dtype, self._progress, self._cache_path = dtype, progress, timing_cache
-        self.trt = import_tensorrt()
+        self._trt = trt.module
         self._messages = ErrorLog()
-        self._logger = self._messages.logger(self.trt)
-        self._builder = start(self.trt, self.trt.Builder, self._logger, self._messages)
+        self._logger = self._messages.logger(self._trt)
+        self._builder = start(trt, self._trt.Builder, self._logger, self._messages)
         self._timings = timing_cache.read_bytes() if timing_cache is not None and timing_cache.is_file() else b""
+        self._seconds: dict[str, float] = {}
 
     def require_plugins(self, settings: ChunkKVSettings) -> None:
         """Register the ChunkKV plugins; raises BackendUnavailableError where one is missing or of another version."""
-        creators = load_plugins(self.trt, self.trt.get_plugin_registry(), self._messages)
+        prepare_parser(self._library)
+        creators = load_plugins(self._library, self._trt.get_plugin_registry(), self._messages)
         fields = {field.name for field in creators[functions.SELECT].field_names}
         needed = set(functions.select_attributes(settings)) - set(functions.plugin_attributes())
         if unknown := sorted(needed - fields):
@@ -50,27 +64,40 @@ class EngineBuilder:
                 "different versions: build the plugins again"
             )
 
-    def build(self, name: str, model: onnx.ModelProto, profile: ShapeProfile) -> bytes:
-        """Return the serialized engine of `model`; raises BuildError with everything TensorRT said."""
+    def build(self, name: str, model: onnx.ModelProto, profile: ShapeProfile, path: Path) -> None:
+        """Write the serialized engine of `model` to `path`; raises BuildError with everything TensorRT said.
+
+        Parameters
+        ----------
+        name : str
+            What the engine is called in messages.
+        model : onnx.ModelProto
+            Its graph, weights as inputs.
+        profile : ShapeProfile
+            The shapes it is built for.
+        path : Path
+            The file to write.
+        """
+        began = time.perf_counter()
         self._messages.errors.clear()
-        network = self._parse(name, model)
-        config = self._builder.create_builder_config()
-        if self._dtype == "float32":
-            config.clear_flag(self.trt.BuilderFlag.TF32)  # float32 means float32
-        config.add_optimization_profile(self._profile(name, network, profile))
-        self._use_timings(config)
         # The monitor must outlive everything in TensorRT that uses it.
-        self._monitor = monitor = progress_monitor(self.trt, name, self._progress)
-        config.progress_monitor = monitor
-        engine = self._builder.build_serialized_network(network, config)
-        self._timings = bytes(config.get_timing_cache().serialize())
-        if monitor.interrupted is not None:
-            raise monitor.interrupted
+        self._monitor = progress_monitor(self._trt, name, self._progress)
+        network = run_interruptibly(lambda: self._parse(name, model), self._monitor.interrupt)
+        config = self._config()
+        config.add_optimization_profile(self._profile(name, network, profile))
+        config.progress_monitor = self._monitor
+        engine = run_interruptibly(
+            lambda: self._builder.build_serialized_network(network, config), self._monitor.interrupt
+        )
+        if not self._library.builds_ahead:
+            self._timings = bytes(config.get_timing_cache().serialize())
+        if self._monitor.interrupted is not None:
+            raise self._monitor.interrupted
         if engine is None:
-            raise BuildError(
-                f"TensorRT {self.trt.__version__} cannot build the {name} engine{self._messages.explanation()}"
-            )
-        return bytes(engine)
+            raise BuildError(f"{self._library.title} cannot build the {name} engine{self._messages.explanation()}")
+        size = path.write_bytes(engine)
+        self._seconds[path.name] = time.perf_counter() - began
+        self._report(name, network, model, self._seconds[path.name], size)
 
     def write_timing_cache(self) -> None:
         """Write the timings of all engines built so far, for the next build."""
@@ -79,7 +106,33 @@ class EngineBuilder:
 
     def versions(self) -> dict[str, str]:
         """Return what made the engines, which run with this version of TensorRT only."""
-        return {"onnx": onnx.__version__, "tensorrt": self.trt.__version__}
+        return {"onnx": onnx.__version__, PACKAGES[self._library.flavour]: self._library.version}
+
+    def record(self) -> TensorRTBuild:
+        """Return what the manifest says of the engines built so far."""
+        return TensorRTBuild(
+            self._library.flavour,
+            self._library.version,
+            self._target.compute_capabilities,
+            self._target.chunkkv_ops,
+            dict(self._seconds),
+        )
+
+    def _config(self) -> Any:
+        """Return a tensorrt.IBuilderConfig with everything that all engines have in common."""
+        config = self._builder.create_builder_config()
+        if self._dtype == "float32":
+            config.clear_flag(self._trt.BuilderFlag.TF32)  # float32 means float32
+        if capabilities := self._target.compute_capabilities:
+            config.num_compute_capabilities = len(capabilities)
+            for place, capability in enumerate(capabilities):
+                if not config.set_compute_capability(capability_member(self._library, capability), place):
+                    raise BuildError(
+                        f"{self._library.title} refuses compute capability {capability}{self._messages.explanation()}"
+                    )
+        if not self._library.builds_ahead:
+            self._use_timings(config)
+        return config
 
     def _use_timings(self, config: Any) -> None:
         """Give `config` the timings so far; those of another TensorRT or GPU are dropped with a warning."""
@@ -89,24 +142,40 @@ class EngineBuilder:
             config.set_timing_cache(config.create_timing_cache(b""), False)
 
     def _parse(self, name: str, model: onnx.ModelProto) -> Any:
-        typed = getattr(self.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+        typed = getattr(self._trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
         # Where the flag is gone every network is strongly typed.
         network = self._builder.create_network(0 if typed is None else 1 << int(typed))
-        parser = self.trt.OnnxParser(network, self._logger)
+        parser = self._trt.OnnxParser(network, self._logger)
         if not parser.parse(for_parser(model)):
             errors = [parser.get_error(number) for number in range(parser.num_errors)]
             listed = "; ".join(_described(error) for error in errors) or "no reason given"
-            raise BuildError(f"TensorRT {self.trt.__version__} does not take the {name} graph: {listed}")
-        self._check_plugins_taken(name, network, model)
+            raise BuildError(f"{self._library.title} does not take the {name} graph: {listed}")
+        if self._target.chunkkv_ops == PLUGIN:
+            self._check_plugins_taken(name, network, model)
         return network
 
     def _check_plugins_taken(self, name: str, network: Any, model: onnx.ModelProto) -> None:
         """Raise BuildError where the parser inlined an ONNX function instead of taking the plugin."""
-        expected = sum(node.domain == functions.DOMAIN for node in model.graph.node)
-        kind = self.trt.LayerType.PLUGIN_V3
-        taken = sum(network.get_layer(index).type == kind for index in range(network.num_layers))
+        expected, taken = chunkkv_nodes(model), self._plugin_layers(network)
         if taken < expected:
             raise BuildError(f"the {name} graph has {expected} ChunkKV nodes, TensorRT took {taken} of them as plugins")
+
+    def _plugin_layers(self, network: Any) -> int:
+        kind = self._trt.LayerType.PLUGIN_V3
+        return sum(network.get_layer(index).type == kind for index in range(network.num_layers))
+
+    def _report(self, name: str, network: Any, model: onnx.ModelProto, seconds: float, size: int) -> None:
+        """Say what was built, and what that took."""
+        chunkkv = ""
+        if self._target.chunkkv_ops == PLUGIN and (count := self._plugin_layers(network)):
+            chunkkv = f", {count} of them ChunkKV plugins"
+        elif self._target.chunkkv_ops == FUNCTIONS and (count := chunkkv_nodes(model)):
+            chunkkv = f", {count} ChunkKV functions among them"
+        memory = peak_memory()
+        peak = "" if memory is None else f", peak memory of the build {human_bytes(memory)}"
+        self._progress.info(
+            f"{name} engine: {network.num_layers} layers{chunkkv}, {human_bytes(size)}, {seconds:.1f} s{peak}"
+        )
 
     def _profile(self, name: str, network: Any, profile: ShapeProfile) -> Any:
         trt_profile = self._builder.create_optimization_profile()
@@ -126,47 +195,12 @@ class EngineBuilder:
         return trt_profile
 
 
+def chunkkv_nodes(model: onnx.ModelProto) -> int:
+    """Return how many ChunkKV operators `model` has."""
+    return sum(node.domain == functions.DOMAIN for node in model.graph.node)
+
+
 def _described(error: Any) -> str:
-    """Return one parser error as text; what a version does not tell is left out."""
+    """Return one parser error as a line; what a version does not tell is left out."""
     place = [str(call()) for name in ("node_name", "node_operator") if (call := getattr(error, name, None))]
-    return f"{' '.join(part for part in place if part) or 'model'}: {error.desc()}"
-
-
-def progress_monitor(trt: Any, name: str, progress: Progress) -> Any:
-    """Return a tensorrt.IProgressMonitor that shows a build as one stage, steps of all its phases counted together."""
-
-    class Monitor(trt.IProgressMonitor):
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-            self.interrupted: BaseException | None = None
-            self._lock = threading.Lock()  # TensorRT calls from several threads
-            self._open: dict[str, int] = {}
-            progress.stage(name, 0)
-
-        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            def start() -> None:
-                self._open[phase_name] = num_steps
-                progress.extend(num_steps)
-
-            self._safely(start)
-
-        def step_complete(self, phase_name: str, step: int) -> bool:
-            def count() -> None:
-                if self._open.get(phase_name, 0) > 0:
-                    self._open[phase_name] -= 1
-                    progress.advance()
-
-            self._safely(count)
-            return self.interrupted is None
-
-        def phase_finish(self, phase_name: str) -> None:
-            self._safely(lambda: progress.advance(self._open.pop(phase_name, 0)))  # with the steps that were skipped
-
-        def _safely(self, action: Callable[[], None]) -> None:
-            try:
-                with self._lock:
-                    action()
-            except BaseException as error:  # Ctrl-C must not cross TensorRT's frames: it is raised after the build
-                self.interrupted = error
-
-    return Monitor()
+    return f"{' '.join(part for part in place if part) or 'model'}: {' '.join(error.desc().split())}"

@@ -11,6 +11,7 @@ from chunkkv.engine.tensorrt_contract import Contract
 from chunkkv.settings import ChunkKVSettings
 from chunkkv_builder.checkpoint.interface import Checkpoint
 from chunkkv_builder.config import BuildConfig
+from chunkkv_builder.onnx_graph import functions
 from chunkkv_builder.onnx_graph.emitter import InputWeightsEmitter
 from chunkkv_builder.onnx_graph.prefill import PrefillGraph
 from chunkkv_builder.onnx_graph.transformer import StepGraph
@@ -21,6 +22,7 @@ from chunkkv_builder.plan import GraphPlan
 RUNGS = 4
 SMALLEST_CAPACITY = 128
 BEST_LENGTH = 4096  # kernels are timed at this prompt length, or at the longest: they serve longer prompts as well
+_NO_BOUND = {"max_kept": 0}  # how many tokens are kept depends on values, which TensorRT does not know while it builds
 CAPACITY_STEP = 64  # keeps every row of a cache on the address grid that TensorRT wants
 
 
@@ -57,10 +59,16 @@ class Graphs:
         self.capacities = decode_capacities(build.max_seq_len)
         self.prefill_rows = max(1, min(build.max_batch_size, build.max_num_tokens // build.max_input_len))
 
-    def prefill(self) -> onnx.ModelProto:
-        """Return the one-shot prefill graph, ChunkKV nodes inside."""
+    def prefill(self, sorting: bool) -> onnx.ModelProto:
+        """Return the one-shot prefill graph, ChunkKV nodes inside.
+
+        Parameters
+        ----------
+        sorting : bool
+            False for a graph whose ChunkKV nodes TensorRT takes as functions, True where it has the plugins.
+        """
         emitter = InputWeightsEmitter(self._load)
-        return PrefillGraph(self._plan, self._weights, self._build.dtype, emitter).build()
+        return PrefillGraph(self._plan, self._weights, self._build.dtype, emitter, sorting).build()
 
     def decode(self, capacity: int) -> onnx.ModelProto:
         """Return the graph of one decode step over caches of `capacity` slots."""
@@ -144,10 +152,16 @@ def with_fixed_dims(model: onnx.ModelProto, sizes: dict[str, int]) -> onnx.Model
 
 
 def for_parser(model: onnx.ModelProto) -> bytes:
-    """Return the bytes that TensorRT's parser gets: attention may fall back to several kernels, as in float32."""
+    """Return the bytes that TensorRT's parser gets.
+
+    Attention may fall back to several kernels, as in float32. Select plugins get every field that they have: the parser
+    warns of one that is left to its default.
+    """
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     for node in copy.graph.node:
         if node.op_type == "Attention":
             node.attribute.append(onnx.helper.make_attribute("TRT_decomposable", 1))
+        if node.op_type == functions.SELECT and node.attribute:
+            node.attribute.extend(onnx.helper.make_attribute(name, value) for name, value in _NO_BOUND.items())
     return copy.SerializeToString()

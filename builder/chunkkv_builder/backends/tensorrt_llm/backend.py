@@ -14,6 +14,7 @@ from chunkkv.command_line import UsageError, errors_name_flags
 from chunkkv.engine.directory import TENSORRT_LLM
 from chunkkv.engine.preconditions import BUILD_PRECONDITIONS, build_values, check
 from chunkkv.errors import BuildError, ChunkKVError
+from chunkkv_builder.backends.interface import Built
 from chunkkv_builder.backends.tensorrt_llm import library
 from chunkkv_builder.backends.tensorrt_llm.engine_build import EngineBuild, even_stages, rank_layers
 from chunkkv_builder.backends.tensorrt_llm.model import LlmModel
@@ -131,7 +132,7 @@ class TensorRTLLMBackend:
                 self._run_trtllm_build(planned, Path(folder), progress)
             engines.check_all_built()
 
-    def build(self, planned: LlmBuild, folder: Path, progress: Progress) -> dict[str, str]:
+    def build(self, planned: LlmBuild, folder: Path, progress: Progress) -> Built:
         """Let trtllm-build write `folder` and add what ChunkKV needs; return the versions of TensorRT and TensorRT-LLM.
 
         Raises BuildError for what goes wrong inside TensorRT-LLM.
@@ -141,7 +142,7 @@ class TensorRTLLMBackend:
         if nested := [path.name for path in folder.iterdir() if not path.is_file()]:
             raise BuildError(f"trtllm-build wrote a folder, {nested[0]}, which no ChunkKV engine has")
         assert planned.engines.plugins is not None  # the engines were built with them
-        return planned.engines.plugins.versions
+        return Built(planned.engines.plugins.versions)
 
     def _run_trtllm_build(self, planned: LlmBuild, folder: Path, progress: Progress) -> None:
         """Run trtllm-build's main with its build() replaced; both argv and build() are put back, whatever happens."""

@@ -11,10 +11,11 @@ import numpy as np
 
 from chunkkv.engine.directory import TENSORRT_LLM, hash_file
 from chunkkv.errors import BackendUnavailableError
-from chunkkv.gpu.tensorrt_library import (
+from chunkkv.gpu.tensorrt_errors import ErrorLog
+from chunkkv.gpu.tensorrt_library import TensorRT
+from chunkkv.gpu.tensorrt_plugins import (
     PLUGIN_VERSION,
     TENSORRT_LLM_PLUGINS,
-    ErrorLog,
     find_plugin_library,
     load_plugins,
 )
@@ -65,9 +66,10 @@ class Plugins:
         import tensorrt_llm
 
         self._trt = trt
-        path = find_plugin_library(trt.__version__)
+        library = TensorRT.of(trt)
+        path = find_plugin_library(library.flavour, library.version)
         self.library = {"name": path.name, "sha256": hash_file(path).sha256}
-        self._creators = load_plugins(trt, trt.get_plugin_registry(), ErrorLog(), TENSORRT_LLM_PLUGINS)
+        self._creators = load_plugins(library, trt.get_plugin_registry(), ErrorLog(), TENSORRT_LLM_PLUGINS)
         self.versions = {"tensorrt": str(trt.__version__), "tensorrt_llm": str(tensorrt_llm.__version__)}
 
     def add_node(self, name: str, fields: Mapping[str, Any], inputs: Sequence[Any]) -> list[Any]:

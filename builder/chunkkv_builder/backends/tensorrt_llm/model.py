@@ -12,7 +12,7 @@ from chunkkv.engine.directory import CONFIG_FILE
 from chunkkv.engine.fields import Fields
 from chunkkv.engine.json_files import read_object
 from chunkkv.errors import CheckpointError, ConfigError
-from chunkkv.gpu.tensorrt_library import check_head_sizes
+from chunkkv.gpu.tensorrt_plugins import check_head_sizes
 
 POSITION_TYPES = ("rope_gpt_neox", "rope_gptj", "yarn", "learned_absolute")
 ROPE_SCALINGS = ("none", "linear", "llama3", "yarn")
@@ -166,7 +166,7 @@ def _check_attention(model: LlmModel, fields: Fields) -> None:
         raise fields.error("query_pre_attn_scalar", f"the scoring kernels scale by head_size, {model.head_size}, only")
     if "recurrent" in str(fields.get("layer_types")):
         raise fields.error("layer_types", "recurrent layers have no KV cache: this model is not supported")
-    check_head_sizes(model.head_size, *model.heads_per_rank)
+    check_head_sizes(model.head_size, *model.heads_per_rank, advice="build it with trtllm-build, without ChunkKV")
 
 
 def _default_max_seq_len(fields: Fields) -> int:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from chunkkv.engine.tensorrt_build import PLUGIN, TensorRTBuild
 from chunkkv.engine.tensorrt_contract import WEIGHTS_FILE, Contract
 from chunkkv.errors import BackendUnavailableError, EngineError, EngineMismatchError, EngineRunError
 from chunkkv.gpu.cuda_runtime import ALIGNMENT, CudaRuntime, DeviceBuffer, Stream
-from chunkkv.gpu.tensorrt_library import ErrorLog, import_tensorrt, load_plugins, start
+from chunkkv.gpu.tensorrt_errors import ErrorLog, start
+from chunkkv.gpu.tensorrt_library import tensorrt_of_engine
+from chunkkv.gpu.tensorrt_plugins import load_plugins
 
 _PIECE = 64 << 20  # bytes of weights copied at once: bounds the host memory of loading
 
@@ -28,30 +30,23 @@ class TensorRTEngines:
     ----------
     engine_dir : Path
         The engine directory.
-    versions : mapping of str to str
-        Versions of the libraries that it was built with, from its manifest.
-    chunkkv : bool
-        Whether the engines need the ChunkKV plugins.
+    built_with : TensorRTBuild
+        What its manifest says of the TensorRT that built it.
     """
 
-    def __init__(self, engine_dir: Path, versions: Mapping[str, str], chunkkv: bool) -> None:
+    def __init__(self, engine_dir: Path, built_with: TensorRTBuild) -> None:
         self.contract = Contract.read(engine_dir)
         self._dir = engine_dir
+        trt = self._library = tensorrt_of_engine(engine_dir, built_with)
         try:
-            self._trt = import_tensorrt()
             self.cuda = CudaRuntime.load()
         except BackendUnavailableError as error:
-            raise BackendUnavailableError(f"{engine_dir} was built for TensorRT and needs {error}") from None
-        if (built := versions.get("tensorrt")) != self._trt.__version__:
-            raise EngineMismatchError(
-                f"{engine_dir} was built with TensorRT {built}, installed is {self._trt.__version__}: install that "
-                "version or build the engine again"
-            )
+            raise BackendUnavailableError(f"{engine_dir} was built with {trt.title} and needs {error}") from None
         self._messages = ErrorLog()
-        self._logger = self._messages.logger(self._trt)
-        self._runtime = start(self._trt, self._trt.Runtime, self._logger, self._messages)
-        if chunkkv:
-            load_plugins(self._trt, self._trt.get_plugin_registry(), self._messages)
+        self._logger = self._messages.logger(trt.module)
+        self._runtime = start(trt, trt.module.Runtime, self._logger, self._messages)
+        if built_with.chunkkv_ops == PLUGIN:
+            load_plugins(trt, trt.module.get_plugin_registry(), self._messages)
         self._weights, self._weights_buffer = self._load_weights()
 
     def new_context(self, engine: Any) -> Any:
@@ -74,7 +69,7 @@ class TensorRTEngines:
         engine = self._runtime.deserialize_cuda_engine((self._dir / name).read_bytes())
         if engine is None:
             raise EngineMismatchError(
-                f"{self._dir / name} does not load in TensorRT {self._trt.__version__} on this GPU"
+                f"{self._dir / name} does not load in {self._library.title} on this GPU"
                 f"{self._messages.explanation()}; build it on this machine"
             )
         names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}

@@ -6,9 +6,9 @@ own, so calls on several threads do not meet.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
+from chunkkv.engine.tensorrt_build import TensorRTBuild
 from chunkkv.engine.tensorrt_contract import decode_file
 from chunkkv.errors import RequestError
 from chunkkv.executors.interface import Capabilities, Executor
@@ -28,16 +28,14 @@ class TensorRTExecutor(Executor[DeviceKVCache]):
     ----------
     engine_dir : Path
         The engine directory.
-    versions : mapping of str to str
-        Versions of the libraries that it was built with, from its manifest.
-    chunkkv : bool
-        Whether the engines hold ChunkKV's plugins.
+    built_with : TensorRTBuild
+        What its manifest says of the TensorRT that built it.
     """
 
     capabilities = Capabilities(reports_choice=True, blockwise_prefill=False, block_scoring=False, layer_lengths=False)
 
-    def __init__(self, engine_dir: Path, versions: Mapping[str, str], chunkkv: bool) -> None:
-        self._engines = TensorRTEngines(engine_dir, versions, chunkkv)
+    def __init__(self, engine_dir: Path, built_with: TensorRTBuild) -> None:
+        self._engines = TensorRTEngines(engine_dir, built_with)
         self.contract = self._engines.contract
         self._prefill = PrefillContext(self._engines)
         self._decode = {capacity: self._engines.load(decode_file(capacity)) for capacity in self.contract.capacities}

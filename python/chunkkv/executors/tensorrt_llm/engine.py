@@ -15,7 +15,9 @@ from chunkkv.errors import BackendUnavailableError, EngineMismatchError, EngineR
 from chunkkv.executors.tensorrt_llm.paged_inputs import LOGITS
 from chunkkv.executors.tensorrt_llm.step_engine import HOST_PREFIX, StepTensor
 from chunkkv.gpu.cuda_runtime import ALIGNMENT, CudaRuntime, DeviceBuffer, PinnedArray
-from chunkkv.gpu.tensorrt_library import TENSORRT_LLM_PLUGINS, ErrorLog, import_tensorrt, load_plugins, start
+from chunkkv.gpu.tensorrt_errors import ErrorLog, start
+from chunkkv.gpu.tensorrt_library import TensorRT, import_tensorrt
+from chunkkv.gpu.tensorrt_plugins import TENSORRT_LLM_PLUGINS, load_plugins
 
 _PIECE = 64 << 20  # bytes that are zeroed at once
 _TYPES = {"FLOAT": np.float32, "HALF": np.float16, "INT32": np.int32, "INT64": np.int64}
@@ -48,8 +50,9 @@ class TensorRTLLMStepEngine:
             raise BackendUnavailableError(f"{path} was built for TensorRT-LLM and needs {error}") from None
         self._messages = ErrorLog()
         self._logger = self._messages.logger(self._trt)
-        self._runtime = start(self._trt, self._trt.Runtime, self._logger, self._messages)
-        load_plugins(self._trt, self._trt.get_plugin_registry(), self._messages, TENSORRT_LLM_PLUGINS)
+        library = TensorRT.of(self._trt)
+        self._runtime = start(library, self._trt.Runtime, self._logger, self._messages)
+        load_plugins(library, self._trt.get_plugin_registry(), self._messages, TENSORRT_LLM_PLUGINS)
         self._engine = self._deserialize(path)
         self._inputs, self._outputs = self._tensors("INPUT"), self._tensors("OUTPUT")
         self._context = self._engine.create_execution_context()

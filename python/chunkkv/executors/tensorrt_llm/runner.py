@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 from chunkkv.engine.tensorrt_llm_side_file import SideFile
 from chunkkv.errors import EngineRunError
 from chunkkv.executors.tensorrt_llm.engine import import_tensorrt_llm
-from chunkkv.gpu.tensorrt_library import TENSORRT_LLM_PLUGINS, ErrorLog, load_plugins, start
+from chunkkv.gpu.tensorrt_errors import ErrorLog, start
+from chunkkv.gpu.tensorrt_library import TensorRT
+from chunkkv.gpu.tensorrt_plugins import TENSORRT_LLM_PLUGINS, load_plugins
 from chunkkv.settings import ChunkKVSettings
 
 if TYPE_CHECKING:
@@ -151,6 +153,7 @@ def _register_plugins(path: Path) -> None:
     """Register ChunkKV's plugins in this process, before an engine that needs them is read."""
     trt, messages = import_tensorrt_llm(path), ErrorLog()
     logger = messages.logger(trt)
-    runtime = start(trt, trt.Runtime, logger, messages)
-    load_plugins(trt, trt.get_plugin_registry(), messages, TENSORRT_LLM_PLUGINS)
+    library = TensorRT.of(trt)
+    runtime = start(library, trt.Runtime, logger, messages)
+    load_plugins(library, trt.get_plugin_registry(), messages, TENSORRT_LLM_PLUGINS)
     del runtime
