@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import enum
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,7 @@ class CudartDouble:
         self.memory: dict[int, Any] = {}  # of the device
         self.pinned: dict[int, Any] = {}  # of the host
         self.launches = 0
+        self.gpu_name = b"NVIDIA Double"
         self.live_graphs: set[int] = set()
         self._last_error = SUCCESS
         self._handles = iter(range(1, 10**9))
@@ -91,6 +93,13 @@ class CudartDouble:
 
     def cudaGetDeviceCount(self) -> tuple[Any, ...]:
         return self._done(SUCCESS if self.devices else cudaError_t.cudaErrorNoDevice, self.devices)
+
+    def cudaGetDevice(self) -> tuple[Any, ...]:
+        return self._done(SUCCESS if self.devices else cudaError_t.cudaErrorNoDevice, 0)
+
+    def cudaGetDeviceProperties(self, device: int) -> tuple[Any, ...]:
+        properties = SimpleNamespace(name=self.gpu_name, major=8, minor=9, totalGlobalMem=2 << 30)
+        return self._done(SUCCESS if device < self.devices else cudaError_t.cudaErrorInvalidValue, properties)
 
     def cudaMemGetInfo(self) -> tuple[Any, ...]:
         return self._done(SUCCESS, self.free, 2 << 30)

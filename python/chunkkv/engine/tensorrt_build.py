@@ -30,6 +30,8 @@ class TensorRTBuild:
         are portable, for "standard" they run on the kind of GPU that they were built on.
     chunkkv_ops : "plugin" or "functions": how ChunkKV is inside; "none" without ChunkKV.
     seconds : duration of the build of each engine, by file.
+    layers : how many layers of each type TensorRT's parser made of each engine's graph, by file and by TensorRT's name
+        of the type. The built engine has fewer, because TensorRT fuses them.
     """
 
     flavour: str
@@ -37,6 +39,7 @@ class TensorRTBuild:
     compute_capabilities: tuple[str, ...]
     chunkkv_ops: str
     seconds: dict[str, float]
+    layers: dict[str, dict[str, int]]
 
     @property
     def title(self) -> str:
@@ -52,20 +55,22 @@ class TensorRTBuild:
             "compute_capabilities": targets,
             "chunkkv_ops": self.chunkkv_ops,
             "seconds": {file: round(max(seconds, 0.01), 2) for file, seconds in self.seconds.items()},
+            "layers": self.layers,
         }
 
     @classmethod
     def from_fields(cls, fields: Fields) -> TensorRTBuild:
         """Read what to_dict wrote; raises the error of `fields` for an entry that is missing, unknown or wrong."""
-        fields.allow(("flavour", "version", "compute_capabilities", "chunkkv_ops", "seconds"))
+        fields.allow(("flavour", "version", "compute_capabilities", "chunkkv_ops", "seconds", "layers"))
         flavour = fields.text("flavour", allowed=FLAVOURS)
-        seconds = fields.section("seconds")
+        seconds, layers = fields.section("seconds"), fields.section("layers")
         return cls(
             flavour,
             fields.text("version"),
             _capabilities(fields, PORTABLE if flavour == RTX else MACHINE_GPU),
             fields.text("chunkkv_ops", allowed=(PLUGIN, FUNCTIONS, NO_OPS)),
             {file: seconds.number(file) for file in seconds.values},
+            {file: _counts(layers.section(file)) for file in layers.values},
         )
 
 
@@ -79,3 +84,7 @@ def _capabilities(fields: Fields, none_fixed: str) -> tuple[str, ...]:
     if not all(isinstance(value, str) and _CAPABILITY.fullmatch(value) for value in values):
         raise fields.error("compute_capabilities", advice)
     return tuple(values)
+
+
+def _counts(fields: Fields) -> dict[str, int]:
+    return {name: fields.integer(name) for name in fields.values}

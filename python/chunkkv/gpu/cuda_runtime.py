@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol, SupportsInt
 
@@ -26,6 +27,26 @@ _PACKAGE = "the Python package 'cuda-bindings' (pip install 'chunkkv-trt[tensorr
 _Done = tuple[int]  # the error of a function that returns nothing else
 
 
+class DeviceProperties(Protocol):
+    """The part of cudaDeviceProp that is used here."""
+
+    @property
+    def name(self) -> bytes:
+        """Name of the GPU."""
+
+    @property
+    def major(self) -> int:
+        """First number of its compute capability."""
+
+    @property
+    def minor(self) -> int:
+        """Second number of its compute capability."""
+
+    @property
+    def totalGlobalMem(self) -> int:
+        """Its memory in bytes."""
+
+
 class RuntimeBindings(Protocol):
     """The part of cuda.bindings.runtime that is used here.
 
@@ -41,6 +62,8 @@ class RuntimeBindings(Protocol):
     cudaGetErrorString: Callable[[int], tuple[int, bytes]]
     cudaGetLastError: Callable[[], _Done]
     cudaGetDeviceCount: Callable[[], tuple[int, int]]
+    cudaGetDevice: Callable[[], tuple[int, int]]
+    cudaGetDeviceProperties: Callable[[int], tuple[int, DeviceProperties]]
     cudaMemGetInfo: Callable[[], tuple[int, int, int]]  # free, total
     cudaMalloc: Callable[[int], tuple[int, int]]
     cudaFree: Callable[[int], _Done]
@@ -56,6 +79,25 @@ class RuntimeBindings(Protocol):
     cudaGraphLaunch: Callable[[int, int], _Done]  # executable graph, stream
     cudaGraphExecDestroy: Callable[[int], _Done]
     cudaGraphDestroy: Callable[[int], _Done]
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a GPU is.
+
+    Parameters
+    ----------
+    name : str
+        NVIDIA's name for it.
+    compute_capability : str
+        For example "8.9".
+    memory_bytes : int
+        Its memory, used or not.
+    """
+
+    name: str
+    compute_capability: str
+    memory_bytes: int
 
 
 class CudaRuntime:
@@ -100,6 +142,14 @@ class CudaRuntime:
         except EngineRunError as error:
             return str(error)
         return None if count > 0 else "cudaGetDeviceCount counts none"
+
+    def gpu(self, number: int | None = None) -> Gpu:
+        """Return what GPU `number` is, a number below device_count(); None means the current one."""
+        if number is None:
+            (number,) = self.call(self.bindings.cudaGetDevice)
+        (properties,) = self.call(self.bindings.cudaGetDeviceProperties, number)
+        capability = f"{properties.major}.{properties.minor}"
+        return Gpu(bytes(properties.name).rstrip(b"\0").decode(), capability, int(properties.totalGlobalMem))
 
     def free_memory(self) -> tuple[int, int]:
         """Return free and total bytes of the current GPU."""

@@ -107,7 +107,7 @@ class TensorRTBackend:
         builder.build("prefill", prefill, graphs.prefill_profile(), folder / PREFILL_FILE)
         for capacity in graphs.capacities:
             path = folder / decode_file(capacity)
-            builder.build(f"decode {capacity}", graphs.decode(capacity), graphs.decode_profile(), path)
+            builder.build(f"decode {capacity}", graphs.decode(capacity), graphs.decode_profile(), path, capturable=True)
         builder.write_timing_cache()
         graphs.contract().write(folder)
         build.write_config(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ class EngineBuilder:
         self._builder = start(trt, self._trt.Builder, self._logger, self._messages)
         self._timings = timing_cache.read_bytes() if timing_cache is not None and timing_cache.is_file() else b""
         self._seconds: dict[str, float] = {}
+        self._layers: dict[str, Counter[str]] = {}
 
     def require_plugins(self, settings: ChunkKVSettings) -> None:
         """Register the ChunkKV plugins; raises BackendUnavailableError where one is missing or of another version."""
@@ -64,7 +66,9 @@ class EngineBuilder:
                 "different versions: build the plugins again"
             )
 
-    def build(self, name: str, model: onnx.ModelProto, profile: ShapeProfile, path: Path) -> None:
+    def build(
+        self, name: str, model: onnx.ModelProto, profile: ShapeProfile, path: Path, capturable: bool = False
+    ) -> None:
         """Write the serialized engine of `model` to `path`; raises BuildError with everything TensorRT said.
 
         Parameters
@@ -77,6 +81,9 @@ class EngineBuilder:
             The shapes it is built for.
         path : Path
             The file to write.
+        capturable : bool, default False
+            Whether the engine is to become part of a CUDA graph. Then it may not allocate memory while it runs, where
+            this TensorRT lets us forbid that.
         """
         began = time.perf_counter()
         self._messages.errors.clear()
@@ -84,6 +91,8 @@ class EngineBuilder:
         self._monitor = progress_monitor(self._trt, name, self._progress)
         network = run_interruptibly(lambda: self._parse(name, model), self._monitor.interrupt)
         config = self._config()
+        if capturable and (flag := getattr(self._trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)) is not None:
+            config.set_flag(flag)
         config.add_optimization_profile(self._profile(name, network, profile))
         config.progress_monitor = self._monitor
         engine = run_interruptibly(
@@ -97,7 +106,8 @@ class EngineBuilder:
             raise BuildError(f"{self._library.title} cannot build the {name} engine{self._messages.explanation()}")
         size = path.write_bytes(engine)
         self._seconds[path.name] = time.perf_counter() - began
-        self._report(name, network, model, self._seconds[path.name], size)
+        self._layers[path.name] = self._layer_types(network)
+        self._report(name, self._layers[path.name], model, self._seconds[path.name], size)
 
     def write_timing_cache(self) -> None:
         """Write the timings of all engines built so far, for the next build."""
@@ -116,6 +126,7 @@ class EngineBuilder:
             self._target.compute_capabilities,
             self._target.chunkkv_ops,
             dict(self._seconds),
+            {file: dict(counts.most_common()) for file, counts in self._layers.items()},
         )
 
     def _config(self) -> Any:
@@ -156,25 +167,25 @@ class EngineBuilder:
 
     def _check_plugins_taken(self, name: str, network: Any, model: onnx.ModelProto) -> None:
         """Raise BuildError where the parser inlined an ONNX function instead of taking the plugin."""
-        expected, taken = chunkkv_nodes(model), self._plugin_layers(network)
+        expected, taken = chunkkv_nodes(model), self._layer_types(network)[self._trt.LayerType.PLUGIN_V3.name]
         if taken < expected:
             raise BuildError(f"the {name} graph has {expected} ChunkKV nodes, TensorRT took {taken} of them as plugins")
 
-    def _plugin_layers(self, network: Any) -> int:
-        kind = self._trt.LayerType.PLUGIN_V3
-        return sum(network.get_layer(index).type == kind for index in range(network.num_layers))
+    def _layer_types(self, network: Any) -> Counter[str]:
+        """Return how many layers of each type the network has."""
+        return Counter(network.get_layer(index).type.name for index in range(network.num_layers))
 
-    def _report(self, name: str, network: Any, model: onnx.ModelProto, seconds: float, size: int) -> None:
+    def _report(self, name: str, layers: Counter[str], model: onnx.ModelProto, seconds: float, size: int) -> None:
         """Say what was built, and what that took."""
         chunkkv = ""
-        if self._target.chunkkv_ops == PLUGIN and (count := self._plugin_layers(network)):
+        if self._target.chunkkv_ops == PLUGIN and (count := layers[self._trt.LayerType.PLUGIN_V3.name]):
             chunkkv = f", {count} of them ChunkKV plugins"
         elif self._target.chunkkv_ops == FUNCTIONS and (count := chunkkv_nodes(model)):
             chunkkv = f", {count} ChunkKV functions among them"
         memory = peak_memory()
         peak = "" if memory is None else f", peak memory of the build {human_bytes(memory)}"
         self._progress.info(
-            f"{name} engine: {network.num_layers} layers{chunkkv}, {human_bytes(size)}, {seconds:.1f} s{peak}"
+            f"{name} engine: {layers.total()} layers{chunkkv}, {human_bytes(size)}, {seconds:.1f} s{peak}"
         )
 
     def _profile(self, name: str, network: Any, profile: ShapeProfile) -> Any:

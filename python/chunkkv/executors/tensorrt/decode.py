@@ -11,7 +11,8 @@ import numpy as np
 from chunkkv.errors import EngineMismatchError, EngineRunError
 from chunkkv.executors.step_arrays import StepArrays, check_slots
 from chunkkv.executors.tensorrt.cache import DeviceKVCache
-from chunkkv.executors.tensorrt.engines import TensorRTEngines, aligned, bind, set_shape
+from chunkkv.executors.tensorrt.contexts import EngineContext
+from chunkkv.executors.tensorrt.engines import TensorRTEngines, aligned
 from chunkkv.gpu.cuda_runtime import Graph
 
 
@@ -19,12 +20,12 @@ class TensorRTDecoder:
     """Appends tokens to the rows of one cache; idle rows are computed too and write their slot 0.
 
     The first step runs without a CUDA graph, because capturing needs an engine that has run; where capturing fails,
-    all steps do.
+    all steps do. Where TensorRT for RTX says beforehand that the engine cannot be captured, it makes a CUDA graph of
+    its own, around the engine without the copies, if it can.
     """
 
     def __init__(self, engines: TensorRTEngines, engine: Any, cache: DeviceKVCache) -> None:
         self._engines, self._cache = engines, cache
-        self._context = engines.new_context(engine)
         self._stream = engines.cuda.stream()
         self._steps = 0
         self._graph: Graph | None = None
@@ -42,11 +43,11 @@ class TensorRTDecoder:
         starts = np.cumsum([0, *(aligned(array.nbytes) for array in arrays.values())])
         self._buffer = engines.cuda.device_memory(int(starts[-1]))
         self._places = {name: self._buffer.address + int(at) for name, at in zip(arrays, starts, strict=False)}
-        for name, address in self._places.items():
-            bind(self._context, name, address)
-            if name in self._host:
-                set_shape(self._context, name, arrays[name].shape)
-        self._bind_cache(engine)
+        self._shapes = {name: arrays[name].shape for name in self._host}
+        self._context = self._new_context(engine, graph_inside=False)
+        self._capturable = self._context.can_be_captured(self._stream)
+        if not self._capturable:
+            self._context = self._new_context(engine, graph_inside=True)
 
     def step(
         self, rows: Sequence[int], tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int] | np.ndarray
@@ -55,16 +56,28 @@ class TensorRTDecoder:
         check_slots(rows, slots, self._cache.capacity)
         self._arrays.fill(rows, tokens, positions, slots)
         self._steps += 1
-        if self._steps == 2:
+        if self._steps == 2 and self._capturable:
             self._graph = self._capture()
         if self._graph is None:
             self._enqueue()
         else:
             self._graph.launch(self._stream)
         self._stream.synchronize()
+        if self._steps == 1:
+            self._engines.first_step_done(self._cache.row_count, self._cache.capacity)
         return self._logits.array[list(rows), 0]
 
-    def _bind_cache(self, engine: Any) -> None:
+    def _new_context(self, engine: Any, graph_inside: bool) -> EngineContext:
+        """Return a context with the shapes and addresses of every step."""
+        context = self._engines.new_context(engine, shapes_stay=True, graph_inside=graph_inside)
+        for name, address in self._places.items():
+            context.bind(name, address)
+        for name, shape in self._shapes.items():
+            context.set_shape(name, shape)
+        self._bind_cache(context, engine)
+        return context
+
+    def _bind_cache(self, context: EngineContext, engine: Any) -> None:
         """Bind past and present to the same memory, as the engine's cache update wants it."""
         contract, cache = self._engines.contract, self._cache
         shape = (cache.row_count, contract.num_kv_heads, cache.capacity, contract.head_dim)
@@ -76,14 +89,14 @@ class TensorRTDecoder:
                         f"{present} shares memory with {alias!r}, expected {past!r}: this TensorRT does not update "
                         "caches in place; build the engine with 10.15 or later"
                     )
-                set_shape(self._context, past, shape)
-                bind(self._context, past, address)
-                bind(self._context, present, address)
+                context.set_shape(past, shape)
+                context.bind(past, address)
+                context.bind(present, address)
 
     def _enqueue(self) -> None:
         for name, pinned in self._host.items():
             self._stream.upload(self._places[name], pinned.array)
-        self._engines.run(self._context, self._stream)
+        self._context.enqueue(self._stream)
         self._stream.download(self._logits.array, self._places["logits"])
 
     def _capture(self) -> Graph | None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from chunkkv.engine.tensorrt_build import PLUGIN, TensorRTBuild
+from chunkkv.engine.tensorrt_build import PLUGIN, RTX, TensorRTBuild
 from chunkkv.engine.tensorrt_contract import WEIGHTS_FILE, Contract
-from chunkkv.errors import BackendUnavailableError, EngineError, EngineMismatchError, EngineRunError
-from chunkkv.gpu.cuda_runtime import ALIGNMENT, CudaRuntime, DeviceBuffer, Stream
+from chunkkv.errors import BackendUnavailableError, EngineError, EngineMismatchError
+from chunkkv.executors.tensorrt.contexts import ContextMaker, EngineContext, RtxContexts, StandardContexts
+from chunkkv.executors.tensorrt.jit_cache import JitCache, jit_cache_path
+from chunkkv.gpu.cuda_runtime import ALIGNMENT, CudaRuntime, DeviceBuffer
 from chunkkv.gpu.tensorrt_errors import ErrorLog, start
-from chunkkv.gpu.tensorrt_library import tensorrt_of_engine
+from chunkkv.gpu.tensorrt_library import TensorRT, tensorrt_of_engine
 from chunkkv.gpu.tensorrt_plugins import load_plugins
 
 _PIECE = 64 << 20  # bytes of weights copied at once: bounds the host memory of loading
@@ -42,35 +45,43 @@ class TensorRTEngines:
             self.cuda = CudaRuntime.load()
         except BackendUnavailableError as error:
             raise BackendUnavailableError(f"{engine_dir} was built with {trt.title} and needs {error}") from None
-        self._messages = ErrorLog()
-        self._logger = self._messages.logger(trt.module)
-        self._runtime = start(trt, trt.module.Runtime, self._logger, self._messages)
+        self._errors = ErrorLog()
+        self._logger = self._errors.logger(trt.module)
+        self._runtime = start(trt, trt.module.Runtime, self._logger, self._errors)
         if built_with.chunkkv_ops == PLUGIN:
-            load_plugins(trt, trt.module.get_plugin_registry(), self._messages)
+            load_plugins(trt, trt.module.get_plugin_registry(), self._errors)
+        self._contexts, self._decoded = self._context_maker(trt), set[tuple[int, int]]()
         self._weights, self._weights_buffer = self._load_weights()
 
-    def new_context(self, engine: Any) -> Any:
-        """Return an execution context with the weights bound."""
-        context = engine.create_execution_context()
-        if context is None:
-            raise EngineRunError(f"TensorRT cannot make an execution context{self._messages.explanation()}")
+    def _context_maker(self, trt: TensorRT) -> ContextMaker:
+        if trt.flavour != RTX:
+            return StandardContexts(self._errors)
+        cache = JitCache(jit_cache_path(self._dir, trt.version, self.cuda.gpu()))
+        # At the end of the process, or of the last user of these engines, too: contexts compile in the background.
+        weakref.finalize(self, cache.save)
+        return RtxContexts(trt, self.cuda, self._errors, cache)
+
+    def new_context(self, engine: Any, shapes_stay: bool = False, graph_inside: bool = False) -> EngineContext:
+        """Return an execution context with the weights bound; see ContextMaker.make for the parameters."""
+        context = self._contexts.make(engine, shapes_stay, graph_inside)
         for name, address in self._weights.items():
-            bind(context, name, address)
+            context.bind(name, address)
         return context
 
-    def run(self, context: Any, stream: Stream) -> None:
-        """Enqueue `context` on `stream`."""
-        if not context.execute_async_v3(stream.handle):
-            raise EngineRunError(f"TensorRT could not run an engine{self._messages.explanation()}")
+    def first_step_done(self, rows: int, capacity: int) -> None:
+        """Keep what the first decode step over `rows` rows of `capacity` slots compiled, for the next process."""
+        if (rows, capacity) not in self._decoded:
+            self._decoded.add((rows, capacity))
+            self._contexts.keep_kernels()
 
     def load(self, name: str) -> Any:
         """Deserialise the engine file `name`; raises EngineMismatchError for one that does not load on this GPU."""
-        self._messages.errors.clear()
+        self._errors.errors.clear()
         engine = self._runtime.deserialize_cuda_engine((self._dir / name).read_bytes())
         if engine is None:
             raise EngineMismatchError(
                 f"{self._dir / name} does not load in {self._library.title} on this GPU"
-                f"{self._messages.explanation()}; build it on this machine"
+                f"{self._errors.explanation()}; build it on this machine"
             )
         names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
         if absent := sorted(set(self._weights) - names):
@@ -91,20 +102,6 @@ class TensorRTEngines:
                 stream.upload(buffer.address + places[name] + done, piece)
                 stream.synchronize()  # the piece must not be freed before it is copied
         return {name: buffer.address + place for name, place in places.items()}, buffer
-
-
-def bind(context: Any, name: str, address: int) -> None:
-    """Give `context` the address of a tensor; raises EngineRunError where it refuses."""
-    if address % ALIGNMENT or not context.set_tensor_address(name, address):
-        raise EngineRunError(f"TensorRT does not take address {address:#x} for {name!r}; build the engine again")
-
-
-def set_shape(context: Any, name: str, shape: tuple[int, ...]) -> None:
-    """Give `context` the shape of an input; raises EngineRunError outside the engine's limits."""
-    if not context.set_input_shape(name, tuple(shape)):
-        raise EngineRunError(
-            f"TensorRT does not take {name} of shape {tuple(shape)}: it is outside the engine's profile"
-        )
 
 
 def aligned(nbytes: int) -> int:

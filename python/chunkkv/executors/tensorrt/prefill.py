@@ -13,7 +13,7 @@ from chunkkv.engine.tensorrt_contract import PREFILL_FILE
 from chunkkv.errors import EngineRunError
 from chunkkv.executors.interface import CancelSignal, Choice, PrefillResult
 from chunkkv.executors.tensorrt.cache import DeviceKVCache
-from chunkkv.executors.tensorrt.engines import TensorRTEngines, aligned, bind, set_shape
+from chunkkv.executors.tensorrt.engines import TensorRTEngines, aligned
 from chunkkv.gpu.cuda_runtime import ALIGNMENT
 from chunkkv.requests import Request
 
@@ -67,14 +67,14 @@ class TensorRTPrefiller:
         places = {name: buffer.address + int(start) for name, start in zip(arrays, starts, strict=False)}
         for name, array in inputs.items():
             stream.upload(places[name], array)
-            set_shape(context, name, array.shape)
+            context.set_shape(name, array.shape)
         for name, address in places.items():
-            bind(context, name, address)
-        bind(context, "capacity", capacity.ctypes.data)
+            context.bind(name, address)
+        context.bind("capacity", capacity.ctypes.data)
         for layer in range(self._contract.num_layers):
-            bind(context, f"kept_key.{layer}", out.keys[layer])
-            bind(context, f"kept_value.{layer}", out.values[layer])
-        engines.run(context, stream)
+            context.bind(f"kept_key.{layer}", out.keys[layer])
+            context.bind(f"kept_value.{layer}", out.values[layer])
+        context.enqueue(stream)
         for name, array in outputs.items():
             stream.download(array, places[name])
         stream.synchronize()
