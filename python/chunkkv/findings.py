@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-OK, WARNING, BREAKS = "ok", "warning", "would break"
+OK, ABSENT, WARNING, BREAKS = "ok", "absent", "warning", "would break"
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,8 @@ class Finding:
     check : str
         What was checked.
     state : str
-        OK, WARNING for something that works but probably not as intended, BREAKS for something that would fail or
-        give wrong answers.
+        OK, ABSENT for something that is not there and may not be needed, WARNING for something that works but probably
+        not as intended, BREAKS for something that would fail or give wrong answers.
     found : str
         What the check found.
     change : str, default ""
@@ -33,6 +33,11 @@ class Finding:
     def ok(cls, check: str, found: str) -> Finding:
         """Return a finding that all is well."""
         return cls(check, OK, found)
+
+    @classmethod
+    def absent(cls, check: str, found: str, change: str) -> Finding:
+        """Return a finding of something that is not there; `change` says how to get it."""
+        return cls(check, ABSENT, found, change)
 
     @classmethod
     def warning(cls, check: str, found: str, change: str) -> Finding:

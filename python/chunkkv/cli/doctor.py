@@ -1,4 +1,4 @@
-"""chunkkv doctor: says what would break when an engine runs on this machine, or in a Triton repository."""
+"""chunkkv doctor: says what a machine can do, and what would break when an engine runs there or in Triton."""
 
 from __future__ import annotations
 
@@ -10,34 +10,35 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from chunkkv.cli.options import ENGINE_DIR, add_engine_dir, add_json, add_log_level
-from chunkkv.command_line import FAILED, CommandParser
-from chunkkv.findings import BREAKS, WARNING, Finding
+from chunkkv.cli.options import add_json, add_log_level
+from chunkkv.command_line import FAILED, CommandParser, UsageError
+from chunkkv.findings import ABSENT, BREAKS, WARNING, Finding
 
 
 def add_parser(program: CommandParser) -> None:
     """Add the command to the program."""
     parser = program.add_command(
         "doctor",
-        "Say what would break when an engine runs on this machine, or in a Triton repository; exit with 1 if "
-        "something would.",
+        "Say which backends can build and run on this machine. With --engine_dir, say what would break when that "
+        "engine runs here, or in a Triton repository; exit with 1 if something would.",
         run,
-        usage="chunkkv doctor --engine_dir DIR [flags]",
-        required=ENGINE_DIR,
+        usage="chunkkv doctor [--engine_dir DIR] [flags]",
     )
     engine = parser.add_argument_group("engine")
-    add_engine_dir(engine)
+    engine.add_argument(
+        "--engine_dir", type=Path, metavar="DIR", help="an engine directory; default: look at the machine alone"
+    )
     engine.add_argument(
         "--triton_repo", type=Path, metavar="DIR", help="Triton model repository that is to serve the engine"
     )
     output = parser.add_argument_group("output")
-    add_json(output, "the findings, and how many would break or are warnings")
+    add_json(output, "the findings, and how many would break, are warnings or are about something absent")
     add_log_level(output)
 
 
 def run(args: argparse.Namespace) -> None:
     """Print the findings; raises SystemExit with 1 where something would break."""
-    findings = diagnose(args.engine_dir, args.triton_repo)
+    findings = diagnose(args.engine_dir, args.triton_repo) if args.engine_dir is not None else _machine(args)
     print(as_json(findings) if args.as_json else as_text(findings))
     if would_break(findings):
         raise SystemExit(FAILED)
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
 def diagnose(
     engine_dir: Path, triton_repo: Path | None = None, environment: Mapping[str, str] | None = None
 ) -> list[Finding]:
-    """Check an engine, this machine and a Triton repository.
+    """Check an engine on this machine, and a Triton repository.
 
     Parameters
     ----------
@@ -72,6 +73,14 @@ def diagnose(
     return findings
 
 
+def _machine(args: argparse.Namespace) -> list[Finding]:
+    from chunkkv.executors.machine_report import describe_machine
+
+    if args.triton_repo is not None:
+        raise UsageError("--triton_repo is checked for one engine: give its --engine_dir, too")
+    return describe_machine()
+
+
 def would_break(findings: Sequence[Finding]) -> bool:
     """Return whether anything would break."""
     return any(finding.state == BREAKS for finding in findings)
@@ -81,7 +90,8 @@ def as_json(findings: Sequence[Finding]) -> str:
     """Return the findings as one JSON object."""
     counts = Counter(finding.state for finding in findings)
     values = [dataclasses.asdict(finding) for finding in findings]
-    return json.dumps({"findings": values, "would_break": counts[BREAKS], "warnings": counts[WARNING]}, indent=1)
+    totals = {"would_break": counts[BREAKS], "warnings": counts[WARNING], "absent": counts[ABSENT]}
+    return json.dumps({"findings": values, **totals}, indent=1)
 
 
 def as_text(findings: Sequence[Finding]) -> str:
@@ -93,5 +103,6 @@ def as_text(findings: Sequence[Finding]) -> str:
         lines.append(f"{finding.state:<11}  {finding.check:<{width}}  {finding.found}")
         if finding.change:
             lines.append(f"{'':<11}  {'':<{width}}  -> {finding.change}")
-    lines.append(f"{len(findings)} checks: {counts[BREAKS]} would break, {counts[WARNING]} to note")
+    absent = f", {counts[ABSENT]} absent" if counts[ABSENT] else ""
+    lines.append(f"{len(findings)} checks: {counts[BREAKS]} would break, {counts[WARNING]} to note{absent}")
     return "\n".join(lines)

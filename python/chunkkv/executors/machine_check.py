@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import importlib.metadata
+from pathlib import Path
 from types import SimpleNamespace
 
 from chunkkv.engine.directory import ONNXRUNTIME, TENSORRT, TENSORRT_LLM, EngineFiles, hash_file
 from chunkkv.engine.preconditions import BUILD_PRECONDITIONS, broken, build_values, shown
-from chunkkv.engine.tensorrt_build import PACKAGES, STANDARD
+from chunkkv.engine.tensorrt_build import MACHINE_GPU, NO_OPS, PACKAGES, PLUGIN, RTX, STANDARD, TensorRTBuild
 from chunkkv.engine.tensorrt_llm_side_file import SideFile, engine_file
-from chunkkv.errors import BackendUnavailableError
+from chunkkv.errors import BackendUnavailableError, ChunkKVError
 from chunkkv.findings import Finding
 
-_PACKAGES = {ONNXRUNTIME: ("onnxruntime",), TENSORRT: ("tensorrt",), TENSORRT_LLM: ("tensorrt", "tensorrt_llm")}
-_WHEELS = {"tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"), "tensorrt_llm": ("tensorrt-llm",)}
+_PACKAGES = {ONNXRUNTIME: ("onnxruntime",), TENSORRT_LLM: ("tensorrt", "tensorrt_llm")}
+_WHEELS = {
+    "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
+    "tensorrt_rtx": ("tensorrt-rtx", "tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu12-bindings"),
+    "tensorrt_llm": ("tensorrt-llm",),
+}
+# Layers that show what an engine does, under TensorRT's names and ours; the rest is arithmetic, counted together.
+_TELLING_LAYERS = {
+    "PLUGIN_V3": "ChunkKV plugins",
+    "KV_CACHE_UPDATE": "KV cache updates",
+    "ATTENTION_INPUT": "attention",  # each has one layer for its inputs and one for its outputs
+    "ROTARY_EMBEDDING": "rotary embedding",
+    "MATRIX_MULTIPLY": "matrix multiplication",
+}
 
 
 def check_engine(files: EngineFiles) -> list[Finding]:
@@ -22,8 +35,11 @@ def check_engine(files: EngineFiles) -> list[Finding]:
     findings += _versions(files)
     if files.backend in (TENSORRT, TENSORRT_LLM):
         findings.append(_gpu())
-        if files.settings is not None:
-            findings += _plugins(files)
+    if files.tensorrt is not None:
+        findings += _layers(files.tensorrt)
+        findings += _validity(files.path, files.tensorrt)
+    if files.backend == TENSORRT_LLM or (files.tensorrt is not None and files.tensorrt.chunkkv_ops == PLUGIN):
+        findings += _plugins(files)
     if files.backend == TENSORRT_LLM:
         findings += check_tensorrt_llm_build(files)
     return findings
@@ -45,7 +61,8 @@ def _settings(files: EngineFiles) -> Finding:
 
 def _versions(files: EngineFiles) -> list[Finding]:
     findings = []
-    for package in _PACKAGES.get(files.backend, ()):
+    packages = _PACKAGES.get(files.backend, ()) if files.tensorrt is None else (PACKAGES[files.tensorrt.flavour],)
+    for package in packages:
         built_with, installed = files.versions.get(package), installed_version(package)
         check = f"package {package}"
         advice = f"install {package} {built_with}" if built_with else f"install {package}"
@@ -82,6 +99,39 @@ def _gpu() -> Finding:
         if count
         else Finding.breaks("GPU", "none found", "run it on a machine with one")
     )
+
+
+def _layers(build: TensorRTBuild) -> list[Finding]:
+    """Say of each engine what TensorRT's parser made of its graph, telling layers first."""
+    fixed = f"for compute capability {', '.join(build.compute_capabilities)}"
+    targets = fixed if build.compute_capabilities else "portable" if build.flavour == RTX else f"for {MACHINE_GPU}"
+    ops = "no ChunkKV" if build.chunkkv_ops == NO_OPS else f"ChunkKV as {build.chunkkv_ops}"
+    findings = [Finding.ok("built with", f"{build.title}: {targets}, {ops}")]
+    for file, counts in build.layers.items():
+        telling = [f"{counts[name]} {shown}" for name, shown in _TELLING_LAYERS.items() if name in counts]
+        others = sum(count for name, count in counts.items() if name not in _TELLING_LAYERS)
+        text = f"{sum(counts.values())} parsed: {', '.join([*telling, f'{others} others'])}"
+        findings.append(Finding.ok(f"layers of {file}", text))
+    return findings
+
+
+def _validity(path: Path, build: TensorRTBuild) -> list[Finding]:
+    """Ask TensorRT for RTX about each engine; where it or a GPU is missing, other findings tell that."""
+    from chunkkv.gpu.tensorrt_library import missing_gpu, tensorrt_of_engine
+    from chunkkv.gpu.tensorrt_validity import why_not_valid
+
+    if build.flavour != RTX or missing_gpu():
+        return []
+    findings = []
+    try:
+        trt = tensorrt_of_engine(path, build)
+        for file in build.layers:
+            if reason := why_not_valid(trt, path / file):
+                change = "build it for this GPU: --compute_capability"
+                findings.append(Finding.breaks(file, f"{trt.title} does not take it on this GPU: {reason}", change))
+    except ChunkKVError:
+        return []
+    return findings
 
 
 def _plugins(files: EngineFiles) -> list[Finding]:

@@ -21,7 +21,7 @@ from chunkkv.gpu.cuda_runtime import CudaRuntime
 AUTO = "auto"
 CHOICES = (AUTO, STANDARD, RTX)
 FIRST_VERSION = "10.15"  # of the standard TensorRT: the first with everything in _NEEDED
-_INSTALL = {
+INSTALL = {
     STANDARD: "pip install 'chunkkv-trt[tensorrt]'",
     RTX: "pip install 'chunkkv-trt[rtx]'",
 }
@@ -86,7 +86,7 @@ def find_tensorrt(choice: str = AUTO) -> TensorRT:
         if (module := _import_flavour(flavour)) is not None:
             _require_names(module, TITLES[flavour], _NEEDED)
             return TensorRT.of(module, flavour)
-    packages = " or ".join(f"{PACKAGES[flavour]!r} ({_INSTALL[flavour]})" for flavour in flavours)
+    packages = " or ".join(f"{PACKAGES[flavour]!r} ({INSTALL[flavour]})" for flavour in flavours)
     raise BackendUnavailableError(f"the Python package {packages}: not installed")
 
 

@@ -44,6 +44,12 @@ def find_plugin_library(flavour: str, version: str) -> Path:
     )
 
 
+def plugin_libraries() -> list[Path]:
+    """Return every plugin library that there is, for whichever TensorRT, in the order in which they are looked for."""
+    names = [f"{name}.[0-9]*" for name in _LIBRARIES.values()]
+    return [path for folder in _places() for name in names for path in sorted(folder.glob(name))]
+
+
 def load_plugins(trt: TensorRT, registry: Any, errors: ErrorLog, names: Sequence[str] = PLUGINS) -> dict[str, Any]:
     """Register the ChunkKV plugins in `registry` unless they are, and return the creators of `names` by name.
 
