@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from support import tensorrt_double as plain
 from support import tensorrt_rtx_double as double
+from test_tensorrt_api import used_names
 
 from chunkkv.errors import BackendUnavailableError
 from chunkkv.gpu.cuda_runtime import CudaRuntime
@@ -64,6 +65,14 @@ def test_enums_have_the_values_of_the_real_ones(rtx: TensorRT, item: Any) -> Non
         assert {member.name for member in item} <= set(real)
     else:
         assert {member.name: member.value for member in item} == {name: int(value) for name, value in real.items()}
+
+
+def test_every_name_in_the_sources_exists(rtx: TensorRT) -> None:
+    chains = used_names()
+    assert ("CudaGraphStrategy", "DISABLED") in chains and ("Runtime",) in chains
+    for chain in chains:
+        item = getattr(rtx.module, chain[0])
+        assert len(chain) == 1 or hasattr(item, chain[1]), chain
 
 
 def test_a_context_is_made_from_a_config_as_well_as_from_a_strategy(rtx: TensorRT) -> None:

@@ -109,14 +109,17 @@ class RtxContexts:
 
     def make(self, engine: Any, shapes_stay: bool = False, graph_inside: bool = False) -> EngineContext:
         """Return a new context with memory of its own, for the largest shapes that the engine takes."""
-        config = engine.create_runtime_config()
-        config.set_execution_context_allocation_strategy(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        specialization, graphs = self._trt.DynamicShapesKernelSpecializationStrategy, self._trt.CudaGraphStrategy
+        trt, config = self._trt, engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         # Lazily compiled kernels replace the general ones some runs later; a CUDA graph would keep the general ones.
         config.dynamic_shapes_kernel_specialization_strategy = (
-            specialization.EAGER if shapes_stay else specialization.LAZY
+            trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            if shapes_stay
+            else trt.DynamicShapesKernelSpecializationStrategy.LAZY
         )
-        config.cuda_graph_strategy = graphs.WHOLE_GRAPH_CAPTURE if graph_inside else graphs.DISABLED
+        config.cuda_graph_strategy = (
+            trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE if graph_inside else trt.CudaGraphStrategy.DISABLED
+        )
         self._cache.attach(config)
         memory = self._cuda.device_memory(int(engine.device_memory_size_v2))
         return _RtxContext(engine.create_execution_context(config), self._errors, memory)
