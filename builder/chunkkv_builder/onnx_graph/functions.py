@@ -249,8 +249,8 @@ def _segment_marks(e: NodeEmitter, position: str, sinks: str) -> str:
     """Return where the ranked tokens start and which tokens follow a delimiter, [B,S] bool; the first token counts."""
     first = e.op("LessOrEqual", [position, sinks])
     flags = e.op("Cast", ["is_delimiter"], to=onnx.TensorProto.INT64)
-    shifted = e.op("Slice", [e.op("Pad", [flags, e.ints(0, 1, 0, 0)]), e.ints(0), e.ints(-1), e.ints(1)])
-    return e.op("Or", [e.op("Cast", [shifted], to=onnx.TensorProto.BOOL), first])
+    before = e.op("Max", [e.op("Sub", [e.op("Squeeze", [position, e.ints(0)]), e.ints(1)]), e.ints(0)])
+    return e.op("Or", [e.op("Cast", [e.op("Gather", [flags, before], axis=1)], to=onnx.TensorProto.BOOL), first])
 
 
 def _segment_starts(e: NodeEmitter, starts: str, position: str) -> str:

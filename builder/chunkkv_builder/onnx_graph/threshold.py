@@ -6,8 +6,12 @@ stay, and of the tokens at it the first ones, until N tokens are reached. The to
 is the contract's rule: whole chunks best first, equal scores by lower position, and of the chunk that does not fit its
 first tokens.
 
-The threshold is found by a radix search: sixteen candidates at a time, first its power of two, then the 24 bits of its
-significand, four at a time. Every candidate is an exact float32, so the search is exact.
+The threshold is found by a radix search: 256 candidates at a time, first its power of two, then the 24 bits of its
+significand, eight at a time. Every candidate is an exact float32, so the search is exact.
+
+TensorRT turns one ONNX node into up to thirty layers, most of them about shapes, and its build time grows with their
+number: there is a body for every layer that chooses tokens. So there are few and wide rounds, and neighbours are read
+by Gather, which makes a tenth of the layers of Pad and Slice.
 """
 
 from __future__ import annotations
@@ -16,14 +20,13 @@ from typing import NamedTuple
 
 import numpy as np
 import onnx
-from onnx import helper
 
 from chunkkv.settings import ChunkKVSettings
 from chunkkv_builder.onnx_graph.emitter import NodeEmitter
 
 _FLOAT, _INT32, _INT64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT32, onnx.TensorProto.INT64
-_CANDIDATES = 16
-_SIGNIFICAND_BITS, _BITS_PER_ROUND = 24, 4
+_SIGNIFICAND_BITS, _BITS_PER_ROUND = 24, 8
+_CANDIDATES = 2**_BITS_PER_ROUND
 # The powers of two of normal float32 numbers. GPUs may take smaller numbers for zero; the search does so too.
 _EXPONENTS = np.arange(-126, 128)
 _LARGEST = float(np.finfo(np.float32).max)
@@ -59,7 +62,7 @@ def write_kept_indices(e: NodeEmitter, settings: ChunkKVSettings, row: Row, scor
     after_sinks = e.op("GreaterOrEqual", [row.position, e.const(settings.sinks, "int64")])
     ranked = e.op("And", [after_sinks, row.before_window])
     start = e.op("Where", [ranked, start, e.const(0, "int64")])  # outside the ranking nothing is read back
-    mean = _from_zero(e, settings, _chunk_means(e, scores, start, ranked, settings.chunk_size), ranked)
+    mean = _from_zero(e, settings, _chunk_means(e, row, scores, start, ranked, settings.chunk_size), ranked)
     untouched = e.op("Equal", [row.kept, row.length])
     is_token = e.op("Less", [row.position, row.length])
     always = e.op("And", [is_token, e.op("Or", [e.op("Not", [ranked]), untouched])])
@@ -83,7 +86,7 @@ def _running_count(e: NodeEmitter, marks: str) -> str:
     return e.op("CumSum", [e.op("Cast", [marks], to=_INT64), e.const(1, "int64")])
 
 
-def _chunk_means(e: NodeEmitter, scores: str, start: str, ranked: str, chunk_size: int) -> str:
+def _chunk_means(e: NodeEmitter, row: Row, scores: str, start: str, ranked: str, chunk_size: int) -> str:
     """Return per token [B,S] float32 the mean score of its chunk; meaningless where not ranked.
 
     The average is taken of each score's distance to the chunk's first score. Equal scores then give that very score,
@@ -95,21 +98,18 @@ def _chunk_means(e: NodeEmitter, scores: str, start: str, ranked: str, chunk_siz
     base = e.op("Where", [is_finite, first, zero])
     total = e.op("Where", [ranked, e.op("Sub", [scores, base]), zero])
     count = e.op("Where", [ranked, one, zero])
+    sums = e.op("Concat", [e.op("Unsqueeze", [part, e.ints(0)]) for part in (total, count)], axis=0)  # [2,B,S]
+    last = e.op("Sub", [e.dim(scores, 1), e.ints(1)])  # stands in the window, so it adds nothing to any sum
+    position = e.op("Squeeze", [row.position, e.ints(0)])
     step = 1
-    while step < chunk_size:  # after each round a token holds the sum of the next 2 * step tokens of its chunk
-        follows = e.op("Equal", [start, _moved_left(e, start, step, e.const(-1, "int64"))])
-        follows = e.op("And", [follows, ranked])
-        total = e.op("Add", [total, e.op("Where", [follows, _moved_left(e, total, step, zero), zero])])
-        count = e.op("Add", [count, e.op("Where", [follows, _moved_left(e, count, step, zero), zero])])
+    while step < chunk_size:  # after each round a token holds the sums of the next 2 * step tokens of its chunk
+        later = e.op("Min", [e.op("Add", [position, e.ints(step)]), last])
+        follows = e.op("And", [e.op("Equal", [start, e.op("Gather", [start, later], axis=1)]), ranked])
+        sums = e.op("Add", [sums, e.op("Where", [follows, e.op("Gather", [sums, later], axis=2), zero])])
         step *= 2
+    total, count = (e.op("Gather", [sums, e.const(place, "int64")], axis=0) for place in (0, 1))
     mean = e.op("Add", [base, e.op("Div", [total, e.op("Max", [count, one])])])
     return e.op("GatherElements", [mean, start], axis=1)
-
-
-def _moved_left(e: NodeEmitter, values: str, step: int, fill: str) -> str:
-    """Return values [B,S] moved `step` places to the left, `fill` where nothing follows."""
-    padded = e.op("Pad", [values, e.ints(0, 0, 0, step), fill])
-    return e.op("Slice", [padded, e.ints(step), e.ints(np.iinfo(np.int64).max), e.ints(1)])
 
 
 def _from_zero(e: NodeEmitter, settings: ChunkKVSettings, mean: str, ranked: str) -> str:
@@ -145,10 +145,8 @@ def _stays(e: NodeEmitter, value: str, always: str, ranked: str, kept: str) -> s
 def _threshold(e: NodeEmitter, value: str, room: str) -> str:
     """Return the largest float32 [B,1] that at least `room` [B,1] of the values [B,S] reach; 0 where none is."""
     column = e.op("Unsqueeze", [value, e.ints(2)])
-    coarse = np.concatenate([[0.0], 2.0 ** _EXPONENTS[::_CANDIDATES].astype(np.float64)])
-    low = _largest_reached(e, e.const(coarse[None], "float32"), column, room)
-    fine = 2.0 ** np.arange(_CANDIDATES)
-    low = _largest_reached(e, e.op("Mul", [low, e.const(fine[None], "float32")]), column, room)
+    powers = np.concatenate([[0.0], 2.0 ** _EXPONENTS.astype(np.float64)])
+    low = _largest_reached(e, e.const(powers[None], "float32"), column, room)
     step, steps = low, e.const(np.arange(_CANDIDATES)[None], "float32")
     for _ in range(_SIGNIFICAND_BITS // _BITS_PER_ROUND):
         step = e.op("Mul", [step, e.scalar(1.0 / _CANDIDATES)])
@@ -157,7 +155,7 @@ def _threshold(e: NodeEmitter, value: str, room: str) -> str:
 
 
 def _largest_reached(e: NodeEmitter, candidates: str, column: str, room: str) -> str:
-    """Return the largest of the candidates [B,16] that at least `room` [B,1] of the values [B,S,1] reach, else 0."""
+    """Return the largest of the candidates [B,256] that at least `room` [B,1] of the values [B,S,1] reach, else 0."""
     reached = e.op("GreaterOrEqual", [column, e.op("Unsqueeze", [candidates, e.ints(1)])])
     count = e.op("ReduceSum", [e.op("Cast", [reached], to=_INT32), e.ints(1)], keepdims=0)
     enough = e.op("GreaterOrEqual", [e.op("Cast", [count], to=_INT64), room])
@@ -166,11 +164,10 @@ def _largest_reached(e: NodeEmitter, candidates: str, column: str, room: str) ->
 
 def _ascending_positions(e: NodeEmitter, marks: str, position: str) -> str:
     """Return the positions [1,S] int64 that are marked [B,S] bool, ascending, as [B,S] int32 with -1 behind them."""
-    size = e.dim(marks, 1)
-    place = e.op("Sub", [_running_count(e, marks), e.const(1, "int64")])
-    place = e.op("Where", [marks, place, size])  # all others are written to one more slot, which is cut off
-    shape = e.op("Concat", [e.dim(marks, 0), e.op("Add", [size, e.ints(1)])], axis=0)
-    blank = e.op("ConstantOfShape", [shape], value=helper.make_tensor("none", _INT32, [1], [-1]))
-    source = e.op("Expand", [e.op("Cast", [position], to=_INT32), e.op("Shape", [marks])])
-    table = e.op("ScatterElements", [blank, place, source], axis=1)
-    return e.op("Slice", [table, e.ints(0), size, e.ints(1)])
+    one = e.ints(1)
+    count = _running_count(e, marks)
+    from_end = e.op("Sub", [e.op("Sub", [e.dim(marks, 1), one]), e.op("Sub", [position, count])])
+    # Marked tokens fill the row from its start, the others from its end: every place is written once.
+    place = e.op("Where", [marks, e.op("Sub", [count, one]), from_end])
+    source = e.op("Where", [marks, e.op("Cast", [position], to=_INT32), e.const(-1, "int32")])
+    return e.op("ScatterElements", [source, place, source], axis=1)
