@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from chunkkv.command_line import INTERRUPTED
 from chunkkv_builder.progress import Progress
 
 _Result = TypeVar("_Result")
 _POLL_S = 0.1
-_GRACE_S = 5.0  # TensorRT is asked to stop at its next step; one that takes longer is left behind
+GRACE_S = 5.0  # TensorRT is asked to stop at its next step; one that takes longer is left behind
 
 
 def run_interruptibly(function: Callable[[], _Result], interrupt: Callable[[BaseException], None]) -> _Result:
@@ -18,29 +22,45 @@ def run_interruptibly(function: Callable[[], _Result], interrupt: Callable[[Base
 
     Python runs signal handlers between two steps of the main thread only, so a long call into C++ has to run on
     another thread. On a signal `interrupt` is called with its exception, `function` has a few seconds to end, and the
-    exception is raised. A function that does not end in time runs on in a daemon thread until the process exits.
+    exception is raised. A function that does not end in time runs on until the process exits, which the caller must
+    let happen.
     """
     results: list[_Result] = []
     errors: list[BaseException] = []
+    has_ended = threading.Event()  # not Thread.join: before Python 3.13 it takes an interrupted thread for ended
 
     def run() -> None:
         try:
             results.append(function())
         except BaseException as error:  # handed over to the thread that waits
             errors.append(error)
+        finally:
+            has_ended.set()
 
     thread = threading.Thread(target=run, name="chunkkv-build", daemon=True)
-    thread.start()
     try:
-        while thread.is_alive():
-            thread.join(_POLL_S)
+        thread.start()
+        while not has_ended.wait(_POLL_S):
+            pass
     except BaseException as error:
         interrupt(error)
-        thread.join(_GRACE_S)
+        if not has_ended.wait(GRACE_S):
+            atexit.register(_exit_at_once, error)
         raise
     if errors:
         raise errors[0]
     return results[0]
+
+
+def _exit_at_once(error: BaseException) -> None:
+    """End the process with the exit code for `error`, without the interpreter's own end.
+
+    That would stop the thread inside TensorRT when it next calls Python, which ends the process with SIGABRT.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    code = error.code if isinstance(error, SystemExit) else INTERRUPTED
+    os._exit(code if isinstance(code, int) else 1)
 
 
 def progress_monitor(trt: Any, name: str, progress: Progress) -> Any:
