@@ -3,6 +3,7 @@
 
 #include <cstdarg>
 #include <cstdio>
+#include <iterator>
 
 #include "chunkkv/chunkkv.h"
 #include "chunkkv/layout.h"
@@ -48,6 +49,11 @@ inline bool atLeast(const char* name, int64_t value, int64_t least, const char* 
     return fail(CHUNKKV_INVALID_ARGUMENT, "%s is %lld; it must be at least %lld, %s", name,
                 static_cast<long long>(value), static_cast<long long>(least), why);
 }
+
+// The kernels tell exactly these words apart: boundaries.cu and chunks.cuh those of boundaries, score.cu, score_tiles.cuh
+// and score_reduce.cuh those of score. A word is added to limits.py's KERNEL_CHOICES together with its branches there.
+static_assert(std::size(limits::kBoundariesWords) == 2 && std::size(limits::kScoreWords) == 2,
+              "write the kernels' branches for a new word first");
 
 inline bool checkSettings(const Settings& s) {
     if (!(isAllowed(limits::kWindow, s.window) && isAllowed(limits::kSinks, s.sinks) &&

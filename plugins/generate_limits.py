@@ -45,15 +45,15 @@ struct Setting {
 def header_text() -> str:
     """Return the text of limits.h."""
     limits = runpy.run_path(str(SOURCE))
-    words = [name for name in NATIVE_SETTINGS if name in limits["CHOICES"]]
+    words = [name for name in NATIVE_SETTINGS if name in limits["KERNEL_CHOICES"]]
     lines = []
     for name in words:
-        choices = ", ".join(map(_quoted, limits["CHOICES"][name]))
+        choices = ", ".join(map(_quoted, limits["KERNEL_CHOICES"][name]))
         lines.append(f"inline constexpr const char* {_constant(name)}Words[] = {{{choices}}};")
     lines.append("")
     for name in NATIVE_SETTINGS:
         if name in words:
-            low, high, list_of_words = 0, len(limits["CHOICES"][name]) - 1, f"{_constant(name)}Words"
+            low, high, list_of_words = 0, len(limits["KERNEL_CHOICES"][name]) - 1, f"{_constant(name)}Words"
         else:
             (low, high), list_of_words = limits["RANGES"][name], "nullptr"
         lines.append(f"inline constexpr Setting {_constant(name)}{{{_quoted(name)}, {low}, {high}, {list_of_words}}};")

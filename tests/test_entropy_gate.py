@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
-from support import onnx_op
+from support import engines, onnx_op
+from support.builds import CommandLine
 from support.messages import naming
 from support.op_cases import CASES, OpCase, named
+from support.tensorrt_llm_builds import llm_checkpoint
 
 from chunkkv import reference
 from chunkkv.errors import ConfigError, NativeArgumentError
 from chunkkv.native.arguments import settings_struct
 from chunkkv.settings import GATE_TOKENS, ChunkKVSettings
-from chunkkv_builder.config import BuildConfig
 
 GATED = [case for case in CASES if case.settings.score == "softmax"]
 SETTINGS = ChunkKVSettings(window=2, sinks=0, chunk_size=8, min_tokens=10, gate="entropy", keep_per_10k=5000)
@@ -98,11 +101,23 @@ def test_the_gate_needs_shares_of_attention() -> None:
 
 
 @pytest.mark.parametrize("backend", ["tensorrt", "tensorrt_llm"])
-def test_other_backends_refuse_the_gate_by_name(backend: str) -> None:
-    build = BuildConfig(64, 64, backend=backend, dtype="float16")
-    build.check_gate(replace(SETTINGS, gate="none"))
-    with pytest.raises(ConfigError, match=naming("chunkkv_gate 'entropy'", backend)):
-        build.check_gate(SETTINGS)
+def test_backends_that_run_kernels_refuse_the_gate_by_name(
+    backend: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Both see the checkpoint first, so the flag is all that a build lacks."""
+    checkpoint = llm_checkpoint() if backend == "tensorrt_llm" else engines.checkpoint_dir("llama3")
+    flags = {"checkpoint_dir": checkpoint, "output_dir": tmp_path / "engine", "backend": backend, "chunkkv": True}
+    flags |= {"dry_run": True, "max_seq_len": 256, "log_level": "error"}
+    build = CommandLine(capsys)
+    assert build(*engines.command_line({**flags, "chunkkv_gate": "none"})).code == 0
+    message = build(*engines.command_line({**flags, "chunkkv_gate": "entropy"})).error(2)
+    assert re.search(naming("--chunkkv_gate 'entropy' none onnxruntime"), message)
+
+
+def test_settings_say_what_kernels_lack() -> None:
+    replace(SETTINGS, gate="none").check_kernels()
+    with pytest.raises(ConfigError, match=naming("gate 'entropy' none")):
+        SETTINGS.check_kernels()
 
 
 def test_the_native_library_refuses_the_gate() -> None:

@@ -1,4 +1,4 @@
-"""The NumPy reference: hand-computed examples, every property of the op contract, and proof that the checks bite."""
+"""The NumPy reference: hand-computed examples, every property of docs/method.md, and proof that the checks bite."""
 
 from __future__ import annotations
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from support.messages import naming
 
 from chunkkv.errors import ConfigError
-from chunkkv.settings import KEEP_SCALE, ChunkKVSettings, keep_ratio_to_per_10k
+from chunkkv.limits import KEEP_SCALE
+from chunkkv.settings import ChunkKVSettings, keep_ratio_to_per_10k
 
 lengths = st.integers(0, 2**31 - 1)
 ratios = st.integers(1, KEEP_SCALE)

@@ -10,7 +10,7 @@ import numpy as np
 from benchmarks.results import runs
 from benchmarks.results.runs import reuse
 from benchmarks.results.trials import MeasuredRun
-from chunkkv.settings import KEEP_SCALE
+from chunkkv.limits import KEEP_SCALE
 
 Row = dict[str, Any]
 NAMES = {

@@ -121,14 +121,6 @@ class BuildConfig:
                 "which must fit in one prefill block: raise max_num_tokens or lower chunkkv_window"
             )
 
-    def check_gate(self, settings: ChunkKVSettings | None) -> None:
-        """Raise ConfigError where the backend's plugins do not have the settings' gate."""
-        if settings is not None and settings.gate != "none" and self.backend != ONNXRUNTIME:
-            raise ConfigError(
-                f"chunkkv_gate is {settings.gate!r}, which backend {self.backend} has no plugin for: "
-                "leave it away, or give backend onnxruntime"
-            )
-
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values under trtllm-build's names."""
         return {**dataclasses.asdict(self), **_FIXED}

@@ -22,12 +22,19 @@ RANGES: dict[str, tuple[int, int]] = {
     "min_tokens": (1, INT32_MAX),  # and at least window + sinks + chunk_size
 }
 
-# Words. The place of a word in its list is its code in the C ABI, for the settings that the C ABI has.
+# Words.
 CHOICES: dict[str, tuple[str, ...]] = {
     "boundaries": ("fixed", "delimiter"),
     "leader": ("first", "last"),
     "score": ("softmax", "logits"),
     "gate": ("none", "entropy"),
+}
+
+# The words of CHOICES that the native kernels compute. The place of a word in its list is its code in the C ABI.
+KERNEL_CHOICES: dict[str, tuple[str, ...]] = {
+    "boundaries": ("fixed", "delimiter"),
+    "score": ("softmax", "logits"),
+    "gate": ("none",),
 }
 
 KERNEL_HEAD_SIZES = (64, 80, 96, 128, 256)  # values of head_dim that the score kernel is compiled for

@@ -56,12 +56,12 @@ def token_scores(
     pooling : int, default 1
         Neighbouring tokens over which scores are averaged, odd; positions outside [0, L-w) count as 0.
     score : {"softmax", "logits"}, default "softmax"
-        Mean attention weight, or sum of the raw products q·k.
+        How the window's queries score a token: mean attention weight, or sum of the raw products q·k.
 
     Raises
     ------
     ConfigError
-        Where the shapes do not fit together.
+        Where the shapes do not fit together, or for another `score`.
     """
     heads, rows, head_dim = query.shape
     kv_heads, length, _ = key.shape
@@ -71,13 +71,15 @@ def token_scores(
         logits = (grouped @ key.astype(np.float64).swapaxes(1, 2)).reshape(heads, rows, length)
         ranked = length - window
         if score == "logits":
-            mean = logits.sum(axis=(0, 1))[:ranked]
+            raw_scores = logits.sum(axis=(0, 1))[:ranked]
+        elif score == "softmax":
+            raw_scores = _causal_softmax(logits / np.sqrt(head_dim)).mean(axis=(0, 1))[:ranked]
         else:
-            mean = _causal_softmax(logits / np.sqrt(head_dim)).mean(axis=(0, 1))[:ranked]
+            raise ConfigError(f"score is {score!r}; allowed is softmax or logits")
         if pooling > 1 and ranked > 0:
-            mean = np.convolve(np.pad(mean, pooling // 2), np.ones(pooling), mode="valid") / pooling
+            raw_scores = np.convolve(np.pad(raw_scores, pooling // 2), np.ones(pooling), mode="valid") / pooling
         scores = np.zeros(length, dtype=np.float32)
-        scores[:ranked] = mean
+        scores[:ranked] = raw_scores
     return scores
 
 

@@ -11,7 +11,8 @@ from typing import Protocol, TypeVar, cast
 import numpy as np
 
 from chunkkv.errors import ConfigError, EngineMismatchError, RequestError
-from chunkkv.settings import KEEP_SCALE, ChunkKVSettings, keep_ratio_to_per_10k
+from chunkkv.limits import KEEP_SCALE
+from chunkkv.settings import ChunkKVSettings, keep_ratio_to_per_10k
 
 Prompt = str | Sequence[int] | np.ndarray
 _next_id = count(1).__next__

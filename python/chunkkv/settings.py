@@ -9,7 +9,7 @@ from numbers import Real
 from typing import Any
 
 from chunkkv.errors import ConfigError
-from chunkkv.limits import CHOICES, KEEP_SCALE, RANGES
+from chunkkv.limits import CHOICES, KEEP_SCALE, KERNEL_CHOICES, RANGES
 
 LEADERS = CHOICES["leader"]
 # The chunk size of delimiter boundaries where none is given. A size of 10 would cut most sentences in two.
@@ -123,13 +123,22 @@ class ChunkKVSettings:
     def kept_tokens(self, length: int, keep_per_10k: int | None = None, budget_tokens: int | None = None) -> int:
         """Return N(L), the tokens kept of a prompt of `length` tokens; a request's own ratio or budget overrides.
 
-        Integer arithmetic only (contract section 1). A budget of 0 means ratio mode.
+        Integer arithmetic only (docs/method.md, section 1). A budget of 0 means ratio mode.
         """
         budget = self.budget_tokens if budget_tokens is None and keep_per_10k is None else (budget_tokens or 0)
         if budget > 0:
             return min(length, max(self.min_tokens, budget))
         per_10k = self.keep_per_10k if keep_per_10k is None else keep_per_10k
         return min(length, max(self.min_tokens, length * per_10k // KEEP_SCALE))
+
+    def check_kernels(self) -> None:
+        """Raise ConfigError for a word that the native kernels, and so the plugins, do not compute."""
+        for name, words in KERNEL_CHOICES.items():
+            if getattr(self, name) not in words:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)!r}, which the CUDA kernels do not compute: give "
+                    f"{' or '.join(words)}, or use what runs without them (backend onnxruntime, chunkkv.reference)"
+                )
 
     def leader_of(self, group: tuple[int, ...]) -> int:
         """Return the layer of `group` whose attention decides what the whole group keeps."""

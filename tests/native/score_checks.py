@@ -12,7 +12,7 @@ from chunkkv import reference
 from chunkkv.native import BatchRows, Chunks
 from native.native_op import NativeOp, dequantize, quantize
 
-TOLERANCE = 1e-5  # of the op contract: closer scores may be ranked either way
+TOLERANCE = 1e-5  # of docs/method.md: closer scores may be ranked either way
 
 
 def seen_keys(op: NativeOp, key: NDArray[Any]) -> NDArray[Any]:

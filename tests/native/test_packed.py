@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from support import op_properties
-from support.op_cases import CASES, OpCase, named
+from support.op_cases import KERNEL_CASES, OpCase, named
 
 from chunkkv import reference
 from chunkkv.native import BatchRows, Chunks, NativeLibrary, contiguous_kv, paged_kv
@@ -48,7 +48,7 @@ def ranked(op: NativeOp, tried: OpCase, one_pass: bool) -> tuple[list[bytes], li
 
 
 @pytest.mark.parametrize("one_pass", [False, True])
-@pytest.mark.parametrize("tried", CASES, ids=lambda tried: tried.name)
+@pytest.mark.parametrize("tried", KERNEL_CASES, ids=lambda tried: tried.name)
 def test_case_table(library: NativeLibrary, memory: Memory, tried: OpCase, one_pass: bool) -> None:
     check_against_padded(library, memory, replace(tried, head_dim=max(tried.head_dim, 64)), one_pass)
 
@@ -66,7 +66,7 @@ def check_against_padded(library: NativeLibrary, memory: Memory, tried: OpCase, 
         assert given.tobytes() == wanted.tobytes()
 
 
-@pytest.mark.parametrize("tried", CASES, ids=lambda tried: tried.name)
+@pytest.mark.parametrize("tried", KERNEL_CASES, ids=lambda tried: tried.name)
 def test_case_table_against_the_reference(library: NativeLibrary, memory: Memory, tried: OpCase) -> None:
     op = NativeOp(library, memory, layout="packed", packed_rows=True)
     assert op_properties.check_matches_reference(op.select, replace(tried, head_dim=max(tried.head_dim, 64))) == 0

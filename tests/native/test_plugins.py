@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from support import op_properties
 from support.messages import naming
-from support.op_cases import CASES, STORAGE_TYPES, OpCase
+from support.op_cases import KERNEL_CASES, STORAGE_TYPES, OpCase
 
 from chunkkv import reference
 from chunkkv.native import BatchRows, NativeLibrary, RawArray, contiguous_kv
@@ -91,7 +91,7 @@ def test_every_set_of_headers(headers: Headers, memory: Memory) -> None:
         host.attach(SELECT, [*select_fields(window=129), int_field("max_kept", 0)])
 
 
-@pytest.mark.parametrize("tried", CASES, ids=lambda tried: tried.name)
+@pytest.mark.parametrize("tried", KERNEL_CASES, ids=lambda tried: tried.name)
 def test_case_table(op: PluginOp, tried: OpCase) -> None:
     assert op_properties.check_matches_reference(op.select, replace(tried, head_dim=max(tried.head_dim, 64))) == 0
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from support import op_properties
-from support.op_cases import CASES, STORAGE_TYPES, OpCase, named
+from support.op_cases import KERNEL_CASES, STORAGE_TYPES, OpCase, named
 
 from chunkkv import reference
 from chunkkv.errors import NativeArgumentError
@@ -104,7 +104,7 @@ def test_page_sizes(library: NativeLibrary, memory: Memory, page: int) -> None:
 
 
 @pytest.mark.parametrize("one_pass", [False, True])
-@pytest.mark.parametrize("tried", CASES, ids=lambda tried: tried.name)
+@pytest.mark.parametrize("tried", KERNEL_CASES, ids=lambda tried: tried.name)
 def test_case_table(library: NativeLibrary, memory: Memory, tried: OpCase, one_pass: bool) -> None:
     for layout, whole_query in (("contiguous", False), ("paged", True)):
         op = NativeOp(library, memory, layout=layout, one_pass=one_pass, whole_query=whole_query)

@@ -29,7 +29,7 @@ def load_golden(path: Path = GOLDEN) -> tuple[dict[str, str], dict[str, tuple[Pr
 
 
 def score_tolerance(press: PressSettings) -> float:
-    """1e-6 relative per token with the window and the pooling the op contract names.
+    """1e-6 relative per token with the window and the pooling that docs/method.md names.
 
     A smaller window or no pooling averages fewer probabilities, so more of kvpress's own float32 rounding is left.
     Logits stay below about 40 in size: rounding them alone moves a probability by |logit| * 2**-24.

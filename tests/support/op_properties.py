@@ -1,4 +1,4 @@
-"""Section 8 of the op contract as checks that run on any implementation of the op.
+"""Section 8 of docs/method.md as checks that run on any implementation of the op.
 
 An implementation is a callable `select` with the signature and the result of chunkkv.reference.select_batch. Every
 check raises AssertionError where the implementation breaks the property, and returns how many rows it excused because
@@ -20,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkkv import reference
-from chunkkv.settings import KEEP_SCALE, ChunkKVSettings
+from chunkkv.limits import KEEP_SCALE
+from chunkkv.settings import ChunkKVSettings
 from support.op_cases import OpCase, OpInputs, named
 
 Triple = tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]

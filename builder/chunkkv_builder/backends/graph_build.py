@@ -64,7 +64,9 @@ class GraphBuild:
         (folder / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def plan_graphs(flags: Namespace, backend: str, auto_dtype: str, progress: Progress) -> GraphBuild:
+def plan_graphs(
+    flags: Namespace, backend: str, auto_dtype: str, progress: Progress, *, uses_kernels: bool
+) -> GraphBuild:
     """Open the checkpoint and plan its graphs.
 
     Parameters
@@ -77,6 +79,8 @@ def plan_graphs(flags: Namespace, backend: str, auto_dtype: str, progress: Progr
         What --dtype auto means for that backend.
     progress : Progress
         Shows the stage "checkpoint".
+    uses_kernels : bool
+        Whether ChunkKV is CUDA kernels in that backend. They compute fewer settings than the standard operators do.
 
     Raises
     ------
@@ -98,9 +102,10 @@ def plan_graphs(flags: Namespace, backend: str, auto_dtype: str, progress: Progr
             model, **{name: getattr(flags, name) for name in _LIMITS}, backend=backend, dtype=dtype
         )
         limits.check_window(settings)
-        limits.check_gate(settings)
     delimiters = _delimiter_tokens(checkpoint, settings, progress)
     with errors_name_flags("chunkkv_"):
+        if settings is not None and uses_kernels:
+            settings.check_kernels()
         plan = make_plan(model, settings, delimiters)
     return GraphBuild(checkpoint, limits, plan)
 

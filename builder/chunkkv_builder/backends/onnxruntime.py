@@ -36,7 +36,7 @@ class OnnxRuntimeBackend:
 
     def plan(self, flags: Namespace, progress: Progress) -> GraphBuild:
         """Read the checkpoint and plan the graphs; raises as plan_graphs does."""
-        return plan_graphs(flags, self.name, auto_dtype="float32", progress=progress)
+        return plan_graphs(flags, self.name, auto_dtype="float32", progress=progress, uses_kernels=False)
 
     def check(self, planned: GraphBuild, progress: Progress) -> None:
         """Raise ConfigError for a model that ONNX Runtime's attention cannot run."""

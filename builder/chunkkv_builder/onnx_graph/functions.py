@@ -1,6 +1,6 @@
 """ChunkKV as ONNX model-local functions made of standard operators only.
 
-`chunkkv::ChunkKVSelect` is sections 1 to 4 of the op contract (docs/method.md), `chunkkv::ChunkKVCompact` is section 5.
+`chunkkv::ChunkKVSelect` is sections 1 to 4 of docs/method.md, `chunkkv::ChunkKVCompact` is section 5.
 An engine that registers an operator or plugin of the same name takes that one; every other engine inlines these bodies.
 The settings are constants of the body and are repeated as attributes on the nodes, where plugins read them.
 """
@@ -15,8 +15,9 @@ import onnx
 from onnx import helper
 
 from chunkkv.errors import ConfigError
+from chunkkv.limits import KEEP_SCALE
 from chunkkv.reference import GATED_BELOW
-from chunkkv.settings import KEEP_SCALE, ChunkKVSettings
+from chunkkv.settings import ChunkKVSettings
 from chunkkv_builder.onnx_graph import threshold
 from chunkkv_builder.onnx_graph.emitter import NodeEmitter
 from chunkkv_builder.onnx_graph.gate import ChunkSums, gated_tokens
@@ -81,10 +82,8 @@ def select_function(
     ranked_end = e.op("Sub", [length, e.const(settings.window, "int64")])
     before_window = e.op("Less", [position, ranked_end])
     mask = _masked if sorting else threshold.masked
-    attended = _attention_weights(
-        e, settings, (heads, kv_heads), lambda logits: mask(e, settings, logits, length, position)
-    )
-    scores = _token_scores(e, settings, attended, before_window)
+    raw_scores = _raw_scores(e, settings, (heads, kv_heads), lambda logits: mask(e, settings, logits, length, position))
+    scores = _pooled_scores(e, settings, raw_scores, before_window)
     e.op("Identity", [scores], ["token_scores"])
     kept = _kept_tokens(e, settings, length)
     e.op("Cast", [e.op("Squeeze", [kept, e.ints(1)])], ["kept_lengths"], to=onnx.TensorProto.INT32)
@@ -128,10 +127,10 @@ def _kept_tokens(e: NodeEmitter, settings: ChunkKVSettings, length: str) -> str:
     return e.op("Min", [length, e.op("Max", [requested, e.const(settings.min_tokens, "int64")])])
 
 
-def _attention_weights(
+def _raw_scores(
     e: NodeEmitter, settings: ChunkKVSettings, counts: tuple[int, int], masked: Callable[[str], str]
 ) -> str:
-    """The mean (softmax) or sum (logits) over heads and window of what the window's queries give each token, [B,S].
+    """Return what the window's queries give each token, [B,S]: mean (softmax) or sum (logits) over heads and window.
 
     Shapes are constants but for B and S, so that an engine sees that logits can be masked in place. A column of the
     product depends on its own key alone: the padding needs no care before it is masked. `masked` emits the mask.
@@ -143,6 +142,8 @@ def _attention_weights(
     if settings.score == "logits":
         query = e.op("ReduceSum", [e.op("Reshape", [query, grouped]), e.ints(2)], keepdims=1)
         return e.op("ReduceSum", [e.op("MatMul", [query, transposed]), e.ints(1, 2)], keepdims=0)
+    if settings.score != "softmax":
+        raise ConfigError(f"score is {settings.score!r}, which the ONNX functions lack: give softmax or logits")
     root = e.op("Sqrt", [e.op("Cast", [e.op("Squeeze", [e.dim("key", 3)])], to=onnx.TensorProto.FLOAT)])
     logits = e.op("MatMul", [e.op("Reshape", [e.op("Div", [query, root]), grouped]), transposed])
     logits = e.op("Reshape", [logits, e.ints(0, heads, settings.window, 0)])
@@ -150,9 +151,9 @@ def _attention_weights(
     return _mean_of_rows(e, weights, heads * settings.window)
 
 
-def _token_scores(e: NodeEmitter, settings: ChunkKVSettings, attended: str, before_window: str) -> str:
-    """a[t] of section 2 as [B,S]; zero from the window on."""
-    scores = e.op("Where", [before_window, attended, e.scalar(0.0)])
+def _pooled_scores(e: NodeEmitter, settings: ChunkKVSettings, raw_scores: str, before_window: str) -> str:
+    """a[t] of section 2 as [B,S]: the raw scores, pooled; zero from the window on."""
+    scores = e.op("Where", [before_window, raw_scores, e.scalar(0.0)])
     if settings.pooling > 1:
         half = settings.pooling // 2
         rows = e.op("Unsqueeze", [scores, e.ints(1)])

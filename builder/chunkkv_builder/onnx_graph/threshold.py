@@ -1,10 +1,10 @@
-"""Sections 3 and 4 of the op contract without sorting, in operators that TensorRT's parser takes.
+"""Sections 3 and 4 of docs/method.md without sorting, in operators that TensorRT's parser takes.
 
 TensorRT takes no ScatterElements with a reduction, computes in no 64-bit floats, and its TopK returns at most 3,840
 elements. None of them is needed: one threshold per row says which tokens stay. All tokens whose chunk scores above it
 stay, and of the tokens at it the first ones, until N tokens are reached. The tokens of a chunk are neighbours, so this
-is the contract's rule: whole chunks best first, equal scores by lower position, and of the chunk that does not fit its
-first tokens.
+is the rule of section 4: whole chunks best first, equal scores by lower position, and of the chunk that does not fit
+its first tokens.
 
 The threshold is found by a radix search: 256 candidates at a time, first its power of two, then the 24 bits of its
 significand, eight at a time. Every candidate is an exact float32, so the search is exact.
@@ -30,6 +30,7 @@ _CANDIDATES = 2**_BITS_PER_ROUND
 # The powers of two of normal float32 numbers. GPUs may take smaller numbers for zero; the search does so too.
 _EXPONENTS = np.arange(-126, 128)
 _LARGEST = float(np.finfo(np.float32).max)
+NEVER_NEGATIVE = ("softmax",)  # values of `score` whose scores are at least 0; any other may have either sign
 
 
 class Row(NamedTuple):
@@ -115,12 +116,13 @@ def _chunk_means(e: NodeEmitter, row: Row, scores: str, start: str, ranked: str,
 def _from_zero(e: NodeEmitter, settings: ChunkKVSettings, mean: str, ranked: str) -> str:
     """Return means [B,S] that are at least 0, in the same order, NaN as the lowest.
 
-    Means of attention weights are; means of logits are counted from the lowest of their row.
+    Means of attention weights are; means of scores that may be negative are counted from the lowest of their row.
     """
-    lowest = e.scalar(0.0 if settings.score == "softmax" else -_LARGEST)
+    is_never_negative = settings.score in NEVER_NEGATIVE
+    lowest = e.scalar(0.0 if is_never_negative else -_LARGEST)
     bounded = e.op("Min", [e.op("Max", [mean, e.scalar(-_LARGEST)]), e.scalar(_LARGEST)])
     mean = e.op("Where", [e.op("IsNaN", [mean]), lowest, bounded])
-    if settings.score == "softmax":
+    if is_never_negative:
         return mean
     smallest = e.op("ReduceMin", [e.op("Where", [ranked, mean, e.scalar(np.inf)]), e.ints(1)], keepdims=1)
     return e.op("Min", [e.op("Sub", [mean, smallest]), e.scalar(_LARGEST)])

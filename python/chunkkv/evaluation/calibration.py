@@ -16,8 +16,9 @@ from chunkkv.evaluation.requirements import settings_and_tokenizer
 from chunkkv.evaluation.runner import PromptRunner
 from chunkkv.evaluation.statistics import jaccard
 from chunkkv.evaluation.texts.questions import PromptAndQuestions, Question
+from chunkkv.limits import KEEP_SCALE
 from chunkkv.session import ChunkKVSession
-from chunkkv.settings import KEEP_SCALE, ChunkKVSettings
+from chunkkv.settings import ChunkKVSettings
 
 MAX_CACHE_BYTES = 4 << 30  # of all prompts together: each is prefilled once and stays
 FULL_CACHE = "full cache"

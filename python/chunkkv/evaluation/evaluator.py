@@ -27,8 +27,9 @@ from chunkkv.evaluation.texts.prompt_writer import PromptFrame, PromptWriter
 from chunkkv.evaluation.texts.questions import Example, Question
 from chunkkv.evaluation.texts.suites import Cell, Suite, check_suite
 from chunkkv.evaluation.texts.templates import Wording
+from chunkkv.limits import KEEP_SCALE
 from chunkkv.session import ChunkKVSession
-from chunkkv.settings import KEEP_SCALE, ChunkKVSettings
+from chunkkv.settings import ChunkKVSettings
 
 MODES = ("in", "after")
 SAMPLES = 8  # examples per cell whose agreement between layers and answers are recorded, too

@@ -15,8 +15,9 @@ from chunkkv.evaluation.calibration import FULL_CACHE, Advance, Calibration, Can
 from chunkkv.evaluation.policies import Policy, parse_policies
 from chunkkv.evaluation.statistics import paired_difference, wilson
 from chunkkv.evaluation.texts.questions import PromptAndQuestions
+from chunkkv.limits import KEEP_SCALE
 from chunkkv.session import ChunkKVSession
-from chunkkv.settings import KEEP_SCALE, LEADERS, ChunkKVSettings
+from chunkkv.settings import LEADERS, ChunkKVSettings
 
 RECIPE_SETTINGS = ("window", "chunk_size", "sinks", "pooling", "boundaries", "score", "gate", "leader")
 ENGINE_NAME = "the engine's"  # the candidate with the engine's own settings

@@ -179,7 +179,7 @@ class _DecodeBatch:
 
 
 def _compact(full: HostKVCache, choice: Sequence[np.ndarray], out: HostKVCache, row: int) -> None:
-    """Copy the kept positions of every layer to the first slots of a row (section 5 of the op contract)."""
+    """Copy the kept positions of every layer to the first slots of a row (docs/method.md, section 5)."""
     for source, target in ((full.keys, out.keys), (full.values, out.values)):
         for layer, kept in enumerate(choice):
             target[layer][row, :, : len(kept)] = source[layer][0][:, kept]

@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Sequence
 from typing import Any
 
-from chunkkv.errors import NativeArgumentError
+from chunkkv.errors import ConfigError, NativeArgumentError
 from chunkkv.native import structs as abi
 from chunkkv.native.arrays import Array, RawArray, expect
 from chunkkv.native.batch import BatchRows, Chunks
@@ -91,9 +91,11 @@ class ArgumentReader:
 
 
 def settings_struct(settings: ChunkKVSettings) -> abi.Settings:
-    """Return the struct of the settings; raises NativeArgumentError for a gate, which the native library lacks."""
-    if settings.gate != "none":
-        raise NativeArgumentError(f"gate is {settings.gate!r}, which the native library does not have; give 'none'")
+    """Return the struct of the settings; raises NativeArgumentError for a word that the kernels do not compute."""
+    try:
+        settings.check_kernels()
+    except ConfigError as error:
+        raise NativeArgumentError(str(error)) from None
     return abi.Settings(
         window=settings.window,
         sinks=settings.sinks,

@@ -7,12 +7,12 @@ from ctypes import c_int32 as i32
 from ctypes import c_int64 as i64
 from ctypes import c_void_p as pointer
 
-from chunkkv.limits import CHOICES
+from chunkkv.limits import KERNEL_CHOICES
 
 ABI_VERSION = 2
 DTYPE_CODES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3, "float8_e4m3fn": 4}
-BOUNDARIES_CODES = {word: code for code, word in enumerate(CHOICES["boundaries"])}
-SCORE_CODES = {word: code for code, word in enumerate(CHOICES["score"])}
+BOUNDARIES_CODES = {word: code for code, word in enumerate(KERNEL_CHOICES["boundaries"])}
+SCORE_CODES = {word: code for code, word in enumerate(KERNEL_CHOICES["score"])}
 ROPE_CODES = {"neox": 0, "gptj": 1}
 OP_CODES = {"boundaries": 0, "score": 1, "select": 2, "compact": 3, "rope": 4, "prepare": 5}
 

@@ -78,8 +78,8 @@ class TensorRTBackend:
 
         Raises as plan_graphs does, and UsageError for flags that do not fit the TensorRT at hand.
         """
-        # Its fast attention kernels need 16 bits.
-        planned = plan_graphs(flags, self.name, auto_dtype="bfloat16", progress=progress)
+        # Its fast attention kernels need 16 bits. Its functions without sorting compute what the kernels do.
+        planned = plan_graphs(flags, self.name, auto_dtype="bfloat16", progress=progress, uses_kernels=True)
         target = Target.decide(self._options, planned.plan.model, planned.plan.settings is not None)
         return TensorRTPlan(planned, target)
 

@@ -87,8 +87,7 @@ class EngineBuild:
             raise ConfigError(
                 f"layer_groups is {self.settings.layer_groups}; list the layers 0 to {model.num_layers - 1} in order"
             )
-        if self.settings.gate != "none":
-            raise ConfigError(f"gate is {self.settings.gate!r}, which no plugin has: give --chunkkv_gate none")
+        self.settings.check_kernels()
         if self._tp_agree and model.tp_size == 1:
             raise ConfigError("tp_agree has no effect with one tensor-parallel rank: leave it out")
         if self.settings.boundaries == "delimiter":

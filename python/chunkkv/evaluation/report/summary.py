@@ -14,7 +14,7 @@ import numpy as np
 from chunkkv.evaluation.records import Record
 from chunkkv.evaluation.statistics import paired_difference, wilson
 from chunkkv.files import write_whole
-from chunkkv.settings import KEEP_SCALE
+from chunkkv.limits import KEEP_SCALE
 
 SUMMARY_FILE, TABLE_FILE = "summary.json", "summary.csv"
 FULL = "full"
