@@ -17,7 +17,7 @@ from support.messages import naming
 
 from chunkkv.errors import BackendUnavailableError, EngineRunError
 from chunkkv.gpu import cuda_runtime
-from chunkkv.gpu.cuda_runtime import CudaRuntime, RuntimeBindings
+from chunkkv.gpu.cuda_runtime import CudaRuntime, DeviceProperties, Gpu, RuntimeBindings
 
 
 @pytest.fixture
@@ -92,6 +92,19 @@ def test_no_gpu_is_no_error(library: CudartDouble, cuda: CudaRuntime) -> None:
     assert cuda.device_count() == 1
     library.devices = 0
     assert cuda.device_count() == 0
+
+
+def test_a_gpu_is_named_with_its_compute_capability_and_memory(cuda: CudaRuntime, library: CudartDouble) -> None:
+    library.gpu_name = b"NVIDIA Name\0\0"
+    assert cuda.gpu(0) == cuda.gpu() == Gpu("NVIDIA Name", "8.9", 2 << 30)
+    assert cuda.gpu().description == "NVIDIA Name, compute capability 8.9, 2.0 GiB"
+    with pytest.raises(EngineRunError, match="cudaGetDeviceProperties"):
+        cuda.gpu(1)
+
+
+def test_properties_of_a_gpu_have_the_names_of_the_real_bindings(bindings: ModuleType) -> None:
+    used = [name for name, item in vars(DeviceProperties).items() if isinstance(item, property)]
+    assert len(used) == 4 and set(used) <= set(dir(bindings.cudaDeviceProp()))
 
 
 def test_a_machine_without_cuda_bindings_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,14 +91,13 @@ def _gpu() -> Finding:
     from chunkkv.gpu.cuda_runtime import CudaRuntime
 
     try:
-        count = CudaRuntime.load().device_count()
+        cuda = CudaRuntime.load()
     except BackendUnavailableError as error:
         return Finding.breaks("GPU", f"needs {error}", "install it")
-    return (
-        Finding.ok("GPU", f"{count} found")
-        if count
-        else Finding.breaks("GPU", "none found", "run it on a machine with one")
-    )
+    if reason := cuda.why_no_device():
+        return Finding.breaks("GPU", f"none found ({reason})", "run it on a machine with one")
+    gpus = [cuda.gpu(number).description for number in range(cuda.device_count())]
+    return Finding.ok("GPU", "; ".join(gpus))
 
 
 def _layers(build: TensorRTBuild) -> list[Finding]:

@@ -17,7 +17,6 @@ from chunkkv.gpu.cuda_runtime import CudaRuntime, Gpu
 from chunkkv.gpu.tensorrt_library import INSTALL, TensorRT, find_tensorrt
 from chunkkv.gpu.tensorrt_plugins import find_plugin_library, plugin_libraries
 
-_GIB = 1 << 30
 _NO_GPU = "run it on a machine with an NVIDIA GPU"
 _NO_PLUGINS = "run make plugins, or let CHUNKKV_LIB name the libchunkkv.so beside them"
 
@@ -86,11 +85,7 @@ def _plugins() -> Finding:
 def _gpus(machine: Machine) -> list[Finding]:
     if machine.no_gpu:
         return [Finding.absent("GPU", f"none: {machine.no_gpu}", _NO_GPU)]
-    described = [
-        f"{gpu.name}, compute capability {gpu.compute_capability}, {gpu.memory_bytes / _GIB:.1f} GiB"
-        for gpu in machine.gpus
-    ]
-    return [Finding.ok(f"GPU {number}", text) for number, text in enumerate(described)]
+    return [Finding.ok(f"GPU {number}", gpu.description) for number, gpu in enumerate(machine.gpus)]
 
 
 def _nvcc() -> Finding:

@@ -21,6 +21,7 @@ from chunkkv.errors import BackendUnavailableError, EngineRunError
 ALIGNMENT = 256  # bytes: TensorRT asks for it at every address that it is given
 HOST_TO_DEVICE, DEVICE_TO_HOST = "cudaMemcpyHostToDevice", "cudaMemcpyDeviceToHost"
 THREAD_LOCAL_CAPTURE = "cudaStreamCaptureModeThreadLocal"  # other threads may use CUDA meanwhile
+_GIB = 1 << 30
 _PACKAGE = "the Python package 'cuda-bindings' (pip install 'chunkkv-trt[tensorrt]')"
 
 
@@ -98,6 +99,11 @@ class Gpu:
     name: str
     compute_capability: str
     memory_bytes: int
+
+    @property
+    def description(self) -> str:
+        """All of it, for people."""
+        return f"{self.name}, compute capability {self.compute_capability}, {self.memory_bytes / _GIB:.1f} GiB"
 
 
 class CudaRuntime:
