@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.checkpoints import VARIANTS, variant_config
+from support.transformers_golden import load_golden
 
 from chunkkv.errors import ConfigError
 from chunkkv_builder.checkpoint.model_config import ModelConfig, rope_frequencies
 
-GOLDEN = Path(__file__).parent / "golden" / "transformers.npz"
 LLAMA31_ROPE = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
@@ -157,14 +156,14 @@ def test_a_missing_or_wrong_engine_entry_is_named(key):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_frequencies_are_those_of_transformers(variant):
-    with np.load(GOLDEN, allow_pickle=False) as golden:
-        inverse, factor = rope_frequencies(ModelConfig.from_hf(variant_config(variant)))
-        np.testing.assert_array_max_ulp(inverse.astype(np.float32), golden[f"{variant}/inverse_frequencies"], maxulp=2)
-        assert factor == pytest.approx(float(golden[f"{variant}/attention_factor"]), rel=1e-12)
-        angles = golden["positions"].astype(np.float32)[:, None] * inverse.astype(np.float32)
-        rounding = 1e-6 + 2 * angles * np.finfo(np.float32).eps  # torch's own powers differ that much between CPUs
-        for wave, name in ((np.cos, "cos"), (np.sin, "sin")):
-            assert np.all(np.abs(wave(angles) * np.float32(factor) - golden[f"{variant}/{name}"]) <= rounding)
+    golden = load_golden()
+    inverse, factor = rope_frequencies(ModelConfig.from_hf(variant_config(variant)))
+    np.testing.assert_array_max_ulp(inverse.astype(np.float32), golden[f"{variant}/inverse_frequencies"], maxulp=2)
+    assert factor == pytest.approx(float(golden[f"{variant}/attention_factor"]), rel=1e-12)
+    angles = golden["positions"].astype(np.float32)[:, None] * inverse.astype(np.float32)
+    rounding = 1e-6 + 2 * angles * np.finfo(np.float32).eps  # torch's own powers differ that much between CPUs
+    for wave, name in ((np.cos, "cos"), (np.sin, "sin")):
+        assert np.all(np.abs(wave(angles) * np.float32(factor) - golden[f"{variant}/{name}"]) <= rounding)
     assert inverse.dtype == np.float64 and np.array_equal(inverse, inverse.astype(np.float32))
 
 

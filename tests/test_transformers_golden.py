@@ -6,12 +6,12 @@ How the file was made: tests/golden/make_transformers_golden.py, which also desc
 from __future__ import annotations
 
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
 from support import engines, graphs
 from support.checkpoints import VARIANTS, random_tensors, variant_config, weights_sha256
+from support.transformers_golden import Golden, load_golden
 
 from chunkkv import SamplingParams
 from chunkkv.requests import make_requests
@@ -21,9 +21,8 @@ PROMPTS = (0, 1)
 
 
 @pytest.fixture(scope="module")
-def golden() -> dict[str, np.ndarray]:
-    with np.load(Path(__file__).parent / "golden" / "transformers.npz", allow_pickle=False) as stored:
-        return dict(stored)
+def golden() -> Golden:
+    return load_golden()
 
 
 @pytest.mark.parametrize("variant", sorted(VARIANTS))
@@ -34,6 +33,8 @@ def test_the_recorded_weights_are_the_ones_written_here(golden, variant: str) ->
 def test_every_variant_is_recorded(golden) -> None:
     recorded = {key.split("/")[0] for key in golden if "/" in key}
     assert recorded == set(VARIANTS)
+    with pytest.raises(KeyError, match=r"make_transformers_golden\.py --only gemma"):
+        golden["gemma/prompt0"]
 
 
 @pytest.mark.parametrize("number", PROMPTS)

@@ -1,7 +1,9 @@
 """Record what transformers computes for every checkpoint variant of tests/support/checkpoints.py (float32, eager).
 
-    python tests/golden/make_transformers_golden.py           write transformers.npz beside this file
-    python tests/golden/make_transformers_golden.py --check   compute again and compare with it
+    make test-peers                                    makes the environment, once
+    .venv-peers/bin/python tests/golden/make_transformers_golden.py                   write transformers.npz anew
+    .venv-peers/bin/python tests/golden/make_transformers_golden.py --only VARIANT    write that variant's arrays only
+    .venv-peers/bin/python tests/golden/make_transformers_golden.py --check           compute again and compare
 
 Needs torch and transformers (the `peers` extra). Keys of transformers.npz, for each VARIANT, written by
 write_checkpoint(directory, VARIANT), and for each prompt P in 0, 1:
@@ -25,6 +27,7 @@ import argparse
 import sys
 import tempfile
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +37,8 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from support.checkpoints import VARIANTS, random_tensors, variant_config, weights_sha256, write_checkpoint
+from support.transformers_golden import GOLDEN_FILE, load_golden
 
-GOLDEN_FILE = Path(__file__).with_name("transformers.npz")
 PROMPT_LENGTHS = (41, 23)
 NEW_TOKENS = 12
 PREFILL_LOGITS = 3
@@ -44,13 +47,13 @@ POSITIONS = (0, 1, 2, 17, 63, 200, 511, 4095)
 _TEXT_IDS = (3, 300)  # ids that the tokenizers have, special tokens aside
 
 
-def make_golden() -> dict[str, np.ndarray]:
-    """Return all arrays under the keys described at the top."""
+def make_golden(variants: Iterable[str]) -> dict[str, np.ndarray]:
+    """Return the arrays of these variants, and those of none, under the keys described at the top."""
     golden = {
         "positions": np.array(POSITIONS, dtype=np.int64),
         "transformers_version": np.array(transformers.__version__),
     }
-    for variant in VARIANTS:
+    for variant in variants:
         with tempfile.TemporaryDirectory() as directory:
             write_checkpoint(directory, variant)
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -105,29 +108,36 @@ def _answer(model: transformers.PreTrainedModel, variant: str, number: int, leng
     raise AssertionError(f"{variant}: no prompt has a clear greedy answer")
 
 
-def check_golden(golden: dict[str, np.ndarray]) -> None:
-    """Raise AssertionError where `golden` differs from the stored file by more than rounding."""
-    with np.load(GOLDEN_FILE, allow_pickle=False) as stored:
-        if set(stored.files) != set(golden):
-            raise AssertionError(f"keys differ: {sorted(set(stored.files) ^ set(golden))}")
-        for key in stored.files:
-            if key == "transformers_version":
-                continue
-            if stored[key].dtype.kind == "f":
-                np.testing.assert_allclose(golden[key], stored[key], rtol=1e-4, atol=1e-4, err_msg=key)
-            else:
-                np.testing.assert_array_equal(golden[key], stored[key], err_msg=key)
+def check_golden(golden: dict[str, np.ndarray], stored: dict[str, np.ndarray]) -> None:
+    """Raise AssertionError where `golden` differs from the stored arrays by more than rounding."""
+    if set(stored) != set(golden):
+        raise AssertionError(f"keys differ: {sorted(set(stored) ^ set(golden))}")
+    for key, expected in stored.items():
+        if key == "transformers_version":
+            continue
+        if expected.dtype.kind == "f":
+            np.testing.assert_allclose(golden[key], expected, rtol=1e-4, atol=1e-4, err_msg=key)
+        else:
+            np.testing.assert_array_equal(golden[key], expected, err_msg=key)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Write or check transformers.npz.")
     parser.add_argument("--check", action="store_true", help="compare instead of write")
+    parser.add_argument("--only", choices=VARIANTS, metavar="VARIANT", help="leave the other variants as they are")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    golden = make_golden()
+    others = {}
+    if arguments.only:
+        others = {key: array for key, array in load_golden().items() if key.split("/")[0] in VARIANTS}
+        others = {key: array for key, array in others.items() if not key.startswith(f"{arguments.only}/")}
+        version = load_golden()["transformers_version"]
+        if str(version) != transformers.__version__:
+            parser.error(f"the other variants are of transformers {version}, this is {transformers.__version__}")
+    golden = {**others, **make_golden([arguments.only] if arguments.only else VARIANTS)}
     if arguments.check:
-        check_golden(golden)
+        check_golden(golden, load_golden())
     else:
         np.savez_compressed(GOLDEN_FILE, **golden)
     print(f"{GOLDEN_FILE.name}: {len(golden)} arrays, {GOLDEN_FILE.stat().st_size} bytes")

@@ -77,6 +77,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
+# Variants with a SentencePiece-like tokenizer and its special tokens; the others have a byte-level one.
 SENTENCEPIECE_VARIANTS = ("llama2", "llama_linear", "mistral")
 
 
@@ -89,7 +90,11 @@ def variant_config(variant: str, dtype: str = "float32", **overrides: Any) -> di
 
 
 def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of every tensor that a model of `config` has, as transformers stores them."""
+    """Return name and shape of every tensor that a model of `config` has, as transformers stores them.
+
+    Written from transformers, whose loader confirms it when golden files are made; the builder has its own list
+    (chunkkv_builder.checkpoint.tensor_shapes), and a test compares the two.
+    """
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     head_dim = config.get("head_dim") or hidden // config["num_attention_heads"]
     queries, keys = (config[f"num_{kind}_heads"] * head_dim for kind in ("attention", "key_value"))

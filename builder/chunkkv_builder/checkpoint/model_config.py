@@ -1,4 +1,4 @@
-"""What a checkpoint's model is: families, sizes, biases and rotary scaling, read from its config.json."""
+"""What a checkpoint's model is: family, sizes, biases and rotary scaling, read from its config.json."""
 
 from __future__ import annotations
 
@@ -12,17 +12,12 @@ from numpy.typing import NDArray
 from chunkkv.engine.fields import Fields, is_integer
 from chunkkv.errors import ConfigError
 from chunkkv_builder.checkpoint import rope
+from chunkkv_builder.checkpoint.families import FAMILIES, FAMILY_OF, Family
 from chunkkv_builder.checkpoint.rope import RopeScaling
 
-ARCHITECTURES = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-}
+ARCHITECTURES = {family.architecture: family.name for family in FAMILIES}
 DTYPES = ("float32", "float16", "bfloat16")
 MAX_LAYERS = 4096
-_QWEN3_HEAD_DIM = 128  # what Qwen3 means where its config leaves head_dim out
 
 
 @dataclass(frozen=True)
@@ -117,16 +112,16 @@ class ModelConfig:
             invalid keys.
         """
         fields = Fields(config, source)
-        architecture, family = _read_architecture(fields)
+        family = _read_family(fields)
         _refuse_variants(fields, family)
         num_heads, hidden = fields.integer("num_attention_heads"), fields.integer("hidden_size")
         positions = fields.integer("max_position_embeddings")
         theta, scaling = rope.read_rope(fields, positions)
-        dense_bias = family in ("llama", "qwen3") and fields.flag("attention_bias", default=False)
+        attention_bias = family.reads_attention_bias and fields.flag("attention_bias", default=False)
         generation = Fields(generation_config or {}, "generation_config.json")
         return cls(
-            architecture=architecture,
-            family=family,
+            architecture=family.architecture,
+            family=family.name,
             vocab_size=fields.integer("vocab_size"),
             hidden_size=hidden,
             intermediate_size=fields.integer("intermediate_size"),
@@ -139,14 +134,14 @@ class ModelConfig:
             rope_scaling=scaling,
             max_position_embeddings=positions,
             tie_word_embeddings=fields.flag("tie_word_embeddings", default=False),
-            attention_bias=family == "qwen2" or dense_bias,
-            attention_out_bias=dense_bias,
-            mlp_bias=family == "llama" and fields.flag("mlp_bias", default=False),
-            qk_norm=family == "qwen3",
-            bos_token_id=_first_ids("bos_token_id", generation, fields, _default_ids(family, 1))[0],
+            attention_bias=family.always_has_qkv_bias or attention_bias,
+            attention_out_bias=attention_bias,
+            mlp_bias=family.reads_mlp_bias and fields.flag("mlp_bias", default=False),
+            qk_norm=family.qk_norm,
+            bos_token_id=_first_ids("bos_token_id", generation, fields, family.default_bos_token_id)[0],
             eos_token_ids=tuple(
                 token
-                for token in _first_ids("eos_token_id", generation, fields, _default_ids(family, 2))
+                for token in _first_ids("eos_token_id", generation, fields, family.default_eos_token_id)
                 if token is not None
             ),
             dtype=_read_dtype(fields),
@@ -224,28 +219,29 @@ def _unsupported(architecture: Any) -> ConfigError:
     return ConfigError(f"architecture {architecture!r} is not supported; supported are {', '.join(ARCHITECTURES)}")
 
 
-def _read_architecture(fields: Fields) -> tuple[str, str]:
+def _read_family(fields: Fields) -> Family:
     names = fields.get("architectures")
     if not isinstance(names, list) or len(names) != 1:
         raise fields.error("architectures", f"give a list of one name; supported are {', '.join(ARCHITECTURES)}")
-    family = ARCHITECTURES.get(names[0]) if isinstance(names[0], str) else None
+    family = FAMILY_OF.get(names[0]) if isinstance(names[0], str) else None
     if family is None:
         raise _unsupported(names[0])
-    fields.text("model_type", allowed=(family,), default=family)
-    return names[0], family
+    fields.text("model_type", allowed=(family.name,), default=family.name)
+    return family
 
 
-def _refuse_variants(fields: Fields, family: str) -> None:
+def _refuse_variants(fields: Fields, family: Family) -> None:
     """Raise ConfigError for what the supported architectures can ask for and the graph does not compute."""
     if fields.get("quantization_config") is not None:
         raise fields.error(
             "quantization_config", "quantised checkpoints are not read: give the float32, float16 or bfloat16 original"
         )
-    if family == "mistral" and ("sliding_window" not in fields.values or fields.get("sliding_window") is not None):
+    unless_null, on_request = (family.sliding_window == when for when in ("unless_null", "on_request"))
+    if unless_null and ("sliding_window" not in fields.values or fields.get("sliding_window") is not None):
         raise fields.error(
             "sliding_window", "attention over a sliding window is not supported: the checkpoint must say null"
         )
-    if family in ("qwen2", "qwen3") and fields.flag("use_sliding_window", default=False):
+    if on_request and fields.flag("use_sliding_window", default=False):
         raise fields.error("use_sliding_window", "attention over a sliding window is not supported: it must be false")
     kinds = fields.get("layer_types")
     if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
@@ -254,15 +250,15 @@ def _refuse_variants(fields: Fields, family: str) -> None:
     fields.integer("pretraining_tp", high=1, default=1)
 
 
-def _read_kv_heads(fields: Fields, family: str, num_heads: int) -> int:
-    if family != "llama" and "num_key_value_heads" not in fields.values:
+def _read_kv_heads(fields: Fields, family: Family, num_heads: int) -> int:
+    if family.needs_kv_heads and "num_key_value_heads" not in fields.values:
         raise fields.error("num_key_value_heads", f"give a whole number that divides num_attention_heads = {num_heads}")
     return fields.integer("num_key_value_heads", default=num_heads)
 
 
-def _read_head_dim(fields: Fields, family: str, hidden: int, num_heads: int) -> int:
-    if family == "qwen3" and "head_dim" not in fields.values:
-        return _QWEN3_HEAD_DIM
+def _read_head_dim(fields: Fields, family: Family, hidden: int, num_heads: int) -> int:
+    if family.default_head_dim is not None and "head_dim" not in fields.values:
+        return family.default_head_dim
     head_dim = fields.integer("head_dim", default=None)
     if head_dim is not None:
         return head_dim
@@ -273,17 +269,12 @@ def _read_head_dim(fields: Fields, family: str, hidden: int, num_heads: int) -> 
     return hidden // num_heads
 
 
-def _default_ids(family: str, token: int) -> list[int | None]:
-    """Return what Llama and Mistral configs mean where they leave a special token out; Qwen has no such default."""
-    return [token] if family in ("llama", "mistral") else [None]
-
-
-def _first_ids(key: str, generation: Fields, fields: Fields, default: list[int | None]) -> list[int | None]:
-    """Return the token ids under `key` of the first file that has them."""
+def _first_ids(key: str, generation: Fields, fields: Fields, default: int | None) -> list[int | None]:
+    """Return the token ids under `key` of the first file that has them, else [default]."""
     for source in (generation, fields):
         if source.get(key) is not None:
             return list(_token_ids(source, key)) or [None]
-    return [None] if key in fields.values else default
+    return [None if key in fields.values else default]
 
 
 def _token_ids(fields: Fields, key: str) -> list[int]:
