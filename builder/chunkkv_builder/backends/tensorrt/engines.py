@@ -23,6 +23,8 @@ from chunkkv_builder.backends.tensorrt.target import Target
 from chunkkv_builder.onnx_graph import functions
 from chunkkv_builder.progress import Progress, human_bytes
 
+_PARSER = "ModelImporter.cpp"  # how the ONNX parser's lines in the log begin
+
 
 class EngineBuilder:
     """A tensorrt.Builder with all engines of one build; raises BackendUnavailableError where it cannot be made.
@@ -160,7 +162,9 @@ class EngineBuilder:
         if not parser.parse(for_parser(model)):
             errors = [parser.get_error(number) for number in range(parser.num_errors)]
             listed = "; ".join(_described(error) for error in errors) or "no reason given"
-            raise BuildError(f"{self._library.title} does not take the {name} graph: {listed}")
+            # Why a plugin refuses a node is said to the log alone; the parser says its own errors there as well.
+            reason = self._messages.explanation(without=_PARSER)
+            raise BuildError(f"{self._library.title} does not take the {name} graph: {listed}{reason}")
         if self._target.chunkkv_ops == PLUGIN:
             self._check_plugins_taken(name, network, model)
         return network

@@ -49,7 +49,8 @@ class Options:
         if lacking and any(other.builds_ahead for other in installed()):
             lacking[-1] += "; or give --tensorrt rtx, which builds without a GPU"
         if with_chunkkv and self.chunkkv_ops == PLUGIN and (reason := _missing_plugins(trt)):
-            lacking.append(reason)
+            advice = f"give --chunkkv_ops {FUNCTIONS}"
+            lacking.append(reason if advice in reason else f"{reason}, or {advice}")
         return lacking
 
 
