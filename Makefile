@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 PEERS  := .venv-peers
 TRITON := .venv-triton
+RTX    := .venv-tensorrt
 # NVIDIA's Python bindings of TensorRT, alone: which of their names and parameters the code may use.
 TENSORRT_BINDINGS := $(addprefix build/tensorrt-bindings/,10.15.1.29 10.16.1.11 11.0.0.114 11.4.0.106)
 BIN    := $(VENV)/bin
@@ -10,7 +11,7 @@ MODEL  := examples/needle/model
 # For tests in an environment of their own: what pyproject.toml leaves out of a plain pytest run is named on the line.
 ALONE  := -o addopts="-ra --strict-markers"
 
-.PHONY: demo test test-deep test-slow test-triton test-peers test-tensorrt-api bench results docs gpu-check lint clean
+.PHONY: demo test test-deep test-slow test-triton test-peers test-tensorrt test-tensorrt-api bench results docs gpu-check lint clean
 # Two targets may fill the same environment, and the tests use both cores by themselves: make -j changes nothing.
 .NOTPARALLEL:
 
@@ -21,8 +22,8 @@ demo: $(VENV)/.installed-demo
 test: lint
 	$(BIN)/python -m pytest -n 2
 
-# What is worth having and not worth waiting for after each change: about 25 minutes on two cores, downloads 1.5 GB.
-test-deep: test-tensorrt-api test-triton test-peers test-slow
+# What is worth having and not worth waiting for after each change: about 30 minutes on two cores, downloads 1.6 GB.
+test-deep: test-tensorrt-api test-tensorrt test-triton test-peers test-slow
 
 # Sanitizers, races, planted bugs and nvcc's table of the kernels; pages of the docs that are measured again.
 test-slow: $(VENV)/.installed-test
@@ -38,6 +39,12 @@ test-triton: $(TRITON)/.installed
 test-peers: $(PEERS)/.installed
 	@echo "== make $@"
 	$(PEERS)/bin/python -m pytest $(ALONE) tests/peers
+
+# Engines and plugins built by TensorRT for RTX itself, in an environment of its own; it needs no GPU. Where it cannot be
+# installed the tests are skipped by name.
+test-tensorrt: $(RTX)/.installed
+	@echo "== make $@"
+	$(RTX)/bin/python -m pytest $(ALONE) -n 2 tests/real_tensorrt
 
 test-tensorrt-api: $(VENV)/.installed-test $(TENSORRT_BINDINGS)
 	@echo "== make $@"
@@ -68,11 +75,11 @@ lint: $(VENV)/.installed-test
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(TRITON) build engines/needle-*
+	rm -rf $(VENV) $(PEERS) $(TRITON) $(RTX) build engines/needle-*
 
 # A virtual environment, or one line that says what is missing; the stamp is made last, so half an environment is made
 # again. Python 3.10 to 3.13 is what pyproject.toml asks for.
-$(VENV)/.created $(PEERS)/.created $(TRITON)/.created:
+$(VENV)/.created $(PEERS)/.created $(TRITON)/.created $(RTX)/.created:
 	@version=$$($(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3]); \
 	sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null) || { \
 	echo "PYTHON=$(PYTHON) is $${version:-not a Python}; needed is 3.10 to 3.13, as in: make PYTHON=python3.12" >&2; exit 1; }
@@ -99,4 +106,9 @@ $(PEERS)/.installed: pyproject.toml $(PEERS)/.created
 $(TRITON)/.installed: pyproject.toml $(TRITON)/.created
 	$(TRITON)/bin/python -m pip install --quiet --editable '.[triton-test]'
 	$(TRITON)/bin/python -m pip install --quiet --no-deps nvidia-pytriton==0.7.0 || echo "no tritonserver for this machine"
+	@touch $@
+
+$(RTX)/.installed: pyproject.toml $(RTX)/.created
+	$(RTX)/bin/python -m pip install --quiet --editable '.[test]'
+	$(RTX)/bin/python -m pip install --quiet --editable '.[rtx]' || echo "no TensorRT for RTX for this machine"
 	@touch $@
