@@ -2,10 +2,15 @@
 #include <dlfcn.h>
 
 #include <cstdio>
-#include <string>
 
 #include "chunkkv/chunkkv.h"
+#include "hosts.h"
 #include "plugin_base.h"
+
+// 1 where this library is for TensorRT for RTX; NV_TENSORRT_MAJOR then still says which layouts are meant.
+#ifndef CHUNKKV_TENSORRT_RTX
+#define CHUNKKV_TENSORRT_RTX 0
+#endif
 
 using namespace nvinfer1;
 
@@ -14,25 +19,28 @@ using namespace nvinfer1;
 namespace chunkkv::trt {
 namespace {
 
-bool isLoaded(int major) {
-    const std::string name = "libnvinfer.so." + std::to_string(major);
-    void* library = dlopen(name.c_str(), RTLD_LAZY | RTLD_NOLOAD);
-    if (library) dlclose(library);
-    return library != nullptr;
+constexpr const Host& kOwn = CHUNKKV_TENSORRT_RTX ? kRtx1 : NV_TENSORRT_MAJOR == 10 ? kTensorRT10 : kTensorRT11;
+
+bool isLoaded(const char* library) {
+    void* handle = library ? dlopen(library, RTLD_LAZY | RTLD_NOLOAD) : nullptr;
+    if (handle) dlclose(handle);
+    return handle != nullptr;
 }
+
+bool isLoaded(const Host& host) { return isLoaded(host.library) || isLoaded(host.lean_library); }
 
 /// False where the process runs another TensorRT than this library is made for: loggers and registries are laid out
 /// differently from 10 to 11, so using either would crash.
-bool isRightMajor() noexcept {
-    constexpr int kOwn = NV_TENSORRT_MAJOR;
-    constexpr int kOther = kOwn == 10 ? 11 : 10;
+bool isRightHost() noexcept {
     return guarded("getCreators", false, [] {
-        if (isLoaded(kOwn) || !isLoaded(kOther)) return true;
-        std::fprintf(stderr,
-                     "chunkkv: these plugins are made for TensorRT %d, but %d is loaded; "
-                     "load libchunkkv_tensorrt.so.%d\n",
-                     kOwn, kOther, kOther);
-        return false;
+        if (isLoaded(kOwn)) return true;
+        for (const Host& other : kHosts) {
+            if (!isLoaded(other)) continue;
+            std::fprintf(stderr, "chunkkv: these plugins are made for %s, but %s is loaded; load %s\n", kOwn.name,
+                         other.name, other.plugins);
+            return false;
+        }
+        return true;
     });
 }
 
@@ -45,7 +53,7 @@ CHUNKKV_EXPORT IPluginCreatorInterface* const* getCreators(int32_t& count) {
     static IPluginCreatorInterface* const creators[] = {selectCreator(), compactCreator(), prepareCreator(),
                                                         ropeCreator(),   scoreCreator(),   compressCreator()};
     count = 0;
-    if (!isRightMajor()) return nullptr;
+    if (!isRightHost()) return nullptr;
     if (chunkkv_abi_version() != CHUNKKV_ABI_VERSION) {
         report("chunkkv: libchunkkv.so has C ABI version %d, the plugins need %d; install both from one build",
                chunkkv_abi_version(), CHUNKKV_ABI_VERSION);
@@ -56,7 +64,7 @@ CHUNKKV_EXPORT IPluginCreatorInterface* const* getCreators(int32_t& count) {
 }
 
 CHUNKKV_EXPORT void setLoggerFinder(ILoggerFinder* finder) {
-    if (isRightMajor()) keepLoggerFinder(finder);
+    if (isRightHost()) keepLoggerFinder(finder);
 }
 
 /// Register every creator with an IPluginRegistry of this library's TensorRT; returns how many were new.

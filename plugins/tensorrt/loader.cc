@@ -7,9 +7,12 @@
 #include <cstdio>
 #include <string>
 
+#include "hosts.h"
+
 namespace {
 
-constexpr int kMajors[] = {11, 10};  // newest first
+using chunkkv::trt::Host;
+using chunkkv::trt::kHosts;
 
 /// The folder of this library, with a slash at its end.
 std::string ownFolder() {
@@ -19,28 +22,27 @@ std::string ownFolder() {
     return path.substr(0, path.rfind('/') + 1);
 }
 
-void registerWith(void* tensorrt, int major) {
+void registerWith(void* tensorrt, const Host& host) {
     using GetRegistry = void* (*)();
     using Register = int32_t (*)(void*);
     const auto get_registry = reinterpret_cast<GetRegistry>(dlsym(tensorrt, "getPluginRegistry"));
     void* registry = get_registry ? get_registry() : nullptr;
-    const std::string path = ownFolder() + "libchunkkv_tensorrt.so." + std::to_string(major);
+    const std::string path = ownFolder() + host.plugins;
     void* plugins = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);  // stays loaded: the registry points into it
     const auto add = plugins ? reinterpret_cast<Register>(dlsym(plugins, "chunkkv_register_creators")) : nullptr;
     if (!add) {
         const char* error = dlerror();
         std::fprintf(stderr, "chunkkv: cannot load %s: %s\n", path.c_str(), error ? error : "no plugins in it");
     } else if (!registry || add(registry) == 0) {
-        std::fprintf(stderr, "chunkkv: TensorRT %d has taken no plugin; are they registered already?\n", major);
+        std::fprintf(stderr, "chunkkv: %s has taken no plugin; are they registered already?\n", host.name);
     }
 }
 
-/// Register with the newest major that is loaded (RTLD_NOLOAD), or that can be loaded (0); return whether there is one.
+/// Register with the first of kHosts that is loaded (RTLD_NOLOAD) or can be loaded (0); return whether there is one.
 bool registerWhere(int flags) {
-    for (const int major : kMajors) {
-        const std::string name = "libnvinfer.so." + std::to_string(major);
-        if (void* tensorrt = dlopen(name.c_str(), RTLD_LAZY | flags)) {
-            registerWith(tensorrt, major);
+    for (const Host& host : kHosts) {
+        if (void* tensorrt = dlopen(host.library, RTLD_LAZY | flags)) {
+            registerWith(tensorrt, host);
             return true;
         }
     }
@@ -50,7 +52,9 @@ bool registerWhere(int flags) {
 __attribute__((constructor)) void registerPlugins() {
     // Under LD_PRELOAD this runs before TensorRT is loaded. Then it is loaded here, and the host gets the same copy.
     if (registerWhere(RTLD_NOLOAD) || registerWhere(0)) return;
-    std::fprintf(stderr, "chunkkv: no libnvinfer.so.11 or libnvinfer.so.10 was found, so no plugin is registered\n");
+    std::string names;
+    for (const Host& host : kHosts) names += std::string(names.empty() ? "" : ", ") + host.library;
+    std::fprintf(stderr, "chunkkv: none of %s was found, so no plugin is registered\n", names.c_str());
 }
 
 }  // namespace

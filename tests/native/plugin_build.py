@@ -15,12 +15,16 @@ _PLUGIN_SOURCES = sorted(set(PLUGINS.glob("*.cc")) - {PLUGINS / "loader.cc"})
 _HOST_SOURCES = [HOST / f"{name}.cc" for name in ("c_api", "host", "fuzz")]
 
 
-def plugin_library(kernels: Path, headers: Headers, flavour: str = "plain") -> Path:
-    """Return libchunkkv_tensorrt.so.<major>, built with `headers` and linked to the libchunkkv at `kernels`."""
+def plugin_library(kernels: Path, headers: Headers, flavour: str = "plain", *, rtx: bool = False) -> Path:
+    """Return libchunkkv_tensorrt.so.<major>, built with `headers` and linked to the libchunkkv at `kernels`.
+
+    With `rtx` it is libchunkkv_tensorrt_rtx.so.1, of headers with the layouts of TensorRT 11.
+    """
     exports = PLUGINS / "exports.map"
     flags = [f"-I{ROOT / 'plugins' / 'include'}", *headers.flags, f"-Wl,--version-script={exports}"]
     link = ["-Wl,-z,defs" if flavour == "plain" else "", str(kernels), f"-Wl,-rpath,{kernels.parent}", "-ldl"]
-    return _shared(f"libchunkkv_tensorrt.so.{headers.major}", _PLUGIN_SOURCES, flags, link, flavour, [exports])
+    name = "libchunkkv_tensorrt_rtx.so.1" if rtx else f"libchunkkv_tensorrt.so.{headers.major}"
+    return _shared(name, _PLUGIN_SOURCES, [*flags, f"-DCHUNKKV_TENSORRT_RTX={rtx:d}"], link, flavour, [exports])
 
 
 def host_library(headers: Headers, flavour: str = "plain") -> Path:
@@ -34,9 +38,8 @@ def loader_library() -> Path:
     return _shared("libchunkkv_tensorrt_loader.so", [PLUGINS / "loader.cc"], flags, ["-ldl"], "plain")
 
 
-def stub_tensorrt(headers: Headers) -> Path:
-    """Return a libnvinfer.so.<major> that holds a plugin registry and nothing else."""
-    name = f"libnvinfer.so.{headers.major}"
+def stub_tensorrt(headers: Headers, name: str) -> Path:
+    """Return a library `name`, such as libnvinfer.so.11, that holds a plugin registry and nothing else."""
     return _shared(name, [HOST / "nvinfer_stub.cc"], list(headers.flags), [f"-Wl,-soname,{name}"], "plain")
 
 

@@ -22,7 +22,7 @@ from native.build import BUILD, ROOT
 
 pytestmark = pytest.mark.deep
 
-MAJORS = (10, 11)
+PLUGINS = ("libchunkkv_tensorrt.so.10", "libchunkkv_tensorrt.so.11", "libchunkkv_tensorrt_rtx.so.1")
 TABLE = json.loads(compile_check.TABLE.read_text(encoding="utf-8"))
 needs_nvcc = pytest.mark.skipif(compile_check.find_nvcc() is None, reason="nvcc is not installed")
 needs_cmake = pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
@@ -77,7 +77,7 @@ def build_with_cmake(folder: Path, *options: str, source: Path = ROOT) -> None:
 def test_the_library_loads_and_names_a_missing_driver() -> None:
     """Built for one architecture; without a driver every launch fails with CUDA's own words, and nothing crashes."""
     build_with_cmake(BUILD / "cmake")
-    assert all((BUILD / "cmake" / f"libchunkkv_tensorrt.so.{major}").is_file() for major in MAJORS)
+    assert all((BUILD / "cmake" / name).is_file() for name in PLUGINS)
     library = NativeLibrary(BUILD / "cmake" / "libchunkkv.so")
     assert library.device == "cuda"
     settings = ChunkKVSettings()
@@ -96,9 +96,9 @@ def test_cmake_works_without_nvcc(tmp_path: Path) -> None:
     shutil.copy(ROOT / "CMakeLists.txt", source)
     build_with_cmake(tmp_path, "-DCMAKE_CUDA_COMPILER=NOTFOUND", source=source)
     assert [path.name for path in tmp_path.glob("*.so*")] == ["libchunkkv_emulated.so"]
-    plugins = [f"libchunkkv_tensorrt.so.{major}" for major in MAJORS]
-    assert {path.name for path in (tmp_path / "emulated").glob("*.so*")} == {*plugins, "libchunkkv_tensorrt_loader.so"}
-    for name in plugins:
+    assert {path.name for path in (tmp_path / "emulated").glob("*.so*")} == {*PLUGINS, "libchunkkv_tensorrt_loader.so"}
+    assert (tmp_path / "emulated" / "rtx" / "libtensorrt_rtx.so").is_file()
+    for name in PLUGINS:
         assert hasattr(ctypes.CDLL(str(tmp_path / "emulated" / name)), "getCreators")
     library = NativeLibrary(tmp_path / "libchunkkv_emulated.so")
     assert library.device == "emulated"

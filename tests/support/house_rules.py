@@ -16,6 +16,7 @@ GROUND = {
     "files",
     "findings",
     "limits",
+    "native_files",
     "profiling",
     "reference",
     "requests",

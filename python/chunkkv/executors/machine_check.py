@@ -12,6 +12,7 @@ from chunkkv.engine.tensorrt_build import MACHINE_GPU, NO_OPS, PACKAGES, PLUGIN,
 from chunkkv.engine.tensorrt_llm_side_file import SideFile, engine_file
 from chunkkv.errors import BackendUnavailableError, ChunkKVError
 from chunkkv.findings import Finding
+from chunkkv.native_files import HOW_TO_GET
 
 _PACKAGES = {ONNXRUNTIME: ("onnxruntime",), TENSORRT_LLM: ("tensorrt", "tensorrt_llm")}
 _WHEELS = {
@@ -136,7 +137,7 @@ def _validity(path: Path, build: TensorRTBuild) -> list[Finding]:
 def _plugins(files: EngineFiles) -> list[Finding]:
     from chunkkv.gpu.tensorrt_plugins import find_plugin_library
 
-    check, change = "plugin library", "build the plugins with CMake, or let CHUNKKV_LIB name the libchunkkv.so there"
+    check, change = "plugin library", f"{HOW_TO_GET}, or let CHUNKKV_LIB name the libchunkkv.so there"
     try:
         flavour = STANDARD if files.tensorrt is None else files.tensorrt.flavour
         path = find_plugin_library(flavour, files.versions.get(PACKAGES[flavour], "10"))

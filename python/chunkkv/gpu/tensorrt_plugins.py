@@ -13,14 +13,16 @@ from chunkkv.errors import BackendUnavailableError, ConfigError
 from chunkkv.gpu.tensorrt_errors import ErrorLog
 from chunkkv.gpu.tensorrt_library import TensorRT
 from chunkkv.limits import KERNEL_HEAD_SIZES, KERNEL_MAX_GROUP
+from chunkkv.native_files import HOW_TO_GET, LIBRARY_FOLDERS
 
 PLUGIN_NAMESPACE, PLUGIN_VERSION = "chunkkv", "1"
 PLUGINS = ("ChunkKVSelect", "ChunkKVCompact")
 TENSORRT_LLM_PLUGINS = ("ChunkKVPrepare", "ChunkKVRope", "ChunkKVScore", "ChunkKVCompress")
 _LIBRARIES = {STANDARD: "libchunkkv_tensorrt.so", RTX: "libchunkkv_tensorrt_rtx.so"}
-PLUGIN_FOLDERS = (Path(__file__).parents[1] / "lib", Path(__file__).parents[3] / "build" / "native")
+PLUGIN_FOLDERS = LIBRARY_FOLDERS
 # TensorRT for RTX: what its parser opens to find the plugin registry, and the library that is meant.
 _REGISTRY_ALIAS, _REGISTRY_LIBRARY, _REGISTRY_SYMBOL = "libtensorrt_rtx.so", "libtensorrt_rtx.so.1", "getPluginRegistry"
+_ALIAS_FOLDER = "rtx"  # of its own, so that nobody's search path meets the alias
 _ALIAS_ADVICE = "build the plugins again, or give --chunkkv_ops functions"
 
 
@@ -39,8 +41,8 @@ def find_plugin_library(flavour: str, version: str) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise BackendUnavailableError(
-        f"the ChunkKV plugins {name}, which are in none of {', '.join(map(str, _places()))}: build them with CMake, or "
-        "let CHUNKKV_LIB name the libchunkkv.so beside them"
+        f"the ChunkKV plugins {name}, which are in none of {', '.join(map(str, _places()))}: {HOW_TO_GET}, or let "
+        "CHUNKKV_LIB name the libchunkkv.so beside them"
     )
 
 
@@ -74,7 +76,7 @@ def prepare_parser(trt: TensorRT) -> None:
 
     The parser of TensorRT for RTX looks for the plugin registry by opening the bare name libtensorrt_rtx.so, which its
     wheels do not contain, and ends the whole process where that fails. A library of that name which only refers to
-    libtensorrt_rtx.so.1 lies beside our plugins and is loaded here; it stays loaded, as everything from CDLL does.
+    libtensorrt_rtx.so.1 lies in rtx/ beside our plugins and is loaded here; it stays loaded, as all that CDLL loads.
 
     Raises BackendUnavailableError where the parser would not find the registry.
     """
@@ -95,11 +97,11 @@ def prepare_parser(trt: TensorRT) -> None:
 def find_registry_alias() -> Path:
     """Return the library that prepare_parser loads; raises BackendUnavailableError where it is missing."""
     for folder in _places():
-        if (folder / _REGISTRY_ALIAS).is_file():
-            return folder / _REGISTRY_ALIAS
+        if (alias := folder / _ALIAS_FOLDER / _REGISTRY_ALIAS).is_file():
+            return alias
     raise BackendUnavailableError(
-        f"{_REGISTRY_ALIAS} beside the ChunkKV plugins, which is in none of {', '.join(map(str, _places()))}: "
-        f"{_ALIAS_ADVICE}"
+        f"{_ALIAS_FOLDER}/{_REGISTRY_ALIAS} beside the ChunkKV plugins, which is in none of "
+        f"{', '.join(map(str, _places()))}: {_ALIAS_ADVICE}"
     )
 
 

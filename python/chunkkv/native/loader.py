@@ -8,15 +8,15 @@ from pathlib import Path
 
 from chunkkv.errors import BackendUnavailableError
 from chunkkv.native.structs import ABI_VERSION
+from chunkkv.native_files import HOW_TO_GET, LIBRARY_FOLDERS
 
 LIBRARY_NAME = "libchunkkv.so"
-_PLACES = (Path(__file__).parents[1] / "lib", Path(__file__).parents[3] / "build" / "native")
 
 
 def load_library(path: str | os.PathLike[str] | None = None) -> tuple[Path, ctypes.CDLL]:
     """Return the path of a libchunkkv and the loaded library, whose functions have their return types set.
 
-    `path` comes first, then what CHUNKKV_LIB names, then the library that CMake built. Raises BackendUnavailableError
+    `path` comes first, then what CHUNKKV_LIB names, then LIBRARY_FOLDERS. Raises BackendUnavailableError
     where there is none, or one with another version of the C ABI.
     """
     library_path = _find(path)
@@ -40,12 +40,11 @@ def load_library(path: str | os.PathLike[str] | None = None) -> tuple[Path, ctyp
 
 def _find(path: str | os.PathLike[str] | None) -> Path:
     named = path or os.environ.get("CHUNKKV_LIB")
-    candidates = [Path(named)] if named else [place / LIBRARY_NAME for place in _PLACES]
+    candidates = [Path(named)] if named else [folder / LIBRARY_NAME for folder in LIBRARY_FOLDERS]
     for candidate in candidates:
         if candidate.is_file():
             return candidate.resolve()
     looked = ", ".join(str(candidate) for candidate in candidates)
     raise BackendUnavailableError(
-        f"libchunkkv was not found at {looked}; build it (cmake -S . -B build/native && cmake --build build/native) "
-        "or let CHUNKKV_LIB name it"
+        f"libchunkkv was not found at {looked}; {HOW_TO_GET}, or let CHUNKKV_LIB name a libchunkkv"
     )
