@@ -4,6 +4,7 @@ VENV   := .venv
 PEERS  := .venv-peers
 TRITON := .venv-triton
 RTX    := .venv-tensorrt
+NATIVE := .venv-native
 # NVIDIA's Python bindings of TensorRT, alone: which of their names and parameters the code may use.
 TENSORRT_BINDINGS := $(addprefix build/tensorrt-bindings/,10.15.1.29 10.16.1.11 11.0.0.114 11.4.0.106)
 BIN    := $(VENV)/bin
@@ -11,12 +12,22 @@ MODEL  := examples/needle/model
 # For tests in an environment of their own: what pyproject.toml leaves out of a plain pytest run is named on the line.
 ALONE  := -o addopts="-ra --strict-markers"
 
-.PHONY: demo test test-deep test-slow test-triton test-peers test-tensorrt test-tensorrt-api bench results docs gpu-check lint clean
+.PHONY: demo plugins wheel test test-deep test-slow test-triton test-peers test-tensorrt test-tensorrt-api
+.PHONY: bench results docs gpu-check lint clean
 # Two targets may fill the same environment, and the tests use both cores by themselves: make -j changes nothing.
 .NOTPARALLEL:
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python examples/demo.py
+
+# libchunkkv and the TensorRT plugins for every supported GPU, or for ARCHITECTURES=89-real alone; with a CUDA compiler
+# from pip where the machine has none.
+plugins: $(NATIVE)/.created
+	$(NATIVE)/bin/python plugins/build.py $(addprefix --architectures=,$(ARCHITECTURES))
+
+# The project with these libraries in it, for machines without a compiler: dist/chunkkv_trt-*.whl.
+wheel: $(NATIVE)/.created
+	$(NATIVE)/bin/python plugins/build.py --wheel dist
 
 # Everything a user of the CPU path relies on: about 3 minutes on two cores.
 test: lint
@@ -75,11 +86,11 @@ lint: $(VENV)/.installed-test
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(TRITON) $(RTX) build engines/needle-*
+	rm -rf $(VENV) $(PEERS) $(TRITON) $(RTX) $(NATIVE) build dist engines/needle-*
 
 # A virtual environment, or one line that says what is missing; the stamp is made last, so half an environment is made
 # again. Python 3.10 to 3.13 is what pyproject.toml asks for.
-$(VENV)/.created $(PEERS)/.created $(TRITON)/.created $(RTX)/.created:
+$(VENV)/.created $(PEERS)/.created $(TRITON)/.created $(RTX)/.created $(NATIVE)/.created:
 	@version=$$($(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3]); \
 	sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null) || { \
 	echo "PYTHON=$(PYTHON) is $${version:-not a Python}; needed is 3.10 to 3.13, as in: make PYTHON=python3.12" >&2; exit 1; }

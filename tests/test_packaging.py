@@ -1,12 +1,13 @@
-"""What `pip install .` installs: every module and data file, nothing else, and none of the heavy packages."""
+"""What `pip install .` installs, what a source archive holds, and the wheel with native code that make wheel writes."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import re
-import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -19,28 +20,45 @@ HEAVY = ("torch", "transformers", "tensorrt", "tensorrt_llm", "kvpress", "matplo
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
-    """The wheel of a copy of the sources, so that the checkout stays as it is."""
-    copy = tmp_path_factory.mktemp("sources")
-    for name in ("python", "builder"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, copy)
+    """The wheel of the checkout, built where no compiler is on the path."""
     output = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(output), str(copy)]
-    subprocess.run(command, check=True)
-    (found,) = output.glob("chunkkv_trt-*.whl")
-    return zipfile.ZipFile(found)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(output), str(ROOT)]
+    subprocess.run(command, env=os.environ | {"PATH": str(output)}, check=True)
+    (path,) = output.glob("chunkkv_trt-*-py3-none-any.whl")
+    return zipfile.ZipFile(path)
 
 
-def test_the_wheel_has_every_source_file_and_nothing_else(wheel: zipfile.ZipFile) -> None:
-    expected = {
+def shipped_python() -> set[str]:
+    """Return every module and data file of both packages, by its name in a wheel."""
+    return {
         f"{package}/{path.relative_to(folder).as_posix()}"
         for package, folder in PACKAGES.items()
         for path in folder.rglob("*")
         if path.suffix in (".py", ".html", ".typed")
     }
-    assert {name for name in wheel.namelist() if ".dist-info/" not in name} == expected
+
+
+def content(wheel: zipfile.ZipFile) -> set[str]:
+    return {name for name in wheel.namelist() if ".dist-info/" not in name}
+
+
+def test_the_wheel_has_every_source_file_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+    assert content(wheel) == shipped_python()
     assert any(name.endswith("/LICENSE") for name in wheel.namelist())
+
+
+def test_the_source_archive_is_the_checkout(tmp_path: Path) -> None:
+    """Native code, tests, docs and examples included: what it builds can be tested and tried."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    program = "import sys; from scikit_build_core.build import build_sdist; build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, check=True, capture_output=True)
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.split("/", maxsplit=1)[1] for name in archive.getnames()}
+    assert names == {name for name in listed.stdout.splitlines() if (ROOT / name).exists()} | {"PKG-INFO"}
 
 
 def test_the_default_install_asks_for_no_heavy_package(wheel: zipfile.ZipFile) -> None:
