@@ -98,6 +98,15 @@ def test_long_prompts_are_timed_at_a_usual_length(machine: Double, build, tmp_pa
     assert Contract.read(folder).capacities == (2560, 5056, 10_048, 20_032)
 
 
+def test_a_cache_beyond_tensorrts_tensors_is_refused(machine: Double, build) -> None:
+    """Tensors have at most 2**31 - 1 elements; here a token of the cache has 2 heads of 16."""
+    longest = (2**31 - 1) // 32 // 64 * 64
+    long = engines.checkpoint_dir("llama3", max_position_embeddings=2**31 - 1, rope_scaling=None)
+    assert build(checkpoint_dir=long, max_seq_len=longest, max_input_len=64)[0].code == 0
+    refused, _ = build(checkpoint_dir=long, max_seq_len=longest + 1, max_input_len=64, overwrite=True)
+    assert re.search(naming("--max_seq_len", longest + 1, longest, "2 KV heads of 16"), refused.error(2))
+
+
 def test_matrices_are_inputs_of_every_engine_and_stored_once(machine: Double, build) -> None:
     _, folder = build()
     graphs = [entry["network"].model.graph for entry in machine.log]
@@ -334,4 +343,4 @@ def test_the_entropy_gate_is_an_option_of_onnx_runtime_alone(machine: Double, bu
     if backend == "onnxruntime":
         assert done.code == 0
     else:
-        assert "--chunkkv_gate is 'entropy', which backend tensorrt has no plugin for" in done.error(2)
+        assert re.search(naming("--chunkkv_gate 'entropy'"), done.error(2))

@@ -9,13 +9,20 @@ from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
+from chunkkv.command_line import UsageError
 from chunkkv.engine.directory import TENSORRT
 from chunkkv.engine.tensorrt_build import FUNCTIONS, PLUGIN
 from chunkkv.engine.tensorrt_contract import PREFILL_FILE, WEIGHTS_FILE, decode_file
 from chunkkv_builder.backends.graph_build import GraphBuild, plan_graphs
 from chunkkv_builder.backends.interface import Built
 from chunkkv_builder.backends.tensorrt.engines import EngineBuilder
-from chunkkv_builder.backends.tensorrt.graphs import Graphs, ShapeProfile, weight_sources
+from chunkkv_builder.backends.tensorrt.graphs import (
+    Graphs,
+    ShapeProfile,
+    decode_capacities,
+    largest_capacity,
+    weight_sources,
+)
 from chunkkv_builder.backends.tensorrt.target import Options, Target
 from chunkkv_builder.dry_run import plan_console
 from chunkkv_builder.onnx_graph.weights import write_weights
@@ -84,7 +91,14 @@ class TensorRTBackend:
         return TensorRTPlan(planned, target)
 
     def check(self, planned: TensorRTPlan, progress: Progress) -> None:
-        """Do nothing: `plan` has checked all that can be known before the build."""
+        """Raise UsageError for a sequence length whose caches are larger than TensorRT's tensors may be."""
+        limits, model = planned.graphs.limits, planned.graphs.plan.model
+        longest = largest_capacity(model.num_kv_heads * model.head_dim)
+        if decode_capacities(limits.max_seq_len)[-1] > longest:
+            raise UsageError(
+                f"--max_seq_len is {limits.max_seq_len}; with {model.num_kv_heads} KV heads of {model.head_dim} a "
+                f"cache in TensorRT holds at most {longest} tokens: give that or less"
+            )
 
     def build(self, planned: TensorRTPlan, folder: Path, progress: Progress) -> Built:
         """Write weights, engines, their contract and config.json to `folder`; return what the manifest says of them.

@@ -24,6 +24,7 @@ from chunkkv_builder.onnx_graph import functions
 from chunkkv_builder.progress import Progress, human_bytes
 
 _PARSER = "ModelImporter.cpp"  # how the ONNX parser's lines in the log begin
+_PLACES = ("node_name", "node_operator", "local_function_stack", "func")
 
 
 class EngineBuilder:
@@ -216,6 +217,12 @@ def chunkkv_nodes(model: onnx.ModelProto) -> int:
 
 
 def _described(error: Any) -> str:
-    """Return one parser error as a line; what a version does not tell is left out."""
-    place = [str(call()) for name in ("node_name", "node_operator") if (call := getattr(error, name, None))]
+    """Return one parser error as a line that names node and operator.
+
+    Inside an ONNX function the parser tells neither: then the function's node and the parser's own function stand for
+    them. What a version of TensorRT does not tell is left out.
+    """
+    told = {name: call() for name in _PLACES if (call := getattr(error, name, None)) is not None}
+    calling_nodes = told.get("local_function_stack") or [""]
+    place = [told.get("node_name") or calling_nodes[-1], told.get("node_operator") or told.get("func")]
     return f"{' '.join(part for part in place if part) or 'model'}: {' '.join(error.desc().split())}"

@@ -23,6 +23,7 @@ RUNGS = 4
 SMALLEST_CAPACITY = 128
 BEST_LENGTH = 4096  # kernels are timed at this prompt length, or at the longest: they serve longer prompts as well
 _NO_BOUND = {"max_kept": 0}  # how many tokens are kept depends on values, which TensorRT does not know while it builds
+LARGEST_TENSOR = 2**31 - 1  # numbers of one row: TensorRT counts them in 32 bits
 CAPACITY_STEP = 64  # keeps every row of a cache on the address grid that TensorRT wants
 
 
@@ -131,6 +132,11 @@ def decode_capacities(max_seq_len: int) -> tuple[int, ...]:
     grid = {-(-size // CAPACITY_STEP) * CAPACITY_STEP for size in sizes}
     largest = -(-max_seq_len // CAPACITY_STEP) * CAPACITY_STEP
     return tuple(sorted(size for size in grid if size <= largest))
+
+
+def largest_capacity(slot_numbers: int) -> int:
+    """Return the most slots that a decode engine's cache may have where a slot holds `slot_numbers` numbers."""
+    return LARGEST_TENSOR // slot_numbers // CAPACITY_STEP * CAPACITY_STEP
 
 
 def weight_sources(checkpoint: Checkpoint, dtype: str) -> list[WeightSource]:
