@@ -7,6 +7,8 @@ RTX    := .venv-tensorrt
 NATIVE := .venv-native
 # NVIDIA's Python bindings of TensorRT, alone: which of their names and parameters the code may use.
 TENSORRT_BINDINGS := $(addprefix build/tensorrt-bindings/,10.15.1.29 10.16.1.11 11.0.0.114 11.4.0.106)
+# Lean runtimes: real plugin registries of the standard TensorRT.
+TENSORRT_LEAN := $(addprefix build/tensorrt-lean/,10.16.1.11 11.4.0.106)
 BIN    := $(VENV)/bin
 MODEL  := examples/needle/model
 # For tests in an environment of their own: what pyproject.toml leaves out of a plain pytest run is named on the line.
@@ -53,7 +55,7 @@ test-peers: $(PEERS)/.installed
 
 # Engines and plugins built by TensorRT for RTX itself, in an environment of its own; it needs no GPU. Where it cannot be
 # installed the tests are skipped by name.
-test-tensorrt: $(RTX)/.installed
+test-tensorrt: $(RTX)/.installed $(TENSORRT_LEAN)
 	@echo "== make $@"
 	$(RTX)/bin/python -m pytest $(ALONE) -n 2 tests/real_tensorrt
 
@@ -64,6 +66,12 @@ test-tensorrt-api: $(VENV)/.installed-test $(TENSORRT_BINDINGS)
 build/tensorrt-bindings/%: | $(VENV)/.created
 	rm -rf $@.partial
 	$(BIN)/python -m pip install --quiet --no-deps --target $@.partial tensorrt_cu13_bindings==$*
+	mv $@.partial $@
+
+build/tensorrt-lean/%: | $(RTX)/.created
+	rm -rf $@.partial
+	$(RTX)/bin/python -m pip install --quiet --no-deps --target $@.partial \
+	    tensorrt_lean_$(if $(filter 10.%,$*),cu12,cu13)_libs==$*
 	mv $@.partial $@
 
 bench: $(PEERS)/.installed

@@ -32,6 +32,11 @@ def host_library(headers: Headers, flavour: str = "plain") -> Path:
     return _shared("libplugin_host.so", _HOST_SOURCES, list(headers.flags), ["-ldl", "-lpthread"], flavour)
 
 
+def registry_probe(headers: Headers) -> Path:
+    """Return the library that looks into the registry of a real TensorRT, built with `headers`."""
+    return _shared("libregistry_probe.so", [HOST / "registry_probe.cc"], list(headers.flags), ["-ldl"], "plain")
+
+
 def loader_library() -> Path:
     """Return libchunkkv_tensorrt_loader.so."""
     flags = [f"-Wl,--version-script={PLUGINS / 'exports.map'}", "-Wl,-z,defs"]

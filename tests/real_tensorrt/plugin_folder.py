@@ -16,7 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "real-tensorrt"
 GIVEN = os.environ.get("CHUNKKV_LIB")
-TARGETS = ("chunkkv_tensorrt_rtx1", "chunkkv_rtx_name")
+TARGETS = ("chunkkv_tensorrt_rtx1", "chunkkv_rtx_name", "chunkkv_tensorrt10", "chunkkv_tensorrt11")
+TARGETS += ("chunkkv_tensorrt_loader",)
 
 
 def kernels() -> str:
