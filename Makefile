@@ -14,7 +14,7 @@ MODEL  := examples/needle/model
 # For tests in an environment of their own: what pyproject.toml leaves out of a plain pytest run is named on the line.
 ALONE  := -o addopts="-ra --strict-markers"
 
-.PHONY: demo plugins wheel test test-deep test-slow test-triton test-peers test-tensorrt test-tensorrt-api
+.PHONY: demo install plugins wheel test test-deep test-slow test-triton test-peers test-tensorrt test-tensorrt-api
 .PHONY: bench results docs gpu-check lint clean
 # Two targets may fill the same environment, and the tests use both cores by themselves: make -j changes nothing.
 .NOTPARALLEL:
@@ -30,6 +30,9 @@ plugins: $(NATIVE)/.created
 # The project with these libraries in it, for machines without a compiler: dist/chunkkv_trt-*.whl.
 wheel: $(NATIVE)/.created
 	$(NATIVE)/bin/python plugins/build.py --wheel dist
+
+# The environment of the tests, and nothing else.
+install: $(VENV)/.installed-test
 
 # Everything a user of the CPU path relies on: about 3 minutes on two cores.
 test: lint

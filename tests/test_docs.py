@@ -16,6 +16,9 @@ import pytest
 
 import chunkkv
 from chunkkv.cli.main import main as chunkkv_command
+from chunkkv.evaluation.policies import RULES
+from chunkkv.evaluation.texts.generated_suites import make_suites
+from chunkkv.settings import ChunkKVSettings
 from chunkkv_builder.build import main as chunkkv_build
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,7 +33,7 @@ ELSEWHERE = {
         max_beam_width multiple_profiles remove_input_padding tokens_per_block workers""",
     "convert_checkpoint.py": "cp_size dtype model_dir output_dir tp_size",
     "lm_eval": """batch_size include_path limit log_samples model model_args num_fewshot output_path tasks""",
-    "scripts of this project": "check model nvtx_include out output page_only seed work_dir",
+    "scripts of this project": "check model nvtx_include only out output page_only seed work_dir",
     "other tools": "backend-config build cuda-graph-trace dry_run model-repository no-deps output shm-size trace type",
 }
 FOREIGN = {flag for flags in ELSEWHERE.values() for flag in flags.split()}
@@ -173,3 +176,15 @@ def test_every_page_is_in_the_index() -> None:
     index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
     pages = [path.name for path in (ROOT / "docs").glob("*.md") if path.name != "README.md"]
     assert [page for page in pages if f"]({page}" not in index] == []
+
+
+def test_the_page_about_evaluation_lists_every_policy_and_suite() -> None:
+    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    assert first_column(page, "policy") == list(RULES)
+    assert first_column(page, "suite") == list(make_suites(ChunkKVSettings()))
+
+
+def first_column(page: str, heading: str) -> list[str]:
+    """Return the code spans that begin the rows of the table with that heading."""
+    rows = page.split(f"\n| {heading} |", 1)[1].split("\n\n", 1)[0]
+    return re.findall(r"^\| `([^`]+)`", rows, re.MULTILINE)

@@ -17,7 +17,7 @@ from test_tensorrt_llm_executor import TOKENS_PER_BLOCK, engine_dir
 
 from chunkkv.cli import doctor
 from chunkkv.cli.main import main
-from chunkkv.engine.directory import TENSORRT_LLM
+from chunkkv.engine.backends import TENSORRT_LLM
 from chunkkv.engine.preconditions import BUILD_PRECONDITIONS, build_values, check
 from chunkkv.errors import ConfigError
 from chunkkv.executors import machine_check

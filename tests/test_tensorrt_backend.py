@@ -343,4 +343,4 @@ def test_the_entropy_gate_is_an_option_of_onnx_runtime_alone(machine: Double, bu
     if backend == "onnxruntime":
         assert done.code == 0
     else:
-        assert re.search(naming("--chunkkv_gate 'entropy'"), done.error(2))
+        assert re.search(naming("--chunkkv_gate 'entropy' none onnxruntime"), done.error(2))

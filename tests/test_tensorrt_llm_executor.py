@@ -82,7 +82,7 @@ def recorded(
         graph, geometry = graph.widened(), replace(geometry, kv_bytes=4)
     engine = RecordedStepEngine(Execution(graph, oracle_plugins(pools), pools))
     executor = TensorRTLLMExecutor(engine, geometry, files.settings, pool_tokens)
-    limits = Limits(4, files.build["max_input_len"], 256, files.model["vocab_size"], files.budget_is_fixed)
+    limits = Limits(4, files.build["max_input_len"], 256, files.model["vocab_size"], files.traits.budget_is_fixed)
     return ChunkKVSession(executor, files.settings, limits), engine
 
 

@@ -7,13 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from chunkkv.engine.directory import BACKENDS, ONNXRUNTIME, TENSORRT
+from chunkkv.engine.backends import BACKENDS, DEFAULT_BACKEND, DTYPES, TRAITS
 from chunkkv.errors import ConfigError
 from chunkkv.settings import ChunkKVSettings
 from chunkkv_builder.checkpoint.model_config import ModelConfig
 
-DTYPES = ("float32", "float16", "bfloat16")
-BACKEND_DTYPES = {ONNXRUNTIME: ("float32",)}
 WEIGHT_ONLY_PRECISIONS = ("int8", "int4")
 DEFAULT_MAX_BATCH_SIZE = 8
 DEFAULT_MAX_NUM_TOKENS = 512
@@ -41,7 +39,7 @@ class BuildConfig:
     weight_only_precision : str or None, default None
         "int8" or "int4" stores the projections' weights in fewer bits; None keeps them in `dtype`.
     backend : str, default "onnxruntime"
-        The engine that runs it, one of chunkkv.engine.directory.BACKENDS.
+        The engine that runs it, one of chunkkv.engine.backends.BACKENDS.
     """
 
     max_input_len: int
@@ -50,7 +48,7 @@ class BuildConfig:
     max_num_tokens: int = DEFAULT_MAX_NUM_TOKENS
     dtype: str = "float32"
     weight_only_precision: str | None = None
-    backend: str = ONNXRUNTIME
+    backend: str = DEFAULT_BACKEND
 
     def __post_init__(self) -> None:
         for name, high in _LARGEST.items():
@@ -66,15 +64,15 @@ class BuildConfig:
             raise ConfigError(f"backend is {self.backend!r}; allowed is {' or '.join(BACKENDS)}")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype is {self.dtype!r}; allowed is {' or '.join(DTYPES)}")
-        if self.dtype not in (allowed := BACKEND_DTYPES.get(self.backend, DTYPES)):
+        if self.dtype not in (allowed := TRAITS[self.backend].dtypes):
             raise ConfigError(
                 f"dtype is {self.dtype!r}; backend {self.backend} computes in {' or '.join(allowed)}: give that, or "
                 "use_weight_only with weight_only_precision int8 or int4 for smaller weights"
             )
-        if self.weight_only_precision and self.backend == TENSORRT:
+        if self.weight_only_precision and not TRAITS[self.backend].has_weight_only:
             raise ConfigError(
-                f"weight_only_precision is {self.weight_only_precision!r}; backend tensorrt has no quantised weights: "
-                "leave use_weight_only away and give dtype float16 or bfloat16"
+                f"weight_only_precision is {self.weight_only_precision!r}; backend {self.backend} has no quantised "
+                "weights: leave use_weight_only away and give dtype float16 or bfloat16"
             )
         if self.weight_only_precision not in (None, *WEIGHT_ONLY_PRECISIONS):
             raise ConfigError(

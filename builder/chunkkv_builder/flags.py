@@ -11,7 +11,7 @@ from typing import Any
 
 from chunkkv import __version__
 from chunkkv.command_line import LOG_LEVELS, CommandParser, UsageError, errors_name_flags, ratio, whole_number
-from chunkkv.engine.directory import BACKENDS, TENSORRT, TENSORRT_LLM
+from chunkkv.engine.backends import BACKENDS, DEFAULT_BACKEND, DTYPES, TENSORRT, TENSORRT_LLM, TRAITS
 from chunkkv.engine.layer_groups import SYNTAX, layer_groups
 from chunkkv.engine.recipe import read_recipe
 from chunkkv.engine.tensorrt_build import FLAVOURS, FUNCTIONS, PLUGIN
@@ -195,13 +195,13 @@ def _parser() -> BuildParser:
         "--backend",
         choices=("auto", *BACKENDS),
         default="auto",
-        help="inference engine to build for; default: auto = onnxruntime",
+        help=f"inference engine to build for; default: auto = {DEFAULT_BACKEND}",
     )
     build.add_argument(
         "--dtype",
-        choices=("auto", *config.DTYPES),
+        choices=("auto", *DTYPES),
         default="auto",
-        help="number type of weights and KV cache; default: auto = float32 for onnxruntime, else bfloat16",
+        help=f"number type of weights and KV cache; default: auto = {_auto_dtypes()}",
     )
     build.add_argument("--use_weight_only", action="store_true", help="store the projections' weights in fewer bits")
     build.add_argument(
@@ -214,6 +214,11 @@ def _parser() -> BuildParser:
     _add_chunkkv(parser)
     _add_budget(parser, max_keep_ratio=True)
     return parser
+
+
+def _auto_dtypes() -> str:
+    """Return what --dtype auto means, for --help; --backend tensorrt_llm has no --dtype."""
+    return ", ".join(f"{TRAITS[name].default_dtype} for {name}" for name in BACKENDS if name != TENSORRT_LLM)
 
 
 def _tensorrt_llm_parser() -> BuildParser:

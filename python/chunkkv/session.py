@@ -91,7 +91,7 @@ class ChunkKVSession:
             tokenizer = Tokenizer.from_dir(files.path) if (files.path / "tokenizer.json").is_file() else None
         model, build = files.model, files.build
         sizes = (build["max_batch_size"], build["max_input_len"], build["max_seq_len"], model["vocab_size"])
-        limits = Limits(*sizes, budget_is_fixed=files.budget_is_fixed)
+        limits = Limits(*sizes, budget_is_fixed=files.traits.budget_is_fixed)
         return cls(executor, files.settings, limits, tokenizer, model["eos_token_ids"])
 
     # A str is also a Sequence[str], so the first two overlap; mypy takes the first that matches, as generate does.

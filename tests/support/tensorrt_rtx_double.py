@@ -15,7 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from chunkkv.engine.directory import MANIFEST_FILE, TENSORRT, EngineFiles
+from chunkkv.engine.backends import TENSORRT
+from chunkkv.engine.directory import MANIFEST_FILE, EngineFiles
 from chunkkv.engine.tensorrt_build import RTX, STANDARD
 from chunkkv_builder.manifest import write_manifest
 from chunkkv_builder.progress import Progress

@@ -11,6 +11,7 @@ import numpy as np
 
 import chunkkv
 from chunkkv.command_line import errors_name_flags
+from chunkkv.engine.backends import TRAITS
 from chunkkv.engine.directory import CONFIG_FILE
 from chunkkv.settings import ChunkKVSettings
 from chunkkv.text.tokenizer import TOKENIZER_FILE, Tokenizer
@@ -64,9 +65,7 @@ class GraphBuild:
         (folder / CONFIG_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def plan_graphs(
-    flags: Namespace, backend: str, auto_dtype: str, progress: Progress, *, uses_kernels: bool
-) -> GraphBuild:
+def plan_graphs(flags: Namespace, backend: str, progress: Progress) -> GraphBuild:
     """Open the checkpoint and plan its graphs.
 
     Parameters
@@ -74,13 +73,9 @@ def plan_graphs(
     flags : Namespace
         Of chunkkv_builder.flags.parse.
     backend : str
-        Name of the backend, which decides about the types and settings that are allowed.
-    auto_dtype : str
-        What --dtype auto means for that backend.
+        Name of the backend; its traits decide about the types and settings that are allowed.
     progress : Progress
         Shows the stage "checkpoint".
-    uses_kernels : bool
-        Whether ChunkKV is CUDA kernels in that backend. They compute fewer settings than the standard operators do.
 
     Raises
     ------
@@ -96,7 +91,8 @@ def plan_graphs(
     progress.advance()
     model = checkpoint.config
     settings = chunkkv_settings(flags, model.num_layers)
-    dtype = auto_dtype if flags.dtype == "auto" else flags.dtype
+    traits = TRAITS[backend]
+    dtype = traits.default_dtype if flags.dtype == "auto" else flags.dtype
     with errors_name_flags():
         limits = BuildConfig.for_model(
             model, **{name: getattr(flags, name) for name in _LIMITS}, backend=backend, dtype=dtype
@@ -104,7 +100,7 @@ def plan_graphs(
         limits.check_window(settings)
     delimiters = _delimiter_tokens(checkpoint, settings, progress)
     with errors_name_flags("chunkkv_"):
-        if settings is not None and uses_kernels:
+        if settings is not None and traits.runs_kernels:
             settings.check_kernels()
         plan = make_plan(model, settings, delimiters)
     return GraphBuild(checkpoint, limits, plan)

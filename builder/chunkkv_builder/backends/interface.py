@@ -50,7 +50,7 @@ class Backend(Protocol[Planned]):
 
     @property
     def name(self) -> str:
-        """The value of --backend, which the manifest records; one of chunkkv.engine.directory.BACKENDS."""
+        """The value of --backend, which the manifest records; one of chunkkv.engine.backends.BACKENDS."""
 
     def missing(self, flags: Namespace) -> list[str]:
         """Return what this machine lacks for what `flags` ask for, each to be read after "needs"; empty if nothing."""

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from chunkkv.engine.directory import COMPRESS_FILE, ONNXRUNTIME, STEP_FILE
+from chunkkv.engine.backends import ONNXRUNTIME
+from chunkkv.engine.directory import COMPRESS_FILE, STEP_FILE
 from chunkkv.errors import ConfigError
 from chunkkv_builder.backends.graph_build import GraphBuild, plan_graphs
 from chunkkv_builder.backends.interface import Built
@@ -36,7 +37,7 @@ class OnnxRuntimeBackend:
 
     def plan(self, flags: Namespace, progress: Progress) -> GraphBuild:
         """Read the checkpoint and plan the graphs; raises as plan_graphs does."""
-        return plan_graphs(flags, self.name, auto_dtype="float32", progress=progress, uses_kernels=False)
+        return plan_graphs(flags, self.name, progress)
 
     def check(self, planned: GraphBuild, progress: Progress) -> None:
         """Raise ConfigError for a model that ONNX Runtime's attention cannot run."""

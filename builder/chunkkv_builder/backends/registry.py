@@ -6,11 +6,11 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from chunkkv.engine.directory import ONNXRUNTIME, TENSORRT, TENSORRT_LLM
+from chunkkv.engine.backends import BACKENDS, DEFAULT_BACKEND, ONNXRUNTIME, TENSORRT, TENSORRT_LLM
 from chunkkv.errors import BackendUnavailableError, ConfigError
 from chunkkv_builder.backends.interface import Backend
 
-AUTO, AUTO_BACKEND = "auto", ONNXRUNTIME  # what runs on any machine
+AUTO = "auto"
 
 
 def available_backend(flags: Namespace) -> Backend[Any]:
@@ -24,14 +24,14 @@ def available_backend(flags: Namespace) -> Backend[Any]:
     backend = load_backend(flags)
     if lacking := backend.missing(flags):
         raise BackendUnavailableError(
-            f"--backend {backend.name} needs {'; and '.join(lacking)}. Install that or give --backend {AUTO_BACKEND}"
+            f"--backend {backend.name} needs {'; and '.join(lacking)}. Install that or give --backend {DEFAULT_BACKEND}"
         )
     return backend
 
 
 def load_backend(flags: Namespace) -> Backend[Any]:
     """Return the backend that `flags` name, with its own options, whether or not it can build on this machine."""
-    name = AUTO_BACKEND if flags.backend == AUTO else flags.backend
+    name = DEFAULT_BACKEND if flags.backend == AUTO else flags.backend
     if name == ONNXRUNTIME:
         from chunkkv_builder.backends.onnxruntime import OnnxRuntimeBackend
 
@@ -48,4 +48,4 @@ def load_backend(flags: Namespace) -> Backend[Any]:
 
         tokenizer_dir = Path(flags.tokenizer_dir) if flags.tokenizer_dir else None
         return TensorRTLLMBackend(flags.passed_on, tokenizer_dir, flags.chunkkv_tp_agree)
-    raise ConfigError(f"backend is {name!r}; allowed is {ONNXRUNTIME}, {TENSORRT} or {TENSORRT_LLM}")
+    raise ConfigError(f"backend is {name!r}; allowed is {' or '.join(BACKENDS)}")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from chunkkv.engine.backends import BACKENDS, TENSORRT, TENSORRT_LLM, TRAITS, BackendTraits
 from chunkkv.engine.fields import LARGEST_OFFSET, Fields
 from chunkkv.engine.json_files import read_object
 from chunkkv.engine.tensorrt_build import TensorRTBuild
@@ -19,7 +20,6 @@ from chunkkv.engine.tensorrt_llm_side_file import SIDE_FILE, SideFile
 from chunkkv.errors import ConfigError, EngineError, EngineMismatchError
 from chunkkv.settings import ChunkKVSettings
 
-ONNXRUNTIME, TENSORRT, TENSORRT_LLM = BACKENDS = ("onnxruntime", "tensorrt", "tensorrt_llm")
 CONFIG_FILE = "config.json"
 MANIFEST_FILE = "manifest.json"
 STEP_FILE, COMPRESS_FILE = "step.onnx", "compress.onnx"  # of an engine for ONNX Runtime
@@ -47,7 +47,7 @@ class Manifest:
     Parameters
     ----------
     backend : str
-        One of BACKENDS, or another name in an engine of a later version.
+        One of chunkkv.engine.backends.BACKENDS, or another name in an engine of a later version.
     versions : dict
         Version of each package that took part in the build, by name.
     files : dict
@@ -130,16 +130,16 @@ class EngineFiles:
     tensorrt: TensorRTBuild | None = None
 
     @property
-    def budget_is_fixed(self) -> bool:
-        """Whether the keep ratio is part of the engine, so that no request may bring its own."""
-        return self.backend == TENSORRT_LLM
+    def traits(self) -> BackendTraits:
+        """What holds for every engine of its backend."""
+        return TRAITS[self.backend]
 
     @classmethod
     def load(cls, engine_dir: str | os.PathLike[str]) -> EngineFiles:
         """Read an engine directory after checking every byte of it against the manifest.
 
         Raises EngineError for a missing, changed or foreign file, with the expected and the found value;
-        EngineMismatchError for a directory in another format.
+        EngineMismatchError for a directory in another format or of a backend that this version does not have.
         """
         path = Path(engine_dir)
         try:
@@ -155,6 +155,12 @@ class EngineFiles:
     @classmethod
     def _checked(cls, path: Path, manifest: Manifest) -> EngineFiles:
         """Check what config.json says, alone and against the manifest."""
+        if manifest.backend not in BACKENDS:
+            known = ", ".join(map(repr, BACKENDS))
+            raise EngineMismatchError(
+                f"{path} was built for backend {manifest.backend!r}; this version runs {known}: "
+                f"{_REBUILD} for one of them, or run it with the version of ChunkKV-TRT that built it"
+            )
         config = Fields(read_object(path / CONFIG_FILE, EngineError), str(path / CONFIG_FILE), EngineError, _REBUILD)
         model, build = config.section("pretrained_config"), config.section("build_config")
         if manifest.backend == TENSORRT_LLM:

@@ -1,7 +1,6 @@
 """Which tokens of a prompt stay: ChunkKV in its variants and what it is compared with, all with as many tokens.
 
-To add a policy: write a function (prompt, settings, kept) -> KeptPositions here, give it a line in RULES, name it in
-the table of docs/evaluation.md, and give it an oracle in tests/test_evaluation_policies.py.
+CONTRIBUTING.md says how to add a policy.
 """
 
 from __future__ import annotations

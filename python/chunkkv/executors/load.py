@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any
 
-from chunkkv.engine.directory import BACKENDS, ONNXRUNTIME, TENSORRT, TENSORRT_LLM, EngineFiles
+from chunkkv.engine.backends import ONNXRUNTIME, TENSORRT, TENSORRT_LLM
+from chunkkv.engine.directory import EngineFiles
 from chunkkv.errors import EngineMismatchError, RequestError
-from chunkkv.executors.interface import Executor, KVCache
+from chunkkv.executors.interface import Executor
 
 
 def load_executor(
     files: EngineFiles, threads: int | None = None, max_tokens_in_paged_kv_cache: int | None = None
-) -> Executor[KVCache]:
+) -> Executor[Any]:
     """Return the executor of a checked engine directory.
 
     Raises EngineMismatchError for another backend's engine, BackendUnavailableError where its libraries are missing,
@@ -32,11 +33,7 @@ def load_executor(
             "caches are not paged: leave it out"
         )
     # Each executor takes caches of its own class only. Callers hand back what new_cache() gave them, so they need not
-    # know that class; Python has no type that says so, hence the cast.
-    return cast("Executor[KVCache]", _load(files, threads, max_tokens_in_paged_kv_cache))
-
-
-def _load(files: EngineFiles, threads: int | None, pool_tokens: int | None) -> object:
+    # know that class; Python has no type that says so, hence Any.
     if files.backend == ONNXRUNTIME:
         return _load_onnxruntime(files, threads)
     if files.backend == TENSORRT:
@@ -47,13 +44,11 @@ def _load(files: EngineFiles, threads: int | None, pool_tokens: int | None) -> o
     if files.backend == TENSORRT_LLM:
         from chunkkv.executors.tensorrt_llm.executor import load_tensorrt_llm
 
-        return load_tensorrt_llm(files, pool_tokens)
-    raise EngineMismatchError(
-        f"{files.path} was built for backend {files.backend!r}; this session runs {' and '.join(map(repr, BACKENDS))}"
-    )
+        return load_tensorrt_llm(files, max_tokens_in_paged_kv_cache)
+    raise EngineMismatchError(f"{files.path}: no executor is known for backend {files.backend!r}")
 
 
-def _load_onnxruntime(files: EngineFiles, threads: int | None) -> object:
+def _load_onnxruntime(files: EngineFiles, threads: int | None) -> Executor[Any]:
     from chunkkv.executors.onnxruntime.executor import OnnxRuntimeExecutor
 
     executor = OnnxRuntimeExecutor(files.path, files.build["max_num_tokens"], files.settings, threads)

@@ -6,7 +6,8 @@ import importlib.metadata
 from pathlib import Path
 from types import SimpleNamespace
 
-from chunkkv.engine.directory import ONNXRUNTIME, TENSORRT, TENSORRT_LLM, EngineFiles, hash_file
+from chunkkv.engine.backends import TENSORRT_LLM
+from chunkkv.engine.directory import EngineFiles, hash_file
 from chunkkv.engine.preconditions import BUILD_PRECONDITIONS, broken, build_values, shown
 from chunkkv.engine.tensorrt_build import MACHINE_GPU, NO_OPS, PACKAGES, PLUGIN, RTX, STANDARD, TensorRTBuild
 from chunkkv.engine.tensorrt_llm_side_file import SideFile, engine_file
@@ -14,7 +15,6 @@ from chunkkv.errors import BackendUnavailableError, ChunkKVError
 from chunkkv.findings import Finding
 from chunkkv.native_files import HOW_TO_GET
 
-_PACKAGES = {ONNXRUNTIME: ("onnxruntime",), TENSORRT_LLM: ("tensorrt", "tensorrt_llm")}
 _WHEELS = {
     "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
     "tensorrt_rtx": ("tensorrt-rtx", "tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu12-bindings"),
@@ -34,7 +34,7 @@ def check_engine(files: EngineFiles) -> list[Finding]:
     """Return what was checked: the files of the engine directory, its settings, packages, GPU, plugins and ranks."""
     findings = [Finding.ok("engine directory", f"{files.path}: every file is as it was built"), _settings(files)]
     findings += _versions(files)
-    if files.backend in (TENSORRT, TENSORRT_LLM):
+    if files.traits.needs_gpu:
         findings.append(_gpu())
     if files.tensorrt is not None:
         findings += _layers(files.tensorrt)
@@ -54,7 +54,7 @@ def _settings(files: EngineFiles) -> Finding:
         )
     settings = files.settings
     share = f"{settings.budget_tokens} tokens" if settings.budget_tokens else f"{settings.keep_ratio:.4g} of a prompt"
-    fixed = ", fixed in the engine" if files.budget_is_fixed else ""
+    fixed = ", fixed in the engine" if files.traits.budget_is_fixed else ""
     return Finding.ok(
         "ChunkKV", f"keeps {share}{fixed}, prompts of at most {settings.min_tokens} tokens whole; {limits}"
     )
@@ -62,14 +62,14 @@ def _settings(files: EngineFiles) -> Finding:
 
 def _versions(files: EngineFiles) -> list[Finding]:
     findings = []
-    packages = _PACKAGES.get(files.backend, ()) if files.tensorrt is None else (PACKAGES[files.tensorrt.flavour],)
+    packages = files.traits.packages if files.tensorrt is None else (PACKAGES[files.tensorrt.flavour],)
     for package in packages:
         built_with, installed = files.versions.get(package), installed_version(package)
         check = f"package {package}"
         advice = f"install {package} {built_with}" if built_with else f"install {package}"
         if installed is None:
             findings.append(Finding.breaks(check, "is not installed here", advice))
-        elif built_with not in (None, installed) and files.backend != ONNXRUNTIME:
+        elif built_with not in (None, installed) and files.traits.is_compiled:
             findings.append(
                 Finding.breaks(check, f"{installed} is installed, the engine was built with {built_with}", advice)
             )

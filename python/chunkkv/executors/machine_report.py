@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from chunkkv.engine.directory import ONNXRUNTIME, TENSORRT, TENSORRT_LLM
+from chunkkv.engine.backends import ONNXRUNTIME, TENSORRT, TENSORRT_LLM
 from chunkkv.engine.tensorrt_build import FLAVOURS, TITLES
 from chunkkv.errors import BackendUnavailableError, EngineRunError
 from chunkkv.executors.machine_check import installed_version

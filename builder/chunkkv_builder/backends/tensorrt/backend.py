@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from chunkkv.command_line import UsageError
-from chunkkv.engine.directory import TENSORRT
+from chunkkv.engine.backends import TENSORRT
 from chunkkv.engine.tensorrt_build import FUNCTIONS, PLUGIN
 from chunkkv.engine.tensorrt_contract import PREFILL_FILE, WEIGHTS_FILE, decode_file
 from chunkkv_builder.backends.graph_build import GraphBuild, plan_graphs
@@ -85,8 +85,7 @@ class TensorRTBackend:
 
         Raises as plan_graphs does, and UsageError for flags that do not fit the TensorRT at hand.
         """
-        # Its fast attention kernels need 16 bits. Its functions without sorting compute what the kernels do.
-        planned = plan_graphs(flags, self.name, auto_dtype="bfloat16", progress=progress, uses_kernels=True)
+        planned = plan_graphs(flags, self.name, progress)
         target = Target.decide(self._options, planned.plan.model, planned.plan.settings is not None)
         return TensorRTPlan(planned, target)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from chunkkv.command_line import UsageError, errors_name_flags
-from chunkkv.engine.directory import TENSORRT_LLM
+from chunkkv.engine.backends import TENSORRT_LLM
 from chunkkv.engine.preconditions import BUILD_PRECONDITIONS, build_values, check
 from chunkkv.errors import BuildError, ChunkKVError
 from chunkkv_builder.backends.interface import Built

@@ -9,7 +9,8 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
-from chunkkv.engine.directory import TENSORRT_LLM, hash_file
+from chunkkv.engine.backends import TENSORRT_LLM
+from chunkkv.engine.directory import hash_file
 from chunkkv.errors import BackendUnavailableError
 from chunkkv.gpu.tensorrt_errors import ErrorLog
 from chunkkv.gpu.tensorrt_library import TensorRT

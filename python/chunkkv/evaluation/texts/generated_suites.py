@@ -1,7 +1,6 @@
 """The generated suites: what a compressed cache is asked for, from seeds; docs/evaluation.md says why each.
 
-To add a suite: write a function (writer, cell) -> Example here, give it a line in make_suites, and name it in the table
-of docs/evaluation.md. tests/test_evaluation_suites.py checks every suite of make_suites.
+CONTRIBUTING.md says how to add a suite.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from chunkkv.engine.directory import TENSORRT_LLM, EngineFiles
+from chunkkv.engine.backends import TENSORRT_LLM
+from chunkkv.engine.directory import EngineFiles
 from chunkkv.errors import BackendUnavailableError, ConfigError
 from chunkkv.findings import Finding
 from chunkkv.triton.repository.config_text import CONFIG_FILE, read_config, string_parameters

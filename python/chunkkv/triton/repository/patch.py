@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chunkkv.engine.directory import TENSORRT_LLM, EngineFiles
+from chunkkv.engine.backends import TENSORRT_LLM
+from chunkkv.engine.directory import EngineFiles
 from chunkkv.engine.json_files import read_text
 from chunkkv.errors import ConfigError
 from chunkkv.files import write_whole

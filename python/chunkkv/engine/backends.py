@@ -1,0 +1,78 @@
+"""The backends by name, and what holds for every engine of one, whatever model it was built from: one row for each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ONNXRUNTIME, TENSORRT, TENSORRT_LLM = BACKENDS = ("onnxruntime", "tensorrt", "tensorrt_llm")
+DEFAULT_BACKEND = ONNXRUNTIME  # what --backend auto means: it builds and runs on any machine
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class BackendTraits:
+    """What holds for every engine of one backend. Nothing has a default, so a new backend says everything.
+
+    Parameters
+    ----------
+    dtypes : tuple of str
+        Number types of weights and KV cache that it can be built in, some of DTYPES.
+    default_dtype : str
+        The one that `--dtype auto` means.
+    has_weight_only : bool
+        Whether its weights can be stored in int8 or int4.
+    runs_kernels : bool
+        Whether ChunkKV is CUDA kernels in it, which compute fewer settings than standard operators do
+        (ChunkKVSettings.check_kernels).
+    needs_gpu : bool
+        Whether it runs on a machine with an NVIDIA GPU only.
+    packages : tuple of str
+        Python packages that run it. Empty where the manifest names the package.
+    is_compiled : bool
+        Whether an engine runs only on those versions of the packages that built it.
+    budget_is_fixed : bool
+        Whether the keep ratio is part of the engine, so that no request may bring its own.
+    """
+
+    dtypes: tuple[str, ...]
+    default_dtype: str
+    has_weight_only: bool
+    runs_kernels: bool
+    needs_gpu: bool
+    packages: tuple[str, ...]
+    is_compiled: bool
+    budget_is_fixed: bool
+
+
+TRAITS = {
+    ONNXRUNTIME: BackendTraits(
+        dtypes=("float32",),
+        default_dtype="float32",
+        has_weight_only=True,
+        runs_kernels=False,
+        needs_gpu=False,
+        packages=("onnxruntime",),
+        is_compiled=False,
+        budget_is_fixed=False,
+    ),
+    TENSORRT: BackendTraits(
+        dtypes=DTYPES,
+        default_dtype="bfloat16",  # its fast attention kernels need 16 bits
+        has_weight_only=False,
+        runs_kernels=True,  # and its functions without sorting compute what the kernels do
+        needs_gpu=True,
+        packages=(),  # tensorrt or tensorrt_rtx
+        is_compiled=True,
+        budget_is_fixed=False,
+    ),
+    TENSORRT_LLM: BackendTraits(
+        dtypes=("float16", "bfloat16"),
+        default_dtype="bfloat16",
+        has_weight_only=False,  # its own checkpoints have other ways
+        runs_kernels=True,
+        needs_gpu=True,
+        packages=("tensorrt", "tensorrt_llm"),
+        is_compiled=True,
+        budget_is_fixed=True,
+    ),
+}
