@@ -24,7 +24,7 @@ def kernels() -> str:
     """Return which kernels the plugins call here."""
     if GIVEN:
         return f"those of {GIVEN}"
-    return "kernels for a GPU" if shutil.which("nvcc") else "emulated kernels"
+    return "kernels for a GPU" if _nvcc() else "emulated kernels"
 
 
 def missing_tools() -> list[str]:
@@ -41,7 +41,12 @@ def plugin_folder() -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)  # tests in several processes want it at once
         _run("cmake", "-S", str(ROOT), "-B", str(BUILD))
         _run("cmake", "--build", str(BUILD), "-j2", "--target", *TARGETS)
-    return BUILD if shutil.which("nvcc") else BUILD / "emulated"
+    return BUILD if _nvcc() else BUILD / "emulated"
+
+
+def _nvcc() -> str | None:
+    """Return the compiler of CUDA that CMake takes."""
+    return os.environ.get("CUDACXX") or shutil.which("nvcc")
 
 
 def _run(*command: str) -> None:

@@ -21,6 +21,7 @@ class Built:
     inputs, outputs : type and shape by name; -1 where a size is free.
     profile : smallest, best and largest shape of each input with a free size; of an input that holds a shape, the
         smallest, best and largest values.
+    tf32 : whether float32 may be computed in less.
     engine : the serialized engine.
     """
 
@@ -28,6 +29,7 @@ class Built:
     inputs: dict[str, tuple[str, Sizes]]
     outputs: dict[str, tuple[str, Sizes]]
     profile: dict[str, tuple[Sizes, Sizes, Sizes]]
+    tf32: bool
     engine: bytes
 
 
@@ -45,14 +47,15 @@ def record_builds(trt: Any, monkeypatch: pytest.MonkeyPatch) -> list[Built]:
             engine = super().build_serialized_network(network, config)
             profile = profiles.pop()
             if engine is not None:
-                builds.append(_built(network, profile, bytes(engine)))
+                tf32 = config.get_flag(trt.BuilderFlag.TF32)
+                builds.append(_built(network, profile, tf32, bytes(engine)))
             return engine
 
     monkeypatch.setattr(trt, "Builder", Recorder)
     return builds
 
 
-def _built(network: Any, profile: Any, engine: bytes) -> Built:
+def _built(network: Any, profile: Any, tf32: bool, engine: bytes) -> Built:
     inputs = [network.get_input(index) for index in range(network.num_inputs)]
     outputs = [network.get_output(index) for index in range(network.num_outputs)]
     corners = {}
@@ -62,7 +65,7 @@ def _built(network: Any, profile: Any, engine: bytes) -> Built:
         elif -1 in tuple(tensor.shape):
             corners[tensor.name] = tuple(tuple(shape) for shape in profile.get_shape(tensor.name))
     layers = Counter(network.get_layer(index).type.name for index in range(network.num_layers))
-    return Built(layers, _named(inputs), _named(outputs), corners, engine)
+    return Built(layers, _named(inputs), _named(outputs), corners, tf32, engine)
 
 
 def _named(tensors: list[Any]) -> dict[str, tuple[str, Sizes]]:

@@ -5,17 +5,21 @@ Settings are combined so that every two values meet in one engine directory; all
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support import engines
-from support.builds import CommandLine
+from support.builds import CommandLine, Outcome
 from support.covering import Row, all_pairs, covering_set, pairs_of
+from support.messages import naming
 
 from chunkkv.engine.directory import EngineFiles
-from chunkkv.engine.tensorrt_contract import PREFILL_FILE, Contract, decode_file
+from chunkkv.engine.tensorrt_contract import PREFILL_FILE, WEIGHTS_FILE, Contract, decode_file
 from chunkkv.gpu.tensorrt_library import TensorRT
+from chunkkv_builder.progress import human_bytes
 
 from .recorder import Built, record_builds
 
@@ -41,6 +45,9 @@ MODEL = {
 TYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}
 CAPACITIES = {256: (128, 256), 2048: (256, 512, 1024, 2048)}
 WINDOW, KEEP_RATIO, MIN_TOKENS = 32, 0.25, 64
+PREFILL_ROWS = 3  # prompts that are prefilled at once, where the batch has as many
+# The bindings warn when the recorder's builder goes away.
+pytestmark = pytest.mark.filterwarnings("ignore:Use del obj")
 
 
 def checkpoint_of(family: str) -> Path:
@@ -48,28 +55,49 @@ def checkpoint_of(family: str) -> Path:
     return engines.checkpoint_dir(family, **MODEL, **own)
 
 
-def flags_of(row: Row, output: Path) -> list[str]:
-    return engines.command_line(
-        {
-            "checkpoint_dir": checkpoint_of(row["family"]),
-            "output_dir": output,
-            "backend": "tensorrt",
-            "tensorrt": "rtx",
-            "dtype": row["dtype"],
-            "max_batch_size": row["batch"],
-            "max_seq_len": row["longest"],
-            "max_num_tokens": row["batch"] * row["longest"],
-            "log_level": "error",
-            "chunkkv": True,
-            "chunkkv_ops": row["ops"],
-            "chunkkv_boundaries": row["boundaries"],
-            "chunkkv_layer_reuse": row["layer_reuse"],
-            "chunkkv_leader": row["leader"],
-            "chunkkv_window": WINDOW,
-            "chunkkv_keep_ratio": KEEP_RATIO,
-            "chunkkv_min_tokens": MIN_TOKENS,
-        }
-    )
+def flags_of(row: Row) -> dict[str, Any]:
+    return {
+        "checkpoint_dir": checkpoint_of(row["family"]),
+        "dtype": row["dtype"],
+        "max_batch_size": row["batch"],
+        "max_seq_len": row["longest"],
+        "max_num_tokens": PREFILL_ROWS * row["longest"] + 100,
+        "chunkkv": True,
+        "chunkkv_ops": row["ops"],
+        "chunkkv_boundaries": row["boundaries"],
+        "chunkkv_layer_reuse": row["layer_reuse"],
+        "chunkkv_leader": row["leader"],
+        "chunkkv_window": WINDOW,
+        "chunkkv_keep_ratio": KEEP_RATIO,
+        "chunkkv_min_tokens": MIN_TOKENS,
+    }
+
+
+@dataclass(frozen=True)
+class Builds:
+    """Runs the command line in this process and keeps what TensorRT built."""
+
+    cli: CommandLine
+    folder: Path
+    recorded: list[Built]
+
+    def __call__(self, **flags: Any) -> Outcome:
+        """Build to `folder`, which must succeed."""
+        named = {"output_dir": self.folder, "backend": "tensorrt", "tensorrt": "rtx", "log_level": "error", **flags}
+        outcome = self.cli(*engines.command_line(named))
+        assert outcome.code == 0, outcome.err
+        return outcome
+
+
+@pytest.fixture
+def build(
+    rtx: TensorRT,
+    found_plugins: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Builds:
+    return Builds(CommandLine(capsys), tmp_path / "engine", record_builds(rtx.module, monkeypatch))
 
 
 def leaders_of(row: Row) -> tuple[int, ...]:
@@ -84,37 +112,38 @@ def test_every_two_values_meet() -> None:
     assert len(ROWS) <= 14 and covering_set(FACTORS) == ROWS
 
 
-@pytest.mark.filterwarnings("ignore:Use del obj")  # of what the bindings do when the recorder's builder goes away
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(map(str, row.values())))
-def test_engines_are_those_of_the_executors_contract(
-    row: Row,
-    rtx: TensorRT,
-    found_plugins: None,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    builds = record_builds(rtx.module, monkeypatch)
-    outcome = CommandLine(capsys)(*flags_of(row, tmp_path / "engine"))
-    assert (outcome.code, outcome.err) == (0, "")
-    prefill, *decoders = builds
-    contract = Contract.read(tmp_path / "engine")
+def test_engines_are_those_of_the_executors_contract(row: Row, rtx: TensorRT, build: Builds) -> None:
+    assert build(**flags_of(row)).err == ""
+    prefill, *decoders = build.recorded
+    contract = Contract.read(build.folder)
     assert (contract.capacities, contract.leaders) == (CAPACITIES[row["longest"]], leaders_of(row))
-    assert contract.prefill_rows == row["batch"] and contract.max_input_len == row["longest"]
+    assert (contract.prefill_rows, contract.max_input_len) == (min(row["batch"], PREFILL_ROWS), row["longest"])
+    assert contract.group_layers == (row["layer_reuse"] if row["leader"] == "last" else 1)
     check_prefill(row, prefill, contract)
     for capacity, built in zip(contract.capacities, decoders, strict=True):
         check_decoder(row, built, contract, capacity)
+    assert {built.tf32 for built in build.recorded} == {row["dtype"] != "float32"}, "float32 means float32"
+    check_files(build.folder, build.recorded, contract)
+    engine = EngineFiles.load(build.folder)
+    made_by = engine.tensorrt
+    assert made_by is not None and engine.versions["tensorrt_rtx"] == rtx.version
+    assert (made_by.flavour, made_by.version, made_by.compute_capabilities) == ("rtx", rtx.version, ())
+    assert made_by.chunkkv_ops == row["ops"]
+
+
+def check_files(folder: Path, builds: list[Built], contract: Contract) -> None:
+    """The engines are what TensorRT gave; the matrices lie beside them once."""
     files = [PREFILL_FILE, *map(decode_file, contract.capacities)]
+    assert {path.name for path in folder.glob("*.engine")} == set(files) and not list(folder.glob("*.onnx"))
     for file, built in zip(files, builds, strict=True):
-        assert built.engine and (tmp_path / "engine" / file).read_bytes() == built.engine
-    build = EngineFiles.load(tmp_path / "engine").tensorrt
-    assert build is not None and build.seconds.keys() == set(files)
-    assert (build.flavour, build.version, build.compute_capabilities) == ("rtx", rtx.version, ())
-    assert build.chunkkv_ops == row["ops"]
+        assert built.engine and (folder / file).read_bytes() == built.engine
+    size = sum(nbytes for _, nbytes in contract.weights.values())
+    assert size <= (folder / WEIGHTS_FILE).stat().st_size < size * 1.1
 
 
 def check_prefill(row: Row, built: Built, contract: Contract) -> None:
-    dtype, most, longest = TYPES[row["dtype"]], row["batch"], row["longest"]
+    dtype, most, longest = TYPES[row["dtype"]], min(row["batch"], PREFILL_ROWS), row["longest"]
     leaders = leaders_of(row)
     assert built.layers["PLUGIN_V3"] == (len(leaders) + 2 * LAYERS if row["ops"] == "plugin" else 0)
     assert built.layers["ATTENTION_INPUT"] == built.layers["ATTENTION_OUTPUT"] == LAYERS
@@ -170,3 +199,43 @@ def assert_weights(built: Built, contract: Contract, dtype: str) -> None:
         for dim in shape:
             size *= dim
         assert kind == dtype and size * contract.item_bytes == nbytes
+
+
+def test_engines_without_chunkkv_keep_every_token(build: Builds) -> None:
+    build(checkpoint_dir=checkpoint_of("llama3"), max_batch_size=2, max_seq_len=256)
+    prefill, *decoders = build.recorded
+    contract = Contract.read(build.folder)
+    assert (contract.dtype, contract.leaders, contract.group_layers) == ("bfloat16", (), 1)
+    assert prefill.inputs.keys() == {"input_ids", "lengths", "capacity", *contract.weights}
+    caches = {f"kept_{kind}.{layer}" for kind in ("key", "value") for layer in range(LAYERS)}
+    assert prefill.outputs.keys() == {"logits", "kept_lengths", *caches}
+    assert len(decoders) == 2 and all(built.layers["PLUGIN_V3"] == 0 for built in build.recorded)
+    engine = EngineFiles.load(build.folder)
+    assert engine.settings is None and engine.tensorrt is not None and engine.tensorrt.chunkkv_ops == "none"
+
+
+def test_long_prompts_are_timed_at_a_usual_length(build: Builds) -> None:
+    long = engines.checkpoint_dir("llama3", **{**MODEL, "max_position_embeddings": 20_000}, rope_scaling=None)
+    build(checkpoint_dir=long, max_batch_size=2, max_seq_len=20_000, chunkkv=True)
+    profile = build.recorded[0].profile
+    assert profile["input_ids"] == ((1, 1), (1, 4096), (1, 20_000))
+    assert profile["capacity"] == ((2560,), (10_048,), (20_032,))
+    assert Contract.read(build.folder).capacities == (2560, 5056, 10_048, 20_032)
+
+
+@pytest.mark.parametrize(
+    ("ops", "inside"), [("plugin", "6 of them ChunkKV plugins"), ("functions", "6 ChunkKV functions among them")]
+)
+def test_every_engine_is_reported_on(rtx: TensorRT, build: Builds, ops: str, inside: str) -> None:
+    limits = {"max_batch_size": 1, "max_seq_len": 256, "log_level": "info"}
+    text = build(checkpoint_dir=checkpoint_of("mistral"), chunkkv=True, chunkkv_ops=ops, **limits).err
+    stages = re.findall(r"^(\S.*?) +\d+\.\d s$", text, re.MULTILINE)
+    names = ["prefill", "decode 128", "decode 256"]
+    assert stages == ["checkpoint", "weights", *names, "tokenizer", "checksums"]
+    assert re.search(naming(rtx.version, ops), text.splitlines()[0])
+    reports = re.findall(
+        r"^(.*) engine: (\d+) layers(?:, )?(.*), (\S+ \S+), \d+\.\d s, peak memory", text, re.MULTILINE
+    )
+    sizes = [human_bytes(len(built.engine)) for built in build.recorded]
+    layers = [str(built.layers.total()) for built in build.recorded]
+    assert reports == list(zip(names, layers, [inside, "", ""], sizes, strict=True))
