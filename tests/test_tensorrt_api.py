@@ -40,6 +40,12 @@ STUBS = {
     "nvinfer_plugin": "initLibNvInferPlugins",
     "nvonnxparser": "createNvOnnxParser_INTERNAL createNvOnnxParserRefitter_INTERNAL getNvOnnxParserVersion",
 }
+
+
+class ParserError:
+    """Not played by the double, whose parser takes every graph; its members are called all the same."""
+
+
 # Per class of the double: its name in TensorRT and the members that the project uses.
 CLASSES: dict[type, tuple[str, str]] = {
     double.ILogger: ("ILogger", "log Severity"),
@@ -51,7 +57,7 @@ CLASSES: dict[type, tuple[str, str]] = {
     double.Network: ("INetworkDefinition", "num_inputs get_input num_layers get_layer"),
     double.Tensor: ("ITensor", "name shape"),
     double.OnnxParser: ("OnnxParser", "parse num_errors get_error"),
-    double.ParserError: ("ParserError", "desc node_name node_operator"),
+    ParserError: ("ParserError", "desc node_name node_operator"),
     double.OptimizationProfile: ("IOptimizationProfile", "set_shape set_shape_input"),
     double.BuilderConfig: (
         "IBuilderConfig",
