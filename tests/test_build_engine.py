@@ -237,7 +237,7 @@ def _not_finite(folder: Path) -> None:
     ("damage", "message"),
     [
         (_not_finite, "'model.layers.1.mlp.up_proj.weight' has a value that is not finite in float32"),
-        (shutil.rmtree, "does not exist; give the directory of a Hugging Face checkpoint"),
+        (shutil.rmtree, "does not exist; give the directory of a Hugging Face checkpoint, or a GGUF file"),
         (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
         (lambda folder: (folder / "config.json").write_text("{\n\n"), "config.json"),
         (lambda folder: (folder / "model.safetensors").unlink(), "has neither model.safetensors nor"),

@@ -172,11 +172,12 @@ def _parser() -> BuildParser:
     parser = BuildParser(
         prog=PROGRAM,
         usage="chunkkv-build --checkpoint_dir DIR [--chunkkv] [flags]",
-        description="Build an engine directory from a Hugging Face checkpoint, with ChunkKV inside if asked for.",
+        description="Build an engine directory from a Hugging Face checkpoint or a GGUF file, with ChunkKV inside if "
+        "asked for.",
         epilog="--backend tensorrt_llm takes every flag of trtllm-build instead; its --help shows what is different.",
-        required={"checkpoint_dir": "the directory of a Hugging Face checkpoint"},
+        required={"checkpoint_dir": "the directory of a Hugging Face checkpoint, or a GGUF file"},
     )
-    _add_paths(parser, "required: directory with config.json, *.safetensors and the tokenizer's files")
+    _add_paths(parser, "required: directory with config.json, *.safetensors and the tokenizer's files; or a GGUF file")
     sizes = parser.add_argument_group("sizes")
     for name, default, text in (
         ("max_batch_size", config.DEFAULT_MAX_BATCH_SIZE, "most prompts that the engine processes at once"),

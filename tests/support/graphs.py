@@ -14,10 +14,11 @@ import pytest
 from chunkkv.engine.directory import COMPRESS_FILE, STEP_FILE
 from chunkkv.executors.onnxruntime.executor import OnnxRuntimeExecutor
 from chunkkv.session import ChunkKVSession
-from chunkkv_builder.backends.onnxruntime import WEIGHTS_FILE, weight_sources
+from chunkkv_builder.backends.onnxruntime import WEIGHTS_FILE
 from chunkkv_builder.checkpoint.hugging_face import HuggingFaceCheckpoint
 from chunkkv_builder.onnx_graph.compress import compress_graph
 from chunkkv_builder.onnx_graph.emitter import GraphEmitter
+from chunkkv_builder.onnx_graph.packed_weights import weight_sources
 from chunkkv_builder.onnx_graph.prefill import PrefillGraph
 from chunkkv_builder.onnx_graph.transformer import ATTENTION_OPSET, StepGraph
 from chunkkv_builder.onnx_graph.weights import WeightLocation, write_weights

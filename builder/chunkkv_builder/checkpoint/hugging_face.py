@@ -12,6 +12,8 @@ import numpy as np
 from chunkkv.engine.json_files import read_object
 from chunkkv.errors import CheckpointError
 from chunkkv.text.tokenizer import TOKENIZER_FILE
+from chunkkv_builder.checkpoint import values
+from chunkkv_builder.checkpoint.blocks import StoredBlocks
 from chunkkv_builder.checkpoint.model_config import ModelConfig
 from chunkkv_builder.checkpoint.safetensors_file import READABLE, SafetensorsFile
 from chunkkv_builder.checkpoint.tensor_shapes import expected_shapes
@@ -24,6 +26,7 @@ _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*\.safetensors")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _UNUSED = re.compile(r".*rotary_emb\.inv_freq")  # recomputed from the config; old checkpoints store it
 _NAMES_SHOWN = 3
+GIVE = "the directory of a Hugging Face checkpoint, or a GGUF file"
 _EMBEDDING = "model.embed_tokens.weight"
 
 
@@ -50,9 +53,9 @@ class HuggingFaceCheckpoint:
         path = Path(directory)
         if not path.is_dir():
             problem = "is not a directory" if path.exists() else "does not exist"
-            raise CheckpointError(f"{path} {problem}; give the directory of a Hugging Face checkpoint")
+            raise CheckpointError(f"{path} {problem}; give {GIVE}")
         if not (path / CONFIG_FILE).is_file():
-            raise CheckpointError(f"{path} has no {CONFIG_FILE}; give the directory of a Hugging Face checkpoint")
+            raise CheckpointError(f"{path} has no {CONFIG_FILE}; give {GIVE}")
         generation = path / GENERATION_FILE
         config = ModelConfig.from_hf(
             read_object(path / CONFIG_FILE, CheckpointError),
@@ -75,14 +78,7 @@ class HuggingFaceCheckpoint:
 
     def converted(self, name: str, dtype: str) -> np.ndarray:
         """Return the tensor in another dtype; raises CheckpointError where a value is, or becomes, infinite or NaN."""
-        with np.errstate(over="ignore", invalid="ignore"):
-            values = np.asarray(self.tensor(name)).astype(np.dtype(dtype), copy=False)
-        if not np.isfinite(values).all():
-            raise CheckpointError(
-                f"{self._source(name).path}: tensor {name!r} has a value that is not finite in {dtype}; every answer "
-                "would be lost to it: download the file again or choose a wider dtype"
-            )
-        return values
+        return values.converted(self.tensor(name), dtype, name, self._source(name).path)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the tensor's shape without touching its data."""
@@ -91,6 +87,14 @@ class HuggingFaceCheckpoint:
     def dtype(self, name: str) -> str:
         """Return "float32", "float16" or "bfloat16"."""
         return READABLE[self._source(name).entries[name].dtype][0]
+
+    def stored_type(self, name: str) -> str:
+        """Return the same as `dtype`."""
+        return self.dtype(name)
+
+    def stored_blocks(self, name: str, bits: int) -> StoredBlocks | None:
+        """Return None: these checkpoints are not quantised."""
+        return None
 
     def _source(self, name: str) -> SafetensorsFile:
         if name not in self._names:

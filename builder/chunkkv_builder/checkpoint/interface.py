@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
+from chunkkv_builder.checkpoint.blocks import StoredBlocks
 from chunkkv_builder.checkpoint.model_config import ModelConfig
 
 
@@ -39,4 +40,16 @@ class Checkpoint(Protocol):
         """Return a tensor in `dtype`, one of model_config.DTYPES.
 
         Raises CheckpointError for a name that is none, and where a value is or becomes infinite or NaN.
+        """
+
+    def stored_type(self, name: str) -> str:
+        """Return the type a tensor is stored in: one of model_config.DTYPES, or the format's name of a quantised one.
+
+        Raises CheckpointError for a name that is none.
+        """
+
+    def stored_blocks(self, name: str, bits: int) -> StoredBlocks | None:
+        """Return a weight's own blocks of 32 values as codes of `bits` bits, which stand for exactly its values.
+
+        None where it is not stored in such blocks, or in blocks of more bits; always None for formats without them.
         """

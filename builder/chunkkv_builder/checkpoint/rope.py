@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from chunkkv.engine.fields import Fields
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "factors")
 DEFAULT_THETA = 10_000.0
 
 
@@ -24,7 +24,9 @@ DEFAULT_THETA = 10_000.0
 class RopeScaling:
     """Parameters of one scaling type; those that the type does not use are None.
 
-    `factor` and, for llama3 and yarn, `original_max_position_embeddings` are always resolved to numbers.
+    `factor` and, for llama3 and yarn, `original_max_position_embeddings` are always resolved to numbers. The type
+    "factors" divides each frequency by `factor` and its own entry of `factors` [D/2]; GGUF files have it in place of
+    llama3's parameters.
     """
 
     type: str
@@ -38,10 +40,13 @@ class RopeScaling:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+    factors: tuple[float, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the parameters that are set, under their Hugging Face names, as plain JSON values."""
         values = {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+        if self.factors is not None:
+            values["factors"] = list(self.factors)
         return {"rope_type": values.pop("type"), **values}
 
 
@@ -75,6 +80,8 @@ def read_scaling(rope: Fields, config: Fields, max_position_embeddings: int) -> 
         return None
     if kind == "linear":
         return RopeScaling("linear", rope.number("factor"))
+    if kind == "factors":
+        return RopeScaling("factors", rope.number("factor"), factors=rope.numbers("factors"))
     original = config.integer("original_max_position_embeddings", default=None)
     if original is None:
         original = rope.integer("original_max_position_embeddings", default=max_position_embeddings)
@@ -109,6 +116,9 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> tup
         inverse = plain / np.float32(scaling.factor)
     elif scaling.type == "llama3":
         inverse = _llama3(plain, scaling)
+    elif scaling.type == "factors":
+        assert scaling.factors is not None
+        inverse = plain / np.asarray(scaling.factors, dtype=np.float32) / np.float32(scaling.factor)
     else:
         inverse, factor = _yarn(wavelengths, head_dim, theta, scaling)
     return inverse.astype(np.float64), factor

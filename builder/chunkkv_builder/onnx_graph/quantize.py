@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-BLOCK = 32
+from chunkkv_builder.checkpoint.blocks import BLOCK
+
 BITS = {"int8": 8, "int4": 4}
 
 
@@ -20,7 +21,7 @@ def quantize(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     Each block of 32 inputs has one scale, chosen so that its largest magnitude is represented exactly;
     values are stored with an offset of 2**(bits-1), low nibble first.
     """
-    packed_shape, scale_shape = packed_shapes(weight.shape[0], weight.shape[1], bits)
+    _, scale_shape = packed_shapes(weight.shape[0], weight.shape[1], bits)
     padded = np.zeros((weight.shape[0], scale_shape[1] * BLOCK), dtype=np.float32)
     padded[:, : weight.shape[1]] = weight
     blocks = padded.reshape(*scale_shape, BLOCK)
@@ -29,17 +30,25 @@ def quantize(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     scales = (largest / -offset).astype(np.float32)
     inverse = np.divide(1.0, scales, out=np.zeros_like(scales), where=scales != 0)
     codes = np.rint(blocks * inverse[..., None]) + offset
-    codes = np.clip(codes, 0, 2 * offset - 1).astype(np.uint8)
+    return pack(np.clip(codes, 0, 2 * offset - 1).astype(np.uint8), bits), scales
+
+
+def pack(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Return codes uint8 [out, blocks, 32] of `bits` (4 or 8) bits in the packed shape, low nibble first."""
     if bits == 4:
         codes = codes[..., 0::2] | (codes[..., 1::2] << 4)
-    return np.ascontiguousarray(codes).reshape(packed_shape), scales
+    return np.ascontiguousarray(codes)
 
 
-def dequantize(packed: np.ndarray, scales: np.ndarray, in_features: int) -> np.ndarray:
-    """Return the float32 weight [out, in] that the packed form stands for."""
+def dequantize(
+    packed: np.ndarray, scales: np.ndarray, in_features: int, offsets: np.ndarray | None = None
+) -> np.ndarray:
+    """Return the float32 weight [out, in] that the packed form, its scales and the blocks' offsets stand for."""
     bits = packed.shape[2] * 8 // BLOCK
     codes = packed
     if bits == 4:
         codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:2], BLOCK)
     values = (codes.astype(np.float32) - 2 ** (bits - 1)) * scales[..., None]
+    if offsets is not None:
+        values += offsets[..., None]
     return values.reshape(packed.shape[0], -1)[:, :in_features]

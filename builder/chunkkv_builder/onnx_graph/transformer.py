@@ -23,6 +23,7 @@ CONTRIB = "com.microsoft"
 ATTENTION_OPSET = {"fused": 23, "standard": 24}
 PACKED_SUFFIX = ".packed"
 SCALES_SUFFIX = ".scales"
+OFFSETS_SUFFIX = ".offsets"
 _INT32, _INT64, _FLOAT = onnx.TensorProto.INT32, onnx.TensorProto.INT64, onnx.TensorProto.FLOAT
 
 
@@ -65,6 +66,7 @@ class StepGraph:
         self.dtype = dtype
         self.e = emitter or GraphEmitter()
         self._keeps_queries = window_queries
+        self._sums: dict[str, str] = {}
 
     def build(self) -> onnx.ModelProto:
         """Return the model.
@@ -276,7 +278,19 @@ class StepGraph:
             block_size=BLOCK,
             accuracy_level=4,
         )
+        offsets = self.weights.get(f"{name}.weight{OFFSETS_SUFFIX}")
+        if offsets is not None:
+            # A block's offset is the same for its 32 inputs, so all it takes is their sum.
+            added = e.op("Gemm", [self._block_sums(value), e.weight(offsets), *bias], name=f"{node}/offsets", transB=1)
+            return e.op("Add", [result, added])
         return e.op("Add", [result, *bias]) if bias else result
+
+    def _block_sums(self, value: str) -> str:
+        """Return the sum of each block of 32 inputs of `value` [rows,in]: [rows,in/32], once for each value."""
+        if value not in self._sums:
+            blocks = self.e.op("Reshape", [value, self.e.ints(0, -1, BLOCK)])
+            self._sums[value] = self.e.op("ReduceSum", [blocks, self.e.ints(2)], keepdims=0)
+        return self._sums[value]
 
     def _in_features(self, name: str) -> int:
         if name.endswith("down_proj"):

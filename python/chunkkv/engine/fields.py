@@ -131,6 +131,16 @@ class Fields:
             raise self.error(key, advice)
         return tuple(tuple(row) for row in value)
 
+    def numbers(self, key: str) -> tuple[float, ...]:
+        """Return a list of finite numbers above 0, each in the range of `number`."""
+        advice = f"give a list of numbers from {SMALLEST_NUMBER:g} to {LARGEST_NUMBER:g}"
+        value = self._list(key, advice)
+        if any(isinstance(entry, bool) or not isinstance(entry, (int, float)) for entry in value):
+            raise self.error(key, advice)
+        if not all(SMALLEST_NUMBER <= entry <= LARGEST_NUMBER for entry in value):  # also refuses NaN
+            raise self.error(key, advice)
+        return tuple(float(entry) for entry in value)
+
     def texts(self, key: str) -> tuple[str, ...]:
         """Return a list of strings."""
         value = self._list(key, "give a list of strings")

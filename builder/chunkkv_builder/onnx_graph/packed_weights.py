@@ -1,0 +1,104 @@
+"""Which tensors of a checkpoint an engine for ONNX Runtime stores, and in which form."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+
+from chunkkv_builder.checkpoint.blocks import StoredBlocks
+from chunkkv_builder.checkpoint.interface import Checkpoint
+from chunkkv_builder.checkpoint.model_config import DTYPES
+from chunkkv_builder.onnx_graph import quantize
+from chunkkv_builder.onnx_graph.transformer import OFFSETS_SUFFIX, PACKED_SUFFIX, SCALES_SUFFIX
+from chunkkv_builder.onnx_graph.weights import WeightSource
+
+_PACKED_WEIGHTS = ("_proj.weight", "lm_head.weight")
+_Parts = tuple[np.ndarray, ...]
+
+
+def weight_sources(checkpoint: Checkpoint, weight_only_precision: str | None = None) -> list[WeightSource]:
+    """Return every tensor of the engine, in layer order.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        Where the tensors come from.
+    weight_only_precision : str or None, default None
+        "int8" or "int4" packs the projections; None keeps them float32. Blocks that the checkpoint has already are
+        packed as they are. The embedding table, norms and biases always stay float32.
+    """
+    sources = []
+    for name in checkpoint.names():
+        if weight_only_precision and name.endswith(_PACKED_WEIGHTS):
+            sources += _packed(checkpoint, name, quantize.BITS[weight_only_precision])
+        else:
+            sources.append(WeightSource(name, checkpoint.shape(name), "float32", partial(_float32, checkpoint, name)))
+    return sources
+
+
+def packing_report(checkpoint: Checkpoint, weight_only_precision: str | None) -> list[str]:
+    """Return one line for each quantised type of weights that weight_sources packs.
+
+    It says whether their blocks are kept, or their values rounded a second time.
+    """
+    if weight_only_precision is None:
+        return []
+    bits = quantize.BITS[weight_only_precision]
+    packed = [name for name in checkpoint.names() if name.endswith(_PACKED_WEIGHTS)]
+    kept = Counter(
+        (checkpoint.stored_type(name), checkpoint.stored_blocks(name, bits) is not None)
+        for name in packed
+        if checkpoint.stored_type(name) not in DTYPES
+    )
+    return [
+        f"{count} weights in {stored}: "
+        + (
+            f"blocks kept as {weight_only_precision}"
+            if is_kept
+            else f"values rounded again, to {weight_only_precision}"
+        )
+        for (stored, is_kept), count in sorted(kept.items())
+    ]
+
+
+def _float32(checkpoint: Checkpoint, name: str) -> np.ndarray:
+    return checkpoint.converted(name, "float32")
+
+
+def _packed(checkpoint: Checkpoint, name: str, bits: int) -> list[WeightSource]:
+    out_features, in_features = checkpoint.shape(name)
+    packed_shape, scale_shape = quantize.packed_shapes(out_features, in_features, bits)
+    stored = checkpoint.stored_blocks(name, bits)
+    if stored is None:
+        parts = _OncePerPart(lambda: quantize.quantize(_float32(checkpoint, name), bits))
+    else:
+        parts = _OncePerPart(partial(_stored_parts, stored, bits))
+    sources = [
+        WeightSource(name + PACKED_SUFFIX, packed_shape, "uint8", partial(parts.take, 0)),
+        WeightSource(name + SCALES_SUFFIX, scale_shape, "float32", partial(parts.take, 1)),
+    ]
+    if stored is not None and stored.has_offsets:
+        sources.append(WeightSource(name + OFFSETS_SUFFIX, scale_shape, "float32", partial(parts.take, 2)))
+    return sources
+
+
+def _stored_parts(stored: StoredBlocks, bits: int) -> _Parts:
+    blocks = stored.load()
+    packed = quantize.pack(blocks.codes, bits)
+    return (packed, blocks.scales) if blocks.offsets is None else (packed, blocks.scales, blocks.offsets)
+
+
+class _OncePerPart:
+    """Computes the parts of a tensor once and hands out each once, so that only one tensor is alive at a time."""
+
+    def __init__(self, compute: Callable[[], _Parts]) -> None:
+        self._compute = compute
+        self._parts: dict[int, np.ndarray] = {}
+
+    def take(self, part: int) -> np.ndarray:
+        if part not in self._parts:
+            self._parts = dict(enumerate(self._compute()))
+        return self._parts.pop(part)
