@@ -52,6 +52,7 @@ inline bool atLeast(const char* name, int64_t value, int64_t least, const char* 
 
 // The kernels tell exactly these words apart: boundaries.cu and chunks.cuh those of boundaries, score.cu, score_tiles.cuh
 // and score_reduce.cuh those of score. A word is added to limits.py's KERNEL_CHOICES together with its branches there.
+static_assert(limits::kMaxLength == CHUNKKV_MAX_LENGTH, "the C ABI says the same");
 static_assert(std::size(limits::kBoundariesWords) == 2 && std::size(limits::kScoreWords) == 2,
               "write the kernels' branches for a new word first");
 

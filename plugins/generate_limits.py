@@ -62,6 +62,7 @@ def header_text() -> str:
         "",
         f"inline constexpr int32_t kHeadSizes[] = {{{sizes}}};",
         f"inline constexpr int32_t kMaxGroup = {limits['KERNEL_MAX_GROUP']};  // query heads that share one KV head",
+        f"inline constexpr int32_t kMaxLength = {limits['KERNEL_MAX_LENGTH']};  // tokens of a prompt",
     ]
     return _HEAD + "\n".join(lines) + "\n\n}  // namespace chunkkv::limits\n"
 

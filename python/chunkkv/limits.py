@@ -39,3 +39,4 @@ KERNEL_CHOICES: dict[str, tuple[str, ...]] = {
 
 KERNEL_HEAD_SIZES = (64, 80, 96, 128, 256)  # values of head_dim that the score kernel is compiled for
 KERNEL_MAX_GROUP = 16  # the most query heads that may share one KV head in the score kernel
+KERNEL_MAX_LENGTH = 1 << 22  # the most tokens of a prompt

@@ -40,14 +40,20 @@ def words(output: Path, **flags: Any) -> list[str]:
     return engines.command_line({name: value for name, value in named.items() if value is not None})
 
 
+def listed(folder: Path) -> list[Path]:
+    """Return what lies in `folder`: engines, and what a build may leave beside them."""
+    return sorted(folder.glob("engine*"))
+
+
 @pytest.fixture
 def build(capsys: pytest.CaptureFixture[str], tmp_path: Path, found_plugins: None) -> Build:
     """Run the command line in this process; nothing may be left where it fails."""
     cli = CommandLine(capsys)
 
     def run(**flags: Any) -> Outcome:
+        before = listed(tmp_path)
         outcome = cli(*words(tmp_path / "engine", **flags))
-        assert outcome.code == 0 or not list(tmp_path.glob("engine*"))
+        assert outcome.code == 0 or listed(tmp_path) == before
         return outcome
 
     return run
@@ -59,8 +65,9 @@ def build_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Build:
 
     def run(**flags: Any) -> Outcome:
         monkeypatch.setenv("CHUNKKV_LIB", str(tmp_path / "libraries" / "libchunkkv.so"))
+        before = listed(tmp_path)
         outcome = python("-c", ALONE, *words(tmp_path / "engine", **flags))
-        assert outcome.code == 0 or not list(tmp_path.glob("engine*"))
+        assert outcome.code == 0 or listed(tmp_path) == before
         return outcome
 
     (tmp_path / "libraries").mkdir()
@@ -149,6 +156,18 @@ def test_a_damaged_library_is_named(
     path.unlink()
     path.write_bytes(b"not a library")
     assert re.search(naming(path), build_alone().error(1))
+
+
+def test_prompts_that_are_too_long(build: Build) -> None:
+    """The plugins take 2**22 tokens; a cache of TensorRT has at most 2**31 - 1 numbers, here 64 of a token."""
+    endless = engines.checkpoint_dir("llama3", **SIZES, max_position_embeddings=2**31 - 1, rope_scaling=None)
+    limits = {"checkpoint_dir": endless, "max_seq_len": 2**22 + 1, "overwrite": True}
+    assert re.search(naming("--max_input_len 4194305 4194304 --chunkkv_ops functions"), build(**limits).error(2))
+    assert build(**limits, max_input_len=2**22).code == 0
+    assert build(**limits, chunkkv_ops="functions").code == 0
+    longest = (2**31 - 1) // 64 // 64 * 64
+    refused = build(**{**limits, "max_seq_len": longest + 1}, max_input_len=64)
+    assert re.search(naming("--max_seq_len", longest + 1, longest), refused.error(2))
 
 
 def test_flags_that_this_tensorrt_has_no_use_for(build: Build, tmp_path: Path) -> None:

@@ -28,5 +28,6 @@ inline constexpr Setting kMinTokens{"min_tokens", 1, 2147483647, nullptr};
 
 inline constexpr int32_t kHeadSizes[] = {64, 80, 96, 128, 256};
 inline constexpr int32_t kMaxGroup = 16;  // query heads that share one KV head
+inline constexpr int32_t kMaxLength = 4194304;  // tokens of a prompt
 
 }  // namespace chunkkv::limits

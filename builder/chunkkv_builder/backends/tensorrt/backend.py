@@ -13,6 +13,7 @@ from chunkkv.command_line import UsageError
 from chunkkv.engine.backends import TENSORRT
 from chunkkv.engine.tensorrt_build import FUNCTIONS, PLUGIN
 from chunkkv.engine.tensorrt_contract import PREFILL_FILE, WEIGHTS_FILE, decode_file
+from chunkkv.limits import KERNEL_MAX_LENGTH
 from chunkkv_builder.backends.graph_build import GraphBuild, plan_graphs
 from chunkkv_builder.backends.interface import Built
 from chunkkv_builder.backends.tensorrt.engines import EngineBuilder
@@ -90,8 +91,13 @@ class TensorRTBackend:
         return TensorRTPlan(planned, target)
 
     def check(self, planned: TensorRTPlan, progress: Progress) -> None:
-        """Raise UsageError for a sequence length whose caches are larger than TensorRT's tensors may be."""
+        """Raise UsageError for sequences that are too long for the plugins, or for the tensors of TensorRT."""
         limits, model = planned.graphs.limits, planned.graphs.plan.model
+        if planned.target.chunkkv_ops == PLUGIN and limits.max_input_len > KERNEL_MAX_LENGTH:
+            raise UsageError(
+                f"--max_input_len is {limits.max_input_len}; the ChunkKV plugins take prompts of up to "
+                f"{KERNEL_MAX_LENGTH} tokens: give that or less, or --chunkkv_ops {FUNCTIONS}"
+            )
         longest = largest_capacity(model.num_kv_heads * model.head_dim)
         if decode_capacities(limits.max_seq_len)[-1] > longest:
             raise UsageError(
