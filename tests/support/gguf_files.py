@@ -51,10 +51,7 @@ def write_gguf(
     writer = gguf.GGUFWriter(str(path), architecture, split_max_tensors=per_part)
     _add_model(writer, architecture, config)
     add_tokenizer(writer, "sentencepiece" if variant in SENTENCEPIECE_VARIANTS else "byte_level")
-    for key, value in (metadata or {}).items():
-        writer.kv_data[0].pop(key, None)
-        if value is not None:
-            writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
+    _replace_metadata(writer, metadata or {})
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], config["num_hidden_layers"])
     weights = {}
     for name, tensor in tensors.items():
@@ -111,6 +108,15 @@ def add_tokenizer(writer: gguf.GGUFWriter, style: str) -> None:
 def tiny_tokenizer(style: str) -> Tokenizer:
     """Return the tokenizer that add_tokenizer describes."""
     return byte_level() if style == "byte_level" else sentencepiece()
+
+
+def _replace_metadata(writer: gguf.GGUFWriter, metadata: dict[str, Any]) -> None:
+    for key, value in metadata.items():
+        writer.kv_data[0].pop(key, None)
+        if value is not None:
+            is_large = isinstance(value, int) and value >= 2**31
+            kind = gguf.GGUFValueType.UINT32 if is_large else gguf.GGUFValueType.get_type(value)
+            writer.add_key_value(key, value, kind)
 
 
 def random_blocks(shape: tuple[int, ...], kind: str, seed: int = 0) -> np.ndarray:

@@ -29,9 +29,10 @@ def dequantize(data: np.ndarray, kind: TensorType) -> np.ndarray:
 
     code = gguf.GGMLQuantizationType[kind.name]
     values = np.empty((len(data), data.shape[1] // kind.block_bytes * kind.block), np.float32)
-    for first in range(0, len(data), _ROWS_AT_ONCE):
-        rows = slice(first, first + _ROWS_AT_ONCE)
-        values[rows] = gguf.dequantize(np.ascontiguousarray(data[rows]), code)
+    with np.errstate(invalid="ignore", over="ignore"):  # whoever asks checks that all is finite
+        for first in range(0, len(data), _ROWS_AT_ONCE):
+            rows = slice(first, first + _ROWS_AT_ONCE)
+            values[rows] = gguf.dequantize(np.ascontiguousarray(data[rows]), code)
     return values
 
 
@@ -62,13 +63,13 @@ def to_blocks(data: np.ndarray, kind: TensorType, bits: int) -> QuantizedBlocks:
     range is at 2**(bits - 1): small numbers, so that nothing is lost where activations are rounded.
     """
     block_format = BLOCK_FORMATS[kind.name]
-    codes, scales, minimums = block_format.unpack(data.reshape(len(data), -1, kind.block_bytes))
     middle = 2 ** (block_format.bits - 1)
-    codes = (codes + np.uint8(2 ** (bits - 1) - middle)).reshape(len(data), -1, BLOCK)
-    scales = scales.reshape(len(data), -1)
-    if minimums is None:
-        return QuantizedBlocks(codes, scales, None)
-    return QuantizedBlocks(codes, scales, minimums.reshape(len(data), -1) + scales * np.float32(middle))
+    with np.errstate(invalid="ignore", over="ignore"):  # whoever asks checks that all is finite
+        codes, scales, minimums = block_format.unpack(data.reshape(len(data), -1, kind.block_bytes))
+        scales = scales.reshape(len(data), -1)
+        offsets = None if minimums is None else minimums.reshape(len(data), -1) + scales * np.float32(middle)
+    codes = codes + np.uint8(2 ** (bits - 1) - middle)
+    return QuantizedBlocks(codes.reshape(len(data), -1, BLOCK), scales, offsets)
 
 
 def _half(blocks: np.ndarray, place: int) -> np.ndarray:

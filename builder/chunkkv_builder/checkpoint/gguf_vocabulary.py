@@ -9,7 +9,7 @@ from typing import Any
 from chunkkv.engine.fields import Fields, shown
 from chunkkv.errors import CheckpointError
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+UNDEFINED, NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(7)
 _ROLES = {
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
@@ -25,7 +25,7 @@ _DAMAGED = "the file is damaged: convert the model again"
 
 
 class Vocabulary:
-    """The tokens of a GGUF file; those of type UNUSED, which no text leads to, are left out.
+    """The tokens of a GGUF file; those of type UNUSED and those without text, which no text leads to, are left out.
 
     Parameters
     ----------
@@ -49,10 +49,10 @@ class Vocabulary:
         count = len(self._tokens)
         self._types = (NORMAL,) * count
         if fields.get("token_type") is not None:
-            self._types = fields.integers("token_type", NORMAL, BYTE, count)
+            self._types = fields.integers("token_type", UNDEFINED, BYTE, count)
         self.ids: dict[str, int] = {}
         for number, (token, kind) in enumerate(zip(self._tokens, self._types, strict=True)):
-            if kind != UNUSED and self.ids.setdefault(token, number) != number:
+            if kind != UNUSED and token and self.ids.setdefault(token, number) != number:
                 raise CheckpointError(
                     f"{fields.source}: tokens {self.ids[token]} and {number} are both {shown(token)}; {_DAMAGED}"
                 )
@@ -130,6 +130,6 @@ class Vocabulary:
         number = self._fields.integer(key, low=0, high=_NO_ID, default=default)
         if number is None or number == _NO_ID:
             return None
-        if number >= len(self._tokens) or self._types[number] == UNUSED:
+        if number >= len(self._tokens) or self.ids.get(self._tokens[number]) != number:
             raise self._fields.error(key, f"expected the id of one of {len(self._tokens)} tokens: {_DAMAGED}")
         return number
