@@ -32,7 +32,7 @@ SOURCES = [
     *(ROOT / "python" / "chunkkv" / "gpu").glob("tensorrt*.py"),
 ]
 pytestmark = pytest.mark.tensorrt_api
-# Names that are asked of TensorRT for RTX alone; test_tensorrt_rtx_api.py looks for them there.
+# Names that are asked of TensorRT for RTX alone; real_tensorrt/test_runtime_api.py looks for them there.
 RTX_ONLY = {item.__name__ for item in rtx_double.ENUMS} - {"ExecutionContextAllocationStrategy"}
 STUBS = {
     "nvinfer": "createInferBuilder_INTERNAL createInferRefitter_INTERNAL createInferRuntime_INTERNAL getPluginRegistry "

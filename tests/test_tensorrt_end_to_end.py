@@ -1,4 +1,4 @@
-"""benchmarks/tensorrt_end_to_end.py on doubles, so that it runs when a machine for it is there."""
+"""benchmarks/tensorrt_end_to_end.py on doubles; real_tensorrt/ has its dry run on TensorRT for RTX itself."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from support.tensorrt_double import Double, machine_of
 
 from benchmarks import tensorrt_end_to_end as script
 from benchmarks.random_checkpoint import MEDIUM
-from chunkkv.errors import BackendUnavailableError
-from chunkkv.gpu.tensorrt_library import TensorRT, find_tensorrt
+from chunkkv.gpu.tensorrt_library import TensorRT
 
 machine = pytest.fixture(machine_of)
 TINY = {
@@ -82,20 +81,3 @@ def test_random_weights_are_measured_by_length_and_ratio(machine: Double, tmp_pa
     ]
     assert all(row["tpot_ms"] > 0 and row["kept_tokens"] <= row["length"] for row in result["rows"])
     assert result["weights_bytes"] > 0
-
-
-@pytest.mark.deep
-def test_a_dry_run_with_the_real_tensorrt_for_rtx(capsys: pytest.CaptureFixture[str]) -> None:
-    """Everything up to running: real engines with ChunkKV inside, built on any machine."""
-    try:
-        rtx = find_tensorrt("rtx")
-    except BackendUnavailableError as error:
-        pytest.skip(f"needs {error}")
-    assert script.main(["--dry_run", "--tensorrt", "rtx"]) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result["tensorrt"] == rtx.title
-    for dtype in ("float32", "bfloat16"):
-        layers = result["needle"][dtype]["layers"]
-        assert layers["prefill.engine"]["ATTENTION_INPUT"] == 4
-        decode = [counts for file, counts in layers.items() if file.startswith("decode_")]
-        assert decode and all((c["KV_CACHE_UPDATE"], c["ATTENTION_INPUT"]) == (8, 4) for c in decode)

@@ -1,6 +1,6 @@
 """What TensorRT for RTX adds to the double of TensorRT at run time: compiled kernels, their cache, memory of contexts.
 
-Names and parameters are those of NVIDIA's bindings (tests/test_tensorrt_rtx_api.py holds them against the real ones).
+Names and parameters are those of NVIDIA's bindings; tests/real_tensorrt/test_runtime_api.py holds them against these.
 What a kernel is, is made up: one name for each engine and set of shapes. Engines are built by the other double and
 marked in their manifest.
 """

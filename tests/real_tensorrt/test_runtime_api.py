@@ -16,9 +16,8 @@ from support import tensorrt_double as plain
 from support import tensorrt_rtx_double as double
 from test_tensorrt_api import used_names
 
-from chunkkv.errors import BackendUnavailableError
 from chunkkv.gpu.cuda_runtime import CudaRuntime
-from chunkkv.gpu.tensorrt_library import TensorRT, find_tensorrt, missing_gpu
+from chunkkv.gpu.tensorrt_library import TensorRT, missing_gpu
 from chunkkv.gpu.tensorrt_validity import why_not_valid
 
 # Per class of the doubles the members that run an engine; what builds one is tested by building.
@@ -33,14 +32,6 @@ CLASSES: dict[type, str] = {
     plain.Registry: "load_library get_creator",
 }
 REAL_NAMES = {double.Context: "IExecutionContext", double.Engine: "ICudaEngine", plain.Registry: "IPluginRegistry"}
-
-
-@pytest.fixture(scope="module")
-def rtx() -> TensorRT:
-    try:
-        return find_tensorrt("rtx")
-    except BackendUnavailableError as error:
-        pytest.skip(f"needs {error}")
 
 
 @pytest.mark.parametrize("item", CLASSES, ids=lambda item: item.__name__)
