@@ -89,7 +89,7 @@ def draw(
         axes.margins(x=0.12)
     length = len(choice.token_ids)
     for number, group in enumerate(choice.groups):
-        places.eventplot(group.kept, lineoffsets=number, linelengths=0.7, linewidths=0.6, colors=OURS)
+        places.eventplot(group.kept_indices, lineoffsets=number, linelengths=0.7, linewidths=0.6, colors=OURS)
     places.axvspan(*answer_span, color="#eb6834", alpha=0.6, lw=0)
     places.set_yticks(range(len(choice.groups)), [f"layers {g.layers[0]}-{g.layers[-1]}" for g in choice.groups])
     places.set_xlim(0, length)

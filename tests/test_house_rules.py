@@ -6,6 +6,8 @@ docstrings is checked by ruff (rules D of pyproject.toml).
 
 from __future__ import annotations
 
+import re
+from itertools import pairwise
 from pathlib import Path
 
 from support import house_rules as rules
@@ -43,7 +45,7 @@ def test_what_an_executor_can_do_is_declared_not_probed() -> None:
     check(rules.probes(HOUSE))
 
 
-def test_no_environment_variables_beyond_two() -> None:
+def test_no_other_environment_variables_are_read() -> None:
     check(rules.environment_variables(HOUSE))
 
 
@@ -134,3 +136,21 @@ def test_every_rule_finds_what_breaks_it(tmp_path: Path) -> None:
         *rules.untrue_readme_folders(tmp_path),
     ]
     assert found == FOUND.split("\n")[1:-1]
+
+
+PAGE = ROOT / "docs" / "architecture.md"
+PICTURE = ROOT / "docs" / "images" / "architecture.svg"
+
+
+def test_the_page_lists_the_floors() -> None:
+    rows = re.findall(r"^\| (\d+) \| ((?:`\w+`(?:, )?)+) \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    listed = [set(re.findall(r"`(\w+)`", rooms)) for _, rooms in rows]
+    assert listed == [floor for floor in rules.FLOORS if floor != {"chunkkv"}]
+    assert [int(number) for number, _ in rows] == [*range(len(rows), 0, -1)]
+
+
+def test_the_picture_draws_the_floors_one_above_the_other() -> None:
+    names = re.findall(r'<text x="[\d.]+" y="([\d.]+)"[^>]*>([^<]*)<', PICTURE.read_text(encoding="utf-8"))
+    height = {name.strip(): float(y) for y, text in names for name in re.sub(r"(/|\.py)$", "", text).split("·")}
+    floors = [sorted(height[room] for room in floor) for floor in rules.FLOORS if floor != {"chunkkv"}]
+    assert all(upper[-1] < lower[0] for upper, lower in pairwise(floors))

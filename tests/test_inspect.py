@@ -48,7 +48,7 @@ def test_the_page_carries_the_engines_choice(session: ChunkKVSession) -> None:
     assert data["ids"] == list(found.token_ids) and data["kept_tokens"] == found.kept_tokens
     assert [g["layers"] for g in data["groups"]] == [[0, 1], [2]]
     for group, entry in zip(found.groups, data["groups"], strict=True):
-        assert entry["kept"] == group.kept.tolist() and len(entry["kept"]) == found.kept_tokens
+        assert entry["kept"] == group.kept_indices.tolist() and len(entry["kept"]) == found.kept_tokens
         assert entry["chunk_starts"] == group.chunk_starts.tolist()
 
 
@@ -147,7 +147,7 @@ def test_every_group_highlights_what_the_engine_kept(browser, session: ChunkKVSe
     assert len(rows) == len(found.groups) == 2
     for row, group in zip(rows, found.groups, strict=True):
         row.find_element("tag name", "button").click()
-        assert highlighted(browser) == group.kept.tolist()
+        assert highlighted(browser) == group.kept_indices.tolist()
         assert row.get_attribute("aria-current") == "true"
         assert str(found.kept_tokens) in row.find_element("tag name", "output").text
     text = browser.find_element("id", "text").get_property("textContent")
@@ -165,7 +165,7 @@ def test_sliders_choose_as_the_engine_would(browser, session: ChunkKVSession, tm
             browser.execute_script(
                 "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('input'))", slider, budget
             )
-            assert highlighted(browser) == group.kept.tolist()
+            assert highlighted(browser) == group.kept_indices.tolist()
     sliders[0].send_keys("\ue014")  # the right arrow key
     assert len(highlighted(browser)) == 58
     assert "58 tokens" in browser.find_element("css selector", ".group output").text
@@ -184,10 +184,10 @@ def test_hovering_shows_the_scores(browser, session: ChunkKVSession, tmp_path: P
     facts = browser.find_element("id", "facts").text
     score, mean = (float(x) for x in re.findall(r"scores? ([\d.e+-]+)", facts))
     start, stop = (int(group.chunk_starts[k]) for k in (1, 2))
-    assert score == pytest.approx(float(group.scores[position]), rel=1e-3)
-    assert mean == pytest.approx(float(np.mean(group.scores[start:stop])), rel=1e-3)
+    assert score == pytest.approx(float(group.token_scores[position]), rel=1e-3)
+    assert mean == pytest.approx(float(np.mean(group.token_scores[start:stop])), rel=1e-3)
     assert f"position {position}" in facts and f"chunk {start}–{stop - 1}" in facts
-    assert ("dropped" in facts) == (position not in group.kept)
+    assert ("dropped" in facts) == (position not in group.kept_indices)
     ActionChains(browser).move_to_element(spans[-1]).perform()
     assert "observation window · always kept" in browser.find_element("id", "facts").text
 

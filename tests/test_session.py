@@ -265,11 +265,11 @@ def test_inspection_shows_what_generation_keeps(session) -> None:
     assert found.token_ids == tuple(ids) and len(found.tokens) == 61 and found.kept_tokens == 24
     assert [group.layers for group in found.groups] == [(0, 1), (2,)]
     for group in found.groups:
-        assert len(group.kept) == 24 and len(group.scores) == 61
+        assert len(group.kept_indices) == 24 and len(group.token_scores) == 61
         assert group.leader == group.layers[-1]
         assert group.chunk_starts[0] == session.settings.sinks
     whole = session.inspect(ids, keep_ratio=1.0)
-    assert all(len(group.kept) == 61 for group in whole.groups)
+    assert all(len(group.kept_indices) == 61 for group in whole.groups)
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])

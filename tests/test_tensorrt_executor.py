@@ -104,9 +104,9 @@ def test_inspection_shows_the_same_choice(session: ChunkKVSession) -> None:
     found = session.inspect(PROMPTS[2])
     for one, other in zip(found.groups, expected.groups, strict=True):
         assert (one.layers, one.leader) == (other.layers, other.leader)
-        assert np.array_equal(one.kept, other.kept)
-        np.testing.assert_allclose(one.scores, other.scores, rtol=1e-3, atol=1e-7)
-    assert all(len(group.kept) == 61 for group in session.inspect(PROMPTS[0], keep_ratio=1.0).groups)
+        assert np.array_equal(one.kept_indices, other.kept_indices)
+        np.testing.assert_allclose(one.token_scores, other.token_scores, rtol=1e-3, atol=1e-7)
+    assert all(len(group.kept_indices) == 61 for group in session.inspect(PROMPTS[0], keep_ratio=1.0).groups)
 
 
 def test_decode_replays_one_graph_and_memory_is_given_back(machine: Double, session: ChunkKVSession) -> None:

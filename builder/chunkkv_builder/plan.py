@@ -1,4 +1,4 @@
-"""The graph plan: which layer decides for which, before any engine is chosen."""
+"""The graph plan: which layer decides for which; the same for every backend."""
 
 from __future__ import annotations
 

@@ -77,3 +77,6 @@ if not TYPE_CHECKING:  # checkers read the imports above, and would take any nam
         if name not in __all__:
             raise AttributeError(f"module 'chunkkv' has no attribute {name!r}")
         return getattr(importlib.import_module(_MODULES.get(name, "chunkkv.errors")), name)
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

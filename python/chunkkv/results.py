@@ -116,9 +116,9 @@ class GroupChoice:
         The layers of the group.
     leader : int
         The layer whose attention decides.
-    kept : numpy.ndarray
-        Kept positions, ascending.
-    scores : numpy.ndarray
+    kept_indices : numpy.ndarray
+        Kept positions [N] int32, ascending.
+    token_scores : numpy.ndarray
         Score of every token [L] float32.
     chunk_starts : numpy.ndarray
         Position of each chunk's first token, ascending.
@@ -126,8 +126,8 @@ class GroupChoice:
 
     layers: tuple[int, ...]
     leader: int
-    kept: np.ndarray
-    scores: np.ndarray
+    kept_indices: np.ndarray
+    token_scores: np.ndarray
     chunk_starts: np.ndarray
 
 

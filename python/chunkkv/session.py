@@ -229,7 +229,9 @@ class ChunkKVSession:
         assert self.settings is not None
         leader, length = self.settings.leader_of(group), len(request.ids)
         if choice is None:  # the whole prompt is kept, so nothing was scored
-            return GroupChoice(group, leader, np.arange(length), np.zeros(length, np.float32), np.zeros(0, np.int64))
+            return GroupChoice(
+                group, leader, np.arange(length, dtype=np.int32), np.zeros(length, np.float32), np.zeros(0, np.int64)
+            )
         flags = None
         if self.settings.boundaries == "delimiter" and self.tokenizer is not None:
             flags = self.tokenizer.delimiter_token_table(vocab_size=self.limits.vocab_size)[request.ids]
@@ -247,13 +249,14 @@ class ChunkKVSession:
         began = time.perf_counter()
         needed = max(request.kept_tokens for request in requests) + sampling.max_new_tokens
         cache = self.executor.new_cache(len(requests), self.executor.capacity_for(needed))
-        answers = [self.start_answer(row, request, sampling, cache.capacity) for row, request in enumerate(requests)]
+        answers: list[Answer] = []
         prefiller = self.executor.prefiller()
-        for first in range(0, len(answers), prefiller.max_rows):
-            group = answers[first : first + prefiller.max_rows]
-            prefills = prefiller.run([answer.request for answer in group], cache.rows(first, len(group)), cancel)
-            for answer, prefilled in zip(group, prefills, strict=True):
-                yield answer.begin(prefilled, began)
+        for first in range(0, len(requests), prefiller.max_rows):
+            group = requests[first : first + prefiller.max_rows]
+            prefills = prefiller.run(group, cache.rows(first, len(group)), cancel)
+            for row, (request, prefilled) in enumerate(zip(group, prefills, strict=True), start=first):
+                answers.append(self.start_answer(row, request, sampling, cache.capacity))
+                yield answers[-1].begin(prefilled, began)
         del prefiller  # frees the full cache of a prompt before decode
         yield from self._decode(answers, cache, cancel)
 

@@ -37,11 +37,12 @@ def render_page(inspection: Inspection) -> str:
 
 
 def _group(group: GroupChoice) -> dict[str, object]:
-    scores = np.ascontiguousarray(group.scores, dtype="<f4")  # as bits, so that the page ranks exactly as the op does
+    # As bits, so that the page ranks exactly as the op does.
+    scores = np.ascontiguousarray(group.token_scores, dtype="<f4")
     return {
         "layers": list(group.layers),
         "leader": group.leader,
-        "kept": [int(position) for position in group.kept],
+        "kept": [int(position) for position in group.kept_indices],
         "chunk_starts": [int(position) for position in group.chunk_starts],
         "scores": base64.b64encode(scores.tobytes()).decode("ascii"),
     }

@@ -8,8 +8,7 @@ import numpy as np
 import onnxruntime as ort
 
 from chunkkv.executors.host_cache import HostKVCache
-from chunkkv.executors.onnxruntime.binding import bind_arrays, bind_cache
-from chunkkv.executors.onnxruntime.graphs import OnnxRuntimeStep
+from chunkkv.executors.onnxruntime.graphs import OnnxRuntimeStep, bind_arrays, bind_cache
 from chunkkv.executors.step_arrays import StepArrays, check_slots
 
 

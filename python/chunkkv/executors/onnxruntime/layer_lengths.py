@@ -15,9 +15,8 @@ from onnx import helper
 
 from chunkkv.errors import EngineError
 from chunkkv.executors.host_cache import HostKVCache
-from chunkkv.executors.onnxruntime.binding import CPU, bind_arrays, session_options
 from chunkkv.executors.onnxruntime.decode import OnnxRuntimeDecoder
-from chunkkv.executors.onnxruntime.graphs import OnnxRuntimeStep
+from chunkkv.executors.onnxruntime.graphs import CPU, OnnxRuntimeStep, bind_arrays, session_options
 from chunkkv.executors.step_arrays import check_slots
 
 LENGTHS_INPUT = "layer_lengths"
