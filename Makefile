@@ -38,7 +38,7 @@ install: $(VENV)/.installed-test
 test: lint
 	$(BIN)/python -m pytest -n 2
 
-# What is worth having and not worth waiting for after each change: about 30 minutes on two cores, downloads 1.6 GB.
+# What is worth having and not worth waiting for after each change: about 30 minutes on two cores, downloads 1.9 GB.
 test-deep: test-tensorrt-api test-tensorrt test-triton test-peers test-slow
 
 # Sanitizers, races, planted bugs and nvcc's table of the kernels; pages of the docs that are measured again.

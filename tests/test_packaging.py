@@ -79,3 +79,13 @@ def test_importing_either_package_stays_cheap() -> None:
     program = "import sys, chunkkv, chunkkv_builder; print(sorted({'numpy', 'onnx', 'onnxruntime'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_make_plugins_without_a_compiler_says_so_in_one_line(tmp_path: Path) -> None:
+    """Before it installs anything: pip has a CUDA compiler, but no C++ compiler."""
+    environment = {name: value for name, value in os.environ.items() if name != "CXX"} | {"PATH": str(tmp_path)}
+    command = [sys.executable, str(ROOT / "plugins" / "build.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("g++ was not found") and "CXX" in line
