@@ -50,7 +50,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "big endian": (gguf_bytes(version=3 << 24), "version 3 in big endian"),
     "values": (gguf_bytes(values=HUGE), f"{HUGE} metadata values"),
     "tensors": (gguf_bytes(tensors=HUGE), f"{HUGE} tensors"),
-    "values that end": (b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + NUMBER + value("m", 4, b""), "ends inside its header"),
+    "values that end": (b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + NUMBER + value("m", 4, b""), "1 values 'm'"),
     "a name's length": (gguf_bytes(struct.pack("<Q", HUGE), values=1), "ends inside its header"),
     "a long name": (gguf_bytes(value("n" * 70000, 4, bytes(4)), values=1), "70000 characters"),
     "a string's length": (gguf_bytes(value("n", 8, struct.pack("<Q", HUGE)), values=1), "ends inside its header"),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import shutil
+import tempfile
+import weakref
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -29,8 +31,8 @@ _SHOWN = 3
 class GgufCheckpoint:
     """A model in GGUF, complete and well-shaped; satisfies chunkkv_builder.checkpoint.interface.Checkpoint.
 
-    Its files stay mapped into memory while the object lives; a tensor is read and dequantised when it is asked for. The
-    tokenizer's files lie in a temporary folder that goes with the object.
+    Its files stay mapped into memory while the object lives; a tensor is read and dequantised when it is asked for.
+    `tokenizer_dir` is a temporary folder that goes with the object.
     """
 
     def __init__(self, path: Path, config: ModelConfig, files: list[GgufFile], tokenizer: GgufTokenizer | None) -> None:
@@ -38,10 +40,11 @@ class GgufCheckpoint:
         self.config = config
         self._shapes = expected_shapes(config)
         self._sources = {tensor_name(name): (file, name) for file in files for name in file.entries}
-        self._folder = None
+        self.tokenizer_dir: Path | None = None
         if tokenizer is not None:
-            self._folder = TemporaryDirectory(prefix="chunkkv-tokenizer-")
-            tokenizer.write(Path(self._folder.name))
+            self.tokenizer_dir = Path(tempfile.mkdtemp(prefix="chunkkv-tokenizer-"))
+            weakref.finalize(self, shutil.rmtree, self.tokenizer_dir, ignore_errors=True)
+            tokenizer.write(self.tokenizer_dir)
 
     @classmethod
     def open(cls, path: str | Path) -> GgufCheckpoint:
@@ -61,11 +64,6 @@ class GgufCheckpoint:
         tokenizer = read_tokenizer(metadata, str(first))
         config = read_config(metadata, tensors, _rope_factors(files), tokenizer, str(first))
         return cls(Path(path), config, files, tokenizer)
-
-    @property
-    def tokenizer_dir(self) -> Path | None:
-        """A temporary folder with the tokenizer's files, None where the file has no tokenizer."""
-        return None if self._folder is None else Path(self._folder.name)
 
     def names(self) -> tuple[str, ...]:
         """Return the names of the model's tensors, in layer order."""
