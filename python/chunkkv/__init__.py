@@ -6,6 +6,7 @@ The public names are loaded on first use, so that `import chunkkv` stays cheap.
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
     from chunkkv.sampling import SamplingParams
     from chunkkv.session import ChunkKVSession
     from chunkkv.settings import ChunkKVSettings
+
+# ONNX Runtime's Linux wheels send usage data, and write a device id to the home directory as soon as they are imported.
+# They read this once, so it stands before any import of onnxruntime. A value that the user has set stays.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.2.0"
 
