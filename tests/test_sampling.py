@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.messages import naming
 
-from chunkkv.errors import RequestError
+from chunkkv.errors import EngineRunError, RequestError
 from chunkkv.sampling import Sampler, SamplingParams, StopText
 
 LOGITS = np.array([1.0, 3.0, 2.0, -1.0, 3.0], np.float32)
@@ -80,6 +80,9 @@ def test_logprob_is_of_the_model_not_of_the_filtered_distribution():
         ("top_p", 1.01),
         ("repetition_penalty", 0.0),
         ("repetition_penalty", math.nan),
+        ("repetition_penalty", 1e-50),
+        ("repetition_penalty", 1e300),
+        ("temperature", 10**400),
         ("seed", -1),
         ("stop", ("",)),
         ("stop", (3,)),
@@ -91,6 +94,104 @@ def test_logprob_is_of_the_model_not_of_the_filtered_distribution():
 def test_bad_parameters_are_named(name, value):
     with pytest.raises(RequestError, match=naming(name)):
         SamplingParams(**{name: value})
+
+
+def by_full_sort(scores: np.ndarray, params: SamplingParams, uniform: float) -> int:
+    """Draw the plain way: rank the whole vocabulary, cut it, and look `uniform` up in the sums of the probabilities."""
+    order = np.argsort(-scores, kind="stable")[: params.top_k or None]
+    ranked = scores[order].astype(np.float64) / params.temperature
+    weights = np.exp(ranked - ranked[0])
+    weights /= weights.sum()
+    if params.top_p < 1:
+        count = max(1, int((np.cumsum(weights) - weights < params.top_p).sum()))
+        order, weights = order[:count], weights[:count] / weights[:count].sum()
+    return int(order[min(int(np.searchsorted(np.cumsum(weights), uniform, "right")), len(order) - 1)])
+
+
+SHAPES = {
+    "flat": lambda random: random.standard_normal(30_000),
+    "peaked": lambda random: random.standard_normal(30_000) * 3 + np.where(random.random(30_000) < 1e-3, 12, 0),
+    "ties": lambda random: np.round(random.standard_normal(30_000) * 2),
+    "wide": lambda random: random.standard_normal(30_000) * 1e37,
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    "filters", [{}, {"top_k": 50}, {"top_p": 0.9}, {"top_k": 20_000, "top_p": 0.5}, {"top_p": 1e-9}], ids=str
+)
+def test_tokens_of_a_seed_equal_those_of_a_full_sort(shape: str, filters: dict) -> None:
+    logits = SHAPES[shape](np.random.default_rng(3)).astype(np.float32)
+    params = SamplingParams(temperature=0.7, seed=5, **filters)
+    sampler = Sampler(params, np.array([], np.int64), len(logits))
+    uniforms = np.random.default_rng(5)
+    expected = [by_full_sort(logits, params, uniforms.random()) for _ in range(20)]
+    assert [sampler.choose(logits)[0] for _ in range(20)] == expected
+
+
+def test_no_more_than_a_part_of_a_vocabulary_is_sorted(monkeypatch) -> None:
+    logits = np.random.default_rng(0).standard_normal(151_936).astype(np.float32)
+    lengths = []
+    argsort = np.argsort
+    monkeypatch.setattr(
+        np, "argsort", lambda values, **options: lengths.append(len(values)) or argsort(values, **options)
+    )
+    for filters in ({}, {"top_k": 50}, {"top_p": 0.9}):
+        sampler = Sampler(SamplingParams(temperature=0.7, seed=1, **filters), np.array([], np.int64), len(logits))
+        for _ in range(5):
+            sampler.choose(logits)
+    assert lengths and max(lengths) < 1000
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 1e-310},
+        {"temperature": 5e-324, "top_p": 0.5},
+        {"temperature": 1e308, "top_k": 3},
+        {"temperature": 1e-310, "repetition_penalty": 1e-3},
+        {"temperature": 1.0, "repetition_penalty": 1e3},
+        {"repetition_penalty": 1e-3},
+        {"temperature": np.float32(1e-40)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("size", [1.0, 1e38])
+def test_extreme_values_are_right_and_silent(settings: dict, size: float) -> None:
+    logits = np.resize(LOGITS, 5000) * np.float32(size)
+    sampler = Sampler(SamplingParams(seed=0, logprobs=True, **settings), np.array([0, 3]), len(logits))
+    for _ in range(5):
+        token, logprob = sampler.choose(logits)
+        assert 0 <= token < len(logits) and math.isfinite(logprob)
+        if settings.get("temperature", 1.0) < 1e-30 and "repetition_penalty" not in settings:
+            assert logits[token] == logits.max()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_logits_that_are_not_finite_are_an_error(value: float, temperature: float) -> None:
+    logits = np.array([1.0, value, 2.0, value], np.float32)
+    sampler = Sampler(SamplingParams(temperature=temperature), np.array([], np.int64), len(logits))
+    with pytest.raises(EngineRunError, match=naming("2 4 infinite NaN")):
+        sampler.choose(logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "plain"),
+    [
+        ("max_new_tokens", np.int8(100), 100),
+        ("top_k", np.uint16(7), 7),
+        ("seed", np.int64(2), 2),
+        ("temperature", np.float32(0.5), 0.5),
+        ("top_p", np.float16(0.5), 0.5),
+        ("repetition_penalty", np.int64(2), 2.0),
+        ("ignore_eos", np.True_, True),
+    ],
+)
+def test_numbers_of_numpy_become_pythons(name: str, value: object, plain: object) -> None:
+    stored = getattr(SamplingParams(**{name: value}), name)
+    assert stored == plain and type(stored) is type(plain)
 
 
 def test_one_stop_string_may_be_given_bare():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,11 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support import engines
+from support.checkpoints import random_tensors, write_checkpoint, write_tensors
 from support.messages import naming
 
-from chunkkv import SamplingParams
-from chunkkv.errors import EngineMismatchError, RequestError
+from chunkkv import ChunkKVSession, SamplingParams
+from chunkkv.errors import EngineMismatchError, EngineRunError, RequestError
 from chunkkv.executors.onnxruntime.prefill import block_sizes
+from chunkkv_builder import build as build_engine
 
 GREEDY = SamplingParams(max_new_tokens=12, ignore_eos=True)
 
@@ -280,3 +283,35 @@ def test_weight_only_engines_run_and_stay_close(precision: str) -> None:
     result = packed.generate(prompt(61), params)
     limit = {"int8": 0.2, "int4": 2.0}[precision]  # random weights are the hardest case for quantisation
     assert abs(result.logprobs[0] - exact.logprobs[0]) < limit
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.int16, np.uint8, np.int32, np.int64])
+def test_numpys_integers_make_results_of_plain_numbers(session, kind: type) -> None:
+    expected = session.generate(prompt(100), GREEDY, budget_tokens=99)
+    result = session.generate(prompt(100), dataclasses.replace(GREEDY, max_new_tokens=kind(12)), budget_tokens=kind(99))
+    assert result.token_ids == expected.token_ids
+    assert result.statistics.cache_bytes == expected.statistics.cache_bytes
+    assert json.loads(json.dumps(result.to_dict(), allow_nan=False))["statistics"]["kept_tokens"] == 99
+
+
+@pytest.fixture(scope="module")
+def overflowing_session(tmp_path_factory):
+    """An engine whose weights are finite, and whose hidden states are not."""
+    folder = tmp_path_factory.mktemp("overflow")
+    checkpoint = write_checkpoint(folder / "checkpoint", "llama3")
+    tensors = random_tensors(json.loads((checkpoint / "config.json").read_text()))
+    for name in ("gate", "up", "down"):
+        tensors[f"model.layers.2.mlp.{name}_proj.weight"] *= np.float32(1e16)
+    write_tensors(checkpoint, tensors)
+    flags = {"checkpoint_dir": checkpoint, "output_dir": folder / "engine", "max_seq_len": 256, "log_level": "error"}
+    build_engine.main(engines.command_line({**flags, **engines.SMALL_CHUNKKV, "chunkkv": True}))
+    return ChunkKVSession.from_dir(folder / "engine", threads=1)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(temperature=0.7, seed=1)], ids=["greedy", "sampled"])
+def test_overflow_in_the_model_is_an_error_at_the_first_token(overflowing_session, sampling) -> None:
+    events = overflowing_session.generate(prompt(40), sampling, stream=True)
+    with pytest.raises(EngineRunError, match=naming("logits 384 infinite NaN")):
+        next(events)
+    with pytest.raises(EngineRunError, match=naming("logits 384 infinite NaN")):
+        overflowing_session.inspect(prompt(40))

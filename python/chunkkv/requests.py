@@ -197,8 +197,10 @@ def _budget(
     """Return keep_per_10k, budget_tokens (0 = ratio mode) and N(L)."""
     if ratio is not None and budget is not None:
         raise RequestError(f"keep_ratio {ratio} and budget_tokens {budget} were both given; give one of them")
-    if budget is not None and not (_is_whole(budget) and 0 < budget < 2**31):
-        raise RequestError(f"budget_tokens is {budget!r}; give a whole number from 1 to {2**31 - 1}")
+    if budget is not None:
+        if not (_is_whole(budget) and 0 < budget < 2**31):
+            raise RequestError(f"budget_tokens is {budget!r}; give a whole number from 1 to {2**31 - 1}")
+        budget = int(budget)  # NumPy's integers would overflow in sizes of caches
     try:
         per_10k = None if ratio is None else keep_ratio_to_per_10k(ratio)
     except ConfigError as error:
@@ -222,7 +224,7 @@ def _budget(
             f"this engine was built for at most {most} (max_keep_ratio {settings.max_keep_per_10k / KEEP_SCALE}): "
             "ask for less, or build with a larger --chunkkv_max_keep_ratio"
         )
-    return settings.keep_per_10k if per_10k is None else per_10k, int(budget or 0), kept
+    return settings.keep_per_10k if per_10k is None else per_10k, budget or 0, kept
 
 
 def _is_whole(value: object) -> bool:

@@ -6,13 +6,18 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from chunkkv.errors import RequestError
+from chunkkv.errors import EngineRunError, RequestError
 
 _WHOLE = "a whole number"
+_LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
+_MIN_PENALTY, _MAX_PENALTY = 1e-3, 1e3
+_INTERVALS = 2048  # enough that one of them holds few tokens of a large vocabulary, whatever the distribution
+_NEGLIGIBLE = 50.0  # exp(-50) of a vocabulary's size does not change a sum of float64 that holds exp(0)
+_SMALLEST_DIVISOR = 1e-300
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class SamplingParams:
         Draw from the smallest set of likeliest tokens that holds this probability, in (0, 1]; 1 is off.
     repetition_penalty : float, default 1.0
         Divides the positive logits of tokens that prompt or answer hold already, and multiplies negative ones
-        (Keskar et al., arXiv 1909.05858); 1 is off.
+        (Keskar et al., arXiv 1909.05858), from 0.001 to 1000; 1 is off.
     seed : int or None, default None
         Starts each prompt's own generator, so a prompt gives the same tokens alone and in a batch. None draws a fresh
         seed.
@@ -55,21 +60,32 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name in ("ignore_eos", "logprobs"):
-            if not isinstance(getattr(self, name), bool):
+            if not isinstance(getattr(self, name), (bool, np.bool_)):
                 raise RequestError(f"{name} is {getattr(self, name)!r}; give True or False")
+            object.__setattr__(self, name, bool(getattr(self, name)))
         object.__setattr__(self, "stop", _stop_strings(self.stop))
         self._check("max_new_tokens", Integral, lambda v: v >= 1, f"{_WHOLE} of at least 1")
         self._check("temperature", Real, lambda v: 0 <= v < math.inf, "a number of at least 0 (0 = greedy)")
         self._check("top_k", Integral, lambda v: v >= 0, f"{_WHOLE} of at least 0 (0 = off)")
         self._check("top_p", Real, lambda v: 0 < v <= 1, "a number in (0, 1] (1 = off)")
-        self._check("repetition_penalty", Real, lambda v: 0 < v < math.inf, "a number above 0 (1 = off)")
+        penalty_rule = f"a number from {_MIN_PENALTY:g} to {_MAX_PENALTY:g} (1 = off)"
+        self._check("repetition_penalty", Real, lambda v: _MIN_PENALTY <= v <= _MAX_PENALTY, penalty_rule)
         if self.seed is not None:
             self._check("seed", Integral, lambda v: 0 <= v < 2**63, f"{_WHOLE} from 0 to 2**63 - 1")
 
     def _check(self, name: str, kind: type, allowed: Callable[[Any], bool], rule: str) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, kind) or not allowed(value):
-            raise RequestError(f"{name} is {value!r}; give {rule}")
+        """Refuse a value that is not allowed; NumPy's numbers become Python's, which do not overflow."""
+        value: Any = getattr(self, name)
+        is_number = isinstance(value, kind) and not isinstance(value, bool)
+        try:
+            if not is_number:
+                raise ValueError
+            plain = int(value) if kind is Integral else float(value)
+            if not allowed(plain):
+                raise ValueError
+        except (ValueError, OverflowError):
+            raise RequestError(f"{name} is {value!r}; give {rule}") from None
+        object.__setattr__(self, name, plain)
 
 
 def _stop_strings(stop: object) -> tuple[str, ...]:
@@ -93,33 +109,119 @@ class Sampler:
         self._random = np.random.default_rng(params.seed)
         self._seen = np.zeros(vocab_size, dtype=bool)
         self._seen[seen] = True
+        self._memory: _Memory | None = None  # made when it is needed: greedy answers need none
 
     def choose(self, logits: np.ndarray) -> tuple[int, float | None]:
-        """Return the next token id for logits [vocab] float32, and its log probability where asked for."""
+        """Return the next token id for logits [vocab] float32, and its log probability where asked for.
+
+        Raises EngineRunError where a logit is infinite or NaN: no token would mean anything.
+        """
+        check_finite(logits)
         params = self._params
-        scores = logits
-        if params.repetition_penalty != 1.0:
-            penalty = np.float32(params.repetition_penalty)
-            penalised = np.where(logits > 0, logits / penalty, logits * penalty)
-            scores = np.where(self._seen, penalised, logits)
+        scores = logits if params.repetition_penalty == 1.0 else self._penalised(logits)
         token = int(scores.argmax()) if params.temperature == 0 else self._sample(scores)
         self._seen[token] = True
         return token, (log_softmax_at(logits, token) if params.logprobs else None)
 
+    def _penalised(self, logits: np.ndarray) -> np.ndarray:
+        penalty = float(np.float32(self._params.repetition_penalty))
+        seen = np.flatnonzero(self._seen)
+        values = logits[seen].astype(np.float64)  # float32 could overflow here; rounded afterwards, it gives the same
+        penalised = np.where(values > 0, values / penalty, values * penalty)
+        scores = logits.copy()
+        scores[seen] = np.clip(penalised, -_LARGEST_FLOAT32, _LARGEST_FLOAT32)
+        return scores
+
     def _sample(self, scores: np.ndarray) -> int:
         """Draw from softmax(scores / temperature) cut to the top_k, then to the smallest set that holds top_p."""
-        order = np.argsort(-scores, kind="stable")
-        if self._params.top_k:
-            order = order[: self._params.top_k]
-        ranked = scores[order].astype(np.float64) / self._params.temperature
-        weights = np.exp(ranked - ranked[0])
-        weights /= weights.sum()
-        if self._params.top_p < 1.0:
-            before = np.cumsum(weights) - weights
-            count = max(1, int((before < self._params.top_p).sum()))
-            order, weights = order[:count], weights[:count] / weights[:count].sum()
-        rank = np.searchsorted(np.cumsum(weights), self._random.random(), side="right")
-        return int(order[min(int(rank), len(order) - 1)])  # rounding may leave the sum of the weights below 1
+        params, count = self._params, len(scores)
+        tokens = None
+        if 0 < params.top_k < count:
+            lowest = np.partition(scores, count - params.top_k)[count - params.top_k]
+            tokens = np.flatnonzero(scores >= lowest)  # with ties more than top_k
+            tokens = np.sort(tokens[np.argsort(-scores[tokens], kind="stable")[: params.top_k]])
+            scores = scores[tokens]
+        self._memory = self._memory or _Memory(len(scores))
+        ranking = _Ranking(scores, params.temperature, self._memory)
+        mass = ranking.mass
+        if params.top_p < 1.0:
+            mass = ranking.first_reaching(params.top_p * mass)[1]
+        # Below `mass` also where the product is rounded up to it, so that the token is one of the set.
+        drawn = min(self._random.random() * mass, float(np.nextafter(mass, 0.0)))
+        token = ranking.first_reaching(drawn, strictly=True)[0]
+        return token if tokens is None else int(tokens[token])
+
+
+class _Memory:
+    """Arrays as long as the vocabulary, kept from token to token: fresh memory costs more than what is computed."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.weights = np.empty(vocab_size, np.float64)
+        self.places = np.empty(vocab_size, np.float32)
+        self.intervals = np.empty(vocab_size, np.intp)
+
+
+class _Ranking:
+    """Tokens from the likeliest to the least likely, equals by their id, without sorting a whole vocabulary.
+
+    Tokens are counted into intervals of scores, likeliest first; only an interval that is asked for is sorted.
+
+    Parameters
+    ----------
+    scores : numpy.ndarray
+        Finite scores [n] float32.
+    temperature : float
+        They are divided by it; above 0.
+    memory : _Memory
+        Belongs to this object while it lives.
+    """
+
+    def __init__(self, scores: np.ndarray, temperature: float, memory: _Memory) -> None:
+        best, count = scores.max(), len(scores)
+        self._scores, self._weights = scores, memory.weights[:count]
+        self._interval = memory.intervals[:count]
+        intervals = _INTERVALS if count > _INTERVALS else 1
+        with np.errstate(over="ignore"):  # what is beyond the range of a float gets weight 0 and the last interval
+            np.subtract(scores, best, out=self._weights, dtype=np.float64)
+            # Behind the farthest score that counts, everything is one interval.
+            farthest = max(min(-float(self._weights.min()), _NEGLIGIBLE * temperature), _SMALLEST_DIVISOR)
+            place = memory.places[:count]
+            np.subtract(best, scores, out=place)
+            np.multiply(place, np.float32(min(intervals / farthest, _LARGEST_FLOAT32)), out=place)
+            np.minimum(place, np.float32(intervals - 1), out=place)
+            self._interval[:] = place
+            np.divide(self._weights, temperature, out=self._weights)
+            np.exp(self._weights, out=self._weights)
+        self._cumulated = np.cumsum(np.bincount(self._interval, self._weights, intervals))
+        self.mass = float(self._cumulated[-1])
+
+    def first_reaching(self, mass: float, strictly: bool = False) -> tuple[int, float]:
+        """Return the first token whose weight, with those of all likelier ones, reaches `mass`, and that sum.
+
+        With `strictly` the sum must be above `mass`. The likeliest token has weight 1.
+        """
+        side: Literal["left", "right"] = "right" if strictly else "left"
+        interval = min(int(np.searchsorted(self._cumulated, mass, side)), len(self._cumulated) - 1)
+        members = np.flatnonzero(self._interval == interval)
+        scores = self._scores[members]
+        if scores.min() < scores.max():
+            members = members[np.argsort(-scores, kind="stable")]
+        before = float(self._cumulated[interval - 1]) if interval else 0.0
+        sums = before + np.cumsum(self._weights[members])
+        # The interval's own sum was added up in another order, so `mass` may lie above the last one by a rounding.
+        rank = min(int(np.searchsorted(sums, mass, side)), len(members) - 1)
+        return int(members[rank]), float(sums[rank])
+
+
+def check_finite(logits: np.ndarray) -> None:
+    """Raise EngineRunError unless all logits [..., vocab] are finite."""
+    finite = np.isfinite(logits)
+    if not finite.all():
+        count = finite.size - int(finite.sum())
+        raise EngineRunError(
+            f"the model gave {count} logits of {finite.size} that are infinite or NaN, so no token can be chosen: its "
+            "numbers overflow; check the checkpoint's weights, or build with --dtype float32"
+        )
 
 
 def log_softmax_at(logits: np.ndarray, token: int) -> float:

@@ -20,7 +20,7 @@ from chunkkv.executors.interface import CancelSignal, Choice, Executor, KVCache
 from chunkkv.executors.load import load_executor
 from chunkkv.requests import Limits, Prompt, Request, as_batch, make_requests
 from chunkkv.results import GenerationResult, GroupChoice, Inspection, StreamEvent
-from chunkkv.sampling import SamplingParams
+from chunkkv.sampling import SamplingParams, check_finite
 from chunkkv.settings import ChunkKVSettings
 from chunkkv.text.tokenizer import Tokenizer
 
@@ -156,7 +156,8 @@ class ChunkKVSession:
         """Answer one prompt or a list of them.
 
         Returns one GenerationResult for one prompt, a list for a list, or with stream=True an iterator of StreamEvent.
-        Raises RequestError before any work for a request that the engine cannot serve.
+        Raises RequestError before any work for a request that the engine cannot serve, EngineRunError at the first
+        token for which the model's logits are infinite or NaN.
 
         Parameters
         ----------
@@ -202,7 +203,7 @@ class ChunkKVSession:
     def inspect(self, prompt: Prompt, keep_ratio: float | None = None, budget_tokens: int | None = None) -> Inspection:
         """Prefill one prompt and return what every layer-reuse group would keep, and why.
 
-        Raises EngineMismatchError for an engine without ChunkKV.
+        Raises EngineMismatchError for an engine without ChunkKV, EngineRunError where the model's numbers overflow.
         """
         if self.settings is None:
             raise EngineMismatchError(
@@ -215,14 +216,16 @@ class ChunkKVSession:
                 "--backend onnxruntime"
             )
         cache = self.executor.new_cache(1, self.executor.capacity_for(request.kept_tokens))
-        choice = self.executor.prefiller().run([request], cache, threading.Event())[0].choice
+        prefilled = self.executor.prefiller().run([request], cache, threading.Event())[0]
+        assert prefilled.logits is not None  # nothing cancels it
+        check_finite(prefilled.logits)
         texts = [self.tokenizer.token_text(int(i)) if self.tokenizer else str(i) for i in request.ids]
         return Inspection(
             tokens=tuple(texts),
             token_ids=tuple(int(i) for i in request.ids),
             kept_tokens=request.kept_tokens,
             settings=self.settings,
-            groups=tuple(self._group_choice(group, request, choice) for group in self.settings.layer_groups),
+            groups=tuple(self._group_choice(group, request, prefilled.choice) for group in self.settings.layer_groups),
         )
 
     def _group_choice(self, group: tuple[int, ...], request: Request, choice: Choice | None) -> GroupChoice:

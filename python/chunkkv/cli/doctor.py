@@ -91,7 +91,7 @@ def as_json(findings: Sequence[Finding]) -> str:
     counts = Counter(finding.state for finding in findings)
     values = [dataclasses.asdict(finding) for finding in findings]
     totals = {"would_break": counts[BREAKS], "warnings": counts[WARNING], "absent": counts[ABSENT]}
-    return json.dumps({"findings": values, **totals}, indent=1)
+    return json.dumps({"findings": values, **totals}, indent=1, allow_nan=False)
 
 
 def as_text(findings: Sequence[Finding]) -> str:

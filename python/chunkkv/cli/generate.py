@@ -147,7 +147,7 @@ def _print_text(events: Iterator[StreamEvent], has_text: bool) -> GenerationResu
 def _print_json(events: Iterator[StreamEvent]) -> GenerationResult:
     for event in events:
         if event.finished is not None:
-            print(json.dumps(event.finished.to_dict()))
+            print(json.dumps(event.finished.to_dict(), allow_nan=False))
             return event.finished
     raise EngineError(_NO_ANSWER)
 

@@ -131,7 +131,7 @@ def run_report(args: argparse.Namespace) -> None:
     is_trace = args.trace_file.suffix == ".json"
     trace = Trace.read(args.trace_file) if is_trace else read_export(args.trace_file)
     if args.as_json:
-        print(json.dumps(make_report(trace).to_dict()))
+        print(json.dumps(make_report(trace).to_dict(), allow_nan=False))
     _show(trace, args.picture, with_table=not args.as_json)
 
 

@@ -20,7 +20,7 @@ Record = dict[str, Any]
 def append_record(path: Path, record: Record) -> None:
     """Append one line to the file and wait until it is on the disk."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write(json.dumps(record, allow_nan=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
 

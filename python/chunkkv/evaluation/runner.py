@@ -13,6 +13,7 @@ from chunkkv.evaluation.texts.questions import Question
 from chunkkv.executors.host_cache import HostKVCache
 from chunkkv.executors.interface import BlockwisePrefiller, Decoder
 from chunkkv.requests import make_requests
+from chunkkv.sampling import check_finite
 from chunkkv.session import ChunkKVSession
 
 CACHE_BYTES = 1 << 30  # of the rows that are decoded together; one row may have more
@@ -143,6 +144,7 @@ class PromptRunner:
             logits = batch.step([token] * len(batch.rows), steps)
             steps += 1
         while True:
+            check_finite(logits)
             for row in batch.rows:
                 if not self._finished(question, tokens[row]):
                     tokens[row].append(int(logits[row].argmax()))

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from chunkkv.requests import make_requests
+from chunkkv.sampling import check_finite
 from chunkkv.session import ChunkKVSession
 
 BLOCK = 64  # tokens whose logits are held at once
@@ -57,6 +58,7 @@ class CompressedPrompt:
         """
         total, greedy, place = 0.0, True, 0
         for logits in self._logits(np.asarray(tokens[:-1], np.int64)):
+            check_finite(logits)
             expected = np.asarray(tokens[place : place + len(logits)], np.int64)
             counted = np.arange(place, place + len(logits)) >= skipped
             total += float(log_probabilities(logits, expected)[counted].sum())

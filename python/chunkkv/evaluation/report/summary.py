@@ -170,7 +170,7 @@ def table(summary: dict[str, Any]) -> str:
 
 def write_results(folder: Path, summary: dict[str, Any]) -> list[Path]:
     """Write the tables as JSON and CSV; returns the files."""
-    texts = {SUMMARY_FILE: json.dumps(summary, indent=1) + "\n", TABLE_FILE: table(summary)}
+    texts = {SUMMARY_FILE: json.dumps(summary, indent=1, allow_nan=False) + "\n", TABLE_FILE: table(summary)}
     for name, text in texts.items():
         write_whole(folder / name, text)
     return [folder / name for name in texts]
