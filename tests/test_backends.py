@@ -26,6 +26,9 @@ def test_names_stand_in_every_list() -> None:
     columns = re.search(r"## How each engine does it\n\n\| +\|(.*)\|\n", page)
     assert columns is not None and [title.strip() for title in columns[1].split("|")] == [*TITLES.values()]
     assert set(TITLES) == set(BACKENDS)
+    picture = (ROOT / "docs" / "images" / "architecture.svg").read_text(encoding="utf-8")
+    for name in BACKENDS:
+        assert len(re.findall(rf">{name}/?<", picture)) >= 2, f"{name} is missing in the builder or the runtime"
 
 
 @pytest.mark.parametrize("name", BACKENDS)

@@ -94,6 +94,7 @@ def test_every_public_name_can_be_imported_and_is_seen_by_checkers() -> None:
     assert {*seen, "__version__"} == set(chunkkv.__all__)
     for name in chunkkv.__all__:
         assert getattr(chunkkv, name) is not None
+    assert set(chunkkv.__all__) <= set(dir(chunkkv))
     with pytest.raises(AttributeError, match="'Sampling'"):
         chunkkv.Sampling  # noqa: B018
 
