@@ -15,7 +15,7 @@ from chunkkv.executors.tensorrt.contexts import ContextMaker, EngineContext, Rtx
 from chunkkv.executors.tensorrt.jit_cache import JitCache, jit_cache_path
 from chunkkv.gpu.cuda_runtime import ALIGNMENT, CudaRuntime, DeviceBuffer
 from chunkkv.gpu.tensorrt_errors import ErrorLog, start
-from chunkkv.gpu.tensorrt_library import TensorRT, tensorrt_of_engine
+from chunkkv.gpu.tensorrt_library import TensorRT, missing_gpu, tensorrt_of_engine
 from chunkkv.gpu.tensorrt_plugins import load_plugins
 
 _PIECE = 64 << 20  # bytes of weights copied at once: bounds the host memory of loading
@@ -41,10 +41,9 @@ class TensorRTEngines:
         self.contract = Contract.read(engine_dir)
         self._dir = engine_dir
         trt = self._library = tensorrt_of_engine(engine_dir, built_with)
-        try:
-            self.cuda = CudaRuntime.load()
-        except BackendUnavailableError as error:
-            raise BackendUnavailableError(f"{engine_dir} was built with {trt.title} and needs {error}") from None
+        if lacking := missing_gpu():
+            raise BackendUnavailableError(f"{engine_dir} was built with {trt.title} and needs {'; and '.join(lacking)}")
+        self.cuda = CudaRuntime.load()
         self._errors = ErrorLog()
         self._logger = self._errors.logger(trt.module)
         self._runtime = start(trt, trt.module.Runtime, self._logger, self._errors)
