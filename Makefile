@@ -60,7 +60,7 @@ test-peers: $(PEERS)/.installed
 # installed the tests are skipped by name.
 test-tensorrt: $(RTX)/.installed $(TENSORRT_LEAN)
 	@echo "== make $@"
-	$(RTX)/bin/python -m pytest $(ALONE) -n 2 tests/real_tensorrt tests/test_tensorrt_rtx_api.py tests/test_tensorrt_end_to_end.py
+	$(RTX)/bin/python -m pytest $(ALONE) -n 2 tests/real_tensorrt tests/test_tensorrt_end_to_end.py
 
 test-tensorrt-api: $(VENV)/.installed-test $(TENSORRT_BINDINGS)
 	@echo "== make $@"
