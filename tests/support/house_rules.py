@@ -63,8 +63,9 @@ ONLY_IN = {
 }
 LAZY = {"matplotlib", "nvtx"}  # extras of commands that work without them
 NATIVE_FLOORS = {"tensorrt": 3, "": 2, "kernels": 1, "include": 0}  # "": what lies in plugins/ itself, the C ABI
-# The first is ours. The second is NVIDIA's: a profiler sets it in the processes that it starts.
-ENVIRONMENT = {"CHUNKKV_LIB", "NVTX_INJECTION64_PATH"}
+# The first is ours. The second is NVIDIA's: a profiler sets it in the processes that it starts. The third is ONNX
+# Runtime's, and is set before that is imported.
+ENVIRONMENT = {"CHUNKKV_LIB", "NVTX_INJECTION64_PATH", "ORT_DISABLE_TELEMETRY"}
 FIXED_BY_OTHERS = {"TritonPythonModel"}  # class names that another program asks for
 _READS_ENVIRONMENT = re.compile(r"environ\.(get|pop|setdefault)$|\bgetenv$")
 _CONTRACT = re.compile(r"(executor|decoder|prefiller|(?<!_)backend)\w*(\(\))?$", flags=re.IGNORECASE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from chunkkv.engine.json_files import read_object, read_text
 from chunkkv.errors import CheckpointError, RequestError
+from chunkkv.text.added_tokens import ADDED_TOKENS_FILE, add_stated_tokens
 from chunkkv.text.chat_template import ChatTemplate
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -23,6 +25,7 @@ DELIMITERS = ".!?;:,\n"
 _TOKEN_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _REPLACEMENT = "\ufffd"
 _MAX_HELD_BACK = 16  # tokens; an unfinished character takes 4 at most, so more of them are invalid bytes
+_MAX_UNFINISHED = 3  # bytes of a character that lacks its last one; each may show as U+FFFD
 _BATCH = 4096  # tokens that are decoded at once for the table of delimiters
 
 
@@ -101,7 +104,9 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         settings = _read_if_there(path / SETTINGS_FILE)
-        special_tokens = _special_tokens(_read_if_there(path / SPECIAL_TOKENS_FILE))
+        special_map = _read_if_there(path / SPECIAL_TOKENS_FILE)
+        add_stated_tokens(backend, _read_if_there(path / ADDED_TOKENS_FILE), settings, special_map)
+        special_tokens = _special_tokens(special_map)
         special_tokens.update(_special_tokens(settings))
         ends = _generation_ends(path / GENERATION_FILE)
         return cls(backend, settings, special_tokens, ends, _template_text(path, settings))
@@ -118,8 +123,41 @@ class Tokenizer:
         return [*before, *self._backend.encode(text, add_special_tokens=False).ids, *after]
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """Return the text of `ids`; ids without text are skipped. Raises RequestError for what is no token id."""
-        return self._backend.decode(_checked_ids(ids), skip_special_tokens=skip_special_tokens)
+        """Return the text of `ids`; ids without text are skipped. Raises RequestError for what is no token id.
+
+        Where tokens that stand for single bytes are no valid UTF-8 together, each character that is valid is kept and
+        the others become U+FFFD, as in a stream of the same tokens.
+        """
+        checked = _checked_ids(ids)
+        if skip_special_tokens and self._has_invalid_bytes(checked):
+            decoder = StreamDecoder(self)
+            return "".join(decoder.push(token) for token in checked) + decoder.finish()
+        return self._backend.decode(checked, skip_special_tokens=skip_special_tokens)
+
+    def decode_behind(self, context: Sequence[int], ids: Sequence[int]) -> str:
+        """Return what `ids` add to the text of the tokens in `context`; special tokens have no text."""
+        before = self._backend.decode(list(context))
+        text = self._backend.decode([*context, *ids])
+        if text.startswith(before):
+            return text[len(before) :]
+        # Bytes that are invalid make the library replace valid ones before them, too; those were told already.
+        return self._backend.decode([*self._anchor, *ids])[len(self._anchor_text) :]
+
+    def encode_prompt(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Return the token ids of a prompt as `encode` does, but a text that has its begin token keeps one of it.
+
+        Chat templates write the begin token themselves, so their text would get a second one.
+        """
+        ids = self.encode(text, add_special_tokens)
+        begins_itself = text.startswith(self.special_tokens.get("bos_token") or "\0")
+        is_double = begins_itself and ids[:2] == [self.bos_token_id] * 2
+        return ids[1:] if add_special_tokens and is_double else ids
+
+    @cached_property
+    def special_texts(self) -> dict[str, int]:
+        """The text of every special token, with its id."""
+        added = self._backend.get_added_tokens_decoder()
+        return {added[number].content: number for number in self.special_ids}
 
     def token_text(self, token_id: int) -> str:
         """Return what a token adds inside a text, with its leading space; the name of a special token."""
@@ -172,7 +210,10 @@ class Tokenizer:
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
         """Return the token ids of a conversation; raises like apply_chat_template."""
-        return self.encode(self.apply_chat_template(messages, add_generation_prompt), add_special_tokens=False)
+        ids = self.encode(self.apply_chat_template(messages, add_generation_prompt), add_special_tokens=False)
+        if not ids:
+            raise RequestError("the chat template makes no text of these messages; give plain text instead")
+        return ids
 
     def delimiter_token_table(self, vocab_size: int | None = None, delimiters: str = DELIMITERS) -> NDArray[np.bool_]:
         """Return which tokens end a clause or a line: bool [vocab_size].
@@ -191,6 +232,26 @@ class Tokenizer:
     def _token_texts(self, ids: list[int]) -> list[str]:
         texts = self._backend.decode_batch([[*self._anchor, token] for token in ids], skip_special_tokens=False)
         return [text[len(self._anchor_text) :] for text in texts]
+
+    @cached_property
+    def _bytes_of_ids(self) -> dict[int, int]:
+        """The byte of each token that stands for one, empty where the decoder does not put such bytes together."""
+        decoder = self._backend.decoder
+        if decoder is None or b'"ByteFallback"' not in decoder.__getstate__():
+            return {}
+        ids = ((self._backend.token_to_id(f"<0x{byte:02X}>"), byte) for byte in range(256))
+        return {number: byte for number, byte in ids if number is not None}
+
+    def _has_invalid_bytes(self, ids: Sequence[int]) -> bool:
+        if not self._bytes_of_ids or self._bytes_of_ids.keys().isdisjoint(ids):
+            return False
+        shown = (number for number in ids if number not in self.special_ids and number < self.size)
+        data = bytes(self._bytes_of_ids.get(number, 0x20) for number in shown)  # any other token ends a run of bytes
+        try:
+            data.decode("utf-8")
+        except UnicodeDecodeError:
+            return True
+        return False
 
     def _special_id(self, role: str) -> int | None:
         text = self.special_tokens.get(role)
@@ -232,37 +293,39 @@ def encode_chat_prompt(tokenizer: Tokenizer | None, prompt: str | list[int]) -> 
 
 
 class StreamDecoder:
-    """Turns tokens into text as they come.
+    """Turns tokens into text as they come; the pieces together are what Tokenizer.decode returns for all tokens.
 
-    An unfinished character is held back until it is complete. For valid UTF-8 the pieces together are what
-    Tokenizer.decode returns for all tokens.
+    An unfinished character is held back until it is complete.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._context: list[int] = []  # the tokens of the last piece: a decoder needs them to space the next one
-        self._new: list[int] = []  # tokens whose text was not returned yet
+        self._new: list[int] = []  # tokens whose text was not returned as a whole yet
+        self._returned = 0  # characters of their text that were
 
     def push(self, token_id: int) -> str:
         """Take one token and return the text it completes, "" where there is none yet."""
         if token_id in self._tokenizer.special_ids or token_id >= self._tokenizer.size:
             return ""
         self._new.append(token_id)
-        text = self._pending()
+        text = self._tokenizer.decode_behind(self._context, self._new)
         if not text or (text.endswith(_REPLACEMENT) and len(self._new) < _MAX_HELD_BACK):
             return ""
-        self._context, self._new = self._new, []
-        return text
+        if text.endswith(_REPLACEMENT):  # the last bytes may still become a character
+            unfinished = len(text) - len(text.rstrip(_REPLACEMENT))
+            end = len(text) - min(unfinished, _MAX_UNFINISHED)
+            piece, self._returned = text[self._returned : end], max(self._returned, end)
+            return piece
+        piece = text[self._returned :]
+        self._context, self._new, self._returned = self._new, [], 0
+        return piece
 
     def finish(self) -> str:
         """Return the text that is still held back, unfinished characters as U+FFFD."""
-        text = self._pending() if self._new else ""
-        self._context, self._new = self._context + self._new, []
+        text = self._tokenizer.decode_behind(self._context, self._new)[self._returned :] if self._new else ""
+        self._context, self._new, self._returned = self._context + self._new, [], 0
         return text
-
-    def _pending(self) -> str:
-        returned = self._tokenizer.decode(self._context)
-        return self._tokenizer.decode(self._context + self._new)[len(returned) :]
 
 
 def _none_or_one(number: int | None) -> tuple[int, ...]:
