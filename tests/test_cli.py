@@ -78,12 +78,15 @@ def long_script(engine_dir: str, **options) -> subprocess.Popen:
     return script("generate", *flags, PROMPT, **options)
 
 
-@pytest.mark.parametrize("source", ["argument", "file", "file with an end of line", "dash", "pipe", "ids"])
+@pytest.mark.parametrize(
+    "source", ["argument", "file", "file with an end of line", "file with a mark", "dash", "pipe", "ids"]
+)
 def test_a_prompt_from_each_source_gives_the_sessions_text(engine, run, tmp_path: Path, source: str) -> None:
     session, stdin, prompt = engines.session("llama3"), None, [PROMPT]
     if source.startswith("file"):
         file = tmp_path / "prompt.txt"
-        file.write_bytes(PROMPT.encode() + (b"\r\n" if "end" in source else b""))
+        mark, end = (b"\xef\xbb\xbf" if "mark" in source else b""), (b"\r\n" if "end" in source else b"")
+        file.write_bytes(mark + PROMPT.encode() + end)
         prompt = ["--prompt_file", str(file)]
     elif source in ("dash", "pipe"):
         stdin, prompt = PROMPT.encode() + b"\n", ["-"] if source == "dash" else []

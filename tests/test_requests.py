@@ -50,6 +50,8 @@ def make(prompts: Any = (IDS,), ratio: Any = None, budget: Any = None, new: int 
         ([[1, 2]], False),
         ([np.array([1])], False),
         (("a", [1]), False),
+        ([{"role": "user", "content": "a"}], True),
+        ([[{"role": "user", "content": "a"}], [1]], False),
     ],
 )
 def test_one_prompt_is_told_from_a_list(prompts: Any, single: bool) -> None:
@@ -181,3 +183,40 @@ def test_a_request_error_is_no_config_error() -> None:
     with pytest.raises(RequestError) as caught:
         make(ratio=2.0)
     assert not isinstance(caught.value, ConfigError)
+
+
+TALK = [{"role": "user", "content": "the key"}]
+
+
+def test_messages_are_put_into_the_chat_template() -> None:
+    text = tokenizer().apply_chat_template(TALK)
+    once = tokenizer().encode(text, add_special_tokens=False)
+    for prompt, options in ((TALK, {}), (tuple(TALK), {}), (text, {}), (text, {"add_special_tokens": False})):
+        (request,) = make([prompt], tokenizer=tokenizer(), **options)
+        assert request.ids.tolist() == once and once.count(tokenizer().bos_token_id) == 1
+
+
+def test_text_may_go_without_a_begin_token() -> None:
+    (request,) = make(["the key"], tokenizer=tokenizer(), add_special_tokens=False)
+    assert request.ids.tolist() == tokenizer().encode("the key", add_special_tokens=False)
+
+
+@pytest.mark.parametrize("messages", [[{"content": "no role"}], [{"role": "user", "content": 7}]])
+def test_messages_that_are_none_are_refused(messages: list) -> None:
+    with pytest.raises(RequestError, match=naming("message 0")):
+        make([messages], tokenizer=tokenizer())
+    with pytest.raises(RequestError, match=naming("tokenizer token ids")):
+        make([TALK])
+
+
+def test_an_empty_list_is_said_to_be_empty() -> None:
+    with pytest.raises(RequestError, match=naming("prompts empty list")) as caught:
+        make([])
+    assert "fewer" not in str(caught.value)
+
+
+def test_a_template_that_makes_no_text_is_named(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, "byte_level")
+    (tmp_path / "chat_template.jinja").write_text("{# nothing #}")
+    with pytest.raises(RequestError, match=naming("chat template no text")):
+        make([TALK], tokenizer=Tokenizer.from_dir(tmp_path))

@@ -87,6 +87,10 @@ def test_logprob_is_of_the_model_not_of_the_filtered_distribution():
         ("stop", ("",)),
         ("stop", (3,)),
         ("stop", 5),
+        ("stop_token_ids", 5),
+        ("stop_token_ids", [-1]),
+        ("stop_token_ids", [True]),
+        ("stop_token_ids", "1"),
         ("ignore_eos", "no"),
         ("logprobs", 3),
     ],
@@ -217,3 +221,30 @@ def test_stop_text_equals_searching_the_whole_text(text, stops, cuts):
     places = [place for place in (seen.find(s) for s in stops) if place >= 0]
     assert stop.found == bool(places)
     assert shown == (text[: min(places)] if places else text)
+
+
+SPECIAL = {"<|end|>": 1, "<|end|>x": 3, "<|turn|>": 2}
+
+
+def stopped(stop: list[str], stream: list[str | int]) -> tuple[str, bool]:
+    cutter = StopText(stop, SPECIAL)
+    text = "".join(cutter.push_special(part) if isinstance(part, int) else cutter.push(part) for part in stream)
+    return text + cutter.flush(), cutter.found
+
+
+@pytest.mark.parametrize(
+    ("stop", "stream", "expected"),
+    [
+        (["<|end|>"], ["a", 1, "b"], ("a", True)),
+        (["<|end|>"], ["a", 2, "b"], ("ab", False)),
+        (["<|end|>x"], ["a", 1, "b", 3, "c"], ("ab", True)),
+        (["b<|end|>\n"], ["ab", 1, "\nc"], ("a", True)),
+        (["b<|end|>\n"], ["ab", 1, "c"], ("abc", False)),
+        (["b<|end|>\n"], ["ab", 1], ("ab", False)),
+        (["<|turn|><|end|>"], ["a", 2, 2, 1, "c"], ("a", True)),
+        (["<|end|>"], ["a<|e", "nd|>b"], ("a", True)),
+        (["ab"], ["a", 1, "b"], ("", True)),
+    ],
+)
+def test_special_tokens_in_stop_strings_are_found_by_their_id(stop: list, stream: list, expected: tuple) -> None:
+    assert stopped(stop, stream) == expected

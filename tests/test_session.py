@@ -18,6 +18,7 @@ from support.messages import naming
 from chunkkv import ChunkKVSession, SamplingParams
 from chunkkv.errors import EngineMismatchError, EngineRunError, RequestError
 from chunkkv.executors.onnxruntime.prefill import block_sizes
+from chunkkv.sampling import Sampler
 from chunkkv_builder import build as build_engine
 
 GREEDY = SamplingParams(max_new_tokens=12, ignore_eos=True)
@@ -315,3 +316,31 @@ def test_overflow_in_the_model_is_an_error_at_the_first_token(overflowing_sessio
         next(events)
     with pytest.raises(EngineRunError, match=naming("logits 384 infinite NaN")):
         overflowing_session.inspect(prompt(40))
+
+
+@pytest.mark.parametrize("stop", ["<|pad|>", ["never", "<|pad|>"]], ids=str)
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_a_special_token_as_stop_string_ends_the_answer(session, monkeypatch, stop, ignore_eos: bool) -> None:
+    planned = [session.tokenizer.encode("the", False)[0], 2, 40, 41]
+    steps = iter(planned)
+    monkeypatch.setattr(Sampler, "choose", lambda self, logits: (next(steps), None))
+    result = session.generate(prompt(20), SamplingParams(max_new_tokens=4, stop=stop, ignore_eos=ignore_eos))
+    assert result.token_ids == tuple(planned[:2]) and result.finish_reason == "stop"
+    assert result.text == session.tokenizer.decode(planned[:1])
+
+
+def test_stop_tokens_end_the_answer_although_end_tokens_do_not(session) -> None:
+    free = session.generate(prompt(61), GREEDY)
+    stop = free.token_ids[5]
+    first = free.token_ids.index(stop)
+    result = session.generate(prompt(61), dataclasses.replace(GREEDY, stop_token_ids=[stop]))
+    assert result.token_ids == free.token_ids[: first + 1] and result.finish_reason == "stop"
+
+
+def test_messages_and_the_text_of_their_template_give_the_same_answer(session) -> None:
+    talk = [{"role": "user", "content": "the key of the cache"}]
+    text = session.tokenizer.apply_chat_template(talk)
+    answers = [session.generate(talk, GREEDY), *session.generate([talk, text], GREEDY)]
+    answers.append(session.generate(text, GREEDY, add_special_tokens=False))
+    assert len({answer.token_ids for answer in answers}) == 1
+    assert {answer.statistics.prompt_tokens for answer in answers} == {len(session.tokenizer.encode_chat(talk))}

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support import tiny_tokenizers
 from support.messages import naming
-from tokenizers import AddedToken
+from tokenizers import AddedToken, decoders, models
 
 from chunkkv.errors import CheckpointError, RequestError
 from chunkkv.text.tokenizer import StreamDecoder, Tokenizer
@@ -281,3 +282,119 @@ def test_numpy_ids_are_fine() -> None:
     ids = np.array(tiny("byte_level").encode("the é"), np.int32)
     assert tiny("byte_level").decode(ids) == "the é"
     assert "".join(streamed(tiny("byte_level"), list(ids))) == "the é"
+
+
+# --- tokens that stand beside tokenizer.json ---
+
+TURN = "<|turn|>"
+DECODER_ENTRY = {"content": TURN, "special": True, "normalized": False, "lstrip": False}
+
+
+@pytest.mark.parametrize(
+    ("files", "is_special"),
+    [
+        ({"added_tokens": {TURN: 303}}, False),
+        ({"added_tokens": {TURN: 303}, "special_tokens_map": {"additional_special_tokens": [TURN]}}, True),
+        ({"tokenizer_config": {"added_tokens_decoder": {"303": DECODER_ENTRY}}}, True),
+        ({"tokenizer_config": {"added_tokens_decoder": {"303": {"content": TURN, "special": False}}}}, False),
+        ({"added_tokens": {TURN: 303}, "tokenizer_config": {"added_tokens_decoder": {"303": DECODER_ENTRY}}}, True),
+    ],
+)
+def test_added_tokens_may_stand_in_other_files(tmp_path: Path, files: dict, is_special: bool) -> None:
+    tokenizer = Tokenizer.from_dir(write_files(tmp_path, "byte_level", **files))
+    assert tokenizer.encode(TURN + "hi") == [0, 303, 74, 75]
+    assert tokenizer.size == 304 and (303 in tokenizer.special_ids) is is_special
+    assert tokenizer.decode([74, 303, 75]) == ("hi" if is_special else f"h{TURN}i")
+
+
+def test_several_added_tokens_keep_their_order(tmp_path: Path) -> None:
+    added = {"<a>": 305, "<b>": 303, "<c>": 304, "<|begin|>": 0}
+    tokenizer = Tokenizer.from_dir(write_files(tmp_path, "byte_level", added_tokens=added))
+    assert tokenizer.size == 306 and tokenizer.encode("<a><b><c>", False) == [305, 303, 304]
+    assert tokenizer.special_ids == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("files", "named"),
+    [
+        ({"added_tokens": {TURN: 304}}, f"{TURN!r} 304 303"),
+        ({"added_tokens": {"the": 7}}, "'the' 7"),
+        ({"added_tokens": {TURN: 303, "<b>": 303}}, "'<b>' 303 304"),
+        ({"added_tokens": {"<|begin|>": 5}}, "'<|begin|>' 5 0"),
+        ({"added_tokens": {TURN: "303"}}, f"added_tokens.json {TURN!r} '303'"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"2": DECODER_ENTRY}}}, f"{TURN!r} 2 303"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"x": DECODER_ENTRY}}}, "added_tokens_decoder 'x'"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"303": TURN}}}, "added_tokens_decoder '303'"),
+        ({"tokenizer_config": {"added_tokens_decoder": []}}, "added_tokens_decoder list"),
+    ],
+)
+def test_added_tokens_that_cannot_be_had_are_named(tmp_path: Path, files: dict, named: str) -> None:
+    with pytest.raises(CheckpointError, match=naming(named)):
+        Tokenizer.from_dir(write_files(tmp_path, "byte_level", **files))
+
+
+def test_a_byte_order_mark_of_a_settings_file_is_left_out(tmp_path: Path) -> None:
+    write_files(tmp_path, "byte_level")
+    path = tmp_path / "tokenizer_config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert Tokenizer.from_dir(tmp_path).eos_token_ids == (1,)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_a_text_that_has_its_begin_token_gets_no_second_one(style: str) -> None:
+    tokenizer = tiny(style)
+    text = tokenizer.special_tokens["bos_token"] + "the key"
+    assert tokenizer.encode_prompt(text) == tokenizer.encode(text, add_special_tokens=False)
+    assert tokenizer.encode_prompt("the key") == tokenizer.encode("the key")
+    assert tokenizer.encode_prompt("the key", add_special_tokens=False) == tokenizer.encode("the key", False)
+    talk = [{"role": "user", "content": "the key"}]
+    assert tokenizer.encode_prompt(tokenizer.apply_chat_template(talk)) == tokenizer.encode_chat(talk)
+
+
+# --- streams of every kind of decoder ---
+
+PIECES = ["a", "b", "##c", "▁d", "e</w>", " f", "'", "n't", ".", "▁", "-", "<pad>", " "]
+DECODERS = {
+    "none": None,
+    "word pieces": decoders.WordPiece(cleanup=True),
+    "metaspace": decoders.Metaspace(),
+    "metaspace, never first": decoders.Metaspace(prepend_scheme="never"),
+    "word ends": decoders.BPEDecoder(),
+    "ctc": decoders.CTC(),
+    "fuse": decoders.Fuse(),
+    "spaces": decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]),
+}
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+@quick
+@given(ids=st.lists(st.integers(0, len(PIECES) - 1), max_size=12))
+def test_streams_add_up_for_every_decoder(kind: str, ids: list[int]) -> None:
+    vocab = {piece: number for number, piece in enumerate(PIECES)}
+    backend = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="a"))
+    if DECODERS[kind] is not None:
+        backend.decoder = DECODERS[kind]
+    tokenizer = Tokenizer(backend, {}, {}, ())
+    assert "".join(streamed(tokenizer, ids)) == tokenizer.decode(ids) == backend.decode(ids)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@quick
+@given(ids=st.lists(st.integers(0, 302), max_size=40))
+@example([200] * 17 + [160, 60] * 3)
+def test_streams_of_any_tokens_add_up(style: str, ids: list[int]) -> None:
+    assert "".join(streamed(tiny(style), ids)) == tiny(style).decode(ids)
+
+
+@quick
+@given(data=st.binary(min_size=1, max_size=24))
+def test_streams_of_any_bytes_add_up(data: bytes) -> None:
+    tokenizer = tiny("sentencepiece")
+    ids = [tokenizer._backend.token_to_id(f"<0x{byte:02X}>") for byte in data]
+    text = tokenizer.decode(ids)
+    assert "".join(streamed(tokenizer, ids)) == text
+    try:
+        assert text == data.decode()
+    except UnicodeDecodeError:
+        assert "\ufffd" in text
+    assert streamed(tokenizer, [*tokenizer.encode("é", False)[1:], ids[0]])[1] == "é"

@@ -60,7 +60,8 @@ class Answer:
         self._sampling, self._capacity, self._model = sampling, capacity, model
         self._sampler = Sampler(sampling, request.ids, model.vocab_size)
         self._decoder = StreamDecoder(model.tokenizer) if model.tokenizer else None
-        self._stop = StopText(sampling.stop)
+        special_texts = model.tokenizer.special_texts if model.tokenizer and sampling.stop else None
+        self._stop = StopText(sampling.stop, special_texts)
         self.tokens: list[int] = []
         self._logprobs: list[float] = []
         self._text = ""
@@ -104,7 +105,10 @@ class Answer:
         if logprob is not None:
             self._logprobs.append(logprob)
         ended = token in self._model.eos_token_ids and not self._sampling.ignore_eos
+        ended = ended or token in self._sampling.stop_token_ids
         text = "" if ended or self._decoder is None else self._stop.push(self._decoder.push(token))
+        if not ended and self._model.tokenizer is not None and token in self._model.tokenizer.special_ids:
+            text += self._stop.push_special(token)
         if ended or self._stop.found:
             return self._finish(text, "stop", token)
         if len(self.tokens) >= self._sampling.max_new_tokens:

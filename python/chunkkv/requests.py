@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from numbers import Integral
-from typing import Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 
@@ -14,7 +14,8 @@ from chunkkv.errors import ConfigError, EngineMismatchError, RequestError
 from chunkkv.limits import KEEP_SCALE
 from chunkkv.settings import ChunkKVSettings, keep_ratio_to_per_10k
 
-Prompt = str | Sequence[int] | np.ndarray
+Message = Mapping[str, Any]  # of a conversation: "role" and "content"
+Prompt = str | Sequence[int] | np.ndarray | Sequence[Message]
 _next_id = count(1).__next__
 
 
@@ -24,8 +25,11 @@ T = TypeVar("T")
 class TextEncoder(Protocol):
     """Turns text into tokens; chunkkv.text.tokenizer.Tokenizer is one."""
 
-    def encode(self, text: str) -> list[int]:
-        """Return the token ids of `text`."""
+    def encode_prompt(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Return the token ids of `text`, with the begin token of the model where `add_special_tokens`."""
+
+    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+        """Return the token ids of a conversation in the model's chat template."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +87,8 @@ def as_batch(prompts: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
     if isinstance(prompts, str):
         return [prompts], True
     if isinstance(prompts, bytes) or not isinstance(prompts, (Sequence, np.ndarray)):
-        raise RequestError(f"prompts is {type(prompts).__name__}; give text, a list of token ids, or a list of these")
-    if isinstance(prompts, np.ndarray) or (len(prompts) > 0 and isinstance(prompts[0], (Integral, np.integer))):
+        raise RequestError(f"prompts is {type(prompts).__name__}; give text, token ids, messages, or a list of these")
+    if isinstance(prompts, np.ndarray) or (len(prompts) > 0 and isinstance(prompts[0], (Integral, Mapping))):
         return [cast(Prompt, prompts)], True
     return list(cast("Sequence[Prompt]", prompts)), False
 
@@ -97,6 +101,7 @@ def make_requests(
     keep_ratio: float | Sequence[float | None] | None,
     budget_tokens: int | Sequence[int | None] | None,
     max_new_tokens: int,
+    add_special_tokens: bool = True,
 ) -> list[Request]:
     """Return the checked requests of `prompts`, with the budget of each.
 
@@ -105,8 +110,8 @@ def make_requests(
 
     Parameters
     ----------
-    prompts : sequence of str or sequence of int
-        Text or token ids.
+    prompts : sequence of str, sequence of int or sequence of mappings
+        Text, token ids, or the messages of a conversation.
     tokenizer : TextEncoder or None
         None refuses text.
     limits : Limits
@@ -119,9 +124,16 @@ def make_requests(
         Tokens that stay, instead of a ratio.
     max_new_tokens : int
         Room that each answer needs.
+    add_special_tokens : bool, default True
+        Whether text gets the model's begin token, where it does not have it.
     """
     count = len(prompts)
-    if not 0 < count <= limits.max_batch_size:
+    if count == 0:
+        raise RequestError(
+            "0 prompts were given: the list is empty; give text, token ids, messages, or a list of 1 to "
+            f"{limits.max_batch_size} of them"
+        )
+    if count > limits.max_batch_size:
         raise RequestError(
             f"{count} prompts were given; this engine takes 1 to {limits.max_batch_size} at once: "
             "give fewer, or build it with a larger --max_batch_size"
@@ -130,7 +142,7 @@ def make_requests(
     budgets = _per_prompt("budget_tokens", budget_tokens, count)
     requests = []
     for number, (prompt, ratio, budget) in enumerate(zip(prompts, ratios, budgets, strict=True)):
-        ids = _token_ids(prompt, number, tokenizer, limits.vocab_size)
+        ids = _token_ids(_encoded(prompt, number, tokenizer, add_special_tokens), number, limits.vocab_size)
         _check_length(len(ids), number, limits, max_new_tokens)
         request = Request(ids, *_budget(len(ids), settings, ratio, budget))
         if limits.budget_is_fixed and settings and request.kept_tokens != settings.kept_tokens(len(ids)):
@@ -153,19 +165,27 @@ def _per_prompt(name: str, value: T | Sequence[T | None] | None, count: int) -> 
     return [cast("T | None", value)] * count
 
 
-def _token_ids(prompt: Prompt, number: int, tokenizer: TextEncoder | None, vocab_size: int) -> np.ndarray:
+def _encoded(prompt: Prompt, number: int, tokenizer: TextEncoder | None, add_special_tokens: bool) -> Prompt:
+    """Return text and messages as token ids, anything else as it is."""
+    is_chat = isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+    if not is_chat and not isinstance(prompt, str):
+        return prompt
+    if tokenizer is None:
+        raise RequestError("this engine was built without a tokenizer; give token ids instead of text")
     if isinstance(prompt, str):
-        if tokenizer is None:
-            raise RequestError("this engine was built without a tokenizer; give token ids instead of text")
         if not prompt.strip():
             raise RequestError(f"prompt {number} is empty; give at least one word")
-        prompt = tokenizer.encode(prompt)
+        return tokenizer.encode_prompt(prompt, add_special_tokens)
+    return tokenizer.encode_chat(cast("Sequence[Message]", prompt))
+
+
+def _token_ids(prompt: Prompt, number: int, vocab_size: int) -> np.ndarray:
     try:
         ids = np.asarray(prompt)
         if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
             raise ValueError
     except (ValueError, TypeError):
-        raise RequestError(f"prompt {number} is neither text nor a list of token ids") from None
+        raise RequestError(f"prompt {number} is neither text nor a list of token ids or messages") from None
     if ids.size == 0:
         raise RequestError(f"prompt {number} is empty; give at least one token")
     outside = (ids < 0) | (ids >= vocab_size)

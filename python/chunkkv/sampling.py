@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from chunkkv.errors import EngineRunError, RequestError
 _WHOLE = "a whole number"
 _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 _MIN_PENALTY, _MAX_PENALTY = 1e-3, 1e3
+_FIRST_MARK, _MAX_MARKS = 0xD800, 0x800  # the surrogates
 _INTERVALS = 2048  # enough that one of them holds few tokens of a large vocabulary, whatever the distribution
 _NEGLIGIBLE = 50.0  # exp(-50) of a vocabulary's size does not change a sum of float64 that holds exp(0)
 _SMALLEST_DIVISOR = 1e-300
@@ -41,9 +42,11 @@ class SamplingParams:
         Starts each prompt's own generator, so a prompt gives the same tokens alone and in a batch. None draws a fresh
         seed.
     stop : str or sequence of str, default ()
-        The answer ends before any of these strings.
+        The answer ends before any of these strings. A special token may be one or stand in one, such as "<|im_end|>".
+    stop_token_ids : sequence of int, default ()
+        The answer ends at any of these tokens, which have no text in it; also with `ignore_eos`.
     ignore_eos : bool, default False
-        Do not end at an end token.
+        Do not end at an end token, unless it is in `stop` or `stop_token_ids`.
     logprobs : bool, default False
         Return the natural logarithm of each chosen token's probability under the model, before temperature and filters.
     """
@@ -55,6 +58,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     seed: int | None = None
     stop: str | Sequence[str] = ()  # a tuple once it is checked
+    stop_token_ids: Sequence[int] = ()  # a tuple once it is checked
     ignore_eos: bool = False
     logprobs: bool = False
 
@@ -64,6 +68,7 @@ class SamplingParams:
                 raise RequestError(f"{name} is {getattr(self, name)!r}; give True or False")
             object.__setattr__(self, name, bool(getattr(self, name)))
         object.__setattr__(self, "stop", _stop_strings(self.stop))
+        object.__setattr__(self, "stop_token_ids", _stop_token_ids(self.stop_token_ids))
         self._check("max_new_tokens", Integral, lambda v: v >= 1, f"{_WHOLE} of at least 1")
         self._check("temperature", Real, lambda v: 0 <= v < math.inf, "a number of at least 0 (0 = greedy)")
         self._check("top_k", Integral, lambda v: v >= 0, f"{_WHOLE} of at least 0 (0 = off)")
@@ -152,6 +157,15 @@ class Sampler:
         return token if tokens is None else int(tokens[token])
 
 
+def _stop_token_ids(ids: object) -> tuple[int, ...]:
+    if not isinstance(ids, (Sequence, np.ndarray)) or isinstance(ids, (str, bytes)):
+        raise RequestError(f"stop_token_ids is {ids!r}; give a list of token ids")
+    for token in ids:
+        if isinstance(token, bool) or not isinstance(token, Integral) or token < 0:
+            raise RequestError(f"stop_token_ids contains {token!r}; give {_WHOLE}s of at least 0")
+    return tuple(int(token) for token in ids)
+
+
 class _Memory:
     """Arrays as long as the vocabulary, kept from token to token: fresh memory costs more than what is computed."""
 
@@ -232,12 +246,32 @@ def log_softmax_at(logits: np.ndarray, token: int) -> float:
 
 
 class StopText:
-    """Cuts a stream of text before the first stop string; holds back what may yet become one."""
+    """Cuts a stream of text before the first stop string; holds back what may yet become one.
 
-    def __init__(self, stop: Sequence[str]) -> None:
-        self._stop = stop
+    Parameters
+    ----------
+    stop : sequence of str
+        The strings.
+    special_texts : mapping of str to int, optional
+        Text and id of the special tokens. They have no text in the stream, so they are told by push_special.
+    """
+
+    def __init__(self, stop: Sequence[str], special_texts: Mapping[str, int] | None = None) -> None:
+        # A special token stands in stop strings and in the stream as one lone surrogate, which no text can hold.
+        self._marks: dict[int, str] = {}
+        marked = list(stop)
+        used = sorted((text for text in special_texts or () if any(text in string for string in stop)), key=len)
+        for text in reversed(used):  # the longest first, because one may be part of another
+            if special_texts is not None and len(self._marks) < _MAX_MARKS:
+                mark = self._marks.setdefault(special_texts[text], chr(_FIRST_MARK + len(self._marks)))
+                marked = [string.replace(text, mark) for string in marked]
+        self._stop = [*stop, *(string for string in marked if string not in stop)]
         self._held_back = ""
         self.found = False
+
+    def push_special(self, token: int) -> str:
+        """Take a special token and return the text that may be shown now."""
+        return self.push(self._marks.get(token, ""))
 
     def push(self, text: str) -> str:
         """Take new text and return what may be shown now."""
@@ -248,15 +282,19 @@ class StopText:
         if starts:
             self.found = True
             self._held_back = ""
-            return pending[: min(starts)]
+            return _without_marks(pending[: min(starts)])
         shown = len(pending) - max((_overlap(pending, stop) for stop in self._stop), default=0)
         self._held_back = pending[shown:]
-        return pending[:shown]
+        return _without_marks(pending[:shown])
 
     def flush(self) -> str:
         """Return what is still held back; called at the end of the answer."""
         text, self._held_back = self._held_back, ""
-        return text
+        return _without_marks(text)
+
+
+def _without_marks(text: str) -> str:
+    return "".join(letter for letter in text if not _FIRST_MARK <= ord(letter) < _FIRST_MARK + _MAX_MARKS)
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -103,6 +103,7 @@ class ChunkKVSession:
         *,
         keep_ratio: float | Sequence[float | None] | None = None,
         budget_tokens: int | Sequence[int | None] | None = None,
+        add_special_tokens: bool = True,
         stream: Literal[False] = False,
         cancel: threading.Event | None = None,
     ) -> GenerationResult: ...
@@ -115,6 +116,7 @@ class ChunkKVSession:
         *,
         keep_ratio: float | Sequence[float | None] | None = None,
         budget_tokens: int | Sequence[int | None] | None = None,
+        add_special_tokens: bool = True,
         stream: Literal[False] = False,
         cancel: threading.Event | None = None,
     ) -> list[GenerationResult]: ...
@@ -127,6 +129,7 @@ class ChunkKVSession:
         *,
         keep_ratio: float | Sequence[float | None] | None = None,
         budget_tokens: int | Sequence[int | None] | None = None,
+        add_special_tokens: bool = True,
         stream: Literal[True],
         cancel: threading.Event | None = None,
     ) -> Iterator[StreamEvent]: ...
@@ -139,6 +142,7 @@ class ChunkKVSession:
         *,
         keep_ratio: float | Sequence[float | None] | None = None,
         budget_tokens: int | Sequence[int | None] | None = None,
+        add_special_tokens: bool = True,
         stream: bool,
         cancel: threading.Event | None = None,
     ) -> GenerationResult | list[GenerationResult] | Iterator[StreamEvent]: ...
@@ -150,6 +154,7 @@ class ChunkKVSession:
         *,
         keep_ratio: float | Sequence[float | None] | None = None,
         budget_tokens: int | Sequence[int | None] | None = None,
+        add_special_tokens: bool = True,
         stream: bool = False,
         cancel: threading.Event | None = None,
     ) -> GenerationResult | list[GenerationResult] | Iterator[StreamEvent]:
@@ -161,14 +166,18 @@ class ChunkKVSession:
 
         Parameters
         ----------
-        prompts : str, sequence of int, or a sequence of these
-            Text or token ids.
+        prompts : str, sequence of int, sequence of mappings, or a sequence of these
+            Text, token ids, or the messages of a conversation, mappings with "role" and "content", which are put into
+            the model's chat template.
         sampling : SamplingParams or None, default None
             How tokens are chosen and what ends an answer; None takes SamplingParams().
         keep_ratio : float, or one per prompt, default None
             Share of the prompt's tokens that stay in the cache, in (0, 1]. None takes the engine's own.
         budget_tokens : int, or one per prompt, default None
             Tokens of the prompt that stay, instead of a ratio.
+        add_special_tokens : bool, default True
+            Whether text gets the begin token that the model was trained with. A text that has it already, as those of
+            chat templates do, gets no second one.
         stream : bool, default False
             Return text as it comes.
         cancel : threading.Event or None, default None
@@ -180,7 +189,7 @@ class ChunkKVSession:
         if cancel is not None and not isinstance(cancel, threading.Event):
             raise RequestError(f"cancel is {type(cancel).__name__}; give a threading.Event")
         batch, is_single = as_batch(prompts)
-        requests = self.requests(batch, sampling, keep_ratio, budget_tokens)
+        requests = self.requests(batch, sampling, keep_ratio, budget_tokens, add_special_tokens)
         events = _within_spans(requests, self._events(requests, sampling, cancel or threading.Event()))
         if stream:
             return events
@@ -193,12 +202,21 @@ class ChunkKVSession:
         sampling: SamplingParams,
         keep_ratio: float | Sequence[float | None] | None = None,
         budget_tokens: int | Sequence[int | None] | None = None,
+        add_special_tokens: bool = True,
     ) -> list[Request]:
         """Return the checked requests of `prompts`; raises as generate does, before any work."""
         if sampling.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer; this engine was built without one")
-        limits, new = self.limits, sampling.max_new_tokens
-        return make_requests(prompts, self.tokenizer, limits, self.settings, keep_ratio, budget_tokens, new)
+        return make_requests(
+            prompts,
+            self.tokenizer,
+            self.limits,
+            self.settings,
+            keep_ratio,
+            budget_tokens,
+            sampling.max_new_tokens,
+            add_special_tokens,
+        )
 
     def inspect(self, prompt: Prompt, keep_ratio: float | None = None, budget_tokens: int | None = None) -> Inspection:
         """Prefill one prompt and return what every layer-reuse group would keep, and why.

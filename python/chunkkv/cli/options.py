@@ -131,7 +131,7 @@ def read_prompt(args: argparse.Namespace) -> str | list[int]:
 
 def _decoded(data: bytes, source: str) -> str:
     try:
-        return re.sub(r"\r?\n\Z", "", data.decode("utf-8"))
+        return re.sub(r"\r?\n\Z", "", data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise RequestError(
             f"{source} is not UTF-8 text: byte {data[error.start]:#04x} at {error.start}; convert it to UTF-8"

@@ -10,9 +10,9 @@ from chunkkv.errors import ChunkKVError
 
 
 def read_text(path: Path, error: type[ChunkKVError]) -> str:
-    """Return the UTF-8 text of `path`; raises `error` where it cannot be read as that."""
+    """Return the UTF-8 text of `path` without a byte-order mark; raises `error` where it cannot be read as that."""
     try:
-        return path.read_bytes().decode("utf-8")
+        return path.read_bytes().decode("utf-8-sig")
     except OSError as problem:
         raise error(f"{path} cannot be read: {problem.strerror or problem}") from None
     except UnicodeDecodeError as problem:

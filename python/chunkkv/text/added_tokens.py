@@ -35,32 +35,38 @@ def add_stated_tokens(
     """
     texts = _special_texts(special) | _special_texts(settings)
     stated = _decoder_tokens(settings.get("added_tokens_decoder"))
-    known = {token.content for token in stated.values()}
+    # added_tokens.json says nothing but the id, so what is known of a token stays.
+    known = {token.content for _, token in stated} | {t.content for t in backend.get_added_tokens_decoder().values()}
     for text, number in added.items():
         if isinstance(number, bool) or not isinstance(number, int) or number < 0:
             raise CheckpointError(f"{ADDED_TOKENS_FILE}: token {text!r} has id {number!r}; give a whole number")
+        is_special = text in texts
         if text not in known:
-            is_special = text in texts
-            stated.setdefault(number, AddedToken(text, special=is_special, normalized=not is_special))
-    for number, token in sorted(stated.items()):
+            stated.append((number, AddedToken(text, special=is_special, normalized=not is_special)))
+        elif backend.token_to_id(text) not in (None, number):
+            raise _other_id(text, number, backend)
+    for number, token in sorted(stated, key=lambda entry: entry[0]):
         present = backend.token_to_id(token.content)
         if present is None or backend.get_added_tokens_decoder().get(present) != token:
             backend.add_tokens([token])  # a text that is there already keeps its id
-        given = backend.token_to_id(token.content)
-        if given != number:
-            raise CheckpointError(
-                f"added token {token.content!r} is to have id {number}, but gets {given}: tokenizer.json has "
-                "other tokens than the files beside it; save the tokenizer again with transformers' save_pretrained"
-            )
+        if backend.token_to_id(token.content) != number:
+            raise _other_id(token.content, number, backend)
 
 
-def _decoder_tokens(entries: Any) -> dict[int, AddedToken]:
-    """Return the tokens of `added_tokens_decoder`, {"id": {"content": text, flags}}, by their ids."""
+def _other_id(text: str, number: int, backend: tokenizers.Tokenizer) -> CheckpointError:
+    return CheckpointError(
+        f"added token {text!r} is to have id {number}, but has {backend.token_to_id(text)}: tokenizer.json has other "
+        "tokens than the files beside it; save the tokenizer again with transformers' save_pretrained"
+    )
+
+
+def _decoder_tokens(entries: Any) -> list[tuple[int, AddedToken]]:
+    """Return the ids and tokens of `added_tokens_decoder`, {"id": {"content": text, flags}}."""
     if not isinstance(entries, Mapping):
         if entries is None:
-            return {}
+            return []
         raise CheckpointError(f"added_tokens_decoder is a {type(entries).__name__}; it must be an object")
-    tokens = {}
+    tokens = []
     for number, values in entries.items():
         content = values.get("content") if isinstance(values, Mapping) else None
         if not str(number).isdecimal() or not isinstance(content, str) or not content:
@@ -69,7 +75,7 @@ def _decoder_tokens(entries: Any) -> dict[int, AddedToken]:
                 "'content'"
             )
         flags = {name: values[name] for name in _FLAGS if isinstance(values.get(name), bool)}
-        tokens[int(number)] = AddedToken(content, **flags)
+        tokens.append((int(number), AddedToken(content, **flags)))
     return tokens
 
 

@@ -66,6 +66,7 @@ def parse_request(
     stop_words: Sequence[str],
     eos_token_ids: frozenset[int],
     *,
+    stop_token_ids: Sequence[int] = (),
     excludes_input: bool = True,
     tensor_names: Mapping[str, str] | None = None,
 ) -> ParsedRequest:
@@ -77,6 +78,7 @@ def parse_request(
     prompt : text or token ids, read already.
     stop_words : texts that end the answer, read already.
     eos_token_ids : the engine's end tokens; a request may name one of them as `end_id`, which changes nothing.
+    stop_token_ids : tokens that end the answer. Default: none but the end tokens.
     excludes_input : value of `exclude_input_in_output` for a request that does not give it. Default: True.
     tensor_names : tensors that this model has under another name: {name in layout `single`: name here}. Default: none.
 
@@ -103,6 +105,7 @@ def parse_request(
         repetition_penalty=value("repetition_penalty", 1.0),
         seed=value("seed"),
         stop=tuple(stop_words),
+        stop_token_ids=tuple(stop_token_ids),
         ignore_eos=value("ignore_eos", False),
     )
     keep_ratio = value("keep_ratio")

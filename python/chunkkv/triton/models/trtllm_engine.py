@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from functools import partial
+from typing import cast
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -87,21 +88,29 @@ class TritonPythonModel:
             raise RequestError(f"input_lengths is {length}; input_ids has {input_ids.size}")
         if unpack_word_lists(read("bad_words_list"), "bad_words_list"):
             raise RequestError("bad_words_list has words; this engine cannot forbid words: leave it out")
+        words = unpack_word_lists(read("stop_words_list"), "stop_words_list")
+        ids = [word[0] for word in words if self._is_stop_id(word)]
         return parse_request(
             read,
             input_ids.reshape(-1)[:length].tolist(),
-            self._stop_words(read),
+            self._stop_words([word for word in words if not self._is_stop_id(word)]),
             self._serving.session.eos_token_ids,
+            stop_token_ids=ids,
             excludes_input=self._excludes_input,
             tensor_names=_TENSOR_NAMES,
         )
 
-    def _stop_words(self, read: ReadTensor) -> list[str]:
+    def _is_stop_id(self, word: list[int]) -> bool:
+        """Return whether a stop word is one token that has no text to look for."""
         tokenizer = self._serving.session.tokenizer
-        words = unpack_word_lists(read("stop_words_list"), "stop_words_list")
+        return len(word) == 1 and (tokenizer is None or not tokenizer.decode(word))
+
+    def _stop_words(self, words: list[list[int]]) -> list[str]:
+        """Return the text of the stop words of several tokens, in which special tokens have their names."""
+        tokenizer = self._serving.session.tokenizer
         if words and tokenizer is None:
             raise RequestError("stop words need a tokenizer; this engine was built without one")
-        texts = [] if tokenizer is None else [tokenizer.decode(word) for word in words]
+        texts = [] if tokenizer is None else [tokenizer.decode(word, skip_special_tokens=False) for word in words]
         return [text for text in texts if text]
 
     def _echoed(self, request: ParsedRequest) -> tuple[list[int], str]:
@@ -109,7 +118,7 @@ class TritonPythonModel:
         if not request.echo or request.stream:
             return [], ""
         tokenizer = self._serving.session.tokenizer
-        ids = [int(token) for token in request.prompt]
+        ids = [int(token) for token in cast("list[int]", request.prompt)]
         return ids, "" if tokenizer is None else tokenizer.decode(ids)
 
 

@@ -41,7 +41,7 @@ class TritonPythonModel:
 
     def _output_values(self, read: ReadTensor) -> dict[str, np.ndarray]:
         prompt = prompt_text(read, "QUERY", self._max_bytes)
-        ids = self._tokenizer.encode(prompt) if prompt.strip() else []
+        ids = self._tokenizer.encode_prompt(prompt) if prompt.strip() else []
         end_id = scalar(read, "END_ID", next(iter(self._tokenizer.eos_token_ids), -1))
         return {
             "INPUT_ID": np.array([ids], np.int32),
