@@ -167,6 +167,7 @@ def _llama3_factors(config: dict[str, Any]) -> np.ndarray:
 
 def _add_model(writer: gguf.GGUFWriter, architecture: str, config: dict[str, Any]) -> None:
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    writer.add_vocab_size(config["vocab_size"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
