@@ -19,6 +19,7 @@ import onnx
 import pytest
 from support import engines, tensorrt_double
 from support.checkpoints import VARIANTS
+from support.gguf_files import write_gguf
 from support.messages import naming
 from support.tensorrt_double import Double, machine_of
 
@@ -79,6 +80,13 @@ def test_an_engine_without_chunkkv_keeps_every_token(machine: Double, tmp_path: 
     session = ChunkKVSession.from_dir(build(tmp_path / "engine", chunkkv=False))
     assert_same_answers(session.generate(PROMPTS, PARAMS), expected)
     assert machine.registry.loaded == []
+
+
+def test_a_gguf_file_gives_the_same_answers_as_on_onnx_runtime(machine: Double, tmp_path: Path) -> None:
+    write_gguf(tmp_path / "model.gguf", "llama3", "Q4_1")
+    expected = engines.session("llama3", checkpoint_dir=tmp_path).generate(PROMPTS, PARAMS, keep_ratio=RATIOS)
+    session = ChunkKVSession.from_dir(build(tmp_path / "engine", checkpoint_dir=tmp_path / "model.gguf"))
+    assert_same_answers(session.generate(PROMPTS, PARAMS, keep_ratio=RATIOS), expected)
 
 
 def test_float16_stays_close(machine: Double, tmp_path: Path) -> None:

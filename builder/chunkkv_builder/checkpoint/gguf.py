@@ -133,10 +133,13 @@ def is_gguf(path: Path) -> bool:
     """Return whether `path` is a GGUF file, or a folder that holds one and no other weights."""
     if path.is_dir():
         return any(path.glob(f"*{SUFFIX}")) and not any(path.glob("*.safetensors"))
-    if not path.is_file():
+    if path.suffix == SUFFIX:
+        return True
+    try:
+        with path.open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
         return False
-    with path.open("rb") as file:
-        return path.suffix == SUFFIX or file.read(len(MAGIC)) == MAGIC
 
 
 def _parts(path: Path) -> list[Path]:
