@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
@@ -24,6 +25,7 @@ from chunkkv_builder import build
 from chunkkv_builder.checkpoint.formats import open_checkpoint
 from chunkkv_builder.checkpoint.gguf_file import TYPES
 from chunkkv_builder.checkpoint.gguf_quants import BLOCK_FORMATS, to_blocks
+from chunkkv_builder.checkpoint.model_config import ModelConfig, rope_frequencies
 from chunkkv_builder.onnx_graph import quantize
 from chunkkv_builder.onnx_graph.emitter import NodeEmitter
 
@@ -88,6 +90,23 @@ def test_the_config_is_that_of_the_twin(tmp_path: Path) -> None:
             assert twin.pop("rotary_scaling")["rope_type"] == "llama3"
         assert ours.pop("norm_epsilon") == np.float32(twin.pop("norm_epsilon"))
         assert ours == twin
+
+
+@pytest.mark.parametrize("key", ["rope.scaling.factor", "rope.scale_linear"])
+def test_rope_factors_and_a_linear_factor_go_together(tmp_path: Path, key: str) -> None:
+    for variant in ("llama2", "llama3"):
+        write_gguf(tmp_path / "plain.gguf", variant)
+        write_gguf(tmp_path / "scaled.gguf", variant, metadata={f"llama.{key}": 2.0})
+        plain, scaled = (open_checkpoint(tmp_path / f"{name}.gguf").config for name in ("plain", "scaled"))
+        assert np.array_equal(rope_frequencies(scaled)[0], rope_frequencies(plain)[0] / 2)
+        assert ModelConfig.from_dict(json.loads(json.dumps(scaled.to_dict()))) == scaled
+
+
+def test_rope_factors_and_yarn_do_not(tmp_path: Path) -> None:
+    scaling = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 2.0}
+    write_gguf(tmp_path / "model.gguf", "llama3", metadata=scaling)
+    with pytest.raises(ConfigError, match=naming("'rope.scaling.type' is 'yarn' 'rope_freqs.weight'")):
+        open_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize(
