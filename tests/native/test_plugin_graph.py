@@ -37,7 +37,8 @@ def run_graph(boundaries: str, folder: Path) -> tuple[list[onnx.NodeProto], dict
     build = BuildConfig(256, 512, 4, backend="tensorrt")
     sources = graphs.weight_sources(checkpoint, build.dtype)
     locations = write_weights(folder / "weights", sources)
-    model = graphs.Graphs(checkpoint, make_plan(checkpoint.config, settings, flags), build, locations).prefill(sorting=True)
+    plan = make_plan(checkpoint.config, settings, flags)
+    model = graphs.Graphs(checkpoint, plan, build, locations).prefill(sorting=True)
     nodes = [node for node in model.graph.node if node.domain == functions.DOMAIN]
     known = {value.name for value in model.graph.output}
     wanted = sorted({name for node in nodes for name in (*node.input, *node.output)})
