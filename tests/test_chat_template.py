@@ -254,3 +254,87 @@ def test_surrogates_in_a_rendered_text_are_refused(tmp_path: Path) -> None:
         tokenizer(tmp_path, "abc{{ '\\ud800' }}").apply_chat_template(TALK)
     with pytest.raises(RequestError, match=naming("surrogate U+DC80")):
         tokenizer(tmp_path, CHAT_TEMPLATE).encode_chat([{"role": "user", "content": "\udc80"}])
+
+
+# --- limits ---
+
+GROWING = "{% set ns = namespace(x='ab', l=[1, 2]) %}{% for i in range(60) %}"
+BOMBS = {
+    "product": "{{ 'a' * 10**8 }}",
+    "product the other way round": "{{ 10**8 * 'a' }}",
+    "huge product": "{{ 'a' * 10**12 }}",
+    "list": "{{ ([1] * 10**9) | length }}",
+    "power": "{{ 10 ** 100000000 }}",
+    "nested ranges": "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
+    "nested texts": "{% set t = 'a' * 100000 %}{% for i in t %}{% for j in t %}{% for k in t %}{% endfor %}{% endfor %}"
+    "{% endfor %}",
+    "output in a loop": "{% set t = 'a' * 1000000 %}{% for i in range(100000) %}{{ t }}{% endfor %}",
+    "doubling by ~": GROWING + "{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x | length }}",
+    "doubling by +": GROWING + "{% set ns.x = ns.x + ns.x %}{% endfor %}",
+    "doubling by a block": GROWING + "{% set y %}{{ ns.x }}{{ ns.x }}{% endset %}{% set ns.x = y %}{% endfor %}",
+    "doubling by join": GROWING + "{% set ns.x = [ns.x, ns.x] | join %}{% endfor %}",
+    "doubling by replace": GROWING
+    + "{% set ns.x = ns.x.replace('a', 'aa') %}{% endfor %}"
+    + GROWING
+    + "{% set ns.x = ns.x | replace('a', 'aa') %}{% endfor %}",
+    "doubling by a macro": "{% macro m(x) %}{{ x }}{{ x }}{% endmacro %}"
+    + GROWING
+    + "{% set ns.x = m(ns.x) %}{% endfor %}",
+    "doubling a list": GROWING + "{% set ns.l = ns.l + ns.l %}{% endfor %}",
+    "method": "{{ 'a'.ljust(1000000000) }}",
+    "filter": "{{ 'a' | center(1000000000) }}",
+    "indent": "{{ 'a\\nb' | indent(1000000000) }}",
+    "format": "{{ '{:1000000000}'.format(1) }}",
+    "format with an argument": "{{ '{:{}}'.format(1, 1000000000) }}",
+    "format filter": "{{ '%1000000000d' | format(1) }}",
+    "percent": "{{ '%1000000000d' % 1 }}",
+    "percent with an argument": "{{ '%*d' % (1000000000, 1) }}",
+    "recursive loop": "{% for i in [1, 2] recursive %}{{ loop(range(1000)) }}{% endfor %}",
+    "mapped": "{% for i in range(100000) %}{{ range(100000) | map('string') | list | length }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+@pytest.mark.timeout(20)
+def test_templates_are_bounded(name: str) -> None:
+    with pytest.raises(CheckpointError, match=naming("file.jinja template")):
+        render(BOMBS[name])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("{% for i in [3, 4] %}{{ loop.index }}/{{ loop.length }}{{ loop.last }} {% endfor %}", "1/2False 2/2True "),
+        ("{% for i in 'ab' %}{{ i ~ '-' ~ loop.index0 }}{% else %}none{% endfor %}", "a-0b-1"),
+        ("{% for i in [] %}x{% else %}none{% endfor %}", "none"),
+        ("{% for i in messages if i.role == 'user' %}{{ loop.first }}{{ i.content }}{% endfor %}", "True Hi "),
+        ("{% for k, v in {'a': 1}.items() %}{{ k }}{{ v }}{% endfor %}", "a1"),
+        ("{% set x | upper %}ab{% endset %}{{ x }}", "AB"),
+        (
+            "{{ '%s-%05d' % ('a', 7) }} {{ '{:>4}'.format(2) }} {{ 3 * 'ab' }} {{ 2 ** 10 + 1 }} {{ 7 % 4 }}",
+            "a-00007    2 ababab 1025 3",
+        ),
+        (
+            "{{ [1, 2, 3] | map('string') | join(',') }}{{ range(3) | list }}{{ 'a' | center(5) }}|",
+            "1,2,3[0, 1, 2]  a  |",
+        ),
+        ("{% for i in [[1], [2]] recursive %}{{ i if i is number else loop(i) }}{% endfor %}", "12"),
+        ("{{ messages[:-1] | length }}{{ messages | selectattr('role', 'eq', 'user') | list | length }}", "11"),
+    ],
+)
+def test_what_is_bounded_still_works(text: str, expected: str) -> None:
+    assert render(text) == expected
+
+
+def test_a_long_conversation_is_within_the_limits() -> None:
+    talk = [{"role": role, "content": "word " * 2000} for _ in range(300) for role in ("user", "assistant")]
+    assert len(render(LLAMA3, talk, bos_token="<s>")) > 5_000_000
+
+
+def test_a_rendering_that_was_stopped_takes_no_steps_of_the_next() -> None:
+    template = ChatTemplate(
+        "{% for i in range(messages[0].content | int) %}{% for j in range(2000) %}{% endfor %}{% endfor %}", "f"
+    )
+    with pytest.raises(CheckpointError):
+        template.render([{"role": "user", "content": "2000"}], {})
+    assert template.render([{"role": "user", "content": "2"}], {}) == ""

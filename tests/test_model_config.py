@@ -10,10 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.checkpoints import VARIANTS, variant_config
+from support.messages import naming
 from support.transformers_golden import load_golden
 
 from chunkkv.errors import ConfigError
 from chunkkv_builder.checkpoint.model_config import ModelConfig, rope_frequencies
+from chunkkv_builder.config import BuildConfig, longest_context
 
 LLAMA31_ROPE = {
     "factor": 8.0,
@@ -91,11 +93,9 @@ REFUSED = [
     (llama(architectures=[]), ["architectures", "LlamaForCausalLM"]),
     (llama(architectures=[["x"]]), ["not supported"]),
     (llama(model_type="gemma"), ["model_type", "'gemma'", "'llama'"]),
-    (config_of("mistral", sliding_window=4096), ["sliding_window", "4096", "null"]),
-    (config_of("mistral", sliding_window=...), ["sliding_window", "missing", "null"]),
-    (config_of("qwen2", use_sliding_window=True), ["use_sliding_window", "false"]),
-    (config_of("qwen3", use_sliding_window=True), ["use_sliding_window", "false"]),
-    (config_of("qwen3", layer_types=["full_attention", "sliding_attention"]), ["layer_types", "full_attention"]),
+    (config_of("mistral", sliding_window=0), ["sliding_window", "0"]),
+    (config_of("qwen2", use_sliding_window="yes"), ["use_sliding_window", "'yes'"]),
+    (config_of("qwen3", layer_types=["full_attention", "chunked_attention"]), ["layer_types", "full_attention"]),
     (llama(rope_scaling={"type": "dynamic", "factor": 2.0}), ["'dynamic'", "'linear'", "'yarn'"]),
     (llama(rope_scaling={"rope_type": "longrope", "factor": 2.0}), ["'longrope'", "'llama3'"]),
     (llama(rope_scaling={"factor": 2.0}), ["type", "missing"]),
@@ -207,3 +207,28 @@ def test_any_value_of_any_key_is_accepted_or_refused_as_config_error(variant, da
         json.dumps(model.to_dict(), allow_nan=False)
     except ConfigError:
         pass
+
+
+@pytest.mark.parametrize(
+    ("config", "window"),
+    [
+        (config_of("mistral", sliding_window=None), None),
+        (config_of("mistral", sliding_window=300), 300),
+        (config_of("mistral", sliding_window=...), 4096),
+        (config_of("qwen2", sliding_window=256), None),
+        (config_of("qwen2", sliding_window=256, use_sliding_window=True), 256),
+        (config_of("qwen3", use_sliding_window=True), 4096),
+        (config_of("qwen3", sliding_window=9, layer_types=["full_attention", "sliding_attention"]), 9),
+        (config_of("qwen3", sliding_window=9, layer_types=["full_attention"] * 2), None),
+        (config_of("llama3", sliding_window=9), None),
+    ],
+)
+def test_a_sliding_window_limits_the_sequences(config, window: int | None) -> None:
+    model = ModelConfig.from_hf(config)
+    assert model.sliding_window == window
+    longest = min(window or 512, 512)
+    assert longest_context(model) == longest
+    assert ModelConfig.from_dict(model.to_dict()) == model
+    assert BuildConfig.for_model(model, max_seq_len=longest).max_seq_len == longest
+    with pytest.raises(ConfigError, match=naming(f"max_seq_len {longest + 1} {longest}")):
+        BuildConfig.for_model(model, max_seq_len=longest + 1)

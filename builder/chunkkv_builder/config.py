@@ -105,6 +105,11 @@ class BuildConfig:
         longest = longest_context(model)
         seq_len = longest if max_seq_len is None else max_seq_len
         if seq_len > longest:
+            if model.sliding_window == longest:
+                raise ConfigError(
+                    f"max_seq_len is {seq_len}; this model's layers attend to the last {longest} tokens only "
+                    f"(sliding_window), which is not supported: give {longest} or less, where it changes nothing"
+                )
             raise ConfigError(
                 f"max_seq_len is {seq_len}; this model was trained for at most {longest} positions "
                 f"(max_position_embeddings): give {longest} or less"
@@ -138,7 +143,15 @@ class BuildConfig:
 
 
 def longest_context(model: ModelConfig) -> int:
-    """Return how many positions `model` was trained for; yarn's max_position_embeddings may be those before scaling."""
+    """Return how many positions `model` was trained for; yarn's max_position_embeddings may be those before scaling.
+
+    A sliding window is the limit where it is shorter: within it every token sees all others.
+    """
+    window = _LARGEST["max_seq_len"] if model.sliding_window is None else model.sliding_window
+    return min(window, _trained_positions(model))
+
+
+def _trained_positions(model: ModelConfig) -> int:
     scaling = model.rope_scaling
     if scaling is None or scaling.type != "yarn":
         return model.max_position_embeddings

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 import chunkkv
 from chunkkv.command_line import errors_name_flags
 from chunkkv.engine.backends import TRAITS
 from chunkkv.engine.directory import CONFIG_FILE
-from chunkkv.settings import ChunkKVSettings
 from chunkkv.text.tokenizer import TOKENIZER_FILE, Tokenizer
+from chunkkv_builder.checkpoint.end_tokens import united_end_tokens
 from chunkkv_builder.checkpoint.formats import open_checkpoint
 from chunkkv_builder.checkpoint.interface import Checkpoint
 from chunkkv_builder.config import BuildConfig
@@ -23,6 +22,7 @@ from chunkkv_builder.flags import chunkkv_settings
 from chunkkv_builder.plan import GraphPlan, make_plan
 from chunkkv_builder.progress import Progress
 
+_OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json", "spiece.model")  # files that only transformers can convert
 _LIMITS = ("max_input_len", "max_seq_len", "max_batch_size", "max_num_tokens", "weight_only_precision")
 
 
@@ -89,7 +89,14 @@ def plan_graphs(flags: Namespace, backend: str, progress: Progress) -> GraphBuil
     progress.stage("checkpoint", 1)
     checkpoint = open_checkpoint(flags.checkpoint_dir)
     progress.advance()
-    model = checkpoint.config
+    for note in checkpoint.notes:
+        progress.warning(note)
+    tokenizer = _tokenizer(checkpoint, progress)
+    place = checkpoint.tokenizer_dir or checkpoint.path
+    ends, difference = united_end_tokens(checkpoint.config, tokenizer, place)
+    if difference is not None:
+        progress.warning(difference)
+    model = dataclasses.replace(checkpoint.config, eos_token_ids=ends)
     settings = chunkkv_settings(flags, model.num_layers)
     traits = TRAITS[backend]
     dtype = traits.default_dtype if flags.dtype == "auto" else flags.dtype
@@ -98,7 +105,13 @@ def plan_graphs(flags: Namespace, backend: str, progress: Progress) -> GraphBuil
             model, **{name: getattr(flags, name) for name in _LIMITS}, backend=backend, dtype=dtype
         )
         limits.check_window(settings)
-    delimiters = _delimiter_tokens(checkpoint, settings, progress)
+    if model.sliding_window is not None and flags.max_seq_len is None:
+        progress.warning(
+            f"the model's layers attend to the last {model.sliding_window} tokens only (sliding_window), so the engine "
+            f"takes {limits.max_seq_len} at most"
+        )
+    has_table = tokenizer is not None and settings is not None and settings.boundaries == "delimiter"
+    delimiters = tokenizer.delimiter_token_table(vocab_size=model.vocab_size) if tokenizer and has_table else None
     with errors_name_flags("chunkkv_"):
         if settings is not None and traits.runs_kernels:
             settings.check_kernels()
@@ -106,20 +119,18 @@ def plan_graphs(flags: Namespace, backend: str, progress: Progress) -> GraphBuil
     return GraphBuild(checkpoint, limits, plan)
 
 
-def _delimiter_tokens(
-    checkpoint: Checkpoint, settings: ChunkKVSettings | None, progress: Progress
-) -> np.ndarray | None:
-    """Check the tokenizer before the long work; return its delimiter table [vocab_size] where the settings need it."""
-    vocab_size = checkpoint.config.vocab_size
+def _tokenizer(checkpoint: Checkpoint, progress: Progress) -> Tokenizer | None:
+    """Load and check the tokenizer before the long work; warns of what a user should know of it."""
     if checkpoint.tokenizer_dir is None:
-        progress.warning(f"{checkpoint.path} has no {TOKENIZER_FILE}: the engine will take and give token ids only")
+        other = next((name for name in _OTHER_TOKENIZERS if (checkpoint.path / name).is_file()), None)
+        way = f", only {other}: load it in transformers and save_pretrained() it there, or" if other else ":"
+        progress.warning(f"{checkpoint.path} has no {TOKENIZER_FILE}{way} the engine will take and give token ids only")
         return None
     tokenizer = Tokenizer.from_dir(checkpoint.tokenizer_dir)
+    vocab_size = checkpoint.config.vocab_size
     if tokenizer.size > vocab_size:
         progress.warning(
             f"the tokenizer has {tokenizer.size} tokens, the model {vocab_size}: prompts that hold one of the others "
             "are refused"
         )
-    if settings is None or settings.boundaries != "delimiter":
-        return None
-    return tokenizer.delimiter_token_table(vocab_size=vocab_size)
+    return tokenizer

@@ -38,6 +38,7 @@ class GgufCheckpoint:
     def __init__(self, path: Path, config: ModelConfig, files: list[GgufFile], tokenizer: GgufTokenizer | None) -> None:
         self.path = path
         self.config = config
+        self.notes: tuple[str, ...] = ()
         self._shapes = expected_shapes(config)
         self._sources = {tensor_name(name): (file, name) for file in files for name in file.entries}
         self.tokenizer_dir: Path | None = None

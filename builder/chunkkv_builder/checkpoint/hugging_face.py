@@ -27,7 +27,8 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _UNUSED = re.compile(r".*rotary_emb\.inv_freq")  # recomputed from the config; old checkpoints store it
 _NAMES_SHOWN = 3
 GIVE = "the directory of a Hugging Face checkpoint, or a GGUF file"
-_EMBEDDING = "model.embed_tokens.weight"
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_ROWS = 4096  # of two tensors, compared at once
 
 
 class HuggingFaceCheckpoint:
@@ -36,9 +37,12 @@ class HuggingFaceCheckpoint:
     Its files stay mapped into memory while the object lives; nothing is copied before a tensor is converted.
     """
 
-    def __init__(self, path: Path, config: ModelConfig, sources: list[SafetensorsFile]) -> None:
+    def __init__(
+        self, path: Path, config: ModelConfig, sources: list[SafetensorsFile], notes: tuple[str, ...] = ()
+    ) -> None:
         self.path = path
         self.config = config
+        self.notes = notes
         self.tokenizer_dir = path if (path / TOKENIZER_FILE).is_file() else None
         self._sources = {name: source for source in sources for name in source.entries}
         self._names = tuple(expected_shapes(config))
@@ -54,6 +58,8 @@ class HuggingFaceCheckpoint:
         if not path.is_dir():
             problem = "is not a directory" if path.exists() else "does not exist"
             raise CheckpointError(f"{path} {problem}; give {GIVE}")
+        for name in (CONFIG_FILE, GENERATION_FILE, TOKENIZER_FILE):
+            _refuse_dangling(path / name)
         if not (path / CONFIG_FILE).is_file():
             raise CheckpointError(f"{path} has no {CONFIG_FILE}; give {GIVE}")
         generation = path / GENERATION_FILE
@@ -63,10 +69,17 @@ class HuggingFaceCheckpoint:
             source=str(path / CONFIG_FILE),
         )
         sources = _open_weights(path)
+        notes: tuple[str, ...] = ()
+        is_untied = config.tie_word_embeddings and _has_own_head(sources)
+        if is_untied:
+            config = dataclasses.replace(config, tie_word_embeddings=False)
+            notes = (
+                f"{path}: tie_word_embeddings is true, but {_HEAD} differs from {_EMBEDDING}: it is used as it is",
+            )
         _check_tensors(config, sources, path)
         stored = next(source for source in sources if _EMBEDDING in source.entries)
         dtype = READABLE[stored.entries[_EMBEDDING].dtype][0]
-        return cls(path, dataclasses.replace(config, dtype=dtype), sources)
+        return cls(path, dataclasses.replace(config, dtype=dtype), sources, notes)
 
     def names(self) -> tuple[str, ...]:
         """Return the names of the model's tensors, in layer order."""
@@ -102,7 +115,33 @@ class HuggingFaceCheckpoint:
         return self._sources[name]
 
 
+def _has_own_head(sources: list[SafetensorsFile]) -> bool:
+    """Return whether the output projection is stored with other bytes than the embedding.
+
+    transformers 5 then uses both as they are, whatever tie_word_embeddings says.
+    """
+    stored = {name: source for source in sources for name in source.entries}
+    if _HEAD not in stored or _EMBEDDING not in stored:
+        return False
+    head, embedding = stored[_HEAD].entries[_HEAD], stored[_EMBEDDING].entries[_EMBEDDING]
+    if (head.dtype, head.shape) != (embedding.dtype, embedding.shape) or head.dtype not in READABLE:
+        return True
+    ours, theirs = stored[_HEAD].tensor(_HEAD), stored[_EMBEDDING].tensor(_EMBEDDING)
+    return any(
+        ours[first : first + _ROWS].tobytes() != theirs[first : first + _ROWS].tobytes()
+        for first in range(0, len(ours), _ROWS)
+    )
+
+
+def _refuse_dangling(file: Path) -> None:
+    """Raise CheckpointError for a symbolic link to nothing, as an interrupted download leaves in a cache."""
+    if file.is_symlink() and not file.exists():
+        raise CheckpointError(f"{file} is a symbolic link to {file.readlink()}, which is not there: download it again")
+
+
 def _open_weights(path: Path) -> list[SafetensorsFile]:
+    for name in (WEIGHTS_FILE, INDEX_FILE):
+        _refuse_dangling(path / name)
     if (path / WEIGHTS_FILE).is_file():
         return [SafetensorsFile(path / WEIGHTS_FILE)]
     if (path / INDEX_FILE).is_file():
@@ -129,6 +168,8 @@ def _open_shards(path: Path) -> list[SafetensorsFile]:
                 "in the same directory"
             )
     shards = sorted(set(weight_map.values()))
+    for file in shards:
+        _refuse_dangling(path / file)
     if missing := [file for file in shards if not (path / file).is_file()]:
         raise CheckpointError(f"{path}: {_listed(missing)} missing, though {INDEX_FILE} names it: download it again")
     sources = [SafetensorsFile(path / file) for file in shards]
@@ -176,7 +217,7 @@ def _extra(
 ) -> Iterator[tuple[str, SafetensorsFile]]:
     """Yield what the model has no use for, except what is known to be a harmless copy."""
     for name, source in stored.items():
-        is_copy = config.tie_word_embeddings and name == "lm_head.weight"
+        is_copy = config.tie_word_embeddings and name == _HEAD
         if name not in expected and not is_copy and not _UNUSED.fullmatch(name):
             yield name, source
 

@@ -30,6 +30,10 @@ class Checkpoint(Protocol):
     def tokenizer_dir(self) -> Path | None:
         """A directory with the tokenizer's files under Hugging Face's names, None where there is no tokenizer."""
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of how the checkpoint was read, each a sentence."""
+
     def names(self) -> tuple[str, ...]:
         """Return the names of all tensors, in layer order."""
 

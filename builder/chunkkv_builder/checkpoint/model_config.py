@@ -18,6 +18,8 @@ from chunkkv_builder.checkpoint.rope import RopeScaling
 ARCHITECTURES = {family.architecture: family.name for family in FAMILIES}
 DTYPES = ("float32", "float16", "bfloat16")
 MAX_LAYERS = 4096
+_, _SLIDING = _LAYER_TYPES = ("full_attention", "sliding_attention")
+_DEFAULT_WINDOW = 4096  # transformers' value for configs of Mistral and Qwen that do not name it
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,9 @@ class ModelConfig:
         Token that begins a text.
     eos_token_ids : tuple of int, default empty
         Tokens that end an answer.
+    sliding_window : int or None, default None
+        Tokens that a layer attends to; an engine must not take longer sequences, for which the window would matter.
+        None for attention to everything.
     dtype : str, default "float32"
         Type the checkpoint's tensors are stored in, one of DTYPES.
     """
@@ -74,6 +79,7 @@ class ModelConfig:
     qk_norm: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    sliding_window: int | None = None
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
@@ -144,6 +150,7 @@ class ModelConfig:
                 for token in _first_ids("eos_token_id", generation, fields, family.default_eos_token_id)
                 if token is not None
             ),
+            sliding_window=_read_sliding_window(fields, family),
             dtype=_read_dtype(fields),
         )
 
@@ -172,6 +179,7 @@ class ModelConfig:
             "qk_norm": self.qk_norm,
             "bos_token_id": self.bos_token_id,
             "eos_token_ids": list(self.eos_token_ids),
+            **({} if self.sliding_window is None else {"sliding_window": self.sliding_window}),
         }
 
     @classmethod
@@ -206,6 +214,7 @@ class ModelConfig:
             qk_norm=fields.flag("qk_norm"),
             bos_token_id=fields.integer("bos_token_id", low=0, default=None),
             eos_token_ids=tuple(_token_ids(fields, "eos_token_ids")),
+            sliding_window=fields.integer("sliding_window", default=None),
             dtype=fields.text("dtype", allowed=DTYPES),
         )
 
@@ -236,18 +245,20 @@ def _refuse_variants(fields: Fields, family: Family) -> None:
         raise fields.error(
             "quantization_config", "quantised checkpoints are not read: give the float32, float16 or bfloat16 original"
         )
-    unless_null, on_request = (family.sliding_window == when for when in ("unless_null", "on_request"))
-    if unless_null and ("sliding_window" not in fields.values or fields.get("sliding_window") is not None):
-        raise fields.error(
-            "sliding_window", "attention over a sliding window is not supported: the checkpoint must say null"
-        )
-    if on_request and fields.flag("use_sliding_window", default=False):
-        raise fields.error("use_sliding_window", "attention over a sliding window is not supported: it must be false")
-    kinds = fields.get("layer_types")
-    if kinds is not None and (not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)):
-        raise fields.error("layer_types", "every layer must be 'full_attention'")
     fields.text("hidden_act", allowed=("silu",), default="silu")
     fields.integer("pretraining_tp", high=1, default=1)
+
+
+def _read_sliding_window(fields: Fields, family: Family) -> int | None:
+    """Return how many tokens the layers with a sliding window attend to, None where none has one."""
+    kinds = fields.get("layer_types")
+    if kinds is not None and (not isinstance(kinds, list) or not set(map(str, kinds)) <= set(_LAYER_TYPES)):
+        raise fields.error("layer_types", f"every layer must be {' or '.join(map(repr, _LAYER_TYPES))}")
+    by_layer = kinds is not None and _SLIDING in kinds
+    by_flag = family.sliding_window == "on_request" and fields.flag("use_sliding_window", default=False)
+    if by_flag or by_layer or family.sliding_window == "unless_null":
+        return fields.integer("sliding_window", default=None if "sliding_window" in fields.values else _DEFAULT_WINDOW)
+    return None
 
 
 def _read_kv_heads(fields: Fields, family: Family, num_heads: int) -> int:

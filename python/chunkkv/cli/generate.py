@@ -101,9 +101,10 @@ def run(args: argparse.Namespace) -> None:
     sampling = _sampling_params(args)
     prompt = read_prompt(args)
     session = open_session(args, args.max_tokens_in_paged_kv_cache)
+    prompt = in_chat_template(args, session, prompt)  # before the handler, so that the first Ctrl-C ends a template
     with interrupt_as_cancel() as cancel:
         events = session.generate(
-            in_chat_template(args, session, prompt),
+            prompt,
             sampling,
             keep_ratio=args.keep_ratio,
             budget_tokens=args.budget_tokens,

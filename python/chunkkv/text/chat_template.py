@@ -11,9 +11,15 @@ import jinja2
 from jinja2 import ext, nodes
 from jinja2.exceptions import SecurityError, TemplateError
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from chunkkv.errors import CheckpointError, RequestError
+from chunkkv.text.template_limits import (
+    BoundedEnvironment,
+    TemplateTooLargeError,
+    begin_steps,
+    check_length,
+    take_steps,
+)
 
 
 class _MessagesRejected(TemplateError):
@@ -48,7 +54,7 @@ class ChatTemplate:
 
     def __init__(self, text: str, source: str) -> None:
         self._source = source
-        environment = ImmutableSandboxedEnvironment(
+        environment = BoundedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, ext.loopcontrols]
         )
         environment.filters["tojson"] = _to_json
@@ -70,13 +76,18 @@ class ChatTemplate:
         special tokens and add_generation_prompt.
 
         Raises RequestError for messages that are malformed or that the template rejects, CheckpointError for a template
-        that breaks or tries to leave the sandbox.
+        that breaks, tries to leave the sandbox, or goes beyond the limits of chunkkv.text.template_limits.
         """
         _check_messages(messages)
         try:
-            text = self._template.render(messages=[dict(message) for message in messages], **variables)
+            begin_steps()
+            return self._rendered({"messages": [dict(message) for message in messages], **variables})
         except _MessagesRejected as error:
             raise RequestError(f"the chat template rejects these messages: {error.message}; change them") from None
+        except TemplateTooLargeError as error:
+            raise CheckpointError(
+                f"{self._source}: the chat template was stopped: {error.message}; do not use this checkpoint's template"
+            ) from None
         except SecurityError as error:
             raise CheckpointError(
                 f"{self._source}: the chat template tried to leave its sandbox ({error.message}) and was stopped: "
@@ -87,7 +98,15 @@ class ChatTemplate:
                 f"{self._source}: the chat template failed with {type(error).__name__}: {error}; check that "
                 "the messages have what it reads, or correct it"
             ) from None
-        return text
+
+    def _rendered(self, variables: Mapping[str, Any]) -> str:
+        pieces, length = [], 0
+        for piece in self._template.generate(variables):
+            take_steps(1)
+            pieces.append(piece)
+            length += len(piece)
+            check_length(length)
+        return "".join(pieces)
 
 
 def _check_messages(messages: Any) -> None:

@@ -11,18 +11,23 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
-from chunkkv.engine.json_files import read_object, read_text
+from chunkkv.engine.json_files import read_text
 from chunkkv.errors import CheckpointError, RequestError
 from chunkkv.text.added_tokens import ADDED_TOKENS_FILE, add_stated_tokens
 from chunkkv.text.chat_template import ChatTemplate
+from chunkkv.text.tokenizer_settings import (
+    GENERATION_FILE,
+    SETTINGS_FILE,
+    SPECIAL_TOKENS_FILE,
+    TEMPLATE_FILE,
+    generation_ends,
+    read_if_there,
+    special_tokens_of,
+    template_text,
+)
 
 TOKENIZER_FILE = "tokenizer.json"
-SETTINGS_FILE = "tokenizer_config.json"
-SPECIAL_TOKENS_FILE = "special_tokens_map.json"
-GENERATION_FILE = "generation_config.json"
-TEMPLATE_FILE = "chat_template.jinja"
 DELIMITERS = ".!?;:,\n"
-_TOKEN_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _REPLACEMENT = "\ufffd"
 _MAX_HELD_BACK = 16  # tokens; an unfinished character takes 4 at most, so more of them are invalid bytes
 _MAX_UNFINISHED = 3  # bytes of a character that lacks its last one; each may show as U+FFFD
@@ -103,13 +108,13 @@ class Tokenizer:
             raise CheckpointError(f"{file} is no valid tokenizer: {error}; download it again") from None
         backend.no_truncation()
         backend.no_padding()
-        settings = _read_if_there(path / SETTINGS_FILE)
-        special_map = _read_if_there(path / SPECIAL_TOKENS_FILE)
-        add_stated_tokens(backend, _read_if_there(path / ADDED_TOKENS_FILE), settings, special_map)
-        special_tokens = _special_tokens(special_map)
-        special_tokens.update(_special_tokens(settings))
-        ends = _generation_ends(path / GENERATION_FILE)
-        return cls(backend, settings, special_tokens, ends, _template_text(path, settings))
+        settings = read_if_there(path / SETTINGS_FILE)
+        special_map = read_if_there(path / SPECIAL_TOKENS_FILE)
+        add_stated_tokens(backend, read_if_there(path / ADDED_TOKENS_FILE), settings, special_map)
+        special_tokens = special_tokens_of(special_map)
+        special_tokens.update(special_tokens_of(settings))
+        ends = generation_ends(path / GENERATION_FILE)
+        return cls(backend, settings, special_tokens, ends, template_text(path, settings))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the token ids of `text`; `add_special_tokens` puts the begin and end tokens of the model around them.
@@ -156,17 +161,31 @@ class Tokenizer:
     @cached_property
     def special_texts(self) -> dict[str, int]:
         """The text of every special token, with its id."""
-        added = self._backend.get_added_tokens_decoder()
-        return {added[number].content: number for number in self.special_ids}
+        return {text: number for text, number in self.added_texts.items() if number in self.special_ids}
 
     def token_text(self, token_id: int) -> str:
         """Return what a token adds inside a text, with its leading space; the name of a special token."""
         return self._token_texts(_checked_ids([token_id]))[0]
 
+    @cached_property
+    def added_texts(self) -> dict[str, int]:
+        """The text of every token that was added to the vocabulary, special or not, with its id."""
+        return {token.content: number for number, token in self._backend.get_added_tokens_decoder().items()}
+
+    @property
+    def own_end_ids(self) -> tuple[int, ...]:
+        """The end token that tokenizer_config.json names, whatever generation_config.json says."""
+        return _none_or_one(self._special_id("eos_token"))
+
     @property
     def chat_template(self) -> str | None:
         """The text of the chat template, None where there is none."""
         return self._template_text[0] if self._template_text else None
+
+    def check_chat_template(self) -> None:
+        """Compile the chat template, if there is one; raises CheckpointError where that fails."""
+        if self._template is None and self._template_text is not None:
+            self._template = ChatTemplate(*self._template_text)
 
     def apply_chat_template(
         self,
@@ -197,12 +216,11 @@ class Tokenizer:
         CheckpointError
             For a template that does not compile or fails.
         """
-        if self._template_text is None:
+        self.check_chat_template()
+        if self._template is None:
             raise RequestError(
                 f"this tokenizer has no chat template ({TEMPLATE_FILE} or {SETTINGS_FILE}); give plain text instead"
             )
-        if self._template is None:
-            self._template = ChatTemplate(*self._template_text)
         names = {"tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt}
         text = self._template.render(messages, {**self.special_tokens, **names, **variables})
         _check_text(text)
@@ -352,45 +370,3 @@ def _checked_ids(ids: Iterable[int]) -> list[int]:
             raise RequestError(f"token id {value!r} is not valid; give whole numbers from 0 to {2**31 - 1}")
         checked.append(int(value))
     return checked
-
-
-def _read_if_there(path: Path) -> dict[str, Any]:
-    return read_object(path, CheckpointError) if path.is_file() else {}
-
-
-def _special_tokens(values: Mapping[str, Any]) -> dict[str, str]:
-    """Return the named special tokens, which are stored as text or as {"content": text}."""
-    tokens = {}
-    for role in _TOKEN_ROLES:
-        value = values.get(role)
-        value = value.get("content") if isinstance(value, dict) else value
-        if value is not None and not isinstance(value, str):
-            raise CheckpointError(f"{role} is {str(value)[:80]!r} in the tokenizer's settings; it must be text")
-        if value is not None:
-            tokens[role] = value
-    return tokens
-
-
-def _generation_ends(path: Path) -> list[int]:
-    ends = _read_if_there(path).get("eos_token_id")
-    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
-    if not all(isinstance(end, int) and not isinstance(end, bool) and end >= 0 for end in ends):
-        raise CheckpointError(f"{path}: eos_token_id is {ends!r}; give a token id, or a list of them")
-    return ends
-
-
-def _template_text(path: Path, settings: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Return the chat template and the file it comes from."""
-    file = path / TEMPLATE_FILE
-    if file.is_file():
-        return read_text(file, CheckpointError), str(file)
-    file, template = path / SETTINGS_FILE, settings.get("chat_template")
-    if isinstance(template, list):
-        entries = [entry for entry in template if isinstance(entry, dict) and "template" in entry]
-        named = {str(entry.get("name")): entry["template"] for entry in entries}
-        if "default" not in named:
-            raise CheckpointError(f"{file}: the list under chat_template has no entry named 'default'; add one")
-        template = named["default"]
-    if template is not None and not isinstance(template, str):
-        raise CheckpointError(f"{file}: chat_template is a {type(template).__name__}; it must be text or a list")
-    return None if template is None else (template, str(file))

@@ -24,6 +24,7 @@ from chunkkv_builder.backends.tensorrt_llm.library import Plugins, delimiter_wor
 from chunkkv_builder.backends.tensorrt_llm.model import LlmModel
 from chunkkv_builder.backends.tensorrt_llm.preconditions import check_lengths, longest_prompt
 from chunkkv_builder.backends.tensorrt_llm.wrapper import AttentionShape, RankBuild, injected
+from chunkkv_builder.checkpoint.end_tokens import tokenizer_end_tokens
 
 
 def build_chunkkv(
@@ -72,6 +73,8 @@ class EngineBuild:
         # The share is part of the engine: no request can ask for another.
         self.settings = dataclasses.replace(settings, max_keep_per_10k=settings.keep_per_10k)
         self._tokenizer = None if tokenizer_dir is None else Tokenizer.from_dir(tokenizer_dir)
+        if self._tokenizer is not None:
+            self._tokenizer.check_chat_template()
         self._tp_agree = tp_agree
         self._ranks: dict[int, RankLayers] = {}
         self._shape: AttentionShape | None = None
@@ -179,7 +182,7 @@ class EngineBuild:
             tp_size=model.tp_size,
             pp_size=model.pp_size,
             tp_agree=self._tp_agree,
-            eos_token_ids=self._tokenizer.eos_token_ids if self._tokenizer else (),
+            eos_token_ids=tokenizer_end_tokens(self._tokenizer) if self._tokenizer else (),
             delimiters=delimiters,
             plugin_library=plugins.library,
             versions={"chunkkv": chunkkv.__version__, **plugins.versions},
