@@ -158,8 +158,8 @@ def test_every_flag_arrives(engine, run, monkeypatch) -> None:
     values = {"max_new_tokens": 3, "temperature": 0.7, "top_k": 5, "top_p": 0.9, "repetition_penalty": 1.1, "seed": 42}
     for hyphenated in (False, True):
         flags = [part for name, value in values.items() for part in (f"--{name}", str(value))]
-        flags += ["--stop", "END", "--stop", "x y", "--ignore_eos", "--logprobs", "--keep_ratio", ".5", "--threads=2"]
-        flags += ["--engine_dir", engine]
+        flags += ["--stop", "END", "--stop", "x y", "--ignore_eos", "--keep_ratio", ".5", "--threads=2"]
+        flags += ["--logprobs", "--json", "--engine_dir", engine]
         flags = [flag.replace("_", "-") if hyphenated and flag.startswith("--") else flag for flag in flags]
         assert run("generate", *flags, "the")[0] == 0
         assert seen["sampling"] == SamplingParams(**values, stop=("END", "x y"), ignore_eos=True, logprobs=True)

@@ -251,7 +251,7 @@ def test_the_command(machine: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_an_engine_for_onnx_runtime(capsys: pytest.CaptureFixture[str]) -> None:
     main(["doctor", "--engine_dir", str(engines.engine_dir("llama3"))])
-    assert capsys.readouterr().out.splitlines()[-1] == "3 checks: 0 would break, 0 to note"
+    assert capsys.readouterr().out.splitlines()[-1] == "5 checks: 0 would break, 0 to note"
 
 
 def test_a_repository_is_not_checked_without_its_messages(
@@ -264,3 +264,11 @@ def test_a_repository_is_not_checked_without_its_messages(
     refused = named(findings, "triton repository")
     assert refused.state == BREAKS and "pip install 'chunkkv-trt[triton]'" in refused.change
     assert "\n" not in refused.change and named(findings, "ChunkKV").state == OK
+
+
+def test_a_chat_message_and_the_end_tokens_are_shown() -> None:
+    session = engines.session("llama3")
+    found = {finding.check: finding for finding in doctor.diagnose(engines.engine_dir("llama3"))}
+    ids = session.tokenizer.encode_chat([{"role": "user", "content": "Hello"}])
+    assert f"'Hello' becomes {len(ids)} tokens: '<|begin|>' " in found["chat message"].found
+    assert found["end of an answer"].found == "at token 1 (<|end|>)" and found["end of an answer"].state == "ok"

@@ -344,3 +344,13 @@ def test_messages_and_the_text_of_their_template_give_the_same_answer(session) -
     answers.append(session.generate(text, GREEDY, add_special_tokens=False))
     assert len({answer.token_ids for answer in answers}) == 1
     assert {answer.statistics.prompt_tokens for answer in answers} == {len(session.tokenizer.encode_chat(talk))}
+
+
+def test_prefill_is_told_between_blocks(session) -> None:
+    told: list[tuple[int, int]] = []
+    session.generate([prompt(61), prompt(20)], GREEDY, on_prefill=lambda done, total: told.append((done, total)))
+    assert told[0] == (0, 81) and told[-1] == (81, 81) and (61, 81) in told
+    assert told == sorted(told) and len(told) > 5
+    told.clear()
+    session.inspect(prompt(61), on_prefill=lambda done, total: told.append((done, total)))
+    assert told[0] == (0, 61) and told[-1] == (61, 61) and len(told) == 5

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from os import PathLike
 from pathlib import Path
@@ -16,7 +17,7 @@ from chunkkv import profiling, reference
 from chunkkv.answer import Answer, ModelOutput, decode_step
 from chunkkv.engine.directory import EngineFiles
 from chunkkv.errors import EngineMismatchError, RequestError
-from chunkkv.executors.interface import CancelSignal, Choice, Executor, KVCache
+from chunkkv.executors.interface import CancelSignal, Choice, Executor, KVCache, PrefillProgress, no_progress
 from chunkkv.executors.load import load_executor
 from chunkkv.requests import Limits, Prompt, Request, as_batch, make_requests
 from chunkkv.results import GenerationResult, GroupChoice, Inspection, StreamEvent
@@ -25,6 +26,11 @@ from chunkkv.settings import ChunkKVSettings
 from chunkkv.text.tokenizer import Tokenizer
 
 MAX_THREADS = 1024
+
+
+def usable_cpus() -> int:
+    """Return how many CPUs this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class ChunkKVSession:
@@ -77,7 +83,8 @@ class ChunkKVSession:
         engine_dir : path
             What chunkkv-build wrote.
         threads : int or None, default None
-            Threads of an engine that runs on the CPU, 1 to 1024. None leaves the number to ONNX Runtime.
+            Threads of an engine that runs on the CPU, 1 to 1024; never more than this process has CPUs. None leaves
+            the number to ONNX Runtime.
         max_tokens_in_paged_kv_cache : int or None, default None
             Tokens that the KV cache of a TensorRT-LLM engine holds. None takes what the GPU has free.
         """
@@ -85,6 +92,8 @@ class ChunkKVSession:
             raise RequestError(f"threads is {threads!r}; give a whole number, or none")
         if threads is not None and not 1 <= threads <= MAX_THREADS:
             raise RequestError(f"threads is {threads}; allowed is 1 to {MAX_THREADS}, or none")
+        # More threads than CPUs only wait for each other, for minutes where there are hundreds.
+        threads = None if threads is None else min(threads, usable_cpus())
         with profiling.range("load"):
             files = EngineFiles.load(Path(engine_dir))
             executor = load_executor(files, threads, max_tokens_in_paged_kv_cache)
@@ -106,6 +115,7 @@ class ChunkKVSession:
         add_special_tokens: bool = True,
         stream: Literal[False] = False,
         cancel: threading.Event | None = None,
+        on_prefill: PrefillProgress | None = None,
     ) -> GenerationResult: ...
 
     @overload
@@ -119,6 +129,7 @@ class ChunkKVSession:
         add_special_tokens: bool = True,
         stream: Literal[False] = False,
         cancel: threading.Event | None = None,
+        on_prefill: PrefillProgress | None = None,
     ) -> list[GenerationResult]: ...
 
     @overload
@@ -132,6 +143,7 @@ class ChunkKVSession:
         add_special_tokens: bool = True,
         stream: Literal[True],
         cancel: threading.Event | None = None,
+        on_prefill: PrefillProgress | None = None,
     ) -> Iterator[StreamEvent]: ...
 
     @overload
@@ -145,6 +157,7 @@ class ChunkKVSession:
         add_special_tokens: bool = True,
         stream: bool,
         cancel: threading.Event | None = None,
+        on_prefill: PrefillProgress | None = None,
     ) -> GenerationResult | list[GenerationResult] | Iterator[StreamEvent]: ...
 
     def generate(
@@ -157,6 +170,7 @@ class ChunkKVSession:
         add_special_tokens: bool = True,
         stream: bool = False,
         cancel: threading.Event | None = None,
+        on_prefill: PrefillProgress | None = None,
     ) -> GenerationResult | list[GenerationResult] | Iterator[StreamEvent]:
         """Answer one prompt or a list of them.
 
@@ -182,6 +196,9 @@ class ChunkKVSession:
             Return text as it comes.
         cancel : threading.Event or None, default None
             Once set, every answer ends within one token, with finish_reason "cancelled".
+        on_prefill : callable or None, default None
+            Called as on_prefill(done, total) with the prompt tokens that are prefilled and those of the whole call,
+            between the blocks of a prompt and after each prompt.
         """
         sampling = SamplingParams() if sampling is None else sampling
         if not isinstance(sampling, SamplingParams):
@@ -190,7 +207,7 @@ class ChunkKVSession:
             raise RequestError(f"cancel is {type(cancel).__name__}; give a threading.Event")
         batch, is_single = as_batch(prompts)
         requests = self.requests(batch, sampling, keep_ratio, budget_tokens, add_special_tokens)
-        events = _within_spans(requests, self._events(requests, sampling, cancel or threading.Event()))
+        events = _within_spans(requests, self._events(requests, sampling, cancel or threading.Event(), on_prefill))
         if stream:
             return events
         results = {event.row: event.finished for event in events if event.finished is not None}
@@ -218,8 +235,16 @@ class ChunkKVSession:
             add_special_tokens,
         )
 
-    def inspect(self, prompt: Prompt, keep_ratio: float | None = None, budget_tokens: int | None = None) -> Inspection:
+    def inspect(
+        self,
+        prompt: Prompt,
+        keep_ratio: float | None = None,
+        budget_tokens: int | None = None,
+        on_prefill: PrefillProgress | None = None,
+    ) -> Inspection:
         """Prefill one prompt and return what every layer-reuse group would keep, and why.
+
+        `on_prefill` is called as in generate.
 
         Raises EngineMismatchError for an engine without ChunkKV, EngineRunError where the model's numbers overflow.
         """
@@ -234,7 +259,9 @@ class ChunkKVSession:
                 "--backend onnxruntime"
             )
         cache = self.executor.new_cache(1, self.executor.capacity_for(request.kept_tokens))
-        prefilled = self.executor.prefiller().run([request], cache, threading.Event())[0]
+        progress = _CallProgress([request], on_prefill or no_progress)
+        prefilled = self.executor.prefiller().run([request], cache, threading.Event(), progress)[0]
+        progress.add([len(request.ids)])
         assert prefilled.logits is not None  # nothing cancels it
         check_finite(prefilled.logits)
         texts = [self.tokenizer.token_text(int(i)) if self.tokenizer else str(i) for i in request.ids]
@@ -266,15 +293,23 @@ class ChunkKVSession:
         )
         return Answer(row, request, sampling, capacity, model)
 
-    def _events(self, requests: list[Request], sampling: SamplingParams, cancel: CancelSignal) -> Iterator[StreamEvent]:
+    def _events(
+        self,
+        requests: list[Request],
+        sampling: SamplingParams,
+        cancel: CancelSignal,
+        on_prefill: PrefillProgress | None,
+    ) -> Iterator[StreamEvent]:
         began = time.perf_counter()
+        progress = _CallProgress(requests, on_prefill or no_progress)
         needed = max(request.kept_tokens for request in requests) + sampling.max_new_tokens
         cache = self.executor.new_cache(len(requests), self.executor.capacity_for(needed))
         answers: list[Answer] = []
         prefiller = self.executor.prefiller()
         for first in range(0, len(requests), prefiller.max_rows):
             group = requests[first : first + prefiller.max_rows]
-            prefills = prefiller.run(group, cache.rows(first, len(group)), cancel)
+            prefills = prefiller.run(group, cache.rows(first, len(group)), cancel, progress)
+            progress.add(len(request.ids) for request in group)
             for row, (request, prefilled) in enumerate(zip(group, prefills, strict=True), start=first):
                 answers.append(self.start_answer(row, request, sampling, cache.capacity))
                 yield answers[-1].begin(prefilled, began)
@@ -291,6 +326,25 @@ class ChunkKVSession:
             decoder = decoder or self.executor.decoder(cache)
             for answer, logits in zip(open_answers, decode_step(decoder, open_answers), strict=True):
                 yield answer.accept(logits)
+
+
+class _CallProgress:
+    """Turns the progress of one prompt into that of all prompts of a call."""
+
+    def __init__(self, requests: Sequence[Request], tell: PrefillProgress) -> None:
+        self._tell, self._done = tell, 0
+        self._total = sum(len(request.ids) for request in requests)
+        self._tell(0, self._total)
+
+    def __call__(self, done: int, total: int) -> None:
+        """Take the progress of the prompt that is in work; its end is told by `add`."""
+        if done < total:
+            self._tell(self._done + done, self._total)
+
+    def add(self, lengths: Iterable[int]) -> None:
+        """Count prompts as done."""
+        self._done += sum(lengths)
+        self._tell(self._done, self._total)
 
 
 def _within_spans(requests: list[Request], events: Iterator[StreamEvent]) -> Iterator[StreamEvent]:

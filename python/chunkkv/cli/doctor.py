@@ -61,6 +61,7 @@ def diagnose(
     from chunkkv.engine.directory import EngineFiles
     from chunkkv.errors import EngineError
     from chunkkv.executors.machine_check import check_engine
+    from chunkkv.text.text_check import check_text
     from chunkkv.triton.repository.check import check_repository
 
     try:
@@ -68,6 +69,7 @@ def diagnose(
     except EngineError as error:
         return [Finding.breaks("engine directory", str(error), "build it again, or give another --engine_dir")]
     findings = check_engine(files)
+    findings += check_text(files.path, files.model["eos_token_ids"], files.model["vocab_size"])
     if triton_repo is not None:
         findings += check_repository(triton_repo, files, os.environ if environment is None else environment)
     return findings

@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> None:
     evaluator = Evaluator(session, plan)
     quiet = args.log_level == "error"
     with progress_bars(quiet) as begin:
-        records = evaluator.run(args.output_dir, begin("prompts", len(evaluator.examples())))
+        records = evaluator.run(args.output_dir, begin("eval", len(evaluator.examples())))
     summary = summarize(plan.header(settings_and_tokenizer(session)[0]), records)
     files = write_results(args.output_dir, summary)
     if not args.no_plots:

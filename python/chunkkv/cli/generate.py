@@ -19,7 +19,8 @@ from chunkkv.cli.options import (
     open_session,
     read_prompt,
 )
-from chunkkv.command_line import CommandParser, TextListAction, interrupt_as_cancel, number, whole_number
+from chunkkv.cli.progress import prefill_progress
+from chunkkv.command_line import CommandParser, TextListAction, UsageError, interrupt_as_cancel, number, whole_number
 from chunkkv.errors import EngineError
 
 if TYPE_CHECKING:
@@ -98,11 +99,13 @@ def _add_sampling_flags(parser: CommandParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Answer the prompt; raises KeyboardInterrupt after what a first Ctrl-C left of the answer was printed."""
+    if args.logprobs and not args.as_json:
+        raise UsageError("--logprobs has no effect without --json: give both")
     sampling = _sampling_params(args)
     prompt = read_prompt(args)
     session = open_session(args, args.max_tokens_in_paged_kv_cache)
     prompt = in_chat_template(args, session, prompt)  # before the handler, so that the first Ctrl-C ends a template
-    with interrupt_as_cancel() as cancel:
+    with interrupt_as_cancel() as cancel, prefill_progress(args.log_level == "error") as on_prefill:
         events = session.generate(
             prompt,
             sampling,
@@ -110,6 +113,7 @@ def run(args: argparse.Namespace) -> None:
             budget_tokens=args.budget_tokens,
             stream=True,
             cancel=cancel,
+            on_prefill=on_prefill,
         )
         result = _print_json(events) if args.as_json else _print_text(events, has_text=session.tokenizer is not None)
     if not args.as_json and args.log_level != "error" and sys.stderr.isatty():

@@ -16,6 +16,7 @@ from chunkkv.cli.options import (
     open_session,
     read_prompt,
 )
+from chunkkv.cli.progress import prefill_progress
 from chunkkv.command_line import CommandParser
 
 
@@ -49,6 +50,8 @@ def run(args: argparse.Namespace) -> None:
     prompt = read_prompt(args)
     check_output_file("output", args.output)
     session = open_session(args)
-    inspection = session.inspect(in_chat_template(args, session, prompt), args.keep_ratio, args.budget_tokens)
+    prompt = in_chat_template(args, session, prompt)
+    with prefill_progress(args.log_level == "error") as on_prefill:
+        inspection = session.inspect(prompt, args.keep_ratio, args.budget_tokens, on_prefill)
     write_page(inspection, args.output)
     print(f"{args.output}: {inspection.kept_tokens} of {len(inspection.token_ids)} tokens kept")

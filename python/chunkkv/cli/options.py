@@ -24,7 +24,10 @@ def add_engine_flags(parser: CommandParser, paged_kv_cache: bool = False) -> Non
     group = parser.add_argument_group("engine")
     add_engine_dir(group)
     group.add_argument(
-        "--threads", type=whole_number, metavar="N", help="threads of an engine on the CPU; default: one per core"
+        "--threads",
+        type=whole_number,
+        metavar="N",
+        help="threads of an engine on the CPU, at most one per CPU; default: one per core",
     )
     if paged_kv_cache:
         group.add_argument(
@@ -89,8 +92,10 @@ def add_json(group: argparse._ActionsContainer, content: str) -> None:
 
 def open_session(args: argparse.Namespace, paged_kv_cache_tokens: int | None = None) -> ChunkKVSession:
     """Return a session on the engine that the flags of add_engine_flags name; its libraries are imported here."""
-    from chunkkv.session import ChunkKVSession
+    from chunkkv.session import MAX_THREADS, ChunkKVSession, usable_cpus
 
+    if args.threads is not None and usable_cpus() < args.threads <= MAX_THREADS and args.log_level != "error":
+        print(f"--threads {args.threads}: this process has {usable_cpus()} CPUs, so it is as many", file=sys.stderr)
     return ChunkKVSession.from_dir(args.engine_dir, args.threads, paged_kv_cache_tokens)
 
 

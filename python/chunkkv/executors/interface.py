@@ -91,6 +91,17 @@ class CancelSignal(Protocol):
         """Return whether to stop."""
 
 
+class PrefillProgress(Protocol):
+    """Is told how far the prefill of the prompts of a call has come."""
+
+    def __call__(self, done: int, total: int) -> None:
+        """Take the tokens that are prefilled and those of all prompts together; called before, between and after."""
+
+
+def no_progress(done: int, total: int) -> None:
+    """Tell nobody: the PrefillProgress of a caller that does not ask."""
+
+
 class KVCache(Protocol):
     """Keys and values of some rows; rows are independent requests. Only the executor that made it can read it."""
 
@@ -113,11 +124,17 @@ class Prefiller(Protocol[CacheT_contra]):
     def max_rows(self) -> int:
         """Prompts that one run takes."""
 
-    def run(self, requests: Sequence[Request], out: CacheT_contra, cancel: CancelSignal) -> list[PrefillResult]:
+    def run(
+        self,
+        requests: Sequence[Request],
+        out: CacheT_contra,
+        cancel: CancelSignal,
+        progress: PrefillProgress = no_progress,
+    ) -> list[PrefillResult]:
         """Prefill at most `max_rows` prompts into `out`, a cache of as many rows.
 
         Slots behind the kept tokens are meaningless afterwards. Where `cancel` is set before the end, the prompt's
-        logits are None and its row is meaningless.
+        logits are None and its row is meaningless. `progress` is told where a prompt runs in several blocks.
         """
 
 

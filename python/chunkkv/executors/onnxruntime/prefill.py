@@ -10,7 +10,7 @@ import numpy as np
 from chunkkv import profiling
 from chunkkv.errors import EngineMismatchError
 from chunkkv.executors.host_cache import HostKVCache
-from chunkkv.executors.interface import CancelSignal, Choice, PrefillResult
+from chunkkv.executors.interface import CancelSignal, Choice, PrefillProgress, PrefillResult, no_progress
 from chunkkv.executors.onnxruntime.graphs import OnnxRuntimeCompress, OnnxRuntimeStep
 from chunkkv.requests import Request
 
@@ -38,7 +38,13 @@ class OnnxRuntimePrefiller:
         self._step, self._compress_graph, self._block, self._window = step, compress_graph, block, window
         self._full: HostKVCache | None = None
 
-    def run(self, requests: Sequence[Request], out: HostKVCache, cancel: CancelSignal) -> list[PrefillResult]:
+    def run(
+        self,
+        requests: Sequence[Request],
+        out: HostKVCache,
+        cancel: CancelSignal,
+        progress: PrefillProgress = no_progress,
+    ) -> list[PrefillResult]:
         """Prefill the one prompt in `requests`; a prompt of which every token stays is written straight to `out`."""
         (request,) = requests
         started = time.perf_counter()
@@ -50,7 +56,7 @@ class OnnxRuntimePrefiller:
         cache = self._full if compresses else out
         assert cache is not None
         with profiling.range_of("prefill", requests):
-            logits, queries = self.fill(request.ids, cache, cancel)
+            logits, queries = self.fill(request.ids, cache, cancel, progress)
         if logits is None:
             return [PrefillResult(None)]
         prefill_s = time.perf_counter() - started
@@ -67,7 +73,7 @@ class OnnxRuntimePrefiller:
         return self._step.new_cache(rows, capacity)
 
     def fill(
-        self, ids: np.ndarray, cache: HostKVCache, cancel: CancelSignal
+        self, ids: np.ndarray, cache: HostKVCache, cancel: CancelSignal, progress: PrefillProgress = no_progress
     ) -> tuple[np.ndarray | None, dict[int, np.ndarray]]:
         """Write the keys and values of a whole prompt to a cache of one row; see BlockwisePrefiller.fill."""
         logits: np.ndarray | None = None
@@ -78,6 +84,7 @@ class OnnxRuntimePrefiller:
                 return None, {}
             logits, queries = self._step.append_prompt_block(cache, ids[filled : filled + size], filled)
             filled += size
+            progress(filled, len(ids))
         return logits, queries
 
     def compress(

@@ -11,7 +11,7 @@ import numpy as np
 from chunkkv import profiling
 from chunkkv.engine.tensorrt_contract import PREFILL_FILE
 from chunkkv.errors import EngineRunError
-from chunkkv.executors.interface import CancelSignal, Choice, PrefillResult
+from chunkkv.executors.interface import CancelSignal, Choice, PrefillProgress, PrefillResult, no_progress
 from chunkkv.executors.tensorrt.cache import DeviceKVCache
 from chunkkv.executors.tensorrt.engines import TensorRTEngines, aligned
 from chunkkv.gpu.cuda_runtime import ALIGNMENT
@@ -34,7 +34,13 @@ class TensorRTPrefiller:
         self.max_rows = engines.contract.prefill_rows
         self._stream = engines.cuda.stream()
 
-    def run(self, requests: Sequence[Request], out: DeviceKVCache, cancel: CancelSignal) -> list[PrefillResult]:
+    def run(
+        self,
+        requests: Sequence[Request],
+        out: DeviceKVCache,
+        cancel: CancelSignal,
+        progress: PrefillProgress = no_progress,
+    ) -> list[PrefillResult]:
         """Prefill the prompts into `out`; `cancel` is looked at before, not during, the one run of the engine."""
         if cancel.is_set():
             return [PrefillResult(None) for _ in requests]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from chunkkv.errors import EngineRunError, RequestError
-from chunkkv.executors.interface import CancelSignal, PrefillResult
+from chunkkv.executors.interface import CancelSignal, PrefillProgress, PrefillResult, no_progress
 from chunkkv.executors.step_arrays import check_slots
 from chunkkv.executors.tensorrt_llm.cache import PagedKVCache
 from chunkkv.executors.tensorrt_llm.kv_blocks import BlockManager
@@ -83,7 +83,13 @@ class PagedPrefiller:
     def __init__(self, steps: PagedSteps, settings: ChunkKVSettings | None) -> None:
         self._steps, self._settings = steps, settings
 
-    def run(self, requests: Sequence[Request], out: PagedKVCache, cancel: CancelSignal) -> list[PrefillResult]:
+    def run(
+        self,
+        requests: Sequence[Request],
+        out: PagedKVCache,
+        cancel: CancelSignal,
+        progress: PrefillProgress = no_progress,
+    ) -> list[PrefillResult]:
         """Prefill the one prompt in `requests`; `cancel` is looked at before, not during, the step.
 
         Raises CacheFullError where the whole prompt finds no room beside what is reserved.
