@@ -159,6 +159,8 @@ def test_engines_for_tensorrt_are_planned_without_a_tensorrt(cli: CommandLine, m
     text = dry_run(cli, "llama3", "--chunkkv", *flags, "--tensorrt", "rtx", "--chunkkv_ops", "functions")
     assert re.search(r"ChunkKV operators: functions \(.*--chunkkv_ops", text)
     assert "'tensorrt_rtx'" in text and "'tensorrt'" not in text
+    text = dry_run(cli, "llama3", "--chunkkv", *flags, "--compute_capability", "13.7")
+    assert "compute capability 13.7: not checked" in text
 
 
 def test_the_table_goes_to_standard_output_and_stages_to_standard_error(cli: CommandLine) -> None:

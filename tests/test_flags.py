@@ -262,7 +262,7 @@ def test_a_value_out_of_range_is_named_with_what_is_allowed(
     ("name", "value", "advice"),
     [
         *(("max_seq_len", v, "is not a whole number; give one such as 4096") for v in ("1e3", "4.5", "4k", "", "0x9")),
-        ("max_num_tokens", "9" * 30, "is not a whole number"),
+        ("max_num_tokens", "9" * 30, f"is too large; no flag takes more than {2**63 - 1}"),
         ("chunkkv_window", "many", "is not a whole number; give one such as 4096"),
         ("chunkkv_keep_ratio", "20%", "is not a number; give one in (0, 1] such as 0.2"),
         ("chunkkv_boundaries", "words", "is not offered; allowed is fixed or delimiter"),

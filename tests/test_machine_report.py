@@ -14,6 +14,7 @@ from support.tensorrt_double import Double, machine_of
 from support.tensorrt_rtx_double import VERSION, RtxMachine
 
 from chunkkv.cli.main import main
+from chunkkv.errors import BackendUnavailableError
 from chunkkv.executors import machine_report
 from chunkkv.executors.machine_report import describe_machine
 from chunkkv.findings import ABSENT, OK, WARNING, Finding
@@ -69,6 +70,16 @@ def test_everything_is_named_with_its_version(rtx: RtxMachine) -> None:
     assert named("TensorRT").state == ABSENT and "chunkkv-trt[tensorrt]" in named("TensorRT").change
     assert named("GPU 0").found == "NVIDIA Double, compute capability 8.9, 2.0 GiB"
     assert "libchunkkv_tensorrt_rtx.so.1" in named("plugin libraries").found
+
+
+def test_without_cuda_bindings_a_gpu_is_unknown(rtx: RtxMachine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_bindings() -> CudaRuntime:
+        raise BackendUnavailableError("the Python package 'cuda-bindings'")
+
+    monkeypatch.setattr(CudaRuntime, "load", staticmethod(without_bindings))
+    gpu = named("GPU")
+    assert gpu.state == ABSENT and gpu.found.startswith("unknown") and "'cuda-bindings'" in gpu.found
+    assert gpu.change == "pip install 'chunkkv-trt[rtx]'"
 
 
 def test_with_a_gpu_engines_are_built_and_run(rtx: RtxMachine) -> None:

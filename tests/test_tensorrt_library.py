@@ -40,7 +40,7 @@ def package(name: str, version: str) -> types.ModuleType:
     vars(module).update(dict.fromkeys(NEEDED))
     config = {"set_compute_capability": None} if name != "tensorrt" else {}
     module.IBuilderConfig = type("IBuilderConfig", (), config)  # type: ignore[attr-defined]  # the same
-    kinds = {"NONE": 0, "CURRENT": 1, "SM120": 120, "SM86": 86}
+    kinds = {"NONE": 0, "CURRENT": 1, "SM120": 120, "SM75": 75, "SM86": 86}
     module.ComputeCapability = enum.IntEnum("ComputeCapability", kinds)  # type: ignore[attr-defined]  # the same
     return module
 
@@ -138,6 +138,7 @@ def test_plugins_are_the_default_where_all_their_files_are_there(install, tmp_pa
     ("options", "words"),
     [
         (Options(compute_capabilities=["9.0"]), "--compute_capability 9.0 8.6 12.0"),
+        (Options(compute_capabilities=["8.6", "7.5"]), "--compute_capability 7.5 8.0"),
         (Options(timing_cache=Path("file")), "--timing_cache 1.7.1.116"),
         (Options("standard", compute_capabilities=["8.6"]), "--compute_capability 8.6 --tensorrt rtx"),
     ],

@@ -19,6 +19,7 @@ from chunkkv.errors import BackendUnavailableError, EngineMismatchError
 from chunkkv.executors import machine_check
 from chunkkv.executors.tensorrt import jit_cache
 from chunkkv.findings import BREAKS
+from chunkkv.gpu.cuda_runtime import CudaRuntime
 
 pytestmark = pytest.mark.contract_as_read
 
@@ -167,3 +168,10 @@ def test_doctor_names_the_layers_and_asks_about_each_engine(rtx: RtxMachine, eng
     monkeypatch.setattr(double, "MAGIC", b"another magic")
     findings = {finding.check: finding for finding in doctor.diagnose(engine_dir)}
     assert findings["prefill.engine"].state == BREAKS and "MALFORMED_ENGINE" in findings["prefill.engine"].found
+
+    def without_bindings() -> CudaRuntime:
+        raise BackendUnavailableError("the Python package 'cuda-bindings'")
+
+    monkeypatch.setattr(CudaRuntime, "load", staticmethod(without_bindings))
+    (gpu,) = [finding for finding in doctor.diagnose(engine_dir) if finding.check == "GPU"]
+    assert gpu.state == BREAKS and gpu.change == "pip install 'chunkkv-trt[rtx]'"

@@ -28,6 +28,9 @@ _TRACEBACK_LEVELS = ("verbose", "debug")
 # Flags that delete files: whoever misspelt one has to spell it out, no hint offers it.
 _DESTRUCTIVE_FLAGS = ("--overwrite",)
 Command = Callable[[argparse.Namespace], None]  # what a command does with its flags
+_LARGEST_NUMBER = 2**63 - 1  # the 64 bits of sizes and seeds; most settings have a lower limit of their own
+_MOST_DIGITS = len(str(_LARGEST_NUMBER))
+_LONGEST_SHOWN = 40  # characters of a number that an error repeats
 _SUGGESTION_CUTOFF = 0.5  # of difflib: 0 suggests anything, 1 only the same name
 
 
@@ -190,8 +193,12 @@ def _not_offered(match: re.Match[str]) -> str:
 
 def whole_number(text: str) -> int:
     """Return the whole number that a flag's text spells; for `type=` of argparse."""
-    if not re.fullmatch(r"\s*[+-]?\d{1,19}\s*", text):  # more digits fit no setting, and Python refuses 5,000
+    if not re.fullmatch(r"\s*[+-]?\d+\s*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number; give one such as 4096")
+    digits = text.strip().lstrip("+-").lstrip("0")
+    if len(digits) > _MOST_DIGITS or int(digits or "0") > _LARGEST_NUMBER:  # Python refuses to read 5,000 digits
+        shown = repr(text) if len(text) <= _LONGEST_SHOWN else f"a number of {len(digits)} digits"
+        raise argparse.ArgumentTypeError(f"{shown} is too large; no flag takes more than {_LARGEST_NUMBER}")
     return int(text)
 
 
@@ -220,6 +227,8 @@ def with_flag_name(message: str, prefix: str = "", flags: Collection[str] | None
     flags : Collection[str], optional
         The names of the command's flags; others stay as they are. Default: any first word of a name's form is one.
     """
+    if re.match(r"prompt \d+ ", message):  # a prompt by its place in the request, whatever flag it came from
+        return message
     name = message.partition(" ")[0]
     is_flag = re.fullmatch("[a-z_0-9]+", name) if flags is None else prefix + name in flags
     return f"--{prefix}{message}" if is_flag and name != message else message

@@ -89,9 +89,9 @@ class ChunkKVSession:
             Tokens that the KV cache of a TensorRT-LLM engine holds. None takes what the GPU has free.
         """
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int)):
-            raise RequestError(f"threads is {threads!r}; give a whole number, or none")
+            raise RequestError(f"threads is {threads!r}; give a whole number, or leave it out")
         if threads is not None and not 1 <= threads <= MAX_THREADS:
-            raise RequestError(f"threads is {threads}; allowed is 1 to {MAX_THREADS}, or none")
+            raise RequestError(f"threads is {threads}; allowed is 1 to {MAX_THREADS}; without it there is one per core")
         # More threads than CPUs only wait for each other, for minutes where there are hundreds.
         threads = None if threads is None else min(threads, usable_cpus())
         with profiling.range("load"):

@@ -23,9 +23,10 @@ def available_backend(flags: Namespace) -> Backend[Any]:
     """
     backend = load_backend(flags)
     if lacking := backend.missing(flags):
-        raise BackendUnavailableError(
-            f"--backend {backend.name} needs {'; and '.join(lacking)}. Install that or give --backend {DEFAULT_BACKEND}"
-        )
+        message = f"--backend {backend.name} needs {'; and '.join(lacking)}"
+        if "--chunkkv_ops" not in lacking[-1]:  # else the nearer way out is named already
+            message += f". Install that or give --backend {DEFAULT_BACKEND}"
+        raise BackendUnavailableError(message)
     return backend
 
 

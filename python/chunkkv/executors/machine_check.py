@@ -35,7 +35,7 @@ def check_engine(files: EngineFiles) -> list[Finding]:
     findings = [Finding.ok("engine directory", f"{files.path}: every file is as it was built"), _settings(files)]
     findings += _versions(files)
     if files.traits.needs_gpu:
-        findings.append(_gpu())
+        findings.append(_gpu(files))
     if files.tensorrt is not None:
         findings += _layers(files.tensorrt)
         findings += _validity(files.path, files.tensorrt)
@@ -88,13 +88,15 @@ def installed_version(package: str) -> str | None:
     return None
 
 
-def _gpu() -> Finding:
+def _gpu(files: EngineFiles) -> Finding:
     from chunkkv.gpu.cuda_runtime import CudaRuntime
+    from chunkkv.gpu.tensorrt_library import INSTALL
 
     try:
         cuda = CudaRuntime.load()
     except BackendUnavailableError as error:
-        return Finding.breaks("GPU", f"needs {error}", "install it")
+        flavour = STANDARD if files.tensorrt is None else files.tensorrt.flavour
+        return Finding.breaks("GPU", f"unknown, needs {error}", INSTALL[flavour])
     if reason := cuda.why_no_device():
         return Finding.breaks("GPU", f"none found ({reason})", "run it on a machine with one")
     gpus = [cuda.gpu(number).description for number in range(cuda.device_count())]

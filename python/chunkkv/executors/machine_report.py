@@ -32,12 +32,15 @@ class Machine:
     gpus : list of Gpu
         The GPUs that CUDA can use.
     no_gpu : str
-        Why there is none; empty where there is one.
+        Why none was found; empty where there is one.
+    gpu_is_unknown : bool, default False
+        CUDA could not be asked, so there may be one.
     """
 
     libraries: dict[str, TensorRT | str]
     gpus: list[Gpu]
     no_gpu: str
+    gpu_is_unknown: bool = False
 
     @classmethod
     def here(cls) -> Machine:
@@ -50,9 +53,12 @@ class Machine:
                 libraries[flavour] = str(error)
         try:
             cuda = CudaRuntime.load()
+        except BackendUnavailableError as error:
+            return cls(libraries, [], f"cannot be asked for without {error}", gpu_is_unknown=True)
+        try:
             reason = cuda.why_no_device() or ""
             gpus = [] if reason else [cuda.gpu(number) for number in range(cuda.device_count())]
-        except (BackendUnavailableError, EngineRunError) as error:
+        except EngineRunError as error:
             return cls(libraries, [], str(error))
         return cls(libraries, gpus, reason)
 
@@ -83,9 +89,17 @@ def _plugins() -> Finding:
 
 
 def _gpus(machine: Machine) -> list[Finding]:
+    if machine.gpu_is_unknown:
+        return [Finding.absent("GPU", f"unknown: {machine.no_gpu}", _how_to_ask(machine))]
     if machine.no_gpu:
         return [Finding.absent("GPU", f"none: {machine.no_gpu}", _NO_GPU)]
     return [Finding.ok(f"GPU {number}", gpu.description) for number, gpu in enumerate(machine.gpus)]
+
+
+def _how_to_ask(machine: Machine) -> str:
+    """Say how to install what CUDA is asked with: it comes with the extra of the TensorRT that is there."""
+    flavours = [trt.flavour for trt in machine.tensorrts] or FLAVOURS
+    return " or ".join(INSTALL[flavour] for flavour in flavours)
 
 
 def _nvcc() -> Finding:

@@ -22,7 +22,7 @@ ALIGNMENT = 256  # bytes: TensorRT asks for it at every address that it is given
 HOST_TO_DEVICE, DEVICE_TO_HOST = "cudaMemcpyHostToDevice", "cudaMemcpyDeviceToHost"
 THREAD_LOCAL_CAPTURE = "cudaStreamCaptureModeThreadLocal"  # other threads may use CUDA meanwhile
 _GIB = 1 << 30
-_PACKAGE = "the Python package 'cuda-bindings' (pip install 'chunkkv-trt[tensorrt]')"
+_PACKAGE = "the Python package 'cuda-bindings' (pip install 'chunkkv-trt[tensorrt]' or 'chunkkv-trt[rtx]')"
 
 
 _Done = tuple[int]  # the error of a function that returns nothing else

@@ -20,6 +20,7 @@ from chunkkv.gpu.cuda_runtime import CudaRuntime
 
 AUTO = "auto"
 CHOICES = (AUTO, STANDARD, RTX)
+FIRST_CAPABILITY = "8.0"  # the first GPUs with bfloat16, which the engines use; the plugins have kernels from there on
 FIRST_VERSION = "10.15"  # of the standard TensorRT: the first with everything in _NEEDED
 INSTALL = {
     STANDARD: "pip install 'chunkkv-trt[tensorrt]'",
@@ -40,8 +41,8 @@ class TensorRT:
     module : the Python package; `Any`, because it has no types.
     flavour : "standard" or "rtx".
     version : its version, as in "11.4.0.106".
-    compute_capabilities : those that engines can be built for without that GPU, ascending, as in "8.9". Empty for a
-        TensorRT that builds for the GPU of the machine only.
+    compute_capabilities : those from FIRST_CAPABILITY on that engines can be built for without that GPU, ascending, as
+        in "8.9". Empty for a TensorRT that builds for the GPU of the machine only.
     """
 
     module: Any
@@ -190,8 +191,17 @@ def _offered_capabilities(module: Any) -> tuple[str, ...]:
     if kinds is None or not hasattr(config, "set_compute_capability"):
         return ()
     matches = (_CAPABILITY_NAME.fullmatch(name) for name in kinds.__members__)
-    versions = sorted((int(match[1]), int(match[2])) for match in matches if match)
-    return tuple(f"{major}.{minor}" for major, minor in versions)
+    offered = [f"{match[1]}.{match[2]}" for match in matches if match]
+    return tuple(sorted((capability for capability in offered if is_new_enough(capability)), key=_numbers))
+
+
+def is_new_enough(capability: str) -> bool:
+    """Return whether engines can run on GPUs of a compute capability, as in "8.9"."""
+    return _numbers(capability) >= _numbers(FIRST_CAPABILITY)
+
+
+def _numbers(capability: str) -> tuple[int, ...]:
+    return tuple(map(int, capability.split(".")))
 
 
 def capability_member(trt: TensorRT, capability: str) -> Any:

@@ -41,8 +41,8 @@ def find_plugin_library(flavour: str, version: str) -> Path:
         if (folder / name).is_file():
             return folder / name
     raise BackendUnavailableError(
-        f"the ChunkKV plugins {name}, which are in none of {', '.join(map(str, _places()))}: {HOW_TO_GET}, or let "
-        "CHUNKKV_LIB name the libchunkkv.so beside them"
+        f"the ChunkKV plugins {name}, which are in none of {', '.join(map(str, _places()))}: {HOW_TO_GET} (where they "
+        "lie elsewhere, CHUNKKV_LIB names the libchunkkv.so beside them)"
     )
 
 

@@ -10,12 +10,21 @@ from chunkkv.command_line import UsageError
 from chunkkv.engine.tensorrt_build import FUNCTIONS, MACHINE_GPU, NO_OPS, PLUGIN, TITLES
 from chunkkv.errors import BackendUnavailableError, ConfigError
 from chunkkv.gpu import tensorrt_plugins
-from chunkkv.gpu.tensorrt_library import AUTO, RTX, TensorRT, find_tensorrt, installed, missing
+from chunkkv.gpu.tensorrt_library import (
+    AUTO,
+    FIRST_CAPABILITY,
+    RTX,
+    TensorRT,
+    find_tensorrt,
+    installed,
+    is_new_enough,
+    missing,
+)
 from chunkkv_builder.checkpoint.model_config import ModelConfig
 
 OPS = (AUTO, PLUGIN, FUNCTIONS)
 _UNDECIDED = "undecided"
-_ANY_GPU = "every GPU that it supports"
+_ANY_GPU = f"every GPU of compute capability {FIRST_CAPABILITY} and later that it supports"
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,7 @@ class Options:
             lacking[-1] += "; or give --tensorrt rtx, which builds without a GPU"
         if with_chunkkv and self.chunkkv_ops == PLUGIN and (reason := _missing_plugins(trt)):
             advice = f"give --chunkkv_ops {FUNCTIONS}"
-            lacking.append(reason if advice in reason else f"{reason}, or {advice}")
+            lacking.append(reason if advice in reason else f"{reason}. Or {advice}, which needs no library")
         return lacking
 
 
@@ -81,6 +90,12 @@ class Target:
     @classmethod
     def decide(cls, options: Options, model: ModelConfig, with_chunkkv: bool) -> Target:
         """Return what to build for; raises UsageError for flags that the TensorRT at hand does not have."""
+        for capability in options.compute_capabilities:
+            if not is_new_enough(capability):
+                raise UsageError(
+                    f"--compute_capability is {capability}; engines run on GPUs of {FIRST_CAPABILITY} and later: give "
+                    "one of those, or leave it away"
+                )
         try:
             trt = find_tensorrt(options.tensorrt)
             _check_flags(options, trt)
@@ -95,7 +110,11 @@ class Target:
         ops = f"ChunkKV operators: {self.chunkkv_ops} ({self.reason})"
         lacking = [f"missing here: {lack}" for lack in self.lacking]
         if self.trt is None:
-            return [ops, *lacking]
+            unchecked = [
+                f"compute capability {capability}: not checked, only a TensorRT knows which GPUs it builds for"
+                for capability in self.compute_capabilities
+            ]
+            return [*unchecked, ops, *lacking]
         gpus = ", ".join(self.compute_capabilities) or (_ANY_GPU if self.trt.builds_ahead else MACHINE_GPU)
         kind = "compute capability " if self.compute_capabilities else ""
         return [f"{self.trt.title}, engines for {kind}{gpus}", ops, *lacking]
