@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from chunkkv.engine.directory import EngineFiles
 from chunkkv.errors import ConfigError, EngineError
 from chunkkv_builder import manifest
 
-KILLED, INTERRUPTED, TERMINATED = -signal.SIGKILL, 130, 143
+KILLED, HUNG_UP, INTERRUPTED, TERMINATED = -signal.SIGKILL, 129, 130, 143
 # Builds until all but the manifest is there, says so and waits for a signal. A test run in the background may have
 # been started with SIGINT ignored, which a build would respect.
 WAITING = """
@@ -32,6 +33,7 @@ from chunkkv_builder import build as build_engine
 if sys.stdin.isatty():
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 def wait(*_):
     print("ready", flush=True)
     signal.pause()
@@ -141,7 +143,9 @@ def test_ctrl_c_right_after_the_working_directory_was_made(build, tmp_path, monk
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, INTERRUPTED), (signal.SIGTERM, TERMINATED)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, INTERRUPTED), (signal.SIGTERM, TERMINATED), (signal.SIGHUP, HUNG_UP)]
+)
 def test_a_signal_leaves_nothing_behind(number: signal.Signals, code: int, model: Path, tmp_path: Path) -> None:
     found, errors = end_by(number, model, tmp_path)
     assert found == code
@@ -263,3 +267,35 @@ def test_a_name_that_another_build_uses_is_not_taken(build: Callable[..., Outcom
     assert "another build may be writing it" in build().error(1)
     assert names(tmp_path) == [taken.name]
     os.close(handle)
+
+
+def test_an_old_engine_that_cannot_be_removed_is_named(model: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    """As where its folder is read-only, which stops nobody who is root."""
+    build = CommandLine(capsys)
+    assert build(*flags_for(model, tmp_path)).code == 0
+    rmtree = shutil.rmtree
+    monkeypatch.setattr(
+        shutil, "rmtree", lambda path, *rest, **named: ".replaced-" in str(path) or rmtree(path, *rest, **named)
+    )
+    outcome = build(*flags_for(model, tmp_path)[:-2], "--overwrite")
+    (left,) = tmp_path.glob("engine.replaced-*")
+    assert outcome.code == 0 and "warning" in outcome.err and left.name in " ".join(outcome.err.split())
+    EngineFiles.load(tmp_path / "engine")
+
+
+@pytest.mark.parametrize("is_empty", [True, False])
+def test_files_of_file_managers_do_not_stop_a_build(build, tmp_path: Path, is_empty: bool) -> None:
+    if not is_empty:
+        assert build().code == 0
+    (tmp_path / "engine").mkdir(exist_ok=True)
+    (tmp_path / "engine" / ".DS_Store").write_text("x")
+    assert build("--chunkkv", "--overwrite").code == 0
+    assert names(tmp_path) == ["engine"] and not (tmp_path / "engine" / ".DS_Store").exists()
+    (tmp_path / "engine" / ".env").write_text("mine")
+    assert "'.env'" in build("--overwrite").error(2) and (tmp_path / "engine" / ".env").is_file()
+
+
+def test_an_output_directory_that_is_not_utf8_is_refused_before_the_work(model: Path, tmp_path: Path, capsys) -> None:
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/bad\xff")
+    outcome = CommandLine(capsys)("--checkpoint_dir", model, "--output_dir", folder, "--log_level", "error")
+    assert "output_dir" in outcome.error(2) and "UTF-8" in outcome.err and names(tmp_path) == []

@@ -102,7 +102,7 @@ def test_a_cut_off_file_is_refused_with_both_sizes(engine: Path) -> None:
         EngineFiles.load(engine)
 
 
-@pytest.mark.parametrize("name", ["extra.bin", ".hidden", "rank0.engine"])
+@pytest.mark.parametrize("name", ["extra.bin", "README.md", "rank0.engine"])
 def test_a_foreign_file_is_refused(engine: Path, name: str) -> None:
     (engine / name).write_text("x")
     with pytest.raises(EngineError, match=naming(name, "manifest.json compress.onnx config.json")):
@@ -115,10 +115,34 @@ def test_a_foreign_directory_is_refused(engine: Path) -> None:
         EngineFiles.load(engine)
 
 
-def test_a_link_is_refused_even_to_the_same_bytes(engine: Path, tmp_path: Path) -> None:
-    moved = (engine / "step.onnx").rename(tmp_path / "step.onnx")
-    (engine / "step.onnx").symlink_to(moved)
-    with pytest.raises(EngineError, match=naming("step.onnx link")):
+@pytest.mark.parametrize("name", [".DS_Store", "._step.onnx", ".gitattributes", ".cache/"])
+def test_hidden_files_are_left_alone(engine: Path, name: str) -> None:
+    if name.endswith("/"):
+        (engine / name).mkdir()
+    else:
+        (engine / name).write_text("x")
+    assert EngineFiles.load(engine).backend == "onnxruntime"
+
+
+def test_links_into_a_cache_are_followed(engine: Path, tmp_path: Path) -> None:
+    expected = ChunkKVSession.from_dir(engine, threads=1).generate([5, 6, 7]).token_ids
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    for number, file in enumerate(sorted(engine.iterdir())):
+        file.rename(blobs / f"blob{number}")
+        file.symlink_to(blobs / f"blob{number}")
+    assert ChunkKVSession.from_dir(engine, threads=1).generate([5, 6, 7]).token_ids == expected
+    data = bytearray((engine / "step.onnx").read_bytes())
+    data[-1] ^= 1
+    (engine / "step.onnx").write_bytes(data)
+    with pytest.raises(EngineError, match=naming("step.onnx", "sha256")):
+        EngineFiles.load(engine)
+
+
+def test_a_link_to_nothing_is_refused(engine: Path) -> None:
+    (engine / "step.onnx").unlink()
+    (engine / "step.onnx").symlink_to("gone")
+    with pytest.raises(EngineError, match=naming("step.onnx symbolic link nothing")):
         EngineFiles.load(engine)
 
 

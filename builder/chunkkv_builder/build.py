@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; raises SystemExit with 1 for failures, 2 for bad usage, 130 for Ctrl-C, 143 for SIGTERM."""
+    """Run the command line.
+
+    Raises SystemExit with 1 for failures, 2 for bad usage, 129 for SIGHUP, 130 for Ctrl-C, 143 for SIGTERM.
+    """
 
     def parse() -> Namespace:
         from chunkkv_builder import flags  # here, so that a missing package is an error of one line
@@ -56,7 +59,7 @@ def build_engine(flags: Namespace) -> None:
         planned = backend.plan(flags, progress)
         backend.check(planned, progress)
         if not flags.dry_run:
-            with staged_output(flags.output_dir, flags.overwrite) as folder:
+            with staged_output(flags.output_dir, flags.overwrite, progress.warning) as folder:
                 built = backend.build(planned, folder, progress)
                 copy_tokenizer(planned.tokenizer_dir, folder, progress)
                 write_manifest(folder, backend.name, built.versions, progress, built.tensorrt)

@@ -12,7 +12,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +31,8 @@ except ImportError:  # no such locks on this system: what a killed build leaves 
 
 _REPLACED_MARK = ".replaced-"  # where the old engine waits while the new one takes its name
 _LOCK_ATTEMPTS = 5
+_FILE_MANAGERS_FILES = re.compile(r"\.DS_Store|\.localized|\._.*|\.directory|Thumbs\.db|desktop\.ini", re.IGNORECASE)
+Warn = Callable[[str], None]
 
 
 def write_manifest(
@@ -68,6 +70,10 @@ def write_manifest(
 def check_target(target: Path, overwrite: bool) -> None:
     """Raise ConfigError unless `target` is free, empty, or an engine that `overwrite` allows to replace."""
     target = Path(os.path.realpath(target))
+    try:
+        str(target).encode("utf-8")
+    except UnicodeEncodeError:
+        raise ConfigError(f"output_dir {os.fsencode(target)!r} is not UTF-8, which onnx needs; give another") from None
     if not os.path.lexists(target):
         parent = next(path for path in target.parents if path.exists())
         if not parent.is_dir():
@@ -77,7 +83,7 @@ def check_target(target: Path, overwrite: bool) -> None:
         raise ConfigError(f"output_dir {target} is or holds the current directory; give a new directory")
     if not target.is_dir():
         raise ConfigError(f"output_dir {target} exists and is not a directory; give another one")
-    present = {path.name for path in target.iterdir()}
+    present = {path.name for path in target.iterdir() if not _is_made_by_file_managers(path)}
     if not present:
         return
     try:
@@ -95,11 +101,19 @@ def check_target(target: Path, overwrite: bool) -> None:
         raise ConfigError(f"output_dir {target} holds an engine already; give --overwrite or another directory")
 
 
+def _is_made_by_file_managers(path: Path) -> bool:
+    """Return whether a file came by looking into its folder, so that it may go with it."""
+    return _FILE_MANAGERS_FILES.fullmatch(path.name) is not None and path.is_file()
+
+
 @contextmanager
-def staged_output(output_dir: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
+def staged_output(
+    output_dir: str | os.PathLike[str], overwrite: bool = False, warn: Warn = lambda text: None
+) -> Iterator[Path]:
     """Yield an empty directory beside `output_dir` that takes its name when the block ends well.
 
     Where the block raises, Ctrl-C included, it is removed; where the process is killed, the next build removes it.
+    `warn` is told of an old engine that cannot be removed, as in a folder that is read-only.
     Raises ConfigError for an output directory that may not be written, see check_target.
     """
     target = Path(os.path.realpath(output_dir))
@@ -112,27 +126,29 @@ def staged_output(output_dir: str | os.PathLike[str], overwrite: bool = False) -
         yield stage
         if not (stage / MANIFEST_FILE).is_file():
             raise EngineError(f"{stage} has no {MANIFEST_FILE}; nothing is put in place of {target}")
-        _publish(stage, target, overwrite)
+        _publish(stage, target, overwrite, warn)
     finally:
         _remove(stage)
         if lock is not None:
             os.close(lock)
 
 
-def _publish(stage: Path, target: Path, overwrite: bool) -> None:
+def _publish(stage: Path, target: Path, overwrite: bool, warn: Warn) -> None:
     """Rename `stage` to `target`; an engine that is replaced keeps its name until the new one is complete."""
     check_target(target, overwrite)  # another build may have finished meanwhile
     if not target.is_dir():
         os.rename(stage, target)
-    elif not any(target.iterdir()):
+    elif all(map(_is_made_by_file_managers, target.iterdir())):
+        for file in target.iterdir():
+            file.unlink()
         target.rmdir()  # not every system renames over an empty directory
         os.rename(stage, target)
     else:
-        _replace(stage, target)
+        _replace(stage, target, warn)
     _sync_directory(target.parent)
 
 
-def _replace(stage: Path, target: Path) -> None:
+def _replace(stage: Path, target: Path, warn: Warn) -> None:
     lock = _try_lock(target)  # tells other builds that what lies aside is not left over
     aside = target.with_name(f"{target.name}{_REPLACED_MARK}{os.getpid()}")
     try:
@@ -145,6 +161,8 @@ def _replace(stage: Path, target: Path) -> None:
     finally:
         if target.exists():
             _remove(aside)
+            if aside.exists():
+                warn(f"the old engine could not be removed and stays as {aside}: remove it")
         if lock is not None:
             os.close(lock)
 

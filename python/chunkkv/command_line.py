@@ -15,14 +15,14 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
 from chunkkv.errors import ChunkKVError, ConfigError
 
 # Exit codes; from 128 on they are 128 + the number of the signal, as a shell reports it.
-FAILED, BAD_USAGE, INTERRUPTED, CLOSED_PIPE, TERMINATED = 1, 2, 130, 141, 143
+FAILED, BAD_USAGE, HUNG_UP, INTERRUPTED, CLOSED_PIPE, TERMINATED = 1, 2, 129, 130, 141, 143
 LOG_LEVELS = ("error", "warning", "info", "verbose", "debug")
 _TRACEBACK_LEVELS = ("verbose", "debug")
 # Flags that delete files: whoever misspelt one has to spell it out, no hint offers it.
@@ -346,12 +346,19 @@ def interrupt_as_cancel() -> Iterator[threading.Event]:
 
 @contextmanager
 def termination_as_exit() -> Iterator[None]:
-    """Let SIGTERM unwind the program as Ctrl-C does, so that what is half written is removed."""
+    """Let SIGTERM and SIGHUP unwind the program as Ctrl-C does, so that what is half written is removed.
+
+    SIGHUP comes where the terminal is closed; under nohup it stays ignored.
+    """
 
     def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(TERMINATED)
+        raise SystemExit(HUNG_UP if number != signal.SIGTERM else TERMINATED)
 
-    with _signal_handler(signal.SIGTERM, leave):
+    with ExitStack() as handlers:
+        handlers.enter_context(_signal_handler(signal.SIGTERM, leave))
+        hang_up = getattr(signal, "SIGHUP", None)  # not on Windows
+        if hang_up is not None and signal.getsignal(hang_up) != signal.SIG_IGN:
+            handlers.enter_context(_signal_handler(hang_up, leave))
         yield
 
 

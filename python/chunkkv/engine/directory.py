@@ -225,10 +225,13 @@ def _check_directory(path: Path) -> None:
 
 
 def _check_names(path: Path, manifest: Manifest) -> None:
-    """Raise EngineError unless the directory holds exactly the listed files, as plain files."""
+    """Raise EngineError unless the directory holds exactly the listed files, as plain files or links to such.
+
+    What else begins with a dot is left alone: file managers and version control put it there.
+    """
     expected = {*manifest.files, MANIFEST_FILE}
     with os.scandir(path) as entries:
-        kinds = {entry.name: stat.S_IFMT(entry.stat(follow_symlinks=False).st_mode) for entry in entries}
+        kinds = {entry.name: _kind(entry) for entry in entries if not entry.name.startswith(".")}
     if missing := sorted(expected - set(kinds)):
         raise EngineError(f"{path / missing[0]} is missing, though {MANIFEST_FILE} lists it; {_REBUILD}")
     if foreign := sorted(set(kinds) - expected):
@@ -237,8 +240,16 @@ def _check_names(path: Path, manifest: Manifest) -> None:
         )
     for name, kind in sorted(kinds.items()):
         if kind != stat.S_IFREG:
-            problem = "a symbolic link" if kind == stat.S_IFLNK else "no plain file"
-            raise EngineError(f"{path / name} is {problem}; an engine has plain files only: {_REBUILD}")
+            problem = "a symbolic link to nothing" if kind == stat.S_IFLNK else "no plain file"
+            raise EngineError(f"{path / name} is {problem}; an engine has plain files, or links to them: {_REBUILD}")
+
+
+def _kind(entry: os.DirEntry[str]) -> int:
+    """Return the kind of a file, of its target for a link, as in a cache; that of the link where it leads nowhere."""
+    try:
+        return stat.S_IFMT(entry.stat().st_mode)
+    except OSError:
+        return stat.S_IFMT(entry.stat(follow_symlinks=False).st_mode)
 
 
 def _check_file(path: Path, expected: FileRecord) -> None:
