@@ -100,11 +100,11 @@ clean:
 	rm -rf $(VENV) $(PEERS) $(TRITON) $(RTX) $(NATIVE) build dist engines/needle-*
 
 # A virtual environment, or one line that says what is missing; the stamp is made last, so half an environment is made
-# again. Python 3.10 to 3.13 is what pyproject.toml asks for.
+# again. Python 3.10 to 3.14 is what pyproject.toml asks for.
 $(VENV)/.created $(PEERS)/.created $(TRITON)/.created $(RTX)/.created $(NATIVE)/.created:
 	@version=$$($(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3]); \
-	sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null) || { \
-	echo "PYTHON=$(PYTHON) is $${version:-not a Python}; needed is 3.10 to 3.13, as in: make PYTHON=python3.12" >&2; exit 1; }
+	sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null) || { \
+	echo "PYTHON=$(PYTHON) is $${version:-not a Python}; needed is 3.10 to 3.14, as in: make PYTHON=python3.12" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	echo "$(PYTHON) makes no virtual environments: install its venv module (Debian: apt-get install python3-venv)" >&2; \
 	exit 1; }
