@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -98,6 +99,19 @@ def test_tables_that_may_be_missing(tmp_path: Path, table: str, told: str | None
     assert len(trace.kernels) == (0 if "KERNEL" in table else 3)
     assert [note for note in trace.notes if told and told in note] == list(trace.notes)
     assert trace.about["schema"] == ("unknown" if table.startswith("META") else "3.13.2")
+
+
+@pytest.mark.parametrize("table", ["CUPTI_ACTIVITY_KIND_KERNEL", "CUPTI_ACTIVITY_KIND_RUNTIME", "NVTX_EVENTS"])
+def test_a_table_with_a_version_in_its_name_is_named(tmp_path: Path, table: str) -> None:
+    path = write_export(tmp_path / "a.sqlite")
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute(f"ALTER TABLE {table} RENAME TO {table}_V3")
+        connection.commit()
+    if table == "NVTX_EVENTS":
+        with pytest.raises(ProfileError, match=naming("NVTX_EVENTS NVTX_EVENTS_V3")):
+            read_export(path)
+    else:
+        assert any(f"{table}_V3" in note for note in read_export(path).notes)
 
 
 def test_an_export_without_ranges_says_what_to_do(tmp_path: Path) -> None:

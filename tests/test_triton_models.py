@@ -114,6 +114,18 @@ def test_the_engine_model_takes_and_gives_token_ids(repositories: Path, session:
     assert bad[0]["error"] == f"CHUNKKV_INVALID: input_lengths is {len(ids) + 1}; input_ids has {len(ids)}"
 
 
+def test_stop_words_without_text_end_an_answer_by_their_id(repositories: Path, session: ChunkKVSession) -> None:
+    ids = session.tokenizer.encode(PROMPT)
+    free = session.generate(ids, SamplingParams(max_new_tokens=40, ignore_eos=True)).token_ids
+    without_text = next(token for token in free if not session.tokenizer.decode([token]))
+    words = inputs.pack_word_lists([[without_text]]).tolist()
+    asked = {"input_ids": ids, "input_lengths": [len(ids)], "request_output_len": [40], "ignore_eos": [True]}
+    (answer,), _ = ask(repositories / "trtllm" / "tensorrt_llm", {"inputs": {**asked, "stop_words_list": words}})
+    assert "error" not in answer[0], answer
+    assert answer[0]["output_ids"] == [[list(free[: free.index(without_text) + 1])]]
+    assert answer[0]["finish_reason"] == ["stop"]
+
+
 def test_preprocessing_gives_what_the_engine_model_reads(repositories: Path, session: ChunkKVSession) -> None:
     (answer, refused), _ = ask(
         repositories / "trtllm" / "preprocessing",

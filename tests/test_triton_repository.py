@@ -138,7 +138,8 @@ def test_nothing_is_overwritten_and_no_half_repository_stays(engine, tmp_path) -
     for change, error, named in (
         ({"layout": "other"}, ConfigError, "layout is 'other'; allowed is single or trtllm"),
         ({"engine_dir": tmp_path}, EngineError, "manifest.json"),
-        ({"options": ServeOptions(slots=5)}, ConfigError, "slots 5 1 4"),
+        ({"options": ServeOptions(slots=5)}, ConfigError, "slots 5 1 4 fewer"),
+        ({"options": ServeOptions(slots=0)}, ConfigError, "slots 0 1 4 least"),
         ({"options": ServeOptions(waiting=0)}, ConfigError, "waiting 0"),
         ({"options": ServeOptions(queue_timeout_s=float("nan"))}, ConfigError, "queue_timeout_s nan"),
         ({"options": ServeOptions(request_timeout_s=-1)}, ConfigError, "request_timeout_s -1"),

@@ -122,7 +122,8 @@ def run(folder: Path, requests: list[dict[str, Any]]) -> list[list[dict[str, Any
         arrays = {}
         for name, value in request["inputs"].items():
             encoded = [text.encode() for text in value] if types[name] is object else value
-            arrays[name] = np.array(encoded, types[name]).reshape(1, -1)
+            array = np.array(encoded, types[name])
+            arrays[name] = array[None] if array.ndim > 1 else array.reshape(1, -1)
         asked.append(Request(request.get("id", ""), arrays, request.get("parameters", {})))
     responses = model.execute(asked)
     if responses is not None:

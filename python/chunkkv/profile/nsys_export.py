@@ -52,10 +52,16 @@ class _Export:
         self._connection, self._path = connection, path
         self._notes: list[str] = []
         names = [name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        known = (*_NEEDED, *_META)
+        # A newer nsys may give a table a version; saying that nothing was traced would be wrong then.
+        self._unknown = {
+            table: sorted(name for name in names if name not in known and name.upper().startswith(f"{table}_"))
+            for table in known
+        }
         self._columns = {
             name: {row[1] for row in connection.execute(f"PRAGMA table_info({name})")}
             for name in names
-            if name in (*_NEEDED, *_META)
+            if name in known
         }
         for name, needed in _NEEDED.items():
             if name in self._columns and (absent := [column for column in needed if column not in self._columns[name]]):
@@ -67,13 +73,21 @@ class _Export:
     def trace(self) -> Trace:
         """Return everything; what is missing is noted."""
         if _RANGES not in self._columns:
+            like = self._unknown_tables(_RANGES)
             raise ProfileError(
-                f"{self._path} holds no NVTX ranges (there is no table {_RANGES}): run nsys profile with "
+                f"{self._path} holds no NVTX ranges (there is no table {_RANGES}{like}): run nsys profile with "
                 "--trace=cuda,nvtx, and install the extra 'profile' where chunkkv runs"
             )
         kernels = tuple(self._kernels())
         ranges = self._ranges(max((kernel.end_ns for kernel in kernels), default=0))
         return Trace(ranges, kernels, tuple(self._notes), {"tool": "nsys", "schema": self._schema_version()})
+
+    def _unknown_tables(self, table: str) -> str:
+        """Return which tables of a like name the export has, to be said behind what is missing; "" for none."""
+        unknown = self._unknown[table]
+        return (
+            f", or they are in {', '.join(unknown)}, which is not known: export with an older nsys" if unknown else ""
+        )
 
     def _schema_version(self) -> str:
         for table in _META:
@@ -125,7 +139,8 @@ class _Export:
 
     def _kernels(self) -> Iterator[Kernel]:
         if _KERNELS not in self._columns:
-            self._notes.append("no GPU kernels were traced: times are those of the host alone")
+            reason = "no GPU kernels were traced" + self._unknown_tables(_KERNELS)
+            self._notes.append(f"{reason}: times are those of the host alone")
             return
         calls = self._calls()
         unknown = 0
@@ -144,6 +159,8 @@ class _Export:
         A launch may have a row of the runtime and one of the driver, both of the same number: it is one call.
         """
         if _CALLS not in self._columns:
+            if unknown := self._unknown_tables(_CALLS):
+                self._notes.append(f"no launching calls were read{unknown}")
             return {}
         rows = self._connection.execute(
             f'SELECT min(start), max("end"), min(globalTid), correlationId FROM {_CALLS} WHERE correlationId IN '

@@ -52,10 +52,8 @@ class ServeOptions:
     def check(self, max_batch_size: int) -> None:
         """Raise ConfigError for what the model would refuse when the server starts."""
         if self.slots is not None and not 1 <= self.slots <= max_batch_size:
-            raise ConfigError(
-                f"slots is {self.slots}; this engine takes 1 to {max_batch_size} rows: give fewer, or build with a "
-                "larger --max_batch_size"
-            )
+            way = "give fewer, or build with a larger --max_batch_size" if self.slots > 0 else "give at least 1"
+            raise ConfigError(f"slots is {self.slots}; this engine takes 1 to {max_batch_size} rows: {way}")
         limits = {field.name: getattr(self, field.name) for field in dataclasses.fields(BatchingLimits)}
         BatchingLimits(**{name: value for name, value in limits.items() if value is not None})
         if self.max_prompt_bytes is not None and self.max_prompt_bytes < 1:
