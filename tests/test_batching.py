@@ -294,7 +294,7 @@ def test_closing_ends_or_finishes_everything(session, gate) -> None:
     threading.Timer(0.1, gate.opened.set).start()
     batcher.close()
     for stream in streams:
-        with pytest.raises(OverloadedError, match="went down before"):
+        with pytest.raises(OverloadedError, match="batcher was closed"):
             last(stream)
     with pytest.raises(OverloadedError):
         batcher.stream(prompt(9), GREEDY)
@@ -353,10 +353,16 @@ def test_profilers_see_each_request_and_the_steps_they_share(batcher, gate) -> N
     ("values", "named"),
     [
         ({"slots": 0}, "slots 0"),
+        ({"slots": 1.5}, "slots 1.5"),
+        ({"slots": "3"}, "slots '3'"),
+        ({"slots": True}, "slots True"),
         ({"waiting": 0}, "waiting 0"),
+        ({"waiting": None}, "waiting None"),
         ({"queue_timeout_s": float("nan")}, "queue_timeout_s nan"),
         ({"request_timeout_s": 0}, "request_timeout_s 0"),
+        ({"request_timeout_s": "60"}, "request_timeout_s '60'"),
         ({"kv_bytes": 0}, "kv_bytes 0"),
+        ({"kv_bytes": 1e9}, "kv_bytes 1000000000.0"),
     ],
 )
 def test_limits_are_checked(values: dict, named: str) -> None:

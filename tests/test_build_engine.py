@@ -275,7 +275,8 @@ def test_a_head_size_without_a_kernel_is_refused_before_any_work(cli, tmp_path, 
         (KeyboardInterrupt(), 130, "interrupted"),
         (MemoryError("8 GiB"), 1, "unexpected MemoryError: 8 GiB; --log_level debug shows where"),
         (ValueError("two\nlines"), 1, "unexpected ValueError: two lines; --log_level debug shows where"),
-        (OSError(28, "No space left on device"), 1, "input or output: No space left on device"),
+        (OSError(28, "No space left on device"), 1, "--output_dir {engine}: No space left on device"),
+        (OSError(5, "Input/output error"), 1, "input or output: Input/output error"),
         (PermissionError(13, "Permission denied", "/x/y"), 1, "/x/y: Permission denied"),
     ],
 )
@@ -286,7 +287,7 @@ def test_a_failure_within_the_build_is_one_line_and_leaves_nothing(
         raise error
 
     monkeypatch.setattr(manifest, "hash_file", fail)
-    assert build(tmp_path / "engine").error(code) == message
+    assert build(tmp_path / "engine").error(code) == message.replace("{engine}", str(tmp_path / "engine"))
     assert not list(tmp_path.iterdir())
 
 
@@ -294,7 +295,7 @@ def test_a_file_too_large_for_the_disk_is_told_as_such(model: Path, tmp_path: Pa
     code = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (9999, 9999)); "
     code += "from chunkkv_builder.build import main; main(sys.argv[1:])"
     flags = ("--checkpoint_dir", model, "--output_dir", tmp_path / "engine", "--log_level", "error")
-    assert python("-c", code, *flags).error(1) == "input or output: File too large"
+    assert python("-c", code, *flags).error(1) == f"--output_dir {tmp_path / 'engine'}: File too large"
     assert not list(tmp_path.iterdir())
 
 

@@ -217,6 +217,7 @@ def test_every_flag_arrives(engine, run, monkeypatch) -> None:
         (["--seed"], 2, "--seed: expected one argument"),
         (["--seed", "--json"], 2, "--seed: expected one argument"),
         (["--stop"], 2, "--stop: expected one argument"),
+        (["--engine_dir", "", "the"], 2, "--engine_dir: is empty; give a path"),
         (["--engine_dir", "/no/such", "the"], 1, "engine directory /no/such does not exist; give the --output_dir"),
         (["--engine_dir", "/", "the"], 1, "has no manifest.json"),
     ],
@@ -321,6 +322,23 @@ def test_a_reader_sees_the_first_piece_and_may_interrupt(long_engine) -> None:
     assert whole.startswith(shown) and len(first + out) < 2 * PIPE_BYTES
 
 
+@pytest.mark.parametrize("module", ["chunkkv", "chunkkv_builder.build"])
+def test_a_program_is_a_module_too_and_ends_alike_where_its_reader_has_gone(module: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    flags = ["version"] if module == "chunkkv" else ["--dry_run", "--checkpoint_dir", engines.checkpoint_dir("llama3")]
+    done = subprocess.run([sys.executable, "-m", module, *flags], stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert done.returncode == 141 and b"error" not in done.stderr
+
+
+def test_a_misspelt_command_gets_the_nearest_one(run) -> None:
+    code, _, err = run("genrate", "--engine_dir", "e", "the")
+    assert code == 2 and err.endswith("; did you mean generate?\n")
+    code, _, err = run("xyzzy")
+    assert code == 2 and "did you mean" not in err
+
+
 def test_a_closed_pipe_ends_quietly(long_engine) -> None:
     process = long_script(long_engine)
     assert os.read(process.stdout.fileno(), 1)
@@ -345,7 +363,11 @@ def test_a_full_disk_is_one_line(engine, command: list[str]) -> None:
         process = script(*command, *flags, stdout=full)
         _, err = process.communicate()
     assert process.returncode == 1
-    assert err.startswith(b"chunkkv: error: ") and b"No space left on device" in err and err.count(b"\n") == 1
+    assert (
+        err.startswith(b"chunkkv: error: ")
+        and b"standard output: No space left on device" in err
+        and err.count(b"\n") == 1
+    )
 
 
 def test_the_console_script_reads_a_pipe_and_prints_the_answer(engine) -> None:

@@ -295,3 +295,9 @@ def test_a_file_that_is_no_graph_is_an_engine_error(engine: Path, content: bytes
     rewrite(engine, lambda manifest: manifest["files"].update({"step.onnx": record}))
     with pytest.raises(EngineError, match=naming("step.onnx")):
         ChunkKVSession.from_dir(engine)
+
+
+@pytest.mark.parametrize("engine_dir", [None, "", 7])
+def test_what_is_no_path_is_refused(engine_dir: object) -> None:
+    with pytest.raises(EngineError, match=naming("engine_dir", repr(engine_dir))):
+        ChunkKVSession.from_dir(engine_dir)  # type: ignore[arg-type]  # what a script without types may pass

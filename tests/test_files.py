@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from chunkkv.files import whole_directory, write_whole
+from chunkkv.files import errors_name_target, whole_directory, write_whole
 
 
 def names(folder: Path) -> list[str]:
@@ -107,3 +107,27 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="folder"), whole_directory(tmp_path / "folder") as folder:
         (folder / "new").touch()
     assert names(tmp_path) == ["folder"] and names(tmp_path / "folder") == ["old"]
+
+
+@pytest.mark.parametrize("name", [None, ".target.", "target.partial", "elsewhere"])
+def test_an_error_names_the_target_and_not_what_is_written_meanwhile(tmp_path: Path, name: str | None) -> None:
+    """A full disk names nothing; a temporary file, something in it and a folder above it belong to the target."""
+    temporary = tmp_path / "target.partial"
+    paths = {None: None, ".target.": temporary / "file", "target.partial": temporary, "elsewhere": tmp_path / "other"}
+    path = paths[name]
+    with pytest.raises(OSError) as caught, errors_name_target("target", temporary):
+        raise OSError(errno.ENOSPC, "No space left on device", None if path is None else str(path))
+    assert caught.value.filename == ("target" if name != "elsewhere" else str(path))
+
+
+def test_an_error_of_no_path_that_is_not_of_a_full_disk_stays(tmp_path: Path) -> None:
+    with pytest.raises(BrokenPipeError) as caught, errors_name_target("target", tmp_path):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+    assert caught.value.filename is None
+
+
+def test_a_folder_that_cannot_be_written_to_is_named_as_it_was_given(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(OSError) as caught, whole_directory(tmp_path / "file" / "target"):
+        raise AssertionError("nothing is yielded")
+    assert caught.value.filename == str(tmp_path / "file" / "target")

@@ -269,6 +269,11 @@ def test_a_value_out_of_range_is_named_with_what_is_allowed(
         ("chunkkv_score", "cosine", "is not offered; allowed is softmax or logits"),
         ("chunkkv_gate", "open", "is not offered; allowed is none or entropy"),
         ("chunkkv_leader", "middle", "is not offered; allowed is first or last"),
+        (
+            "dtype",
+            "flaot16",
+            "is not offered; allowed is auto or float32 or float16 or bfloat16; did you mean float16?",
+        ),
         ("chunkkv", "maybe", "is not offered; allowed is enable or disable"),
         ("backend", "tensorflow", "is not offered; allowed is auto or onnxruntime or tensorrt or tensorrt_llm"),
         ("dtype", "int8", "is not offered; allowed is auto or float32 or float16 or bfloat16"),
@@ -279,6 +284,11 @@ def test_a_value_out_of_range_is_named_with_what_is_allowed(
 def test_a_value_of_the_wrong_kind_is_quoted(name: str, value: str, advice: str, cli: CommandLine) -> None:
     message = cli("--checkpoint_dir", "c", f"--{name}={value}").error(2)
     assert message.startswith(f"--{name}: {value!r} {advice}")
+
+
+@pytest.mark.parametrize("name", ["checkpoint_dir", "chunkkv_recipe", "timing_cache"])
+def test_an_empty_path_is_not_the_current_directory(name: str, cli: CommandLine) -> None:
+    assert cli("--checkpoint_dir", "c", f"--{name}", "").error(2).startswith(f"--{name}: is empty; give a path")
 
 
 def test_a_flag_without_its_value_is_named(cli: CommandLine) -> None:

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from chunkkv import __version__
-from chunkkv.command_line import LOG_LEVELS, CommandParser, UsageError, errors_name_flags, ratio, whole_number
+from chunkkv.command_line import (
+    LOG_LEVELS,
+    CommandParser,
+    UsageError,
+    errors_name_flags,
+    path_text,
+    ratio,
+    whole_number,
+)
 from chunkkv.engine.backends import BACKENDS, DEFAULT_BACKEND, DTYPES, TENSORRT, TENSORRT_LLM, TRAITS
 from chunkkv.engine.layer_groups import SYNTAX, layer_groups
 from chunkkv.engine.recipe import read_recipe
@@ -235,6 +243,7 @@ def _tensorrt_llm_parser() -> BuildParser:
     build.add_argument("--backend", choices=(TENSORRT_LLM,), help="the inference engine to build for")
     build.add_argument(
         "--tokenizer_dir",
+        type=path_text,
         metavar="DIR",
         help="directory whose tokenizer files go into the engine; --chunkkv_boundaries delimiter needs them",
     )
@@ -273,6 +282,7 @@ def _add_tensorrt(parser: BuildParser) -> None:
     )
     group.add_argument(
         "--timing_cache",
+        type=path_text,
         metavar="FILE",
         help="kernel timings of the standard TensorRT, read if the file exists and written after the build; "
         "default: none",
@@ -282,7 +292,7 @@ def _add_tensorrt(parser: BuildParser) -> None:
 def _add_paths(parser: BuildParser, checkpoint: str) -> None:
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}", help="print the version")
     paths = parser.add_argument_group("paths")
-    paths.add_argument("--checkpoint_dir", metavar="DIR", help=checkpoint)
+    paths.add_argument("--checkpoint_dir", type=path_text, metavar="DIR", help=checkpoint)
     paths.add_argument(
         "--output_dir",
         default="engine_outputs",
@@ -356,7 +366,10 @@ def _add_chunkkv(parser: BuildParser) -> argparse._ArgumentGroup:
         help="compress the KV cache of every prompt after prefill",
     )
     group.add_argument(
-        "--chunkkv_recipe", metavar="FILE", help="settings that chunkkv calibrate wrote; flags given here win over it"
+        "--chunkkv_recipe",
+        type=path_text,
+        metavar="FILE",
+        help="settings that chunkkv calibrate wrote; flags given here win over it",
     )
     for name, text in (
         ("chunk_size", f"tokens of a chunk, {_range('chunk_size')}; {DELIMITER_CHUNK_SIZE} with boundaries delimiter"),

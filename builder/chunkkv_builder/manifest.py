@@ -21,6 +21,7 @@ import chunkkv
 from chunkkv.engine.directory import MANIFEST_FILE, PARTIAL_MARK, FileRecord, Manifest, hash_file
 from chunkkv.engine.tensorrt_build import TensorRTBuild
 from chunkkv.errors import ConfigError, EngineError
+from chunkkv.files import errors_name_target
 from chunkkv_builder.progress import Progress
 
 _locks: ModuleType | None
@@ -120,13 +121,15 @@ def staged_output(
     if target.parent.is_dir():
         _clean_up(target)  # first, because it may bring an engine back
     check_target(target, overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    stage, lock = _new_stage(target)
+    with errors_name_target(output_dir, _stage_name(target)):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        stage, lock = _new_stage(target)
     try:
-        yield stage
-        if not (stage / MANIFEST_FILE).is_file():
-            raise EngineError(f"{stage} has no {MANIFEST_FILE}; nothing is put in place of {target}")
-        _publish(stage, target, overwrite, warn)
+        with errors_name_target(output_dir, stage):
+            yield stage
+            if not (stage / MANIFEST_FILE).is_file():
+                raise EngineError(f"{stage} has no {MANIFEST_FILE}; nothing is put in place of {target}")
+            _publish(stage, target, overwrite, warn)
     finally:
         _remove(stage)
         if lock is not None:
@@ -167,9 +170,13 @@ def _replace(stage: Path, target: Path, warn: Warn) -> None:
             os.close(lock)
 
 
+def _stage_name(target: Path) -> Path:
+    return target.with_name(f"{target.name}{PARTIAL_MARK}{os.getpid()}")
+
+
 def _new_stage(target: Path) -> tuple[Path, int | None]:
     """Create the directory to build in and lock it where the system can, so that other builds see that it is alive."""
-    stage = target.with_name(f"{target.name}{PARTIAL_MARK}{os.getpid()}")
+    stage = _stage_name(target)
     for _ in range(_LOCK_ATTEMPTS):
         try:
             stage.mkdir()

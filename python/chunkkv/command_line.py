@@ -16,6 +16,7 @@ import threading
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -31,6 +32,7 @@ Command = Callable[[argparse.Namespace], None]  # what a command does with its f
 _LARGEST_NUMBER = 2**63 - 1  # the 64 bits of sizes and seeds; most settings have a lower limit of their own
 _MOST_DIGITS = len(str(_LARGEST_NUMBER))
 _LONGEST_SHOWN = 40  # characters of a number that an error repeats
+_CHOICE_CUTOFF = 0.6  # as the next one; choices are shorter than flags
 _SUGGESTION_CUTOFF = 0.5  # of difflib: 0 suggests anything, 1 only the same name
 
 
@@ -187,8 +189,10 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def _not_offered(match: re.Match[str]) -> str:
-    choices = " or ".join(choice.strip("'\"") for choice in match[2].split(", "))
-    return f"{match[1]} is not offered; allowed is {choices}"
+    choices = [choice.strip("'\"") for choice in match[2].split(", ")]
+    close = difflib.get_close_matches(match[1].strip("'\""), choices, 1, _CHOICE_CUTOFF)
+    suggestion = f"; did you mean {close[0]}?" if close else ""
+    return f"{match[1]} is not offered; allowed is {' or '.join(choices)}{suggestion}"
 
 
 def whole_number(text: str) -> int:
@@ -200,6 +204,13 @@ def whole_number(text: str) -> int:
         shown = repr(text) if len(text) <= _LONGEST_SHOWN else f"a number of {len(digits)} digits"
         raise argparse.ArgumentTypeError(f"{shown} is too large; no flag takes more than {_LARGEST_NUMBER}")
     return int(text)
+
+
+def path_text(text: str) -> str:
+    """Return a flag's text unless it is empty, which as a path would be the current directory; for `type=`."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; give a path, . for the current directory")
+    return text
 
 
 def number(text: str, example: str = "one such as 0.5") -> float:
@@ -275,7 +286,9 @@ def run_program(
         try:
             flags = parse()
             run(flags)
-        except SystemExit:
+        except SystemExit as error:
+            if isinstance(error.__context__, BrokenPipeError):  # rich makes an exit with 1 of it
+                raise error.__context__ from None
             _flush_output()
             raise
         _flush_output()
@@ -287,11 +300,11 @@ def run_program(
         stop_with(program, "interrupted", INTERRUPTED)
     except Exception as error:
         _show_traceback(flags)
-        if isinstance(error, OSError) and error.filename is None:
-            _discard_output()
         message = _described(error)
         if isinstance(error, ChunkKVError):
             message = with_flag_name(message, flags=vars(flags))
+        elif isinstance(error, OSError) and error.strerror:
+            message = f"{_place(error, flags)}: {error.strerror}"
         stop_with(program, message, BAD_USAGE if isinstance(error, usage_errors) else FAILED)
 
 
@@ -313,9 +326,16 @@ def _described(error: Exception) -> str:
         return f"the Python package {error.name!r} is missing; install this project with pip install ."
     if isinstance(error, ImportError):
         return f"a Python package is damaged or too old: {error}; install this project again with pip install ."
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'input or output'}: {error.strerror}"
     return f"unexpected {type(error).__name__}: {error}; --log_level debug shows where"
+
+
+def _place(error: OSError, flags: argparse.Namespace) -> str:
+    """Return what an error of reading or writing is about: a flag with its path, a path, or a standard stream."""
+    if error.filename is None:
+        return "standard output" if _discard_output() else "input or output"
+    path = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else str(error.filename)
+    names = [name for name, value in vars(flags).items() if isinstance(value, (str, Path)) and str(value) == path]
+    return f"--{names[0]} {path}" if names else path
 
 
 def _flush_output() -> None:
@@ -323,12 +343,17 @@ def _flush_output() -> None:
         sys.stdout.flush()
 
 
-def _discard_output() -> None:
-    """Send what cannot be written to the null device, or Python's own flush at exit would fail once more."""
+def _discard_output() -> bool:
+    """Send what cannot be written to the null device, or Python's own flush at exit would fail once more.
+
+    Returns whether there was such a thing.
+    """
     try:
         _flush_output()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 @contextmanager

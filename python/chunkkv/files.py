@@ -2,12 +2,45 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a write, which name no file
+
+
+@contextmanager
+def errors_name_target(target: str | os.PathLike[str], temporary: Path) -> Iterator[None]:
+    """Let an OSError of a write name the target, not the temporary file or nothing at all.
+
+    Parameters
+    ----------
+    target : str or path
+        What the user asked for.
+    temporary : Path
+        What is written in its place meanwhile, a file or a folder.
+
+    Raises
+    ------
+    OSError
+        With `target` as its file name, where the block raises one that names `temporary`, something in it or a folder
+        above it, or one that names nothing because the disk is full. Others are passed on.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            is_of_target = error.errno in _NO_ROOM
+        else:
+            path = Path(os.fsdecode(error.filename))
+            is_of_target = path == temporary or temporary in path.parents or path in temporary.parents
+        if not is_of_target:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(target)) from error
 
 
 def write_whole(path: str | os.PathLike[str], content: bytes | str) -> None:
@@ -31,9 +64,10 @@ def write_whole(path: str | os.PathLike[str], content: bytes | str) -> None:
     data = content.encode("utf-8") if isinstance(content, str) else content
     temporary = _temporary_name(target)
     try:
-        with temporary.open("xb") as file:
-            file.write(data)
-        os.replace(temporary, target)
+        with errors_name_target(path, temporary):
+            with temporary.open("xb") as file:
+                file.write(data)
+            os.replace(temporary, target)
     except BaseException:  # Ctrl-C included
         temporary.unlink(missing_ok=True)
         raise
@@ -53,15 +87,17 @@ def whole_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
     OSError
         Where the folder cannot be made or renamed.
     """
-    target = Path(os.path.realpath(target))
-    target.parent.mkdir(parents=True, exist_ok=True)
+    named, target = target, Path(os.path.realpath(target))
     temporary = _temporary_name(target)
-    temporary.mkdir()
+    with errors_name_target(named, temporary):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
     try:
-        yield temporary
-        if target.is_dir():
-            target.rmdir()  # not every system renames over an empty folder
-        temporary.rename(target)
+        with errors_name_target(named, temporary):
+            yield temporary
+            if target.is_dir():
+                target.rmdir()  # not every system renames over an empty folder
+            temporary.rename(target)
     except BaseException:  # Ctrl-C included
         shutil.rmtree(temporary, ignore_errors=True)
         raise

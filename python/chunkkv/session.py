@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from os import PathLike
-from pathlib import Path
 from typing import Literal, overload
 
 import numpy as np
@@ -95,7 +94,7 @@ class ChunkKVSession:
         # More threads than CPUs only wait for each other, for minutes where there are hundreds.
         threads = None if threads is None else min(threads, usable_cpus())
         with profiling.range("load"):
-            files = EngineFiles.load(Path(engine_dir))
+            files = EngineFiles.load(engine_dir)
             executor = load_executor(files, threads, max_tokens_in_paged_kv_cache)
             tokenizer = Tokenizer.from_dir(files.path) if (files.path / "tokenizer.json").is_file() else None
         model, build = files.model, files.build

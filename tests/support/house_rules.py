@@ -74,6 +74,8 @@ _CONTRACT_TYPE = re.compile(r"\b\w*(Executor|Decoder|Prefiller|KVCache)\b")
 
 def room(name: str) -> str:
     """Return the room of the runtime's module `name`: "engine" for chunkkv.engine.fields."""
+    if name == "chunkkv.__main__":  # runs the commands, as the script chunkkv does
+        return "cli"
     return name.split(".")[1] if "." in name else name
 
 

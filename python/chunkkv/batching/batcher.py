@@ -24,6 +24,7 @@ from chunkkv.results import StreamEvent
 from chunkkv.sampling import SamplingParams
 from chunkkv.session import ChunkKVSession
 
+_CLOSED = "the batcher was closed before the answer was complete; ask again"
 PROBE_WAIT_S = 0.5  # how long a probe waits for a slot before it says that the batcher is busy
 
 
@@ -31,6 +32,17 @@ class ContinuousBatcher:
     """Serves requests on one session from one thread of its own; call close() at the end, or use it in `with`.
 
     Raises ConfigError for more slots than the engine has rows.
+
+    ```python
+    from chunkkv import ChunkKVSession, SamplingParams
+    from chunkkv.batching import BatchingLimits, ContinuousBatcher
+
+    session = ChunkKVSession.from_dir("engines/needle")
+    with ContinuousBatcher(session, BatchingLimits(slots=4)) as batcher:
+        streams = [batcher.stream(text, SamplingParams(max_new_tokens=16)) for text in ("The door is", "The key is")]
+        for stream in streams:  # both answers grow at the same time
+            print("".join(event.text for event in stream))
+    ```
 
     Parameters
     ----------
@@ -100,7 +112,7 @@ class ContinuousBatcher:
         job = AnswerJob(request, sampling, listener, limits)
         with self._wake:
             if self._closing or self._draining:
-                raise self._closing or OverloadedError("the server is going down; ask again later")
+                raise self._closing or OverloadedError("the batcher is closing; ask again later")
             if not probe and len(self._open) + len(self._queue) >= self.limits.slots + self.limits.waiting:
                 raise OverloadedError(
                     f"the queue is full: {len(self._open)} answers in work, {len(self._queue)} requests waiting; "
@@ -136,7 +148,7 @@ class ContinuousBatcher:
         with self._wake:
             self._draining = True
             if not drain:
-                self._closing = OverloadedError("the server went down before the answer was complete; ask again")
+                self._closing = OverloadedError(_CLOSED)
             self._wake.notify()
         self._thread.join()
 
@@ -148,7 +160,7 @@ class ContinuousBatcher:
 
     def _run(self) -> None:
         """Work until closed; whatever happens, nobody is left waiting."""
-        failure: ChunkKVError = OverloadedError("the server went down before the answer was complete; ask again")
+        failure: ChunkKVError = OverloadedError(_CLOSED)
         try:
             while self._wait_for_work():
                 self._drop_stale()

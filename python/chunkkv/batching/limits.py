@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 from chunkkv.errors import ConfigError
 
@@ -33,13 +34,23 @@ class BatchingLimits:
     kv_bytes: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("slots", 1), ("waiting", 1), ("queue_timeout_s", 0), ("request_timeout_s", 0)):
-            value = getattr(self, name)
-            if not value >= least or (least == 0 and not 0 < value < math.inf):
-                rule = f"a whole number of at least {least}" if least else "a number of seconds above 0"
-                raise ConfigError(f"{name} is {value}; give {rule}")
-        if self.kv_bytes is not None and self.kv_bytes < 1:
-            raise ConfigError(f"kv_bytes is {self.kv_bytes}; give a number of bytes of at least 1, or none")
+        for name in ("slots", "waiting"):
+            if not _is_positive(getattr(self, name)):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; give a whole number of at least 1")
+        for name in ("queue_timeout_s", "request_timeout_s"):
+            if not _is_positive(getattr(self, name), whole=False):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; give a number of seconds above 0")
+        if self.kv_bytes is not None and not _is_positive(self.kv_bytes):
+            raise ConfigError(f"kv_bytes is {self.kv_bytes!r}; give a whole number of bytes of at least 1, or none")
+
+
+def _is_positive(value: object, whole: bool = True) -> bool:
+    """Return whether a value is a finite number above 0, a whole one where `whole`; True and False are no numbers."""
+    if isinstance(value, bool):
+        return False
+    if isinstance(value, Integral):
+        return int(value) > 0
+    return not whole and isinstance(value, Real) and 0 < float(value) < math.inf
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from chunkkv.cli.options import (
     check_output_file,
     keep_ratios,
     open_session,
+    path_argument,
     whole_numbers,
 )
 from chunkkv.cli.progress import progress_bars
@@ -40,7 +41,7 @@ def add_parser(program: CommandParser) -> None:
     output = parser.add_argument_group("output")
     output.add_argument(
         "--output",
-        type=Path,
+        type=path_argument,
         default=Path("recipe.json"),
         metavar="FILE",
         help="the recipe to write; default: recipe.json",
@@ -52,7 +53,12 @@ def _add_prompt_flags(parser: CommandParser) -> None:
     group = parser.add_argument_group("prompts")
     group.add_argument("--data", metavar="NAME|FILE", help="required: suites of chunkkv eval, or a file of JSON lines")
     group.add_argument(
-        "--prompts", type=whole_number, default=64, metavar="N", help="number of prompts to measure on; default: 64"
+        "--prompts",
+        "--examples",
+        type=whole_number,
+        default=64,
+        metavar="N",
+        help="number of prompts to measure on; default: 64",
     )
     group.add_argument(
         "--lengths", default="1024", metavar="LIST", help="lengths in tokens of a suite's prompts; default: 1024"

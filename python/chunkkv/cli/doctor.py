@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from chunkkv.cli.options import add_json, add_log_level
+from chunkkv.cli.options import add_json, add_log_level, path_argument
 from chunkkv.command_line import FAILED, CommandParser, UsageError
 from chunkkv.findings import ABSENT, BREAKS, WARNING, Finding
 
@@ -26,10 +26,13 @@ def add_parser(program: CommandParser) -> None:
     )
     engine = parser.add_argument_group("engine")
     engine.add_argument(
-        "--engine_dir", type=Path, metavar="DIR", help="an engine directory; default: look at the machine alone"
+        "--engine_dir",
+        type=path_argument,
+        metavar="DIR",
+        help="an engine directory; default: look at the machine alone",
     )
     engine.add_argument(
-        "--triton_repo", type=Path, metavar="DIR", help="Triton model repository that is to serve the engine"
+        "--triton_repo", type=path_argument, metavar="DIR", help="Triton model repository that is to serve the engine"
     )
     output = parser.add_argument_group("output")
     add_json(output, "the findings, and how many would break, are warnings or are about something absent")

@@ -13,6 +13,7 @@ from chunkkv.cli.options import (
     add_log_level,
     keep_ratios,
     open_session,
+    path_argument,
     split_list,
     whole_numbers,
 )
@@ -57,7 +58,7 @@ def add_parser(program: CommandParser) -> None:
     output = parser.add_argument_group("output")
     output.add_argument(
         "--output_dir",
-        type=Path,
+        type=path_argument,
         default=Path("evaluation"),
         metavar="DIR",
         help="directory of the results; an interrupted run there is continued; default: evaluation",
@@ -84,7 +85,12 @@ def _add_prompt_flags(parser: CommandParser) -> None:
         help="where the question stands: in the prompt, or after its compression; default: in,after",
     )
     group.add_argument(
-        "--examples", type=whole_number, default=50, metavar="N", help="prompts of every cell of a suite; default: 50"
+        "--examples",
+        "--prompts",
+        type=whole_number,
+        default=50,
+        metavar="N",
+        help="prompts of every cell of a suite; default: 50",
     )
     group.add_argument("--seed", type=whole_number, default=0, metavar="N", help="seed of the texts; default: 0")
     group.add_argument(

@@ -14,6 +14,7 @@ from chunkkv.cli.options import (
     check_output_file,
     in_chat_template,
     open_session,
+    path_argument,
     read_prompt,
 )
 from chunkkv.cli.progress import prefill_progress
@@ -35,7 +36,7 @@ def add_parser(program: CommandParser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument(
         "--output",
-        type=Path,
+        type=path_argument,
         default=Path("chunkkv.html"),
         metavar="FILE",
         help="the page to write; default: chunkkv.html",

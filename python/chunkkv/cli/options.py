@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from chunkkv.command_line import LOG_LEVELS, CommandParser, TextAction, ratio, whole_number
+from chunkkv.command_line import LOG_LEVELS, CommandParser, TextAction, path_text, ratio, whole_number
 from chunkkv.errors import ConfigError, RequestError
 from chunkkv.settings import keep_ratio_to_per_10k
 
@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 
 ENGINE_DIR = {"engine_dir": "the directory that chunkkv-build wrote"}  # for CommandParser's `required`
 _LONGEST_NUMBER = 9  # digits in a list of whole numbers
+
+
+def path_argument(text: str) -> Path:
+    """Return the path that a flag's text names, which must not be empty; for `type=` of argparse."""
+    return Path(path_text(text))
 
 
 def add_engine_flags(parser: CommandParser, paged_kv_cache: bool = False) -> None:
@@ -41,7 +46,10 @@ def add_engine_flags(parser: CommandParser, paged_kv_cache: bool = False) -> Non
 def add_engine_dir(group: argparse._ActionsContainer) -> None:
     """Add --engine_dir to a parser or to one of its groups."""
     group.add_argument(
-        "--engine_dir", type=Path, metavar="DIR", help="required: the engine directory that chunkkv-build wrote"
+        "--engine_dir",
+        type=path_argument,
+        metavar="DIR",
+        help="required: the engine directory that chunkkv-build wrote",
     )
 
 
@@ -55,7 +63,7 @@ def add_prompt_flags(parser: CommandParser, as_flag: bool = False) -> None:
         group.add_argument("prompt", nargs="?", metavar="PROMPT", help=help_text)
     group.add_argument(
         "--prompt_file",
-        type=Path,
+        type=path_argument,
         metavar="FILE",
         help="file with the prompt as UTF-8 text; a line end at the end of the file is left out",
     )

@@ -15,6 +15,7 @@ from chunkkv.cli.options import (
     add_log_level,
     add_prompt_flags,
     check_output_file,
+    path_argument,
     read_prompt,
 )
 from chunkkv.command_line import CommandParser, UsageError, whole_number
@@ -40,7 +41,7 @@ def add_parser(program: CommandParser) -> None:
     output = parser.add_argument_group("output")
     output.add_argument(
         "--output",
-        type=Path,
+        type=path_argument,
         default=Path("chunkkv-profile.json"),
         metavar="FILE.json",
         help="the trace to write; default: chunkkv-profile.json",
@@ -54,7 +55,10 @@ def add_parser(program: CommandParser) -> None:
         usage="chunkkv profile report FILE [flags]",
     )
     report.add_argument(
-        "trace_file", type=Path, metavar="FILE", help="what chunkkv profile wrote, or an nsys export --type sqlite"
+        "trace_file",
+        type=path_argument,
+        metavar="FILE",
+        help="what chunkkv profile wrote, or an nsys export --type sqlite",
     )
     report_output = report.add_argument_group("output")
     add_json(report_output, "the times in nanoseconds")
@@ -89,7 +93,10 @@ def _add_measurement_flags(parser: CommandParser) -> None:
 
 def _add_picture(group: argparse._ActionsContainer) -> None:
     group.add_argument(
-        "--picture", type=Path, metavar="FILE.svg", help="picture of the last request and the time per stage to write"
+        "--picture",
+        type=path_argument,
+        metavar="FILE.svg",
+        help="picture of the last request and the time per stage to write",
     )
 
 

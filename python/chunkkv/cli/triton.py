@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from chunkkv.cli.options import ENGINE_DIR, add_engine_dir
+from chunkkv.cli.options import ENGINE_DIR, add_engine_dir, path_argument
 from chunkkv.command_line import CommandParser, TextListAction, number, whole_number
 from chunkkv.triton.logs import LEVELS, configure
 
@@ -25,13 +25,16 @@ def add_parser(program: CommandParser) -> None:
 
 def _add_repository(group: argparse._ActionsContainer) -> None:
     group.add_argument(
-        "--model_repository", type=Path, metavar="DIR", help="required: directory of Triton's model repository"
+        "--model_repository", type=path_argument, metavar="DIR", help="required: directory of Triton's model repository"
     )
 
 
 def _add_python_env(group: argparse._ActionsContainer) -> None:
     group.add_argument(
-        "--python_env", type=Path, metavar="DIR", help="virtual environment that runs the models; default: this one"
+        "--python_env",
+        type=path_argument,
+        metavar="DIR",
+        help="virtual environment that runs the models; default: this one",
     )
 
 
@@ -107,7 +110,7 @@ def _add_serve(triton: CommandParser) -> None:
     _add_repository(server)
     server.add_argument(
         "--server",
-        type=Path,
+        type=path_argument,
         metavar="FILE",
         help="tritonserver to run; default: that of the wheel nvidia-pytriton, then PATH's, then the container's",
     )

@@ -141,6 +141,8 @@ class EngineFiles:
         Raises EngineError for a missing, changed or foreign file, with the expected and the found value;
         EngineMismatchError for a directory in another format or of a backend that this version does not have.
         """
+        if not isinstance(engine_dir, (str, os.PathLike)) or not os.fspath(engine_dir):
+            raise EngineError(f"engine_dir is {engine_dir!r}; give the directory that chunkkv-build wrote")
         path = Path(engine_dir)
         try:
             _check_directory(path)

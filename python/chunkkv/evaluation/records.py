@@ -10,6 +10,7 @@ from typing import Any
 
 from chunkkv.engine.fields import Fields
 from chunkkv.errors import ConfigError
+from chunkkv.files import errors_name_target
 
 RECORDS_FILE = "records.jsonl"
 FORMAT, FORMAT_VERSION = "chunkkv-evaluation", 1
@@ -19,7 +20,7 @@ Record = dict[str, Any]
 
 def append_record(path: Path, record: Record) -> None:
     """Append one line to the file and wait until it is on the disk."""
-    with path.open("a", encoding="utf-8") as file:
+    with errors_name_target(path, path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record, allow_nan=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
