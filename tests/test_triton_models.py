@@ -93,6 +93,18 @@ def test_the_single_model_answers_as_the_library_does(repositories: Path, sessio
     assert (refused["level"], refused["event"]) == ("warning", "request_invalid")
 
 
+def test_a_prompt_begins_once_or_as_it_says(repositories: Path, session: ChunkKVSession) -> None:
+    template = session.tokenizer.apply_chat_template([{"role": "user", "content": PROMPT}])
+    asked = {"text_input": [template], "max_tokens": [3]}
+    (once, bare), _ = ask(
+        repositories / "single" / "chunkkv",
+        {"inputs": asked},
+        {"inputs": {"text_input": [PROMPT], "max_tokens": [3], "add_special_tokens": [False]}},
+    )
+    for answer, text in ((once, template), (bare, PROMPT)):
+        assert answer[0]["num_input_tokens"] == [[len(session.tokenizer.encode(text, add_special_tokens=False))]]
+
+
 def test_the_engine_model_takes_and_gives_token_ids(repositories: Path, session: ChunkKVSession) -> None:
     ids = session.tokenizer.encode(PROMPT)
     own = session.generate(ids, SamplingParams(max_new_tokens=5, ignore_eos=True))

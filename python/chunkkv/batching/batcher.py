@@ -78,6 +78,7 @@ class ContinuousBatcher:
         *,
         keep_ratio: float | None = None,
         budget_tokens: int | None = None,
+        add_special_tokens: bool = True,
         probe: bool = False,
     ) -> None:
         """Queue one prompt; its tokens are those that session.generate gives for the same seed.
@@ -87,20 +88,20 @@ class ContinuousBatcher:
 
         Parameters
         ----------
-        prompt : str or sequence of int
-            Text or token ids.
+        prompt : str, sequence of int or sequence of mappings
+            Text, token ids, or the messages of a conversation.
         sampling : SamplingParams
             How tokens are chosen.
         listener : Listener
             Who waits for the answer.
-        keep_ratio, budget_tokens : optional
+        keep_ratio, budget_tokens, add_special_tokens : optional
             As for ChunkKVSession.generate.
         probe : bool, default False
             The request only asks whether answers still grow. A full queue does not refuse it. Where it finds no slot,
             it ends with RequestTimeoutError after PROBE_WAIT_S and the next step; only a batcher that is stuck leaves
             it waiting.
         """
-        (request,) = self.session.requests([prompt], sampling, keep_ratio, budget_tokens)
+        (request,) = self.session.requests([prompt], sampling, keep_ratio, budget_tokens, add_special_tokens)
         needed = request.kept_tokens + sampling.max_new_tokens
         if not self._caches.could_hold(needed):
             raise RequestError(

@@ -48,6 +48,7 @@ class ParsedRequest:
     sampling : how tokens are chosen, and when the answer ends.
     keep_ratio : share of the prompt's KV cache that stays, in (0, 1]; None: the engine's own budget.
     budget_tokens : prompt tokens whose KV cache stays, at least 1; None: the engine's own budget.
+    add_special_tokens : put the model's begin token before a text that does not have it.
     stream : send a response for each new piece of text, instead of one for the whole answer.
     echo : repeat the prompt before the answer.
     """
@@ -56,6 +57,7 @@ class ParsedRequest:
     sampling: SamplingParams
     keep_ratio: float | None
     budget_tokens: int | None
+    add_special_tokens: bool
     stream: bool
     echo: bool
 
@@ -116,6 +118,7 @@ def parse_request(
         sampling=sampling,
         keep_ratio=keep_ratio,
         budget_tokens=value("budget_tokens"),
+        add_special_tokens=value("add_special_tokens", True),
         stream=value("stream", False),
         echo=not value("exclude_input_in_output", excludes_input),
     )

@@ -113,6 +113,7 @@ class Serving:
                 listener,
                 keep_ratio=request.keep_ratio,
                 budget_tokens=request.budget_tokens,
+                add_special_tokens=request.add_special_tokens,
                 probe=listener.responder.is_canary,
             )
         except Exception as error:

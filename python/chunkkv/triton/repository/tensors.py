@@ -64,7 +64,7 @@ COUNT_OUTPUTS = (
 )
 
 # Layout `single`: the model `chunkkv`.
-SINGLE_INPUTS = (*TEXT_INPUTS, *COUNT_REQUEST_INPUTS)
+SINGLE_INPUTS = (*TEXT_INPUTS, TensorSpec("add_special_tokens", "BOOL"), *COUNT_REQUEST_INPUTS)
 SINGLE_OUTPUTS = (
     TensorSpec("text_output", "STRING"),
     TensorSpec("output_ids", "INT32", (-1,)),
