@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from support import engines
 from chunkkv import session as session_module
 from chunkkv.cli import progress
 from chunkkv.cli.main import main
+from chunkkv.text.tokenizer import Tokenizer
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -95,3 +97,20 @@ def test_steps_are_shown_in_lines_with_an_estimate(monkeypatch, capsys) -> None:
     with progress.progress_bars(quiet=True) as begin:
         begin("eval", 2)(2)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("command", ["generate", "inspect"])
+def test_the_first_ctrl_c_ends_a_chat_template(engine, run, monkeypatch, command: str) -> None:
+    """A template is foreign code that may take a second, so it runs before Ctrl-C means "end the answer"."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def interrupted(self: Tokenizer, messages: object) -> list[int]:
+        signal.raise_signal(signal.SIGINT)
+        return [5]
+
+    monkeypatch.setattr(Tokenizer, "encode_chat", interrupted)
+    try:
+        code, out, err = run(command, "--engine_dir", engine, "--chat", "the")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (code, out) == (130, "") and err.endswith("interrupted\n")
