@@ -21,6 +21,7 @@ from chunkkv.findings import ABSENT, OK, WARNING, Finding
 from chunkkv.gpu import cuda_compiler, tensorrt_plugins
 from chunkkv.gpu.cuda_compiler import CudaCompiler, find_nvcc
 from chunkkv.gpu.cuda_runtime import CudaRuntime
+from chunkkv.gpu.plugin_architectures import ARCHITECTURES_FILE
 
 machine = pytest.fixture(machine_of)
 PACKAGES = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
@@ -70,6 +71,13 @@ def test_everything_is_named_with_its_version(rtx: RtxMachine) -> None:
     assert named("TensorRT").state == ABSENT and "chunkkv-trt[tensorrt]" in named("TensorRT").change
     assert named("GPU 0").found == "NVIDIA Double, compute capability 8.9, 2.0 GiB"
     assert "libchunkkv_tensorrt_rtx.so.1" in named("plugin libraries").found
+
+
+@pytest.mark.parametrize(("built_for", "state"), [("89-real", OK), ("80-real", OK), ("90a-real", WARNING)])
+def test_plugins_for_other_gpus_are_noticed(rtx: RtxMachine, tmp_path: Path, built_for: str, state: str) -> None:
+    (tmp_path / ARCHITECTURES_FILE).write_text(built_for)
+    plugins = named("plugin libraries")
+    assert plugins.state == state and built_for in plugins.found and ("8.9" in plugins.found) == (state == WARNING)
 
 
 def test_without_cuda_bindings_a_gpu_is_unknown(rtx: RtxMachine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,7 +75,8 @@ def dynamic(library: Path, entry: str) -> set[str]:
 def test_it_holds_the_packages_and_the_libraries(wheel: Path) -> None:
     assert re.fullmatch(r"chunkkv_trt-[\d.]+-py3-none-manylinux_2_\d+_\w+\.whl", wheel.name)
     with zipfile.ZipFile(wheel) as archive:
-        assert content(archive) == shipped_python() | {f"chunkkv/lib/{name}" for name in LIBRARIES}
+        files = {*LIBRARIES, "libchunkkv.architectures"}
+        assert content(archive) == shipped_python() | {f"chunkkv/lib/{name}" for name in files}
         (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/WHEEL"))
         assert "Root-Is-Purelib: false" in archive.read(metadata).decode()
 

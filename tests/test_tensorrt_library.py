@@ -6,6 +6,7 @@ import enum
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.cuda_double import CudartDouble
@@ -17,6 +18,7 @@ from chunkkv.engine.tensorrt_build import FUNCTIONS, PLUGIN, RTX, STANDARD, Tens
 from chunkkv.errors import BackendUnavailableError, EngineError, EngineMismatchError
 from chunkkv.gpu import tensorrt_plugins
 from chunkkv.gpu.cuda_runtime import CudaRuntime
+from chunkkv.gpu.plugin_architectures import ARCHITECTURES_FILE
 from chunkkv.gpu.tensorrt_library import capability_member, find_tensorrt, installed, missing, tensorrt_of_engine
 from chunkkv_builder.backends.tensorrt.target import Options, Target
 from chunkkv_builder.checkpoint.model_config import ModelConfig
@@ -132,6 +134,19 @@ def test_plugins_are_the_default_where_all_their_files_are_there(install, tmp_pa
     assert target.chunkkv_ops == FUNCTIONS and absent in target.reason and target.lacking == ()
     (lack,) = Target.decide(Options(chunkkv_ops=PLUGIN), MODEL, with_chunkkv=True).lacking
     assert absent in lack and lack.count("--chunkkv_ops functions") == 1
+
+
+def test_gpus_that_the_plugins_were_not_built_for_are_told(install, tmp_path: Path) -> None:
+    install("tensorrt_rtx")
+    (tmp_path / ARCHITECTURES_FILE).write_text("86-real\n")
+
+    def warnings(**options: Any) -> list[str]:
+        return Target.decide(Options(**options), MODEL, with_chunkkv=True).warnings()
+
+    (portable,) = warnings()
+    (twelve,) = warnings(compute_capabilities=["8.6", "12.0"])
+    assert portable == twelve and "86-real" in portable and "capability 12.0;" in portable
+    assert warnings(compute_capabilities=["8.6"]) == warnings(chunkkv_ops=FUNCTIONS) == []
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,10 @@ from chunkkv.cli import doctor
 from chunkkv.errors import BackendUnavailableError, EngineMismatchError
 from chunkkv.executors import machine_check
 from chunkkv.executors.tensorrt import jit_cache
-from chunkkv.findings import BREAKS
+from chunkkv.findings import BREAKS, OK, WARNING
+from chunkkv.gpu import tensorrt_plugins
 from chunkkv.gpu.cuda_runtime import CudaRuntime
+from chunkkv.gpu.plugin_architectures import ARCHITECTURES_FILE
 
 pytestmark = pytest.mark.contract_as_read
 
@@ -165,6 +167,11 @@ def test_doctor_names_the_layers_and_asks_about_each_engine(rtx: RtxMachine, eng
     assert findings["built with"].found == f"TensorRT for RTX {VERSION}: portable, ChunkKV as plugin"
     assert "8 ChunkKV plugins" in findings["layers of prefill.engine"].found
     assert findings["layers of decode_128.engine"].found.endswith("others")
+    library = tensorrt_plugins.find_plugin_library("rtx", VERSION)
+    for built_for, state, lacking in (("89-real", WARNING, "8.0"), ("90a-real", BREAKS, "8.9"), ("80", OK, "80")):
+        (library.parent / ARCHITECTURES_FILE).write_text(built_for)
+        (plugins,) = [finding for finding in doctor.diagnose(engine_dir) if finding.check == "plugin library"]
+        assert plugins.state == state and built_for in plugins.found and lacking in plugins.found
     monkeypatch.setattr(double, "MAGIC", b"another magic")
     findings = {finding.check: finding for finding in doctor.diagnose(engine_dir)}
     assert findings["prefill.engine"].state == BREAKS and "MALFORMED_ENGINE" in findings["prefill.engine"].found

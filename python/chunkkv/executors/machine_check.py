@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -137,6 +138,8 @@ def _validity(path: Path, build: TensorRTBuild) -> list[Finding]:
 
 
 def _plugins(files: EngineFiles) -> list[Finding]:
+    from chunkkv.gpu.cuda_runtime import gpu_capabilities
+    from chunkkv.gpu.plugin_architectures import NO_KERNELS_ADVICE, described, no_kernels
     from chunkkv.gpu.tensorrt_plugins import find_plugin_library
 
     check, change = "plugin library", f"{HOW_TO_GET}, or let CHUNKKV_LIB name the libchunkkv.so there"
@@ -153,7 +156,23 @@ def _plugins(files: EngineFiles) -> list[Finding]:
                     check, f"{path} is another build than the engine's", "use the library it was built with"
                 )
             ]
-    return [Finding.ok(check, str(path))]
+    if sentence := no_kernels(path, gpu_capabilities()):
+        return [Finding.breaks(check, sentence, NO_KERNELS_ADVICE)]
+    if sentence := no_kernels(path, _targets(files)):
+        return [Finding.warning(check, f"{sentence}, where the engine may run, too", NO_KERNELS_ADVICE)]
+    return [Finding.ok(check, described(path))]
+
+
+def _targets(files: EngineFiles) -> Sequence[str]:
+    """Return the compute capabilities that TensorRT for RTX built an engine for, none where that cannot be told."""
+    from chunkkv.gpu.tensorrt_library import find_tensorrt
+
+    if files.tensorrt is None:
+        return ()
+    try:
+        return files.tensorrt.compute_capabilities or find_tensorrt(files.tensorrt.flavour).compute_capabilities
+    except BackendUnavailableError:
+        return ()
 
 
 def check_tensorrt_llm_build(files: EngineFiles) -> list[Finding]:

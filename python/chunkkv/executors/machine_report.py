@@ -14,6 +14,7 @@ from chunkkv.executors.machine_check import installed_version
 from chunkkv.findings import Finding
 from chunkkv.gpu.cuda_compiler import find_nvcc
 from chunkkv.gpu.cuda_runtime import CudaRuntime, Gpu
+from chunkkv.gpu.plugin_architectures import NO_KERNELS_ADVICE, described, no_kernels
 from chunkkv.gpu.tensorrt_library import INSTALL, TensorRT, find_tensorrt
 from chunkkv.gpu.tensorrt_plugins import find_plugin_library, plugin_libraries
 
@@ -72,7 +73,7 @@ def describe_machine() -> list[Finding]:
     """Return what there is and what is missing, then one finding for each backend: build, run, both or neither."""
     machine = Machine.here()
     findings = [_tensorrt(flavour, library) for flavour, library in machine.libraries.items()]
-    findings += [_plugins(), *_gpus(machine), _nvcc()]
+    findings += [_plugins(machine), *_gpus(machine), _nvcc()]
     return [*findings, _onnxruntime_backend(), _tensorrt_backend(machine), _tensorrt_llm_backend(machine)]
 
 
@@ -82,9 +83,12 @@ def _tensorrt(flavour: str, library: TensorRT | str) -> Finding:
     return Finding.absent(TITLES[flavour], f"needs {library}", INSTALL[flavour])
 
 
-def _plugins() -> Finding:
+def _plugins(machine: Machine) -> Finding:
+    capabilities = [gpu.compute_capability for gpu in machine.gpus]
     if libraries := plugin_libraries():
-        return Finding.ok("plugin libraries", ", ".join(map(str, libraries)))
+        if sentences := [sentence for library in libraries if (sentence := no_kernels(library, capabilities))]:
+            return Finding.warning("plugin libraries", sentences[0], NO_KERNELS_ADVICE)
+        return Finding.ok("plugin libraries", ", ".join(map(described, libraries)))
     return Finding.absent("plugin libraries", "none", _NO_PLUGINS)
 
 

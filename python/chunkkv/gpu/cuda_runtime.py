@@ -263,3 +263,12 @@ class PinnedArray:
         self.array: np.ndarray = np.frombuffer(memoryview(memory), dtype=dtype).reshape(shape)
         self.array[...] = 0
         cuda.free_with(memory, cuda.bindings.cudaFreeHost, address)  # every view keeps `memory` alive, not this object
+
+
+def gpu_capabilities() -> list[str]:
+    """Return the compute capability of every GPU of this machine, none where CUDA has no GPU or cannot be asked."""
+    try:
+        cuda = CudaRuntime.load()
+        return [] if cuda.why_no_device() else [cuda.gpu(n).compute_capability for n in range(cuda.device_count())]
+    except (BackendUnavailableError, EngineRunError):
+        return []

@@ -54,7 +54,8 @@ class TensorRTPlan:
         """Print the plan, which TensorRT would build it, and the engines with their profiles."""
         self.graphs.show()
         console = plan_console()
-        for line in [*self.target.lines(), *_engine_lines(self._engines())]:
+        warnings = [f"warning: {sentence}" for sentence in self.target.warnings()]
+        for line in [*self.target.lines(), *warnings, *_engine_lines(self._engines())]:
             console.print(line, markup=False, soft_wrap=True)
 
     def _engines(self) -> dict[str, ShapeProfile]:
@@ -115,6 +116,8 @@ class TensorRTBackend:
         assert target.trt is not None  # `missing` saw to that
         builder = EngineBuilder(target.trt, target, build.limits.dtype, progress, self._options.timing_cache)
         progress.info("; ".join(target.lines()))
+        for sentence in target.warnings():
+            progress.warning(sentence)
         if target.chunkkv_ops == PLUGIN:
             assert build.plan.settings is not None
             builder.require_plugins(build.plan.settings)

@@ -10,6 +10,8 @@ from chunkkv.command_line import UsageError
 from chunkkv.engine.tensorrt_build import FUNCTIONS, MACHINE_GPU, NO_OPS, PLUGIN, TITLES
 from chunkkv.errors import BackendUnavailableError, ConfigError
 from chunkkv.gpu import tensorrt_plugins
+from chunkkv.gpu.cuda_runtime import gpu_capabilities
+from chunkkv.gpu.plugin_architectures import no_kernels
 from chunkkv.gpu.tensorrt_library import (
     AUTO,
     FIRST_CAPABILITY,
@@ -104,6 +106,15 @@ class Target:
         ops, reason = _decide_ops(options, trt, model) if with_chunkkv else (NO_OPS, "without --chunkkv")
         lacking = tuple(options.missing(with_chunkkv))
         return cls(trt, tuple(options.compute_capabilities), ops, reason, lacking)
+
+    def warnings(self) -> list[str]:
+        """Return what may go wrong where the engines run, a sentence each: GPUs that the plugins have no kernel for."""
+        if self.trt is None or self.chunkkv_ops != PLUGIN or self.lacking:
+            return []
+        library = tensorrt_plugins.find_plugin_library(self.trt.flavour, self.trt.version)
+        targets = self.compute_capabilities or self.trt.compute_capabilities or gpu_capabilities()
+        sentence = no_kernels(library, targets)
+        return [f"{sentence}; build the plugins for them, too, or give --chunkkv_ops {FUNCTIONS}"] if sentence else []
 
     def lines(self) -> list[str]:
         """Return what --dry_run says of it, a line each."""
