@@ -15,7 +15,7 @@ RUN cmake -S . -B build -DCHUNKKV_RELEASE=ON && cmake --build build --parallel \
     --target chunkkv chunkkv_tensorrt10 chunkkv_tensorrt_loader
 
 FROM ${TRITON_IMAGE}
-COPY --from=plugins /src/build/libchunkkv.so /src/build/libchunkkv_tensorrt.so.10 \
+COPY --from=plugins /src/build/libchunkkv.so /src/build/libchunkkv.architectures /src/build/libchunkkv_tensorrt.so.10 \
     /src/build/libchunkkv_tensorrt_loader.so /opt/chunkkv/lib/
 ENV CHUNKKV_LIB=/opt/chunkkv/lib/libchunkkv.so
 WORKDIR /opt/chunkkv/src
