@@ -66,6 +66,8 @@ def test_the_longest_context_is_what_it_was_trained_for(variant: str, overrides:
         ({"dtype": "int8"}, "dtype 'int8' float32 float16 bfloat16"),
         ({"dtype": "float16"}, "dtype 'float16' onnxruntime float32"),
         ({"weight_only_precision": "int2"}, "weight_only_precision 'int2' int8 int4"),
+        ({"weight_only_activations": "int4"}, "weight_only_activations 'int4' int8 float32"),
+        ({"weight_only_activations": "int8"}, "weight_only_precision None weight_only_activations 'int8'"),
     ],
 )
 def test_what_cannot_be_built_is_refused(values: dict[str, Any], message: str) -> None:
@@ -92,7 +94,8 @@ def test_a_prefill_block_must_hold_the_window(block: int, window: int, fits: boo
 
 
 def test_what_is_written_reads_back_the_same_and_only_that() -> None:
-    config = replace(BuildConfig.for_model(MODEL, max_seq_len=100, max_batch_size=3), weight_only_precision="int4")
+    weights = {"weight_only_precision": "int4", "weight_only_activations": "float32"}
+    config = replace(BuildConfig.for_model(MODEL, max_seq_len=100, max_batch_size=3), **weights)
     values = config.to_dict()
     assert BuildConfig.from_dict(values) == config
     assert values["max_beam_width"] == 1 and values["kv_cache_type"] == "continuous"
@@ -101,6 +104,7 @@ def test_what_is_written_reads_back_the_same_and_only_that() -> None:
         ({"max_beam_width": 4}, "'max_beam_width' 4 1"),
         ({"kv_cache_type": "paged"}, "'kv_cache_type' 'paged' 'continuous'"),
         ({"max_batch_size": 0}, "max_batch_size 0"),
+        ({"weight_only_activations": None}, "weight_only_precision 'int4' weight_only_activations None"),
     ):
         with pytest.raises(ConfigError, match=naming(message)):
             BuildConfig.from_dict({**values, **change})

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from support import engines
 from support.builds import ROOT, SCRIPT, CommandLine, Outcome, on_terminal, python, run_program, tree
@@ -89,7 +90,8 @@ def test_config_json_has_tensorrt_llms_shape(build: Callable[..., Outcome], tmp_
     assert expected.items() <= config["pretrained_config"].items()
     assert config["build_config"] == {
         "max_input_len": 64, "max_seq_len": 64, "max_batch_size": 8, "max_num_tokens": 16, "dtype": "float32",
-        "weight_only_precision": None, "backend": "onnxruntime", "max_beam_width": 1, "kv_cache_type": "continuous",
+        "weight_only_precision": None, "weight_only_activations": None, "backend": "onnxruntime",
+        "max_beam_width": 1, "kv_cache_type": "continuous",
     }  # fmt: skip
 
 
@@ -127,10 +129,20 @@ def test_weight_only_makes_smaller_engines_that_load(build: Callable[..., Outcom
         sizes[precision] = (tmp_path / precision / "weights.safetensors").stat().st_size
         assert len(answer(tmp_path / precision)) == 4
     build(tmp_path / "default", "--use_weight_only")
-    assert EngineFiles.load(tmp_path / "default").build["weight_only_precision"] == "int8"
+    limits = EngineFiles.load(tmp_path / "default").build
+    assert (limits["weight_only_precision"], limits["weight_only_activations"]) == ("int8", "int8")
     embedding, projections = 384 * 64 * 4, sizes["none"] - 384 * 64 * 4  # the embedding table stays float32
     assert sizes["int8"] - embedding < 0.35 * projections
     assert sizes["int4"] - embedding < 0.25 * projections
+
+
+@pytest.mark.parametrize(("activations", "accuracy_level"), [("int8", 4), ("float32", 1)])
+def test_activations_of_weight_only_engines(activations, accuracy_level, build, tmp_path) -> None:
+    build(tmp_path / "engine", "--use_weight_only", "--weight_only_activations", activations)
+    nodes = onnx.load(tmp_path / "engine" / "step.onnx", load_external_data=False).graph.node
+    products = [node for node in nodes if node.op_type == "MatMulNBits"]
+    levels = {attribute.i for node in products for attribute in node.attribute if attribute.name == "accuracy_level"}
+    assert len(products) >= 21 and levels == {accuracy_level}
 
 
 def test_without_a_tokenizer_the_engine_takes_ids_and_says_so(cli: CommandLine, tmp_path: Path) -> None:

@@ -184,6 +184,14 @@ def built_with(folder: Path, plugin_config: dict[str, Any] | None = None, **buil
     return folder
 
 
+def test_the_precision_of_the_weights_is_named_with_that_of_the_activations() -> None:
+    assert not any(finding.check == "weights" for finding in doctor.diagnose(engines.engine_dir("llama3")))
+    for activations in ("int8", "float32"):
+        flags = {"use_weight_only": True, "weight_only_precision": "int4", "weight_only_activations": activations}
+        found = named(doctor.diagnose(engines.engine_dir("llama3", **flags)), "weights")
+        assert found.state == OK and found.found == f"int4, multiplied with activations in {activations}"
+
+
 def test_an_engine_whose_build_settings_do_not_hold(machine: Path, tmp_path: Path) -> None:
     plugin_config = {"multiple_profiles": True, "tokens_per_block": 64}
     found = checked(built_with(tmp_path / "engine", plugin_config, max_beam_width=4))

@@ -99,7 +99,7 @@ def test_the_lines_above_the_table_say_what_would_be_built(cli: CommandLine) -> 
     assert "keep_ratio 0.2 (kvpress compression_ratio 0.8), chunk_size 10, boundaries fixed, window 32, sinks 4" in text
     assert "Prompts of 2k, 8k, 32k are above max_input_len; shown for comparison." in text
     packed = dry_run(cli, "llama3", "--use_weight_only", "--chunkkv", "--chunkkv_budget_tokens", "500")
-    assert "weights int8" in packed and "ChunkKV: budget_tokens 500," in packed
+    assert "weights int8 times activations int8" in packed and "ChunkKV: budget_tokens 500," in packed
     assert "ChunkKV: off, every prompt token is kept" in dry_run(cli, "llama3")
 
 

@@ -15,7 +15,8 @@ import chunkkv
 from chunkkv.command_line import UsageError
 from chunkkv.errors import ConfigError
 from chunkkv.settings import ChunkKVSettings
-from chunkkv_builder.flags import TRTLLM_FLAGS_WITHOUT_MEANING, chunkkv_settings, parse
+from chunkkv_builder.flags import chunkkv_settings, parse
+from chunkkv_builder.trtllm_flags import TRTLLM_FLAGS_WITHOUT_MEANING
 
 TRTLLM_FLAGS = (
     *("checkpoint_dir", "output_dir", "max_batch_size", "max_input_len", "max_seq_len", "max_num_tokens"),
@@ -29,6 +30,7 @@ CHUNKKV_FLAGS = tuple(
     )
 )
 OWN_FLAGS = ("overwrite", "backend", "dtype", "use_weight_only", "weight_only_precision")
+OWN_FLAGS += ("weight_only_activations",)
 OWN_FLAGS += ("tensorrt", "compute_capability", "timing_cache", "chunkkv_ops")
 LAYERS = 3  # of the llama3 checkpoint, whose context is 512
 
@@ -83,7 +85,9 @@ def test_the_defaults_are_the_documented_ones() -> None:
         boundaries="fixed", pooling=5, score="softmax", min_tokens=64, leader="last", layer_groups=((0,), (1,), (2,)),
     )  # fmt: skip
     assert settings("--chunkkv") == settings("--chunkkv enable") == settings("--chunkkv=enable") == expected
-    assert parse(["--checkpoint_dir", "c", "--use_weight_only"]).weight_only_precision == "int8"
+    assert flags.weight_only_activations is None
+    flags = parse(["--checkpoint_dir", "c", "--use_weight_only"])
+    assert (flags.weight_only_precision, flags.weight_only_activations) == ("int8", "int8")
 
 
 @pytest.mark.parametrize(
@@ -115,7 +119,8 @@ def test_every_setting_arrives_in_the_engine_as_given(cli: CommandLine, checkpoi
     given = {
         "checkpoint_dir": checkpoint, "output_dir": tmp_path / "engine", "max_batch_size": 3, "max_input_len": 150,
         "max_seq_len": 200, "max_num_tokens": 40, "log_level": "error", "backend": "onnxruntime", "dtype": "float32",
-        "use_weight_only": True, "weight_only_precision": "int4", "chunkkv": True, "chunkkv_keep_ratio": 0.25,
+        "use_weight_only": True, "weight_only_activations": "float32",
+        "weight_only_precision": "int4", "chunkkv": True, "chunkkv_keep_ratio": 0.25,
         "chunkkv_max_keep_ratio": 0.75, "chunkkv_chunk_size": 7, "chunkkv_window": 9, "chunkkv_sinks": 2,
         "chunkkv_boundaries": "delimiter", "chunkkv_pooling": 5, "chunkkv_score": "logits", "chunkkv_leader": "first",
         "chunkkv_min_tokens": 33, "chunkkv_layer_reuse": "0-1,2",
@@ -126,6 +131,7 @@ def test_every_setting_arrives_in_the_engine_as_given(cli: CommandLine, checkpoi
     assert config["build_config"] == {
         "max_batch_size": 3, "max_input_len": 150, "max_seq_len": 200, "max_num_tokens": 40, "backend": "onnxruntime",
         "dtype": "float32", "weight_only_precision": "int4", "max_beam_width": 1, "kv_cache_type": "continuous",
+        "weight_only_activations": "float32",
     }  # fmt: skip
     assert config["chunkkv"] == {
         "keep_per_10k": 2500, "max_keep_per_10k": 7500, "budget_tokens": 0, "chunk_size": 7, "window": 9, "sinks": 2,
@@ -181,6 +187,7 @@ def test_flags_of_trtllm_build_without_a_meaning_here_are_named_as_such(name: st
         ("--chunkkv disable --chunkkv_sinks 0", "--chunkkv_sinks has no effect without --chunkkv: add it"),
         ("--chunkkv_layer_reuse 2", "--chunkkv_layer_reuse has no effect without --chunkkv: add it"),
         ("--weight_only_precision int4", "--weight_only_precision has no effect without --use_weight_only: add it"),
+        ("--weight_only_activations int8", "--weight_only_activations has no effect without --use_weight_only: add it"),
         (
             "--chunkkv --chunkkv_keep_ratio 0.3 --chunkkv_budget_tokens 99",
             "--chunkkv_budget_tokens: give either this or --chunkkv_keep_ratio",
@@ -278,6 +285,7 @@ def test_a_value_out_of_range_is_named_with_what_is_allowed(
         ("backend", "tensorflow", "is not offered; allowed is auto or onnxruntime or tensorrt or tensorrt_llm"),
         ("dtype", "int8", "is not offered; allowed is auto or float32 or float16 or bfloat16"),
         ("weight_only_precision", "int2", "is not offered; allowed is int8 or int4"),
+        ("weight_only_activations", "int4", "is not offered; allowed is int8 or float32"),
         ("log_level", "loud", "is not offered; allowed is error or warning or info or verbose or debug"),
     ],
 )

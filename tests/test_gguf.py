@@ -27,7 +27,6 @@ from chunkkv_builder.checkpoint.gguf_file import TYPES
 from chunkkv_builder.checkpoint.gguf_quants import BLOCK_FORMATS, to_blocks
 from chunkkv_builder.checkpoint.model_config import ModelConfig, rope_frequencies
 from chunkkv_builder.onnx_graph import quantize
-from chunkkv_builder.onnx_graph.emitter import NodeEmitter
 
 PROMPT = np.random.default_rng(0).integers(3, 300, 40)
 LIMITS = {"max_seq_len": 128, "max_num_tokens": 16, "max_batch_size": 1}
@@ -128,28 +127,15 @@ def test_blocks_stand_for_the_same_values(kind: str, bits: int) -> None:
     assert np.abs(values - expected).max() <= tolerance
 
 
-@pytest.fixture
-def exact_activations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Build engines whose MatMulNBits leaves activations in float32, so that only the weights can differ."""
-    emit = NodeEmitter.op
-
-    def exact(emitter: NodeEmitter, *arguments: Any, **attributes: Any) -> str:
-        if "accuracy_level" in attributes:
-            attributes["accuracy_level"] = 0
-        return emit(emitter, *arguments, **attributes)
-
-    monkeypatch.setattr(NodeEmitter, "op", exact)
-
-
 PACKED = [("Q4_0", "int4"), ("Q4_1", "int4"), ("Q4_K", "int4"), ("Q8_0", "int8"), ("Q5_0", "int8"), ("Q5_1", "int8")]
 
 
 @pytest.mark.parametrize(("kind", "precision"), [*PACKED, ("Q5_K", "int8"), ("Q4_1", "int8")])
-@pytest.mark.usefixtures("exact_activations")
 def test_weight_only_engines_keep_the_blocks(tmp_path: Path, kind: str, precision: str, capsys: Any) -> None:
     sizes = {"head_dim": 64, **K_SIZES} if kind in DRAWN else {}
     weights = write_gguf(tmp_path / "model.gguf", "llama_tied", kind, **sizes)
     flags = {"use_weight_only": True, "weight_only_precision": precision, "log_level": "info"}
+    flags["weight_only_activations"] = "float32"  # so that only the weights can differ
     packed = engine(tmp_path / "model.gguf", tmp_path / "packed", **flags)
     count = sum(name.endswith("_proj.weight") for name in weights)
     assert f"{count} weights in {kind}: blocks kept as {precision}\n" in capsys.readouterr().err

@@ -7,14 +7,14 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from chunkkv_builder.onnx_graph.quantize import BITS, BLOCK, dequantize, quantize
+from chunkkv_builder.onnx_graph import quantize as rounding
+from chunkkv_builder.onnx_graph.quantize import BITS, BLOCK, dequantize, plain_scales, quantize, search_scales
 
 
-@pytest.mark.parametrize("bits", BITS.values())
 @pytest.mark.parametrize("shape", [(3, 32), (5, 64), (4, 40)])
-def test_error_is_at_most_one_step(bits, shape):
+def test_error_of_int8_is_at_most_one_step(shape):
     weight = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    packed, scales = quantize(weight, bits)
+    packed, scales = quantize(weight, 8)
     step = np.repeat(np.abs(scales), BLOCK, axis=1)[:, : shape[1]]
     error = np.abs(dequantize(packed, scales, shape[1]) - weight)
     assert (error <= step * 1.001).all()
@@ -27,6 +27,52 @@ def test_the_largest_of_a_block_is_exact_and_zeros_stay_zero(bits):
     weight[1, 3] = -2.5
     packed, scales = quantize(weight, bits)
     assert np.array_equal(dequantize(packed, scales, BLOCK), weight)
+
+
+def squared_errors(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Return the sum of each block's squared errors with codes from -8 to 7."""
+    codes = np.clip(np.rint(blocks / scales[..., None]), -8, 7)
+    return ((codes * scales[..., None] - blocks) ** 2).sum(axis=2)
+
+
+def test_searched_scales_lower_the_error_of_every_block():
+    blocks = np.random.default_rng(2).standard_normal((64, 9, BLOCK)).astype(np.float32)
+    plain, searched = (squared_errors(blocks, scales) for scales in (plain_scales(blocks, 4), search_scales(blocks)))
+    assert (searched <= plain * 1.0001).all()
+    assert searched.sum() < 0.9 * plain.sum()
+
+
+def test_quantize_searches_for_int4_and_not_for_int8():
+    weight = np.random.default_rng(3).standard_normal((8, 96)).astype(np.float32)
+    blocks = weight.reshape(8, 3, BLOCK)
+    assert np.array_equal(quantize(weight, 4)[1], search_scales(blocks))
+    assert np.array_equal(quantize(weight, 8)[1], plain_scales(blocks, 8))
+
+
+@pytest.mark.parametrize("shape", [(3, 32), (4, 40)])
+def test_packed_int4_is_as_close_as_its_scales_allow(shape):
+    weight = np.random.default_rng(5).standard_normal(shape).astype(np.float32)
+    packed, scales = quantize(weight, 4)
+    blocks = np.zeros((*scales.shape, BLOCK), np.float32).reshape(shape[0], -1)
+    blocks[:, : shape[1]] = weight
+    error = ((dequantize(packed, scales, shape[1]) - weight) ** 2).sum()
+    assert error == pytest.approx(squared_errors(blocks.reshape(*scales.shape, BLOCK), scales).sum(), rel=1e-5)
+
+
+def test_the_search_gives_the_same_in_parts(monkeypatch):
+    blocks = np.random.default_rng(4).standard_normal((10, 3, BLOCK)).astype(np.float32)
+    whole = search_scales(blocks)
+    monkeypatch.setattr(rounding, "_VALUES_AT_ONCE", 4 * 3 * BLOCK)
+    assert np.array_equal(search_scales(blocks), whole)
+
+
+def test_blocks_of_zeros_and_of_tiny_values_stay_finite():
+    weight = np.zeros((3, BLOCK), np.float32)
+    weight[1], weight[2] = 1e-30, 1e18
+    packed, scales = quantize(weight, 4)
+    assert np.isfinite(scales).all()
+    values = dequantize(packed, scales, BLOCK)
+    assert np.allclose(values, weight, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("bits", BITS.values())

@@ -13,6 +13,8 @@ from chunkkv.settings import ChunkKVSettings
 from chunkkv_builder.checkpoint.model_config import ModelConfig
 
 WEIGHT_ONLY_PRECISIONS = ("int8", "int4")
+WEIGHT_ONLY_ACTIVATIONS = ("int8", "float32")
+WEIGHT_ONLY_DEFAULTS = {"weight_only_precision": "int8", "weight_only_activations": "int8"}  # with --use_weight_only
 DEFAULT_MAX_BATCH_SIZE = 8
 DEFAULT_MAX_NUM_TOKENS = 512
 _LARGEST = {"max_batch_size": 4096, "max_num_tokens": 2**20, "max_seq_len": 2**31 - 1, "max_input_len": 2**31 - 1}
@@ -38,6 +40,9 @@ class BuildConfig:
         Number type of weights and KV cache, one of DTYPES that the backend allows.
     weight_only_precision : str or None, default None
         "int8" or "int4" stores the projections' weights in fewer bits; None keeps them in `dtype`.
+    weight_only_activations : str or None, default None
+        "int8" rounds the inputs of those projections to 8 bits, which is faster; "float32" leaves them as they are.
+        Given exactly where weight_only_precision is.
     backend : str, default "onnxruntime"
         The engine that runs it, one of chunkkv.engine.backends.BACKENDS.
     """
@@ -48,6 +53,7 @@ class BuildConfig:
     max_num_tokens: int = DEFAULT_MAX_NUM_TOKENS
     dtype: str = "float32"
     weight_only_precision: str | None = None
+    weight_only_activations: str | None = None
     backend: str = DEFAULT_BACKEND
 
     def __post_init__(self) -> None:
@@ -74,11 +80,17 @@ class BuildConfig:
                 f"weight_only_precision is {self.weight_only_precision!r}; backend {self.backend} has no quantised "
                 "weights: leave use_weight_only away and give dtype float16 or bfloat16"
             )
-        if self.weight_only_precision not in (None, *WEIGHT_ONLY_PRECISIONS):
+        self._check_weight_only("weight_only_precision", WEIGHT_ONLY_PRECISIONS)
+        self._check_weight_only("weight_only_activations", WEIGHT_ONLY_ACTIVATIONS)
+        if (self.weight_only_precision is None) != (self.weight_only_activations is None):
             raise ConfigError(
-                f"weight_only_precision is {self.weight_only_precision!r}; "
-                f"allowed is {' or '.join(WEIGHT_ONLY_PRECISIONS)}"
+                f"weight_only_precision is {self.weight_only_precision!r} and weight_only_activations is "
+                f"{self.weight_only_activations!r}; give both, or leave both away"
             )
+
+    def _check_weight_only(self, name: str, allowed: tuple[str, ...]) -> None:
+        if (value := getattr(self, name)) not in (None, *allowed):
+            raise ConfigError(f"{name} is {value!r}; allowed is {' or '.join(allowed)}")
 
     @classmethod
     def for_model(

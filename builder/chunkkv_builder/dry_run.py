@@ -29,7 +29,9 @@ def print_plan(plan: GraphPlan, build: BuildConfig, console: Console | None = No
     """
     console = plan_console(console)
     model = plan.model
-    weights = f"weights {build.weight_only_precision}" if build.weight_only_precision else f"weights {build.dtype}"
+    weights = f"weights {build.dtype}"
+    if build.weight_only_precision:
+        weights = f"weights {build.weight_only_precision} times activations {build.weight_only_activations}"
     console.print(
         f"{model.architecture}: {model.num_layers} layers, {model.num_kv_heads} KV heads of {model.head_dim}, "
         f"{human_bytes(plan.kv_bytes_per_token(build.dtype))} of KV cache per token"

@@ -27,32 +27,13 @@ from chunkkv.limits import CHOICES, RANGES
 from chunkkv.settings import DELIMITER_CHUNK_SIZE, ChunkKVSettings
 from chunkkv.settings import keep_ratio_to_per_10k as to_per_10k
 from chunkkv_builder import config
+from chunkkv_builder.trtllm_flags import TENSORRT_LLM_INSTEAD, TRTLLM_FLAGS_WITHOUT_MEANING
 
 PROGRAM = "chunkkv-build"
 _PREFIX = "chunkkv_"
 _DEFAULTS = ChunkKVSettings()
 _TENSORRT_ONLY = ("timing_cache", "tensorrt", "compute_capability", "chunkkv_ops")
 _TENSORRT_LLM_ONLY = ("tokenizer_dir", "chunkkv_tp_agree")
-# Flags that TensorRT-LLM has at another place, and that place.
-_TENSORRT_LLM_INSTEAD = {
-    "dtype": "convert_checkpoint.py --dtype",
-    "use_weight_only": "convert_checkpoint.py --use_weight_only",
-    "weight_only_precision": "convert_checkpoint.py --weight_only_precision",
-    "timing_cache": "--input_timing_cache and --output_timing_cache",
-    "chunkkv_max_keep_ratio": "--chunkkv_keep_ratio: the share is part of the engine, no request can ask for more",
-}
-# Flags of trtllm-build that set nothing these engines have, or something that has only one value here.
-TRTLLM_FLAGS_WITHOUT_MEANING = {
-    *("model_config", "build_config", "model_cls_file", "model_cls_name", "max_beam_width", "opt_num_tokens"),
-    *("max_encoder_input_len", "max_prompt_embedding_table_size", "max_multimodal_len", "kv_cache_type"),
-    *("paged_kv_cache", "input_timing_cache", "output_timing_cache", "profiling_verbosity", "strip_plan"),
-    *("weight_sparsity", "weight_streaming", "fast_build", "workers", "enable_debug_output", "visualize_network"),
-    *("monitor_memory", "logits_dtype", "gather_context_logits", "gather_generation_logits"),
-    *("gather_all_token_logits", "lora_dir", "lora_ckpt_source", "lora_target_modules", "max_lora_rank"),
-    *("speculative_decoding_mode", "max_draft_len", "gpt_attention_plugin", "gemm_plugin", "nccl_plugin"),
-    *("lora_plugin", "moe_plugin", "context_fmha", "remove_input_padding", "tokens_per_block"),
-    *("use_paged_context_fmha", "use_fp8_context_fmha", "multiple_profiles", "reduce_fusion", "user_buffer"),
-}
 
 
 class BuildParser(CommandParser):
@@ -88,10 +69,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if _backend(words) == TENSORRT_LLM:
         return _parse_tensorrt_llm(words)
     flags = _parser().parse_args(words)
-    if flags.weight_only_precision and not flags.use_weight_only:
-        raise UsageError("--weight_only_precision has no effect without --use_weight_only: add it")
-    if flags.use_weight_only and not flags.weight_only_precision:
-        flags.weight_only_precision = "int8"
+    for name, default in config.WEIGHT_ONLY_DEFAULTS.items():
+        if getattr(flags, name) and not flags.use_weight_only:
+            raise UsageError(f"--{name} has no effect without --use_weight_only: add it")
+        if flags.use_weight_only and not getattr(flags, name):
+            setattr(flags, name, default)
     flags.chunkkv = flags.chunkkv == "enable"
     settings = [name for name, value in vars(flags).items() if name.startswith(_PREFIX) and value is not None]
     if settings and not flags.chunkkv:
@@ -120,7 +102,7 @@ def _parse_tensorrt_llm(words: Sequence[str]) -> argparse.Namespace:
     parser = _tensorrt_llm_parser()
     flags, passed_on = parser.parse_known_args(words)
     for name in (word.partition("=")[0] for word in passed_on):
-        if name.startswith("--") and (instead := _TENSORRT_LLM_INSTEAD.get(name[2:])):
+        if name.startswith("--") and (instead := TENSORRT_LLM_INSTEAD.get(name[2:])):
             raise UsageError(f"{name} has no effect with --backend {TENSORRT_LLM}: use {instead}")
         if name.startswith(f"--{_PREFIX}"):
             raise UsageError(parser.unknown(name))
@@ -216,7 +198,13 @@ def _parser() -> BuildParser:
     build.add_argument(
         "--weight_only_precision",
         choices=config.WEIGHT_ONLY_PRECISIONS,
-        help="number type of those weights; default: int8",
+        help=f"number type of those weights; default: {config.WEIGHT_ONLY_DEFAULTS['weight_only_precision']}",
+    )
+    build.add_argument(
+        "--weight_only_activations",
+        choices=config.WEIGHT_ONLY_ACTIVATIONS,
+        help="number type that the inputs of those weights' products are rounded to, where float32 does not round "
+        f"them and is slower; default: {config.WEIGHT_ONLY_DEFAULTS['weight_only_activations']}",
     )
     _add_tensorrt(parser)
     _add_output(parser)

@@ -23,7 +23,10 @@ from chunkkv_builder.plan import GraphPlan, make_plan
 from chunkkv_builder.progress import Progress
 
 _OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json", "spiece.model")  # files that only transformers can convert
-_LIMITS = ("max_input_len", "max_seq_len", "max_batch_size", "max_num_tokens", "weight_only_precision")
+_LIMITS = (
+    *("max_input_len", "max_seq_len", "max_batch_size", "max_num_tokens"),
+    *("weight_only_precision", "weight_only_activations"),
+)
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,8 @@ class OnnxRuntimeBackend:
         locations = write_weights(folder / WEIGHTS_FILE, sources, progress.advance)
         for line in packing_report(planned.checkpoint, precision):
             progress.info(line)
-        graphs = {STEP_FILE: StepGraph(planned.plan, locations).build()}
+        activations = planned.limits.weight_only_activations
+        graphs = {STEP_FILE: StepGraph(planned.plan, locations, packed_activations=activations).build()}
         if planned.plan.settings is not None:
             graphs[COMPRESS_FILE] = compress_graph(planned.plan)
         progress.stage("graphs", len(graphs))

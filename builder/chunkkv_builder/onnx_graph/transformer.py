@@ -24,6 +24,8 @@ ATTENTION_OPSET = {"fused": 23, "standard": 24}
 PACKED_SUFFIX = ".packed"
 SCALES_SUFFIX = ".scales"
 OFFSETS_SUFFIX = ".offsets"
+# accuracy_level of MatMulNBits: 1 multiplies in float32, 4 rounds the inputs to int8, too.
+ACCURACY_LEVELS = {"float32": 1, "int8": 4}
 _INT32, _INT64, _FLOAT = onnx.TensorProto.INT32, onnx.TensorProto.INT64, onnx.TensorProto.FLOAT
 
 
@@ -46,6 +48,9 @@ class StepGraph:
         Decides where the weights lie; default: in a file beside the graph.
     window_queries : bool, default True
         Whether the graph has the outputs query.l, which a compress graph needs.
+    packed_activations : str or None, default "int8"
+        Type in which inputs are multiplied with packed weights, one of ACCURACY_LEVELS; may be None where there are no
+        packed weights.
     """
 
     def __init__(
@@ -56,6 +61,7 @@ class StepGraph:
         dtype: str = "float32",
         emitter: GraphEmitter | None = None,
         window_queries: bool = True,
+        packed_activations: str | None = "int8",
     ) -> None:
         if attention not in ATTENTION_OPSET:
             raise ConfigError(f"attention is {attention!r}; allowed is {' or '.join(ATTENTION_OPSET)}")
@@ -66,6 +72,7 @@ class StepGraph:
         self.dtype = dtype
         self.e = emitter or GraphEmitter()
         self._keeps_queries = window_queries
+        self._packed_activations = packed_activations
         self._sums: dict[str, str] = {}
 
     def build(self) -> onnx.ModelProto:
@@ -267,6 +274,7 @@ class StepGraph:
             return e.op("Gemm", [value, weight, *bias], name=node, transB=1)
         bits = packed.shape[2] * 8 // BLOCK
         scales = self.weights[f"{name}.weight{SCALES_SUFFIX}"]
+        assert self._packed_activations is not None
         result = e.op(
             "MatMulNBits",
             [value, e.weight(packed), e.weight(scales)],
@@ -276,7 +284,7 @@ class StepGraph:
             K=self._in_features(name),
             bits=bits,
             block_size=BLOCK,
-            accuracy_level=4,
+            accuracy_level=ACCURACY_LEVELS[self._packed_activations],
         )
         offsets = self.weights.get(f"{name}.weight{OFFSETS_SUFFIX}")
         if offsets is not None:

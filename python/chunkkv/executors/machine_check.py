@@ -34,6 +34,9 @@ _TELLING_LAYERS = {
 def check_engine(files: EngineFiles) -> list[Finding]:
     """Return what was checked: the files of the engine directory, its settings, packages, GPU, plugins and ranks."""
     findings = [Finding.ok("engine directory", f"{files.path}: every file is as it was built"), _settings(files)]
+    if precision := files.build.get("weight_only_precision"):
+        activations = files.build.get("weight_only_activations", "int8")  # the only one before the flag
+        findings.append(Finding.ok("weights", f"{precision}, multiplied with activations in {activations}"))
     findings += _versions(files)
     if files.traits.needs_gpu:
         findings.append(_gpu(files))
