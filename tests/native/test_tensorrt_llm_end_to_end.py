@@ -122,7 +122,11 @@ def test_float32_gives_the_kept_tokens_and_logits_of_onnxruntime(
     for a, b in zip(found, wanted, strict=True):
         np.testing.assert_allclose(a, b, atol=SHARPNESS, rtol=0)
     kept = [reference.inspect(list(prompt)).groups for prompt in prompts]
-    expected = [[group.kept for group in groups] for groups in kept if groups[0].kept.size < groups[0].scores.size]
+    expected = [
+        [group.kept_indices for group in groups]
+        for groups in kept
+        if groups[0].kept_indices.size < groups[0].token_scores.size
+    ]
     for a, b in zip(choices(session, LENGTHS), expected, strict=True):
         np.testing.assert_array_equal(a, b)
 
