@@ -201,7 +201,8 @@ def test_a_plan_without_chunkkv_has_nothing_to_compress() -> None:
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_packed_weights_run_too(precision: str) -> None:
-    session = engines.session("llama3", use_weight_only=True, weight_only_precision=precision, chunkkv_layer_reuse=2)
+    weights = {"weight_only_precision": precision, "weight_only_activations": "int8"}  # as the prefill graph has them
+    session = engines.session("llama3", use_weight_only=True, **weights, chunkkv_layer_reuse=2)
     graph = graphs.load(graphs.prefill_path("llama3", session, precision))
     request = requests_of(session)[0]
     inputs = {

@@ -14,7 +14,9 @@ from chunkkv_builder.checkpoint.model_config import ModelConfig
 
 WEIGHT_ONLY_PRECISIONS = ("int8", "int4")
 WEIGHT_ONLY_ACTIVATIONS = ("int8", "float32")
-WEIGHT_ONLY_DEFAULTS = {"weight_only_precision": "int8", "weight_only_activations": "int8"}  # with --use_weight_only
+DEFAULT_WEIGHT_ONLY_PRECISION = "int8"
+# The activations of each precision: ONNX Runtime has no fast product of int8 weights and float32 activations.
+DEFAULT_WEIGHT_ONLY_ACTIVATIONS = {"int8": "int8", "int4": "float32"}
 DEFAULT_MAX_BATCH_SIZE = 8
 DEFAULT_MAX_NUM_TOKENS = 512
 _LARGEST = {"max_batch_size": 4096, "max_num_tokens": 2**20, "max_seq_len": 2**31 - 1, "max_input_len": 2**31 - 1}

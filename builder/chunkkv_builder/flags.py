@@ -69,11 +69,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if _backend(words) == TENSORRT_LLM:
         return _parse_tensorrt_llm(words)
     flags = _parser().parse_args(words)
-    for name, default in config.WEIGHT_ONLY_DEFAULTS.items():
+    for name in ("weight_only_precision", "weight_only_activations"):
         if getattr(flags, name) and not flags.use_weight_only:
             raise UsageError(f"--{name} has no effect without --use_weight_only: add it")
-        if flags.use_weight_only and not getattr(flags, name):
-            setattr(flags, name, default)
+    if flags.use_weight_only:
+        precision = flags.weight_only_precision = flags.weight_only_precision or config.DEFAULT_WEIGHT_ONLY_PRECISION
+        flags.weight_only_activations = (
+            flags.weight_only_activations or config.DEFAULT_WEIGHT_ONLY_ACTIVATIONS[precision]
+        )
     flags.chunkkv = flags.chunkkv == "enable"
     settings = [name for name, value in vars(flags).items() if name.startswith(_PREFIX) and value is not None]
     if settings and not flags.chunkkv:
@@ -198,19 +201,24 @@ def _parser() -> BuildParser:
     build.add_argument(
         "--weight_only_precision",
         choices=config.WEIGHT_ONLY_PRECISIONS,
-        help=f"number type of those weights; default: {config.WEIGHT_ONLY_DEFAULTS['weight_only_precision']}",
+        help=f"number type of those weights; default: {config.DEFAULT_WEIGHT_ONLY_PRECISION}",
     )
     build.add_argument(
         "--weight_only_activations",
         choices=config.WEIGHT_ONLY_ACTIVATIONS,
-        help="number type that the inputs of those weights' products are rounded to, where float32 does not round "
-        f"them and is slower; default: {config.WEIGHT_ONLY_DEFAULTS['weight_only_activations']}",
+        help="number type of what those weights are multiplied with: int8 rounds it, float32 does not and is slower, "
+        f"much slower for int8 weights; default: {_default_activations()}",
     )
     _add_tensorrt(parser)
     _add_output(parser)
     _add_chunkkv(parser)
     _add_budget(parser, max_keep_ratio=True)
     return parser
+
+
+def _default_activations() -> str:
+    """Return the activations of each precision, for --help."""
+    return ", ".join(f"{kind} for {weights}" for weights, kind in config.DEFAULT_WEIGHT_ONLY_ACTIVATIONS.items())
 
 
 def _auto_dtypes() -> str:
