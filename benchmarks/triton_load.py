@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -87,7 +88,7 @@ class Server:
     def pids(self) -> tuple[int, int]:
         """Return the server's and the model's process."""
         server = self.events("server_started")[-1]["pid"]
-        command = Path(f"/proc/{server}/cmdline").read_text()
+        command = "\0".join(psutil.Process(server).cmdline())
         prefix = re.search(r"shm-region-prefix-name=(\w+)", command)
         assert prefix is not None, command
         (model,) = model_processes(prefix[1])

@@ -27,8 +27,9 @@ def peak_mb() -> float:
 
 def resident_mb() -> float:
     """Return the current resident size in MB."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 1e6
+    import psutil  # of the extra `peers`
+
+    return psutil.Process().memory_info().rss / 1e6
 
 
 def run_ours(case: dict[str, Any], ids: np.ndarray) -> dict[str, Any]:
