@@ -39,6 +39,14 @@ def files_below(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
+def internet_calls(trace: Path) -> list[str]:
+    """Return the system calls of a trace that open or connect an internet socket."""
+    return [call for call in trace.read_text().splitlines() if "AF_INET" in call]
+
+
+needs_strace = pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+
+
 def test_a_session_writes_nothing_to_the_home_directory(tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
@@ -46,13 +54,20 @@ def test_a_session_writes_nothing_to_the_home_directory(tmp_path: Path) -> None:
     assert files_below(tmp_path) == []
 
 
-@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+@needs_strace
 def test_a_session_opens_no_connection(tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
     run_with_empty_home(home, SESSION, tmp_path / "trace")
-    calls = (tmp_path / "trace").read_text().splitlines()
-    assert [call for call in calls if "AF_INET" in call] == []
+    assert internet_calls(tmp_path / "trace") == []
+
+
+@needs_strace
+def test_a_connection_would_be_seen(tmp_path: Path) -> None:
+    """The check above looks for what must not be there; here it is there, to a closed port of this machine."""
+    program = "import socket; print(socket.socket().connect_ex(('127.0.0.1', 9)))"
+    run_with_empty_home(tmp_path, program, tmp_path / "trace")
+    assert internet_calls(tmp_path / "trace")
 
 
 def test_a_users_own_choice_stays(tmp_path: Path) -> None:
