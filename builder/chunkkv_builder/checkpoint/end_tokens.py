@@ -67,8 +67,8 @@ def turn_end(tokenizer: Tokenizer) -> tuple[int, ...]:
     except ChunkKVError:  # a template that wants other messages; it compiles, which was checked
         return ()
     behind = text.rpartition(_ANSWER)[2].lstrip() if _ANSWER in text else ""
-    found = [added for added in tokenizer.added_texts if behind.startswith(added)]
-    return (tokenizer.added_texts[max(found, key=len)],) if found else ()
+    prefixes = [added for added in tokenizer.added_texts if behind.startswith(added)]
+    return (tokenizer.added_texts[max(prefixes, key=len)],) if prefixes else ()
 
 
 def _stated(path: Path) -> tuple[int, ...]:
