@@ -136,6 +136,7 @@ def test_every_setting_arrives_in_the_engine_as_given(cli: CommandLine, checkpoi
         "weight_only_activations": "float32",
     }  # fmt: skip
     assert config["chunkkv"] == {
+        **ChunkKVSettings().to_dict(),
         "keep_per_10k": 2500, "max_keep_per_10k": 7500, "budget_tokens": 0, "chunk_size": 7, "window": 9, "sinks": 2,
         "boundaries": "delimiter", "pooling": 5, "score": "logits", "leader": "first", "min_tokens": 33,
         "layer_groups": [[0, 1], [2]], "gate": "none",

@@ -19,6 +19,13 @@ from chunkkv.settings import ChunkKVSettings, keep_ratio_to_per_10k
 lengths = st.integers(0, 2**31 - 1)
 ratios = st.integers(1, KEEP_SCALE)
 least = st.integers(46, 4_000)
+CLASSES = {
+    "budget_split": "classes",
+    "num_kv_heads": 4,
+    "reading_heads": ((0, 2), (), (0, 1, 2)),
+    "reading_share_per_10k": 20_000,
+    "local_share_per_10k": 2_857,
+}
 drawn = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 
 
@@ -58,6 +65,70 @@ def test_a_request_overrides_the_mode_of_the_engine() -> None:
     assert budget.kept_tokens(1_000, budget_tokens=0) == 500
     assert budget.kept_tokens(1_000, budget_tokens=200) == 200
     assert ChunkKVSettings(keep_per_10k=2_000).kept_tokens(1_000, budget_tokens=300) == 300
+
+
+@drawn
+@given(
+    length=st.integers(0, 2**20),
+    ratio=ratios,
+    budget=st.one_of(st.just(0), st.integers(1, 2**20)),
+    min_tokens=least,
+    reading=st.lists(st.sets(st.integers(0, 7)), min_size=1, max_size=5),
+    share=st.integers(10_000, 60_000),
+)
+def test_classes_keep_what_was_requested_in_total(
+    length: int, ratio: int, budget: int, min_tokens: int, reading: list[set[int]], share: int
+) -> None:
+    heads, readers = 8 * len(reading), sum(map(len, reading))
+    share = min(share, heads * KEEP_SCALE // readers) if 0 < readers < heads else KEEP_SCALE
+    local = (heads * KEEP_SCALE - readers * share) // (heads - readers) if readers < heads else KEEP_SCALE
+    options = ChunkKVSettings(
+        min_tokens=min_tokens,
+        budget_split="classes",
+        num_kv_heads=8,
+        reading_heads=tuple(tuple(sorted(heads)) for heads in reading),
+        reading_share_per_10k=share,
+        local_share_per_10k=local,
+    )
+    kept = options.kept_tokens(length, ratio, budget)
+    of_reading, of_local = options.class_lengths(length, ratio, budget)
+    assert min(length, min_tokens) <= of_local <= kept <= of_reading <= length
+    total = readers * of_reading + (heads - readers) * of_local
+    # Whole tokens per head: less than one per local head is left over.
+    assert total <= heads * kept < total + max(heads - readers, 1)
+    if length <= min_tokens or readers in (0, heads):
+        assert of_reading == of_local == kept
+    elif ratio == KEEP_SCALE and not budget:
+        assert of_reading == of_local == length
+    elif heads * kept - (heads - readers) * min_tokens > readers * length and not budget:
+        assert of_reading == min(length, max(min_tokens, length * ratio * share // 10**8))
+
+
+def test_a_uniform_budget_has_one_length_class() -> None:
+    options = ChunkKVSettings(keep_per_10k=2_000, layer_groups=((0,), (1,)))
+    assert options.length_classes == 1
+    assert options.class_lengths(1_000) == options.class_capacities(1_000) == (200,)
+    assert options.class_lengths(1_000, 3_000) == (300,)
+    assert options.class_lengths(1_000, budget_tokens=90) == (90,)
+
+
+def test_class_lengths_follow_the_shares() -> None:
+    options = ChunkKVSettings(keep_per_10k=2_000, **CLASSES)
+    assert options.length_classes == 2
+    assert options.class_lengths(1_000) == options.class_capacities(1_000) == (390, 64)
+    assert options.class_lengths(10_000) == (4_000, 571)
+    assert options.class_lengths(10_000, budget_tokens=1_000) == (2_000, 285)
+    assert options.class_lengths(10_000, 8_000) == (10_000, 6_571)
+    assert options.class_lengths(64) == (64, 64)
+
+
+def test_ranked_layers_may_keep_what_all_others_leave() -> None:
+    options = ChunkKVSettings(keep_per_10k=2_000, budget_split="ranked", layer_groups=((0,), (1,), (2,)))
+    assert options.length_classes == 3
+    assert options.class_capacities(1_000) == (600 - 2 * 64,) * 3
+    assert options.class_capacities(1_000, 9_000) == (1_000,) * 3
+    with pytest.raises(ConfigError, match=naming("'ranked' class_capacities")):
+        options.class_lengths(1_000)
 
 
 @pytest.mark.parametrize(
@@ -119,6 +190,30 @@ def test_bad_ratios_are_named(ratio: Any, named: str) -> None:
             "budget_tokens 63 min_tokens 64",
         ),
         ({"max_keep_per_10k": 4_999}, "keep_ratio 0.5 max_keep_ratio 0.4999"),
+        ({"window_reduce": "sum"}, "window_reduce 'sum' mean max"),
+        ({"head_reduce": "sum"}, "head_reduce 'sum' mean max"),
+        ({"value_norm": True}, "value_norm True off on"),
+        ({"heads": "own"}, "heads 'own' shared each"),
+        ({"budget_split": "even"}, "budget_split 'even' uniform classes ranked"),
+        ({"local_policy": "last"}, "local_policy 'last' chunks recent"),
+        ({"score": "logits", "value_norm": "on"}, "value_norm 'on' 'logits' 'softmax' 'off'"),
+        ({"score": "given", "head_reduce": "max"}, "head_reduce 'max' 'given' 'softmax' 'mean'"),
+        ({"leaders": (0,)}, "leaders (0,) ()"),
+        ({"leaders": (0, 1), "layer_groups": ((0, 1), (2,))}, "leaders (0,1) ((0,1),(2,))"),
+        ({"leaders": (0,), "layer_groups": ((0, 1), (2,))}, "leaders (0,) ((0,1),(2,))"),
+        ({"budget_split": "classes"}, "num_kv_heads 0 'classes'"),
+        ({"reading_heads": ((0,),)}, "reading_heads ((0,),) 'uniform' 'classes'"),
+        ({"reading_share_per_10k": 20_000}, "reading_share_per_10k 20000 local_share_per_10k 10000 'classes'"),
+        ({"local_share_per_10k": 10_001}, "local_share_per_10k 10001 0 10000"),
+        ({"reading_share_per_10k": 9_999}, "reading_share_per_10k 9999 10000"),
+        ({"budget_split": "ranked", "heads": "each"}, "budget_split 'ranked' heads 'each' 'shared'"),
+        ({"budget_split": "ranked", "layer_groups": ((0, 1),)}, "'ranked' ((0,1),) layer_reuse 1"),
+        ({**CLASSES, "local_share_per_10k": 5_000}, "20000 5 5000 7 average 11250.0 10000"),
+        ({**CLASSES, "reading_heads": ((0, 2), (), (0, 1, 4))}, "layer 2 (0,1,4) 0 3"),
+        ({**CLASSES, "reading_heads": ((2, 0), (), (0, 1, 2))}, "layer 0 (2,0) ascending"),
+        ({**CLASSES, "reading_heads": ((0, 0), (), (0, 1, 2))}, "layer 0 (0,0) once"),
+        ({**CLASSES, "layer_groups": ((0,), (1,))}, "reading_heads 3 2"),
+        ({**CLASSES, "layer_groups": ((0,), (1, 2))}, "(1,2) [(),(0,1,2)] reading_heads"),
     ],
 )
 def test_every_invalid_value_is_named_with_what_is_allowed(changes: dict[str, Any], named: str) -> None:
@@ -142,6 +237,10 @@ def test_every_invalid_value_is_named_with_what_is_allowed(changes: dict[str, An
         {"max_keep_per_10k": 5_000},
         {"keep_per_10k": 2_000, "score": "logits", "boundaries": "delimiter", "leader": "first", "pooling": 5},
         {"layer_groups": ((0, 1), (2,), (3, 4, 5))},
+        {"layer_groups": ((0, 1), (2, 3)), "leaders": (1, 2)},
+        {"window_reduce": "max", "head_reduce": "max", "value_norm": "on", "heads": "each"},
+        {"score": "given", "budget_split": "ranked", "layer_groups": ((0,), (1,))},
+        {**CLASSES, "local_policy": "chunks"},
     ],
 )
 def test_settings_survive_json(changes: dict[str, Any]) -> None:
@@ -149,7 +248,7 @@ def test_settings_survive_json(changes: dict[str, Any]) -> None:
     stored = json.loads(json.dumps(options.to_dict()))
     assert ChunkKVSettings.from_dict(stored) == options
     for name, value in changes.items():
-        assert stored[name] == ([list(group) for group in value] if name == "layer_groups" else value)
+        assert stored[name] == json.loads(json.dumps(value))
 
 
 @pytest.mark.parametrize(
@@ -162,6 +261,10 @@ def test_settings_survive_json(changes: dict[str, Any]) -> None:
         ({"layer_groups": [[0], []]}, "layer_groups [[0],[]]"),
         ({"layer_groups": [0, 1]}, "layer_groups [0,1]"),
         ({"layer_groups": [["0"]]}, "layer_groups [['0']]"),
+        ({"reading_heads": [0]}, "reading_heads [0]"),
+        ({"reading_heads": [[True]]}, "reading_heads [[True]]"),
+        ({"leaders": "last"}, "leaders 'last'"),
+        ({"leaders": [[0]]}, "leaders [[0]]"),
     ],
 )
 def test_stored_settings_are_checked(changes: dict[str, Any], named: str) -> None:
@@ -182,3 +285,8 @@ def test_the_leader_is_the_first_or_last_of_a_group(leader: str, expected: list[
     options = ChunkKVSettings(leader=leader, layer_groups=[[0, 1], [2], [3, 4, 5]])
     assert options.layer_groups == ((0, 1), (2,), (3, 4, 5))
     assert [options.leader_of(group) for group in options.layer_groups] == expected
+
+
+def test_a_recipe_may_name_a_leader_per_group() -> None:
+    options = ChunkKVSettings(leaders=[1, 2, 4], layer_groups=[[0, 1], [2], [3, 4, 5]])
+    assert [options.leader_of(group) for group in options.layer_groups] == [1, 2, 4]

@@ -20,14 +20,24 @@ RANGES: dict[str, tuple[int, int]] = {
     "sinks": (0, 65_536),
     "pooling": (1, 63),  # odd values only
     "min_tokens": (1, INT32_MAX),  # and at least window + sinks + chunk_size
+    "num_kv_heads": (0, 65_536),
+    # Products of a length, a ratio and a share stay below 2**63 for every prompt that fits in memory.
+    "reading_share_per_10k": (KEEP_SCALE, 1_000_000),
+    "local_share_per_10k": (0, KEEP_SCALE),
 }
 
 # Words.
 CHOICES: dict[str, tuple[str, ...]] = {
     "boundaries": ("fixed", "delimiter"),
     "leader": ("first", "last"),
-    "score": ("softmax", "logits"),
+    "score": ("softmax", "logits", "given"),
     "gate": ("none", "entropy"),
+    "window_reduce": ("mean", "max"),
+    "head_reduce": ("mean", "max"),
+    "value_norm": ("off", "on"),
+    "heads": ("shared", "each"),
+    "budget_split": ("uniform", "classes", "ranked"),
+    "local_policy": ("chunks", "recent"),
 }
 
 # The words of CHOICES that the native kernels compute. The place of a word in its list is its code in the C ABI.
@@ -35,6 +45,11 @@ KERNEL_CHOICES: dict[str, tuple[str, ...]] = {
     "boundaries": ("fixed", "delimiter"),
     "score": ("softmax", "logits"),
     "gate": ("none",),
+    "window_reduce": ("mean",),
+    "head_reduce": ("mean",),
+    "value_norm": ("off",),
+    "heads": ("shared",),
+    "budget_split": ("uniform",),
 }
 
 KERNEL_HEAD_SIZES = (64, 80, 96, 128, 256)  # values of head_dim that the score kernel is compiled for

@@ -16,6 +16,9 @@ LEADERS = CHOICES["leader"]
 DELIMITER_CHUNK_SIZE = 20
 # How many tokens a gated chunk contributes at its turn; its other tokens rank behind those of all other chunks.
 GATE_TOKENS = 4
+# Settings that act on attention weights, and the value that goes with other scores.
+_OF_ATTENTION_WEIGHTS = {"window_reduce": "mean", "head_reduce": "mean", "value_norm": "off"}
+_LISTS_OF_LISTS = ("layer_groups", "reading_heads")
 
 
 def keep_ratio_to_per_10k(keep_ratio: object, setting: str = "keep_ratio") -> int:
@@ -57,16 +60,39 @@ class ChunkKVSettings:
         Where chunks end: every chunk_size tokens, or also after a token whose text ends a clause or a line.
     pooling : int, default 5
         Neighbouring tokens over which scores are averaged, an odd number. 1 means no pooling.
-    score : {"softmax", "logits"}, default "softmax"
-        What scores a token: its attention weights, averaged, or the raw products q·k, summed.
+    score : {"softmax", "logits", "given"}, default "softmax"
+        What scores a token: its attention weights, the raw products q·k, summed, or scores from outside the engine.
     gate : {"none", "entropy"}, default "none"
         "entropy" takes only GATE_TOKENS tokens, at first, of a high-scoring chunk whose score comes from few tokens.
     min_tokens : int, default 64
         Prompts of up to this many tokens are kept whole, and no budget goes below it.
     leader : {"first", "last"}, default "last"
-        The layer of a group whose attention decides for the whole group.
+        The layer of a group whose attention decides for the whole group, where `leaders` is empty.
     layer_groups : tuple of tuples of int, default ()
         Consecutive layers that share one choice of tokens. Empty means that groups were not assigned yet.
+    leaders : tuple of int, default ()
+        The layer of each group whose attention decides for the whole group. Empty means that `leader` says it.
+    window_reduce : {"mean", "max"}, default "mean"
+        How the attention weights of the window's queries become one score of a head.
+    head_reduce : {"mean", "max"}, default "mean"
+        How the scores of the query heads of a choice become one.
+    value_norm : {"off", "on"}, default "off"
+        Whether a head's score is multiplied by the length (L2 norm) of the token's value vector.
+    heads : {"shared", "each"}, default "shared"
+        Whether the KV heads of a layer and class keep the same tokens, or each its own, equally many.
+    budget_split : {"uniform", "classes", "ranked"}, default "uniform"
+        Who keeps how many tokens: every layer and head the same, two classes of KV heads different shares, or every
+        layer what its chunks win in one ranking over all layers.
+    num_kv_heads : int, default 0
+        KV heads of a layer. Present exactly where budget_split is "classes", as is the next.
+    reading_heads : tuple of tuples of int, default ()
+        For every layer its KV heads of the class "reading", ascending; the others are the class "local".
+    reading_share_per_10k : int, default 10000
+        What a reading head keeps, relative to what the request keeps. Both shares average to one over all heads.
+    local_share_per_10k : int, default 10000
+        What a local head keeps, relative to what the request keeps.
+    local_policy : {"chunks", "recent"}, default "recent"
+        What local heads keep: the best chunks, or sinks and the last tokens.
     """
 
     keep_per_10k: int = 5_000
@@ -82,8 +108,29 @@ class ChunkKVSettings:
     min_tokens: int = 64
     leader: str = "last"
     layer_groups: tuple[tuple[int, ...], ...] = ()
+    leaders: tuple[int, ...] = ()
+    window_reduce: str = "mean"
+    head_reduce: str = "mean"
+    value_norm: str = "off"
+    heads: str = "shared"
+    budget_split: str = "uniform"
+    num_kv_heads: int = 0
+    reading_heads: tuple[tuple[int, ...], ...] = ()
+    reading_share_per_10k: int = KEEP_SCALE
+    local_share_per_10k: int = KEEP_SCALE
+    local_policy: str = "recent"
 
     def __post_init__(self) -> None:
+        for name in ("layer_groups", "reading_heads"):
+            object.__setattr__(self, name, tuple(tuple(numbers) for numbers in getattr(self, name)))
+        object.__setattr__(self, "leaders", tuple(self.leaders))
+        self._check_values()
+        self._check_budget()
+        self._check_score()
+        self._check_leaders()
+        self._check_split()
+
+    def _check_values(self) -> None:
         for name, (low, high) in RANGES.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
@@ -95,8 +142,8 @@ class ChunkKVSettings:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; allowed is {' or '.join(allowed)}")
         if self.pooling % 2 == 0:
             raise ConfigError(f"pooling is {self.pooling}; allowed are odd values (1 = off, 5 = SnapKV's)")
-        if self.gate == "entropy" and self.score == "logits":
-            raise ConfigError("gate is 'entropy', which needs shares of attention: use score 'softmax' or gate 'none'")
+
+    def _check_budget(self) -> None:
         least = self.window + self.sinks + self.chunk_size
         if self.min_tokens < least:
             raise ConfigError(
@@ -113,7 +160,53 @@ class ChunkKVSettings:
                 f"keep_ratio {self.keep_per_10k / KEEP_SCALE} is above max_keep_ratio "
                 f"{self.max_keep_per_10k / KEEP_SCALE}: raise max_keep_ratio or lower keep_ratio"
             )
-        object.__setattr__(self, "layer_groups", tuple(tuple(group) for group in self.layer_groups))
+
+    def _check_score(self) -> None:
+        if self.gate == "entropy" and self.score == "logits":
+            raise ConfigError("gate is 'entropy', which needs shares of attention: use score 'softmax' or gate 'none'")
+        for name, plain in _OF_ATTENTION_WEIGHTS.items():
+            if self.score != "softmax" and getattr(self, name) != plain:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)!r}, which acts on attention weights, but score is {self.score!r}: "
+                    f"use score 'softmax' or {name} {plain!r}"
+                )
+
+    def _check_leaders(self) -> None:
+        if not self.leaders:
+            return
+        fits = len(self.leaders) == len(self.layer_groups)
+        if not fits or any(leader not in group for leader, group in zip(self.leaders, self.layer_groups, strict=True)):
+            raise ConfigError(
+                f"leaders is {self.leaders} for the layer groups {self.layer_groups}; name one layer of every group, "
+                "in order"
+            )
+
+    def _check_split(self) -> None:
+        classes = self.budget_split == "classes"
+        for name in ("num_kv_heads", "reading_heads"):
+            if bool(getattr(self, name)) != classes:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)!r} and budget_split is {self.budget_split!r}; the heads of the "
+                    "class 'reading' are listed exactly where budget_split is 'classes'"
+                )
+        if classes:
+            _check_classes(self)
+        elif (self.reading_share_per_10k, self.local_share_per_10k) != (KEEP_SCALE, KEEP_SCALE):
+            raise ConfigError(
+                f"reading_share_per_10k is {self.reading_share_per_10k} and local_share_per_10k is "
+                f"{self.local_share_per_10k}; shares other than {KEEP_SCALE} need budget_split 'classes'"
+            )
+        if self.budget_split == "ranked":
+            if self.heads == "each":
+                raise ConfigError(
+                    "budget_split is 'ranked', which gives every layer one length, and heads is 'each': use heads "
+                    "'shared' or another budget_split"
+                )
+            if any(len(group) > 1 for group in self.layer_groups):
+                raise ConfigError(
+                    f"budget_split is 'ranked', for which every layer chooses for itself, and layer_groups is "
+                    f"{self.layer_groups}: use layer_reuse 1"
+                )
 
     @property
     def keep_ratio(self) -> float:
@@ -125,11 +218,76 @@ class ChunkKVSettings:
 
         Integer arithmetic only (docs/method.md, section 1). A budget of 0 means ratio mode.
         """
-        budget = self.budget_tokens if budget_tokens is None and keep_per_10k is None else (budget_tokens or 0)
+        budget = self._budget(keep_per_10k, budget_tokens)
         if budget > 0:
             return min(length, max(self.min_tokens, budget))
         per_10k = self.keep_per_10k if keep_per_10k is None else keep_per_10k
         return min(length, max(self.min_tokens, length * per_10k // KEEP_SCALE))
+
+    @property
+    def length_classes(self) -> int:
+        """How many lengths the caches of a prompt have: 1 (uniform), 2 (classes), or one per layer (ranked)."""
+        return {"uniform": 1, "classes": 2, "ranked": len(self.layer_groups)}[self.budget_split]
+
+    def class_lengths(
+        self, length: int, keep_per_10k: int | None = None, budget_tokens: int | None = None
+    ) -> tuple[int, ...]:
+        """Return the tokens that every length class keeps of a prompt (docs/method.md, section 1).
+
+        One length for budget_split "uniform"; for "classes" those of the reading and of the local heads, in that order.
+
+        Parameters
+        ----------
+        length : int
+            Tokens of the prompt.
+        keep_per_10k, budget_tokens : int, optional
+            The request's own ratio or budget, as in kept_tokens.
+
+        Raises
+        ------
+        ConfigError
+            For budget_split "ranked", where the lengths depend on the scores.
+        """
+        if self.budget_split == "ranked":
+            raise ConfigError(
+                "budget_split is 'ranked', so lengths per layer depend on the scores: use class_capacities"
+            )
+        kept = self.kept_tokens(length, keep_per_10k, budget_tokens)
+        if self.budget_split == "uniform":
+            return (kept,)
+        heads = self.num_kv_heads * len(self.reading_heads)
+        reading = sum(map(len, self.reading_heads))
+        local = heads - reading
+        if length <= self.min_tokens or reading == 0 or local == 0:
+            return kept, kept
+        budget = self._budget(keep_per_10k, budget_tokens)
+        if budget > 0:
+            wanted = budget * self.reading_share_per_10k // KEEP_SCALE
+        else:
+            ratio = self.keep_per_10k if keep_per_10k is None else keep_per_10k
+            wanted = length * ratio * self.reading_share_per_10k // KEEP_SCALE**2
+        # The local heads keep min_tokens at least, whatever the reading heads want.
+        most = (heads * kept - local * self.min_tokens) // reading
+        of_reading = min(length, max(self.min_tokens, min(wanted, most)))
+        return of_reading, min(length, (heads * kept - reading * of_reading) // local)
+
+    def class_capacities(
+        self, length: int, keep_per_10k: int | None = None, budget_tokens: int | None = None
+    ) -> tuple[int, ...]:
+        """Return the most tokens that every length class can keep; parameters as in class_lengths.
+
+        These are the class lengths themselves but for budget_split "ranked": there one layer may win what all others
+        leave above min_tokens.
+        """
+        if self.budget_split != "ranked":
+            return self.class_lengths(length, keep_per_10k, budget_tokens)
+        layers, least = self.length_classes, min(length, self.min_tokens)
+        total = layers * self.kept_tokens(length, keep_per_10k, budget_tokens)
+        return (min(length, total - (layers - 1) * least),) * layers
+
+    def _budget(self, keep_per_10k: int | None, budget_tokens: int | None) -> int:
+        """Return the number of tokens that decides, 0 where it is a ratio."""
+        return self.budget_tokens if budget_tokens is None and keep_per_10k is None else (budget_tokens or 0)
 
     def check_kernels(self) -> None:
         """Raise ConfigError for a word that the native kernels, and so the plugins, do not compute."""
@@ -142,12 +300,16 @@ class ChunkKVSettings:
 
     def leader_of(self, group: tuple[int, ...]) -> int:
         """Return the layer of `group` whose attention decides what the whole group keeps."""
+        if self.leaders:
+            return next(leader for leader in self.leaders if leader in group)
         return group[0] if self.leader == "first" else group[-1]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain JSON values."""
         values = dataclasses.asdict(self)
-        values["layer_groups"] = [list(group) for group in self.layer_groups]
+        for name in _LISTS_OF_LISTS:
+            values[name] = [list(numbers) for numbers in values[name]]
+        values["leaders"] = list(self.leaders)
         return values
 
     @classmethod
@@ -158,9 +320,46 @@ class ChunkKVSettings:
             raise ConfigError(f"unknown chunkkv setting {unknown[0]!r}; known are {', '.join(sorted(names))}")
         if missing := sorted(names - set(values)):
             raise ConfigError(f"chunkkv setting {missing[0]!r} is missing")
-        groups = values["layer_groups"]
-        if not isinstance(groups, list) or not all(
-            isinstance(group, list) and group and all(isinstance(layer, int) for layer in group) for group in groups
-        ):
+        groups, heads, leaders = (values[name] for name in (*_LISTS_OF_LISTS, "leaders"))
+        if not _is_list_of_lists(groups) or not all(groups):
             raise ConfigError(f"layer_groups is {groups!r}; give a list of non-empty lists of layer numbers")
-        return cls(**{**values, "layer_groups": tuple(tuple(group) for group in groups)})
+        if not _is_list_of_lists(heads):
+            raise ConfigError(f"reading_heads is {heads!r}; give a list of lists of head numbers, one per layer")
+        if not _is_list_of_lists([leaders]):
+            raise ConfigError(f"leaders is {leaders!r}; give a list of layer numbers")
+        return cls(**values)
+
+
+def _is_list_of_lists(values: object) -> bool:
+    """Return whether `values` is a list of lists of whole numbers."""
+    return isinstance(values, list) and all(
+        isinstance(numbers, list) and all(isinstance(n, int) and not isinstance(n, bool) for n in numbers)
+        for numbers in values
+    )
+
+
+def _check_classes(settings: ChunkKVSettings) -> None:
+    """Raise ConfigError unless every KV head of every layer is in one class and the shares average to one."""
+    groups, listed, count = settings.layer_groups, settings.reading_heads, settings.num_kv_heads
+    layers = max((layer for group in groups for layer in group), default=len(listed) - 1) + 1
+    if len(listed) != layers:
+        raise ConfigError(f"reading_heads lists {len(listed)} layers, layer_groups {layers}: list every layer's heads")
+    for layer, heads in enumerate(listed):
+        if list(heads) != sorted(set(heads)) or not all(0 <= head < count for head in heads):
+            raise ConfigError(
+                f"reading_heads of layer {layer} is {heads}; list heads from 0 to {count - 1} once, in ascending order"
+            )
+    for group in groups:
+        if len({listed[layer] for layer in group}) > 1:
+            raise ConfigError(
+                f"the layer group {group} mixes partitions of heads, {[listed[layer] for layer in group]}: layers that "
+                "share one choice must have the same reading_heads"
+            )
+    all_heads, reading = count * len(listed), sum(map(len, listed))
+    shares = settings.reading_share_per_10k, settings.local_share_per_10k
+    total = reading * shares[0] + (all_heads - reading) * shares[1]
+    if abs(total - all_heads * KEEP_SCALE) >= KEEP_SCALE:
+        raise ConfigError(
+            f"reading_share_per_10k {shares[0]} of {reading} heads and local_share_per_10k {shares[1]} of "
+            f"{all_heads - reading} average to {total / all_heads:.1f}; they must average to {KEEP_SCALE}"
+        )
