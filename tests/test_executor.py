@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable
 
@@ -262,3 +263,27 @@ def test_compress_nodes_carry_all_settings_and_the_plugins_name(boundaries: str)
         (functions.DOMAIN, functions.SELECT),
         (functions.DOMAIN, functions.COMPACT),
     }
+
+
+@pytest.mark.parametrize(("keep_ratio", "pieces"), [(0.4, 6), (1.0, 5)])
+def test_a_prefill_goes_on_by_a_block_per_step_beside_another_one(keep_ratio: float, pieces: int) -> None:
+    """Five blocks of 16 tokens, and compression as a piece of its own; between them another prompt is prefilled."""
+    session = engines.session("llama3")
+    prompts = [np.random.default_rng(seed).integers(3, 384, length).tolist() for seed, length in ((1, 70), (2, 40))]
+    requests = session.requests(prompts, SamplingParams(max_new_tokens=1), keep_ratio)
+    caches = [session.executor.new_cache(1, request.kept_tokens) for request in requests]
+    alone = [
+        session.executor.prefiller().run([request], cache, threading.Event())[0].logits
+        for request, cache in zip(requests, caches, strict=True)
+    ]
+    first, second = (
+        session.executor.prefiller().start([request], cache) for request, cache in zip(requests, caches, strict=True)
+    )
+    assert first.tokens_left == 70
+    assert first.step() is None and first.tokens_left == 54
+    while (other := second.step()) is None:
+        pass
+    made = [first.step() for _ in range(pieces - 1)]
+    assert made[:-1] == [None] * (pieces - 2) and first.tokens_left == 0
+    np.testing.assert_array_equal(made[-1][0].logits, alone[0])
+    np.testing.assert_array_equal(other[0].logits, alone[1])

@@ -6,7 +6,7 @@ never probe the object. The optional methods raise BackendUnavailableError where
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn, Protocol, TypeVar
 
@@ -117,12 +117,35 @@ CacheT = TypeVar("CacheT", bound=KVCache)
 CacheT_contra = TypeVar("CacheT_contra", bound=KVCache, contravariant=True)
 
 
+class PrefillRun(Protocol):
+    """A prefill in work, which goes on by one piece per step; dropping it gives it up."""
+
+    @property
+    def tokens_left(self) -> int:
+        """Prompt tokens that no step has run yet; at 0 one more step may have to compress."""
+
+    def step(self) -> list[PrefillResult] | None:
+        """Run the next piece: a block where the engine prefills in blocks, else everything.
+
+        Returns None before the last piece, after it one result per prompt. Must not be called again then.
+        """
+
+
 class Prefiller(Protocol[CacheT_contra]):
     """Runs prompts and leaves their kept tokens in the first slots of a cache; lives as long as one call needs it."""
 
     @property
     def max_rows(self) -> int:
         """Prompts that one run takes."""
+
+    def start(
+        self, requests: Sequence[Request], out: CacheT_contra, progress: PrefillProgress = no_progress
+    ) -> PrefillRun:
+        """Return the prefill of at most `max_rows` prompts into `out`, a cache of as many rows, before its first step.
+
+        Slots behind the kept tokens are meaningless afterwards, and those of a prefill that was given up are, too.
+        `progress` is told where a prompt runs in several blocks. A prefiller has one run in work at a time.
+        """
 
     def run(
         self,
@@ -131,11 +154,35 @@ class Prefiller(Protocol[CacheT_contra]):
         cancel: CancelSignal,
         progress: PrefillProgress = no_progress,
     ) -> list[PrefillResult]:
-        """Prefill at most `max_rows` prompts into `out`, a cache of as many rows.
+        """Prefill as start() says, in one go.
 
-        Slots behind the kept tokens are meaningless afterwards. Where `cancel` is set before the end, the prompt's
-        logits are None and its row is meaningless. `progress` is told where a prompt runs in several blocks.
+        Where `cancel` is set before a step, the prompts' logits are None and their rows are meaningless.
         """
+        run = self.start(requests, out, progress)
+        while not cancel.is_set():
+            if (results := run.step()) is not None:
+                return results
+        return [PrefillResult(None) for _ in requests]
+
+
+class WholePrefillRun:
+    """The PrefillRun of an engine that prefills in one piece.
+
+    Parameters
+    ----------
+    tokens : int
+        Tokens of the prompts together.
+    run : callable
+        Prefills them.
+    """
+
+    def __init__(self, tokens: int, run: Callable[[], list[PrefillResult]]) -> None:
+        self.tokens_left, self._run = tokens, run
+
+    def step(self) -> list[PrefillResult]:
+        """Prefill; see PrefillRun.step."""
+        self.tokens_left = 0
+        return self._run()
 
 
 class Decoder(Protocol):

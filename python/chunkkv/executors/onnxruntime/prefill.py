@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from chunkkv import profiling
 from chunkkv.errors import EngineMismatchError
 from chunkkv.executors.host_cache import HostKVCache
-from chunkkv.executors.interface import CancelSignal, Choice, PrefillProgress, PrefillResult, no_progress
+from chunkkv.executors.interface import CancelSignal, Choice, Prefiller, PrefillProgress, PrefillResult, no_progress
 from chunkkv.executors.onnxruntime.graphs import OnnxRuntimeCompress, OnnxRuntimeStep
 from chunkkv.requests import Request
 
 
-class OnnxRuntimePrefiller:
+class OnnxRuntimePrefiller(Prefiller[HostKVCache]):
     """Prefills one prompt at a time in blocks; the full cache is reused between prompts of one length.
 
     Parameters
@@ -38,35 +38,21 @@ class OnnxRuntimePrefiller:
         self._step, self._compress_graph, self._block, self._window = step, compress_graph, block, window
         self._full: HostKVCache | None = None
 
-    def run(
-        self,
-        requests: Sequence[Request],
-        out: HostKVCache,
-        cancel: CancelSignal,
-        progress: PrefillProgress = no_progress,
-    ) -> list[PrefillResult]:
-        """Prefill the one prompt in `requests`; a prompt of which every token stays is written straight to `out`."""
+    def start(
+        self, requests: Sequence[Request], out: HostKVCache, progress: PrefillProgress = no_progress
+    ) -> OnnxRuntimePrefillRun:
+        """Return the prefill of the one prompt in `requests`, a block per step and then compression as a step.
+
+        A prompt of which every token stays is written straight to `out`.
+        """
         (request,) = requests
-        started = time.perf_counter()
         length = len(request.ids)
-        compresses = request.kept_tokens < length
-        if compresses and (self._full is None or self._full.capacity != length):
+        if request.kept_tokens == length:
+            return OnnxRuntimePrefillRun(self, request, out, None, progress)
+        if self._full is None or self._full.capacity != length:
             self._full = None  # frees the old one before the new one is allocated
             self._full = self.new_cache(1, length)
-        cache = self._full if compresses else out
-        assert cache is not None
-        with profiling.range_of("prefill", requests):
-            logits, queries = self.fill(request.ids, cache, cancel, progress)
-        if logits is None:
-            return [PrefillResult(None)]
-        prefill_s = time.perf_counter() - started
-        if not compresses:
-            return [PrefillResult(logits, prefill_s=prefill_s)]
-        started = time.perf_counter()
-        budget = request.keep_per_10k, request.budget_tokens
-        with profiling.range_of("compress", requests):  # score, select and compact of all layers are one graph
-            choice = self.compress(cache, queries, request.ids, *budget, out)
-        return [PrefillResult(logits, choice, prefill_s, time.perf_counter() - started, cache.nbytes)]
+        return OnnxRuntimePrefillRun(self, request, self._full, out, progress)
 
     def new_cache(self, rows: int, capacity: int) -> HostKVCache:
         """Return an empty cache of `rows` rows with `capacity` slots each."""
@@ -78,14 +64,23 @@ class OnnxRuntimePrefiller:
         """Write the keys and values of a whole prompt to a cache of one row; see BlockwisePrefiller.fill."""
         logits: np.ndarray | None = None
         queries: dict[int, np.ndarray] = {}
+        blocks = self.blocks(ids, cache, progress)
+        while not cancel.is_set():
+            if (made := next(blocks, None)) is None:
+                return logits, queries
+            logits, queries = made
+        return None, {}
+
+    def blocks(
+        self, ids: np.ndarray, cache: HostKVCache, progress: PrefillProgress
+    ) -> Iterator[tuple[np.ndarray, dict[int, np.ndarray]]]:
+        """Append a prompt to a cache of one row, a block per item: its last logits and its window's queries."""
         filled = 0
         for size in block_sizes(len(ids), self._block, self._window):
-            if cancel.is_set():
-                return None, {}
-            logits, queries = self._step.append_prompt_block(cache, ids[filled : filled + size], filled)
+            made = self._step.append_prompt_block(cache, ids[filled : filled + size], filled)
             filled += size
             progress(filled, len(ids))
-        return logits, queries
+            yield made
 
     def compress(
         self,
@@ -100,6 +95,62 @@ class OnnxRuntimePrefiller:
         if self._compress_graph is None:
             raise EngineMismatchError("this engine was built without ChunkKV and cannot compress: build with --chunkkv")
         return self._compress_graph.run(full, queries, ids, keep_per_10k, budget_tokens, out)
+
+
+class OnnxRuntimePrefillRun:
+    """The prefill of one prompt, a block per step; see PrefillRun.
+
+    Parameters
+    ----------
+    prefiller : OnnxRuntimePrefiller
+        Runs the graphs.
+    request : Request
+        The prompt.
+    cache : HostKVCache
+        One row for the whole prompt.
+    compressed : HostKVCache or None
+        One row for what compression keeps; None keeps every token in `cache`.
+    progress : PrefillProgress
+        Is told after each block.
+    """
+
+    def __init__(
+        self,
+        prefiller: OnnxRuntimePrefiller,
+        request: Request,
+        cache: HostKVCache,
+        compressed: HostKVCache | None,
+        progress: PrefillProgress,
+    ) -> None:
+        self._prefiller, self._request, self._cache, self._compressed = prefiller, request, cache, compressed
+        self._progress, self._prefill_s = progress, 0.0
+        self.tokens_left = len(request.ids)
+        self._blocks = prefiller.blocks(request.ids, cache, self._count)
+
+    def _count(self, done: int, total: int) -> None:
+        self.tokens_left = total - done
+        self._progress(done, total)
+
+    def step(self) -> list[PrefillResult] | None:
+        """Run the next block, or after the last one the compression."""
+        if not self.tokens_left:
+            return [self._compress()]
+        started = time.perf_counter()
+        with profiling.range_of("prefill", (self._request,)):
+            self._logits, self._queries = next(self._blocks)
+        self._prefill_s += time.perf_counter() - started
+        if self.tokens_left or self._compressed is not None:
+            return None
+        return [PrefillResult(self._logits, prefill_s=self._prefill_s)]
+
+    def _compress(self) -> PrefillResult:
+        assert self._compressed is not None, "a run that compresses nothing ends with its last block"
+        started, request = time.perf_counter(), self._request
+        budget = request.keep_per_10k, request.budget_tokens
+        with profiling.range_of("compress", (request,)):  # score, select and compact of all layers are one graph
+            choice = self._prefiller.compress(self._cache, self._queries, request.ids, *budget, self._compressed)
+        seconds = time.perf_counter() - started
+        return PrefillResult(self._logits, choice, self._prefill_s, seconds, self._cache.nbytes)
 
 
 def block_sizes(length: int, block: int, window: int) -> list[int]:

@@ -11,7 +11,14 @@ import numpy as np
 from chunkkv import profiling
 from chunkkv.engine.tensorrt_contract import PREFILL_FILE
 from chunkkv.errors import EngineRunError
-from chunkkv.executors.interface import CancelSignal, Choice, PrefillProgress, PrefillResult, no_progress
+from chunkkv.executors.interface import (
+    Choice,
+    Prefiller,
+    PrefillProgress,
+    PrefillResult,
+    WholePrefillRun,
+    no_progress,
+)
 from chunkkv.executors.tensorrt.cache import DeviceKVCache
 from chunkkv.executors.tensorrt.engines import TensorRTEngines, aligned
 from chunkkv.gpu.cuda_runtime import ALIGNMENT
@@ -26,24 +33,25 @@ class PrefillContext:
         self.context = engines.new_context(engines.load(PREFILL_FILE))
 
 
-class TensorRTPrefiller:
+class TensorRTPrefiller(Prefiller[DeviceKVCache]):
     """Prefills prompts as one right-padded batch and has the engine write the kept rows straight into the cache."""
 
     def __init__(self, engines: TensorRTEngines, prefill: PrefillContext) -> None:
         self._engines, self._contract, self._prefill = engines, engines.contract, prefill
-        self.max_rows = engines.contract.prefill_rows
         self._stream = engines.cuda.stream()
 
-    def run(
-        self,
-        requests: Sequence[Request],
-        out: DeviceKVCache,
-        cancel: CancelSignal,
-        progress: PrefillProgress = no_progress,
-    ) -> list[PrefillResult]:
-        """Prefill the prompts into `out`; `cancel` is looked at before, not during, the one run of the engine."""
-        if cancel.is_set():
-            return [PrefillResult(None) for _ in requests]
+    @property
+    def max_rows(self) -> int:
+        """Prompts that one run takes."""
+        return self._contract.prefill_rows
+
+    def start(
+        self, requests: Sequence[Request], out: DeviceKVCache, progress: PrefillProgress = no_progress
+    ) -> WholePrefillRun:
+        """Return the prefill of the prompts into `out`, which is one run of the engine."""
+        return WholePrefillRun(sum(len(request.ids) for request in requests), lambda: self._prefill_all(requests, out))
+
+    def _prefill_all(self, requests: Sequence[Request], out: DeviceKVCache) -> list[PrefillResult]:
         started = time.perf_counter()
         with self._prefill.lock, profiling.range_of("prefill", requests):
             outputs = self._run(requests, out)

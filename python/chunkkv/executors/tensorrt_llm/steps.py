@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from chunkkv.errors import EngineRunError, RequestError
-from chunkkv.executors.interface import CancelSignal, PrefillProgress, PrefillResult, no_progress
+from chunkkv.executors.interface import Prefiller, PrefillProgress, PrefillResult, WholePrefillRun, no_progress
 from chunkkv.executors.step_arrays import check_slots
 from chunkkv.executors.tensorrt_llm.cache import PagedKVCache
 from chunkkv.executors.tensorrt_llm.kv_blocks import BlockManager
@@ -67,7 +67,7 @@ class PagedSteps:
         return self._inputs.last_rows(logits, rows)
 
 
-class PagedPrefiller:
+class PagedPrefiller(Prefiller[PagedKVCache]):
     """Prefills one prompt at a time into blocks of the pool.
 
     Parameters
@@ -83,20 +83,17 @@ class PagedPrefiller:
     def __init__(self, steps: PagedSteps, settings: ChunkKVSettings | None) -> None:
         self._steps, self._settings = steps, settings
 
-    def run(
-        self,
-        requests: Sequence[Request],
-        out: PagedKVCache,
-        cancel: CancelSignal,
-        progress: PrefillProgress = no_progress,
-    ) -> list[PrefillResult]:
-        """Prefill the one prompt in `requests`; `cancel` is looked at before, not during, the step.
+    def start(
+        self, requests: Sequence[Request], out: PagedKVCache, progress: PrefillProgress = no_progress
+    ) -> WholePrefillRun:
+        """Return the prefill of the one prompt in `requests`, which is one step of the engine.
 
-        Raises CacheFullError where the whole prompt finds no room beside what is reserved.
+        That step raises CacheFullError where the whole prompt finds no room beside what is reserved.
         """
         (request,) = requests
-        if cancel.is_set():
-            return [PrefillResult(None)]
+        return WholePrefillRun(len(request.ids), lambda: [self._prefill(request, out)])
+
+    def _prefill(self, request: Request, out: PagedKVCache) -> PrefillResult:
         length, geometry = len(request.ids), self._steps.geometry
         built_for = self._settings.kept_tokens(length) if self._settings else length
         if request.kept_tokens != built_for:
@@ -108,7 +105,7 @@ class PagedPrefiller:
         logits, given_back = self._steps.prefill(out.sequences[0], request.ids, request.kept_tokens)
         out.prompt_lengths[0] = length
         scratch = given_back * geometry.tokens_per_block * geometry.bytes_per_token
-        return [PrefillResult(logits, None, time.perf_counter() - started, 0.0, scratch)]
+        return PrefillResult(logits, None, time.perf_counter() - started, 0.0, scratch)
 
 
 class PagedDecoder:
