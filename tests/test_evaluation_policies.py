@@ -76,7 +76,6 @@ def test_a_prompt_that_fits_is_kept_whole(prompt: PrefilledPrompt, name: str) ->
     [
         ("chunkkv", {}),
         ("chunkkv-delimiter", {"boundaries": "delimiter"}),
-        ("chunkkv-entropy", {"gate": "entropy"}),
         ("chunkkv:chunk_size=9:pooling=3:score=logits", {"chunk_size": 9, "pooling": 3, "score": "logits"}),
         ("chunkkv:window=4:sinks=0", {"window": 4, "sinks": 0}),
         ("chunkkv:layer_reuse=0-1+2:leader=first", {"layer_groups": ((0, 1), (2,)), "leader": "first"}),

@@ -26,7 +26,7 @@ CHUNKKV_FLAGS = tuple(
     "chunkkv" + end
     for end in (
         *("", "_keep_ratio", "_budget_tokens", "_max_keep_ratio", "_chunk_size", "_window", "_sinks", "_pooling"),
-        *("_min_tokens", "_boundaries", "_score", "_gate", "_leader", "_layer_reuse", "_recipe"),
+        *("_min_tokens", "_boundaries", "_score", "_leader", "_layer_reuse", "_recipe"),
     )
 )
 OWN_FLAGS = ("overwrite", "backend", "dtype", "use_weight_only", "weight_only_precision")
@@ -104,7 +104,6 @@ def test_the_defaults_are_the_documented_ones() -> None:
         ("--chunkkv_keep_ratio 0.0001", {"keep_per_10k": 1}),
         ("--chunkkv_budget_tokens 1024", {"budget_tokens": 1024}),
         ("--chunkkv_sinks 0", {"sinks": 0}),
-        ("--chunkkv_gate entropy", {"gate": "entropy"}),
         ("--chunkkv_boundaries delimiter", {"boundaries": "delimiter", "chunk_size": 20}),
         ("--chunkkv_boundaries delimiter --chunkkv_chunk_size 10", {"boundaries": "delimiter", "chunk_size": 10}),
         ("--chunkkv_layer_reuse 2", {"layer_groups": ((0, 1), (2,))}),
@@ -139,7 +138,7 @@ def test_every_setting_arrives_in_the_engine_as_given(cli: CommandLine, checkpoi
         **ChunkKVSettings().to_dict(),
         "keep_per_10k": 2500, "max_keep_per_10k": 7500, "budget_tokens": 0, "chunk_size": 7, "window": 9, "sinks": 2,
         "boundaries": "delimiter", "pooling": 5, "score": "logits", "leader": "first", "min_tokens": 33,
-        "layer_groups": [[0, 1], [2]], "gate": "none",
+        "layer_groups": [[0, 1], [2]],
     }  # fmt: skip
 
 
@@ -277,7 +276,6 @@ def test_a_value_out_of_range_is_named_with_what_is_allowed(
         ("chunkkv_keep_ratio", "20%", "is not a number; give one in (0, 1] such as 0.2"),
         ("chunkkv_boundaries", "words", "is not offered; allowed is fixed or delimiter"),
         ("chunkkv_score", "cosine", "is not offered; allowed is softmax or logits"),
-        ("chunkkv_gate", "open", "is not offered; allowed is none or entropy"),
         ("chunkkv_leader", "middle", "is not offered; allowed is first or last"),
         (
             "dtype",

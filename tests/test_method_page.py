@@ -7,10 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-
-from chunkkv import ChunkKVSettings, reference
-
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "method.md").read_text(encoding="utf-8")
 
 
@@ -33,21 +29,3 @@ def test_the_worked_example_prints_what_the_table_shows() -> None:
         assert [[float(number) for number in cell.split(",")] for cell in (starts, scores)] == arrays
         quoted = " ".join(re.findall(r'"([^"]+)"', kept))
         assert quoted == " ".join(words[int(token)] for token in chosen if 2 <= token < 20)
-
-
-def test_the_gate_decides_as_the_table_shows() -> None:
-    rows = table("### Entropy gate")
-    scores = np.array([float(score) for row in rows for score in row[1].split()], np.float32)
-    starts = np.array([0, 5, 10])
-    means = reference.chunk_scores(scores, starts, 15)
-    entropies = reference.chunk_entropies(scores, starts, 15)
-    gated = reference.gated_tokens(scores, starts, 15).reshape(3, 5).any(axis=1)
-    assert [row[2:4] for row in rows] == [[f"{mean:.2f}", f"{e:.2f}"] for mean, e in zip(means, entropies, strict=True)]
-    assert [row[4].startswith("yes") for row in rows] == list(gated)
-
-
-def test_the_gate_keeps_what_the_page_says() -> None:
-    scores = np.array([float(s) for row in table("### Entropy gate") for s in row[1].split()] + [0.0], np.float32)
-    for gate, kept in (("entropy", [0, 1, 2, 3, 5, 6, 7, 8, 9, 10]), ("none", list(range(10)))):
-        settings = ChunkKVSettings(window=1, sinks=0, chunk_size=5, min_tokens=11, gate=gate)
-        assert list(reference.select_tokens(scores, 16, 11, settings)) == [*kept, 15]

@@ -11,11 +11,9 @@ import pytest
 from hypothesis import given, settings
 from onnx.reference import ReferenceEvaluator
 from support import onnx_op, op_properties
-from support.messages import naming
 from support.op_cases import CASES, LONG_CASE, OpCase, named, op_cases
 
 from chunkkv import reference
-from chunkkv.errors import ConfigError
 from chunkkv_builder.onnx_graph import functions
 
 PROPERTIES = op_properties.PROPERTIES
@@ -112,12 +110,6 @@ def test_bodies_for_tensorrt_avoid_what_its_parser_refuses() -> None:
     doubles = [attribute for _, attribute in values if attribute.t.data_type == onnx.TensorProto.DOUBLE]
     casts = [node for node, attribute in values if attribute.name == "to" and attribute.i == onnx.TensorProto.DOUBLE]
     assert not doubles and not casts
-
-
-def test_the_entropy_gate_needs_sorting() -> None:
-    case = named("plain").with_settings(gate="entropy")
-    with pytest.raises(ConfigError, match=naming("gate 'entropy'")):
-        functions.select_function(case.settings, 4, 2, 24, sorting=False)
 
 
 def test_nodes_carry_what_a_plugin_needs() -> None:

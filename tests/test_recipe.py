@@ -55,8 +55,8 @@ def test_flags_win_over_a_recipe(recipe: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": "other"}, "format 'other' 1 'chunkkv-recipe' 1"),
-        ({"format_version": 2}, "format 'chunkkv-recipe' 2"),
+        ({"format": "other"}, "format 'other' 2 'chunkkv-recipe' 2"),
+        ({"format_version": 1}, "format 'chunkkv-recipe' 1 2"),
         ({"num_hidden_layers": 4}, "4 layers 3"),
         ({"settings": [1]}, "'settings' [1]"),
         ({"settings": {"windw": 1}}, "settings 'windw' window"),

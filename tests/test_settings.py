@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.messages import naming
 
-from chunkkv.errors import ConfigError
-from chunkkv.limits import KEEP_SCALE
+from chunkkv.errors import ConfigError, NativeArgumentError
+from chunkkv.limits import CHOICES, KEEP_SCALE, KERNEL_CHOICES
+from chunkkv.native.arguments import settings_struct
 from chunkkv.settings import ChunkKVSettings, keep_ratio_to_per_10k
 
 lengths = st.integers(0, 2**31 - 1)
@@ -26,6 +27,7 @@ CLASSES = {
     "reading_share_per_10k": 20_000,
     "local_share_per_10k": 2_857,
 }
+NOT_IN_KERNELS = [(name, word) for name, words in KERNEL_CHOICES.items() for word in CHOICES[name] if word not in words]
 drawn = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 
 
@@ -270,6 +272,15 @@ def test_settings_survive_json(changes: dict[str, Any]) -> None:
 def test_stored_settings_are_checked(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=naming(named)):
         ChunkKVSettings.from_dict({**ChunkKVSettings().to_dict(), **changes})
+
+
+@pytest.mark.parametrize(("name", "word"), NOT_IN_KERNELS)
+def test_words_that_kernels_do_not_compute_are_refused_by_name(name: str, word: str) -> None:
+    classes = CLASSES if (name, word) == ("budget_split", "classes") else {}
+    options = ChunkKVSettings(**{name: word, **classes})
+    for check in (options.check_kernels, lambda: settings_struct(options)):
+        with pytest.raises((ConfigError, NativeArgumentError), match=naming(f"{name} '{word}'")):
+            check()
 
 
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(ChunkKVSettings)])

@@ -160,12 +160,3 @@ def test_flags_that_fit_nothing_are_refused_by_name(machine: Double, build, flag
 def test_quantised_weights_are_refused(machine: Double, build) -> None:
     message = build(use_weight_only=True)[0].error(2)
     assert "backend tensorrt has no quantised weights" in message and np.size(machine.log) == 0
-
-
-@pytest.mark.parametrize("backend", ["tensorrt", "onnxruntime"])
-def test_the_entropy_gate_is_an_option_of_onnx_runtime_alone(machine: Double, build, backend: str) -> None:
-    done = build(backend=backend, chunkkv=True, chunkkv_gate="entropy")[0]
-    if backend == "onnxruntime":
-        assert done.code == 0
-    else:
-        assert re.search(naming("--chunkkv_gate 'entropy' none onnxruntime"), done.error(2))

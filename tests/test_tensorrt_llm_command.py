@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -122,10 +121,6 @@ def test_delimiters_need_the_tokenizer(machine: Machine, build: LlmBuild) -> Non
 
 def test_agreement_needs_ranks(machine: Machine, build: LlmBuild) -> None:
     assert "--chunkkv_tp_agree has no effect with one tensor-parallel rank" in build(chunkkv_tp_agree=True).error(2)
-
-
-def test_no_plugin_has_the_entropy_gate(machine: Machine, build: LlmBuild) -> None:
-    assert re.search(naming("--chunkkv_gate 'entropy' none"), build(chunkkv_gate="entropy").error(2))
 
 
 def test_a_changed_side_file_or_key_is_refused(machine: Machine, build: LlmBuild) -> None:

@@ -21,7 +21,7 @@ ENGINE_FLAGS: Final = (
     "--chunkkv_min_tokens 64 --max_batch_size 64"
 )
 FIXED, FIXED_20, CLAUSES = "chunkkv", "chunkkv:chunk_size=20", "chunkkv-delimiter:chunk_size=20"
-CLAUSES_10, GATED, LOGITS = "chunkkv-delimiter", "chunkkv-entropy", "chunkkv:score=logits"
+CLAUSES_10, LOGITS = "chunkkv-delimiter", "chunkkv:score=logits"
 TOKENS_1, TOKENS, TOKENS_7 = "snapkv:pooling=1", "snapkv", "snapkv:pooling=7"
 PYRAMID, STREAMING, RANDOM = "pyramidkv", "streaming", "random"
 
@@ -59,10 +59,10 @@ class Run:
         )
 
 
-_METHODS = (FIXED, FIXED_20, CLAUSES, CLAUSES_10, GATED, LOGITS, TOKENS_1, TOKENS, TOKENS_7, PYRAMID, STREAMING, RANDOM)
+_METHODS = (FIXED, FIXED_20, CLAUSES, CLAUSES_10, LOGITS, TOKENS_1, TOKENS, TOKENS_7, PYRAMID, STREAMING, RANDOM)
 _REUSED = tuple(reuse(size, leader) for size in (2, 4) for leader in ("first", "last"))
 _FEW = (FIXED, CLAUSES, TOKENS, STREAMING)
-_SOME = (FIXED, FIXED_20, CLAUSES, GATED, TOKENS_1, TOKENS, STREAMING, RANDOM)
+_SOME = (FIXED, FIXED_20, CLAUSES, TOKENS_1, TOKENS, STREAMING, RANDOM)
 _BOTH = ("in", "after")
 _OTHERS = ("dense", "questions", "rule", "distractors", "store")  # what it solves with a full cache
 RUNS: Final = (

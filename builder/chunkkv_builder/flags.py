@@ -378,10 +378,6 @@ def _add_chunkkv(parser: BuildParser) -> argparse._ArgumentGroup:
     for name, text in (
         ("boundaries", "where chunks end: after chunk_size tokens, or at punctuation and line ends"),
         ("score", "what a token is scored by: attention weights, or logits before the softmax"),
-        (
-            "gate",
-            "entropy: a high-scoring chunk whose score comes from few tokens contributes only those at its turn",
-        ),
         ("leader", "layer of a group that chooses the tokens for all of its layers"),
     ):
         default = getattr(_DEFAULTS, name)

@@ -31,7 +31,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "boundaries": ("fixed", "delimiter"),
     "leader": ("first", "last"),
     "score": ("softmax", "logits", "given"),
-    "gate": ("none", "entropy"),
     "window_reduce": ("mean", "max"),
     "head_reduce": ("mean", "max"),
     "value_norm": ("off", "on"),
@@ -44,7 +43,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
 KERNEL_CHOICES: dict[str, tuple[str, ...]] = {
     "boundaries": ("fixed", "delimiter"),
     "score": ("softmax", "logits"),
-    "gate": ("none",),
     "window_reduce": ("mean",),
     "head_reduce": ("mean",),
     "value_norm": ("off",),

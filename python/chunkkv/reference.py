@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkkv.errors import ConfigError, RequestError
-from chunkkv.settings import GATE_TOKENS, ChunkKVSettings
+from chunkkv.settings import ChunkKVSettings
 
 FloatArray = NDArray[np.floating[Any]]
 IntArray = NDArray[np.integer[Any]]
@@ -24,8 +24,6 @@ BoolArray = NDArray[np.bool_]
 
 NEAR_CUT = 1e-5  # relative difference of chunk scores that rounding may turn round
 PAD_INDEX = -1  # in kept_indices, behind a row's own N
-ENTROPY_STEPS = 2**20  # entropies are compared in steps, so that rounding cannot tell equal ones apart
-GATED_BELOW = 2.0  # above any mean of attention weights: ranks a gated chunk's rest behind every other token
 
 
 class Selection(NamedTuple):
@@ -148,42 +146,6 @@ def chunk_order(means: FloatArray) -> NDArray[np.int64]:
     return np.argsort(-means, kind="stable")  # NaN sorts last, equal scores stay in position order
 
 
-def chunk_entropies(scores: FloatArray, starts: IntArray, end: int) -> NDArray[np.float64]:
-    """Return the relative entropy of every chunk, float64 [C] in [0, 1] (section 4): low where few tokens score.
-
-    It is the entropy of the tokens' shares of the chunk's score, divided by that of equal shares, in steps of
-    1 / ENTROPY_STEPS. It is 1 for a chunk of one token, without attention, or with NaN or infinity in it. Token scores
-    [L], `starts` [C] and `end` as in chunk_scores.
-    """
-    sizes = chunk_sizes(starts, end)
-    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        wide = scores[:end].astype(np.float64)
-        total = np.add.reduceat(wide, starts)
-        score_log_score = np.add.reduceat(np.where(wide > 0, wide * np.log(wide), 0.0), starts)
-        entropy = (np.log(total) - score_log_score / total) / np.log(sizes)
-    is_defined = (sizes > 1) & (total > 0) & np.isfinite(entropy)
-    return np.where(is_defined, np.round(np.where(is_defined, entropy, 1.0) * ENTROPY_STEPS) / ENTROPY_STEPS, 1.0)
-
-
-def gated_tokens(scores: FloatArray, starts: IntArray, end: int) -> BoolArray:
-    """Return which tokens of [starts[0], end) rank behind all others, bool [end - starts[0]] (section 4, gate entropy).
-
-    They are those of gated chunks, all but the GATE_TOKENS best of each. A chunk is gated where its mean score is at
-    least the lower median of all chunks' and its entropy is below the lower median of theirs: it scores high, but by
-    few of its tokens. Token scores [L], `starts` [C] and `end` as in chunk_scores.
-    """
-    means = np.nan_to_num(chunk_scores(scores, starts, end), nan=-np.inf, posinf=np.inf, neginf=-np.inf)
-    entropies = chunk_entropies(scores, starts, end)
-    middle = (len(starts) - 1) // 2
-    gated = (means >= np.sort(means)[middle]) & (entropies < np.sort(entropies)[middle])
-    sizes = chunk_sizes(starts, end)
-    chunk = np.repeat(np.arange(len(starts)), sizes)
-    by_score = np.lexsort((-scores[starts[0] : end], chunk))  # stable: equal scores stay in position order
-    rank = np.empty(len(chunk), dtype=np.int64)
-    rank[by_score] = np.arange(len(chunk)) - np.repeat(starts - starts[0], sizes)
-    return np.repeat(gated, sizes) & (rank >= GATE_TOKENS)
-
-
 def select_tokens(
     scores: FloatArray,
     length: int,
@@ -202,7 +164,7 @@ def select_tokens(
     kept : int
         N; at least L keeps every token, less must be at least w + s.
     settings : ChunkKVSettings
-        Window, sinks, chunks and gate.
+        Window, sinks and chunks.
     is_delimiter : bool [L], optional
         Needed where settings.boundaries is "delimiter", or ConfigError is raised.
     """
@@ -216,8 +178,6 @@ def select_tokens(
     stays[end:] = True
     # A token ranks by its chunk's score. The sort is stable, so a chunk that does not fit gives its first tokens.
     rank_value = np.repeat(chunk_scores(scores, starts, end), sizes)
-    if settings.gate == "entropy":
-        rank_value[gated_tokens(scores, starts, end)] -= GATED_BELOW
     best_first = settings.sinks + np.argsort(-rank_value, kind="stable")  # NaN last
     stays[best_first[: kept - settings.window - settings.sinks]] = True
     return np.flatnonzero(stays).astype(np.int32)

@@ -14,8 +14,6 @@ from chunkkv.limits import CHOICES, KEEP_SCALE, KERNEL_CHOICES, RANGES
 LEADERS = CHOICES["leader"]
 # The chunk size of delimiter boundaries where none is given. A size of 10 would cut most sentences in two.
 DELIMITER_CHUNK_SIZE = 20
-# How many tokens a gated chunk contributes at its turn; its other tokens rank behind those of all other chunks.
-GATE_TOKENS = 4
 # Settings that act on attention weights, and the value that goes with other scores.
 _OF_ATTENTION_WEIGHTS = {"window_reduce": "mean", "head_reduce": "mean", "value_norm": "off"}
 _LISTS_OF_LISTS = ("layer_groups", "reading_heads")
@@ -62,8 +60,6 @@ class ChunkKVSettings:
         Neighbouring tokens over which scores are averaged, an odd number. 1 means no pooling.
     score : {"softmax", "logits", "given"}, default "softmax"
         What scores a token: its attention weights, the raw products q·k, summed, or scores from outside the engine.
-    gate : {"none", "entropy"}, default "none"
-        "entropy" takes only GATE_TOKENS tokens, at first, of a high-scoring chunk whose score comes from few tokens.
     min_tokens : int, default 64
         Prompts of up to this many tokens are kept whole, and no budget goes below it.
     leader : {"first", "last"}, default "last"
@@ -104,7 +100,6 @@ class ChunkKVSettings:
     boundaries: str = "fixed"
     pooling: int = 5
     score: str = "softmax"
-    gate: str = "none"
     min_tokens: int = 64
     leader: str = "last"
     layer_groups: tuple[tuple[int, ...], ...] = ()
@@ -162,8 +157,6 @@ class ChunkKVSettings:
             )
 
     def _check_score(self) -> None:
-        if self.gate == "entropy" and self.score == "logits":
-            raise ConfigError("gate is 'entropy', which needs shares of attention: use score 'softmax' or gate 'none'")
         for name, plain in _OF_ATTENTION_WEIGHTS.items():
             if self.score != "softmax" and getattr(self, name) != plain:
                 raise ConfigError(

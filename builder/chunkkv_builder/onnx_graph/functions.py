@@ -16,11 +16,9 @@ from onnx import helper
 
 from chunkkv.errors import ConfigError
 from chunkkv.limits import KEEP_SCALE
-from chunkkv.reference import GATED_BELOW
 from chunkkv.settings import ChunkKVSettings
 from chunkkv_builder.onnx_graph import threshold
 from chunkkv_builder.onnx_graph.emitter import NodeEmitter
-from chunkkv_builder.onnx_graph.gate import ChunkSums, gated_tokens
 
 DOMAIN = "chunkkv"
 DOMAIN_VERSION = 1
@@ -45,7 +43,6 @@ def select_attributes(settings: ChunkKVSettings) -> dict[str, Any]:
         "pooling": settings.pooling,
         "score": settings.score,
         "min_tokens": settings.min_tokens,
-        **({} if settings.gate == "none" else {"gate": settings.gate}),  # no plugin has one
         **plugin_attributes(),
     }
 
@@ -72,10 +69,8 @@ def select_function(
     sorting : bool, default True
         True ranks tokens with TopK and sums chunks with ScatterElements in float64, which is fastest on ONNX Runtime.
         False searches a threshold instead (threshold.py): only operators that TensorRT takes, and kept_indices is
-        [B,S]. Both keep the same tokens. Without sorting there is no entropy gate.
+        [B,S]. Both keep the same tokens.
     """
-    if not sorting and settings.gate != "none":
-        raise ConfigError(f"gate is {settings.gate!r}; the functions for TensorRT have none: give gate none")
     e = _function_emitter(SELECT)
     length = e.op("Unsqueeze", [e.op("Cast", ["lengths"], to=onnx.TensorProto.INT64), e.ints(1)])
     position = _positions(e, e.op("Squeeze", [e.dim("key", 2)]))
@@ -215,17 +210,29 @@ def _rank_values(
     after_sinks = e.op("GreaterOrEqual", [position, e.const(settings.sinks, "int64")])
     ranked = e.op("And", [after_sinks, before_window])
     start = e.op("Where", [ranked, start, e.const(0, "int64")])  # outside the ranking nothing is read back
-    chunks = ChunkSums(e, scores, start, ranked)
     lowest, largest = e.scalar(-np.inf, "float64"), e.scalar(np.finfo(np.float64).max, "float64")
-    mean = e.op("GatherElements", [chunks.mean, start], axis=1)
+    mean = e.op("GatherElements", [_chunk_means(e, scores, start, ranked), start], axis=1)
     mean = e.op("Where", [e.op("IsNaN", [mean]), lowest, e.op("Min", [mean, largest])])
-    if settings.gate == "entropy":
-        behind = e.op("Sub", [mean, e.scalar(GATED_BELOW, "float64")])
-        mean = e.op("Where", [gated_tokens(e, chunks), behind, mean])
     untouched = e.op("Equal", [kept, length])
     always = e.op("Or", [e.op("Not", [ranked]), untouched])
     value = e.op("Where", [always, e.scalar(np.inf, "float64"), mean])
     return e.op("Where", [e.op("Less", [position, length]), value, lowest])
+
+
+def _chunk_means(e: NodeEmitter, scores: str, start: str, ranked: str) -> str:
+    """Return the mean score of every chunk where it starts, [B,S] float64; meaningless everywhere else.
+
+    Sums of float32 scores are exact in float64, so equal scores give equal means whatever the chunk's size.
+    """
+    zeros = helper.make_tensor("zero", onnx.TensorProto.DOUBLE, [1], [0.0])
+    blank = e.op("ConstantOfShape", [e.op("Shape", [scores])], value=zeros)
+    wide = e.op("Cast", [scores], to=onnx.TensorProto.DOUBLE)
+    exact = e.op("Where", [ranked, wide, e.scalar(0.0, "float64")])
+    one_each = e.op("Cast", [ranked], to=onnx.TensorProto.DOUBLE)
+    total, count = (
+        e.op("ScatterElements", [blank, start, values], axis=1, reduction="add") for values in (exact, one_each)
+    )
+    return e.op("Div", [total, e.op("Max", [count, e.scalar(1.0, "float64")])])
 
 
 def _chunk_starts(

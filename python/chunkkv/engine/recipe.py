@@ -12,10 +12,10 @@ from chunkkv.engine.json_files import read_object
 from chunkkv.errors import ConfigError
 from chunkkv.files import write_whole
 
-FORMAT, FORMAT_VERSION = "chunkkv-recipe", 1
+FORMAT, FORMAT_VERSION = "chunkkv-recipe", 2
 NUMBERS = ("budget_tokens", "chunk_size", "window", "sinks", "pooling", "min_tokens")
 RATIOS = ("keep_ratio", "max_keep_ratio")
-WORDS = ("boundaries", "score", "gate", "leader", "layer_reuse")
+WORDS = ("boundaries", "score", "leader", "layer_reuse")
 _LARGEST_BYTES = 1 << 24
 
 

@@ -22,7 +22,7 @@ from chunkkv.settings import ChunkKVSettings
 SNAPKV_POOLING = 5
 PYRAMID_BETA = 20
 _NUMBERS = ("window", "chunk_size", "sinks", "pooling")
-_NAMES = ("boundaries", "score", "gate", "leader")
+_NAMES = ("boundaries", "score", "leader")
 
 KeptPositions = list[np.ndarray]  # per layer the ascending positions [N] that stay
 Chooser = Callable[[PrefilledPrompt, ChunkKVSettings, int], KeptPositions]
@@ -176,7 +176,7 @@ def _everything(prompt: PrefilledPrompt, settings: ChunkKVSettings, kept: int) -
     return [np.arange(len(prompt))] * prompt.num_layers
 
 
-_PLAIN: dict[str, Any] = {"boundaries": "fixed", "gate": "none"}
+_PLAIN: dict[str, Any] = {"boundaries": "fixed"}
 _TOKENS: dict[str, Any] = {**_PLAIN, "chunk_size": 1, "pooling": SNAPKV_POOLING}
 RULES: dict[str, Rule] = {
     "full": Rule("every token", _everything, scored_layers="none", reads_cache=False),
@@ -184,9 +184,6 @@ RULES: dict[str, Rule] = {
     "chunkkv": Rule("chunks of one length", _chunks, _PLAIN, is_buildable=True),
     "chunkkv-delimiter": Rule(
         "chunks that end with a clause or a line", _chunks, {"boundaries": "delimiter"}, is_buildable=True
-    ),
-    "chunkkv-entropy": Rule(
-        "chunks of one length behind the entropy gate", _chunks, {**_PLAIN, "gate": "entropy"}, is_buildable=True
     ),
     "snapkv": Rule("single tokens, scores pooled over 5 neighbours, heads sharing", _chunks, _TOKENS),
     "pyramidkv": Rule(

@@ -19,7 +19,7 @@ from chunkkv.limits import KEEP_SCALE
 from chunkkv.session import ChunkKVSession
 from chunkkv.settings import LEADERS, ChunkKVSettings
 
-RECIPE_SETTINGS = ("window", "chunk_size", "sinks", "pooling", "boundaries", "score", "gate", "leader")
+RECIPE_SETTINGS = ("window", "chunk_size", "sinks", "pooling", "boundaries", "score", "leader")
 ENGINE_NAME = "the engine's"  # the candidate with the engine's own settings
 _ROUNDING = 1e-12  # of a mean of shares: a loss of exactly max_loss is allowed
 
