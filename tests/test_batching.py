@@ -324,14 +324,14 @@ def test_memory_stays_within_its_bound(session) -> None:
 def test_caches_are_dropped_only_when_idle(session) -> None:
     executor = session.executor
     pool = CachePool(executor, slots=2, max_tokens=256, kv_bytes=2 * 128 * executor.kv_bytes_per_token)
-    small = [pool.take_row(60), pool.take_row(61)]
-    assert pool.take_row(62) is None and pool.take_row(200) is None, "both rows are taken"
+    small = [pool.take_row((60,)), pool.take_row((61,))]
+    assert pool.take_row((62,)) is None and pool.take_row((200,)) is None, "both rows are taken"
     small[0].bucket.free(small[0].row)
-    assert pool.take_row(200) is None, "a row of the small cache is still in use"
+    assert pool.take_row((200,)) is None, "a row of the small cache is still in use"
     small[1].bucket.free(small[1].row)
-    large = pool.take_row(200)
-    assert large.bucket.capacity == 256 and large.bucket.rows == 1
-    assert pool.take_row(60) is None
+    large = pool.take_row((200,))
+    assert large.bucket.capacity == (256,) and large.bucket.rows == 1
+    assert pool.take_row((60,)) is None
 
 
 def test_profilers_see_each_request_and_the_steps_they_share(batcher, gate) -> None:

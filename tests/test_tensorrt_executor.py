@@ -137,7 +137,7 @@ def test_decode_without_a_graph_gives_the_same_tokens(machine: Double, session: 
 
 def test_an_answer_runs_on_the_smallest_engine_that_fits(session: ChunkKVSession) -> None:
     executor = session.executor
-    assert [executor.capacity_for(tokens) for tokens in (1, 128, 129, 256)] == [128, 128, 256, 256]
+    assert [executor.capacity_for(tokens) for tokens in (1, 128, 129, 256)] == [(128,), (128,), (256,), (256,)]
     with pytest.raises(RequestError, match=naming("257 tokens 256 slots")):
         executor.capacity_for(257)
     short, long = (session.generate(PROMPTS[2], dataclasses.replace(PARAMS, max_new_tokens=n)) for n in (80, 100))

@@ -177,8 +177,8 @@ def test_a_row_may_be_filled_again_and_idle_rows_are_left_out() -> None:
         logits = decoder.step([1], [answer.token_ids[0]], [len(prompt)], [requests[0].kept_tokens])
         assert int(logits[0].argmax()) == answer.token_ids[1]
         assert engine.steps[-1]["context_lengths"].tolist() == [len(prompt)]
-    with pytest.raises(EngineRunError, match=naming("row 1 slot", cache.capacity)):
-        decoder.step([1], [0], [500], [cache.capacity])
+    with pytest.raises(EngineRunError, match=naming("row 1 slot", cache.capacity[0])):
+        decoder.step([1], [0], [500], cache.capacity)
 
 
 def session_requests(session: ChunkKVSession, prompt: np.ndarray) -> list[Request]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from chunkkv import profiling
+from chunkkv.cache_layout import Slots
 from chunkkv.executors.interface import Decoder, PrefillResult
 from chunkkv.requests import Request
 from chunkkv.results import GenerationResult, RequestStatistics, StreamEvent
@@ -29,13 +30,16 @@ class ModelOutput:
     tokenizer : Tokenizer or None
         Turns tokens into text; None leaves texts empty.
     kv_bytes_per_token : int
-        Bytes that one cached token takes in all layers together.
+        Bytes that one token takes that is cached in all heads of all layers.
+    cache_bytes : callable
+        Returns the bytes of a row of the cache from its slots, one number for each length class.
     """
 
     vocab_size: int
     eos_token_ids: frozenset[int]
     tokenizer: Tokenizer | None
     kv_bytes_per_token: int
+    cache_bytes: Callable[[Slots], int]
 
 
 class Answer:
@@ -49,13 +53,15 @@ class Answer:
         The prompt.
     sampling : SamplingParams
         How tokens are chosen and what ends the answer.
-    capacity : int
-        Slots of that row, for the statistics.
+    capacity : tuple of int
+        Slots of that row for each length class, for the statistics.
     model : ModelOutput
         The model that answers.
     """
 
-    def __init__(self, row: int, request: Request, sampling: SamplingParams, capacity: int, model: ModelOutput) -> None:
+    def __init__(
+        self, row: int, request: Request, sampling: SamplingParams, capacity: Slots, model: ModelOutput
+    ) -> None:
         self.row, self.request = row, request
         self._sampling, self._capacity, self._model = sampling, capacity, model
         self._sampler = Sampler(sampling, request.ids, model.vocab_size)
@@ -75,9 +81,13 @@ class Answer:
         return len(self.request.ids) + len(self.tokens) - 1
 
     @property
-    def next_slot(self) -> int:
-        """Cache slot that the next decode step writes: dropped prompt tokens take none."""
-        return self.request.kept_tokens + len(self.tokens) - 1
+    def next_slots(self) -> Slots:
+        """Cache slot that the next decode step writes in each length class: dropped prompt tokens take none."""
+        return tuple(length + len(self.tokens) - 1 for length in self._kept_lengths)
+
+    @property
+    def _kept_lengths(self) -> Slots:
+        return self._prefilled.kept_lengths or self.request.class_lengths
 
     def begin(self, prefilled: PrefillResult, began: float) -> StreamEvent:
         """Choose the first token after prefill; `began` is the perf_counter() of the call that asked for the answer."""
@@ -137,7 +147,8 @@ class Answer:
                 self.request,
                 self._model.kv_bytes_per_token,
                 self._prefilled,
-                self._capacity,
+                self._model.cache_bytes(self._kept_lengths),
+                self._model.cache_bytes(self._capacity),
                 len(self.tokens),
                 self._ttft_s,
                 self.decode_s,
@@ -148,7 +159,7 @@ class Answer:
 
 def cancelled_in_queue(request: Request, sampling: SamplingParams, kv_bytes_per_token: int) -> StreamEvent:
     """Return the only event of an answer that was cancelled before its prompt was prefilled: it never had a cache."""
-    statistics = _statistics(request, kv_bytes_per_token, PrefillResult(None), capacity=0)
+    statistics = _statistics(request, kv_bytes_per_token, PrefillResult(None), request.kept_tokens * kv_bytes_per_token)
     logprobs: tuple[float, ...] | None = () if sampling.logprobs else None
     return StreamEvent(0, "", (), GenerationResult("", (), "cancelled", logprobs, statistics))
 
@@ -164,7 +175,7 @@ def decode_step(decoder: Decoder, answers: Sequence[Answer]) -> np.ndarray:
             [answer.row for answer in answers],
             [answer.tokens[-1] for answer in answers],
             [answer.next_position for answer in answers],
-            [answer.next_slot for answer in answers],
+            _step_slots(answers),
         )
     seconds = time.perf_counter() - started
     for answer in answers:
@@ -172,16 +183,22 @@ def decode_step(decoder: Decoder, answers: Sequence[Answer]) -> np.ndarray:
     return logits
 
 
+def _step_slots(answers: Sequence[Answer]) -> np.ndarray:
+    """Return the slots that the next step writes, [length_classes,len(answers)]; [len(answers)] for one class."""
+    slots = np.array([answer.next_slots for answer in answers], np.int32).T
+    return slots[0] if len(slots) == 1 else slots
+
+
 def _statistics(
     request: Request,
     kv_bytes_per_token: int,
     prefilled: PrefillResult,
-    capacity: int,
+    cache_bytes: int,
+    allocated: int = 0,
     new_tokens: int = 0,
     ttft_s: float = 0.0,
     decode_s: float = 0.0,
 ) -> RequestStatistics:
-    allocated = capacity * kv_bytes_per_token
     return RequestStatistics(
         prompt_tokens=len(request.ids),
         kept_tokens=request.kept_tokens,
@@ -190,7 +207,7 @@ def _statistics(
         tpot_s=decode_s / (new_tokens - 1) if new_tokens > 1 else None,
         prefill_s=prefilled.prefill_s,
         compress_s=prefilled.compress_s,
-        cache_bytes=request.kept_tokens * kv_bytes_per_token,
+        cache_bytes=cache_bytes,
         full_cache_bytes=len(request.ids) * kv_bytes_per_token,
         allocated_cache_bytes=allocated,
         peak_cache_bytes=allocated + prefilled.scratch_cache_bytes,

@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 
+from chunkkv.cache_layout import Slots
 from chunkkv.errors import ConfigError, EngineMismatchError, RequestError
 from chunkkv.limits import KEEP_SCALE
 from chunkkv.settings import ChunkKVSettings, keep_ratio_to_per_10k
@@ -70,7 +71,9 @@ class Request:
     budget_tokens : int
         Tokens to keep instead of a ratio; 0 selects the ratio.
     kept_tokens : int
-        N(L): how many of the L tokens stay in the cache.
+        N(L): how many of the L tokens stay in the cache, over all heads on average.
+    class_lengths : tuple of int
+        How many stay at most in each length class of the engine's cache. Where there is one, that is kept_tokens.
     request_id : int
         A number of its own within the process, by which profilers tell requests apart.
     """
@@ -79,7 +82,16 @@ class Request:
     keep_per_10k: int
     budget_tokens: int
     kept_tokens: int
+    class_lengths: Slots = ()
     request_id: int = field(default_factory=_next_id)
+
+    def __post_init__(self) -> None:
+        if not self.class_lengths:
+            object.__setattr__(self, "class_lengths", (self.kept_tokens,))
+
+    def slots(self, new_tokens: int) -> Slots:
+        """Return the cache slots that the prompt needs at most with `new_tokens` behind it, for each length class."""
+        return tuple(length + new_tokens for length in self.class_lengths)
 
 
 def as_batch(prompts: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from chunkkv import profiling, reference
 from chunkkv.answer import Answer, ModelOutput, decode_step
+from chunkkv.cache_layout import Slots
 from chunkkv.engine.directory import EngineFiles
 from chunkkv.errors import EngineMismatchError, RequestError
 from chunkkv.executors.interface import CancelSignal, Choice, Executor, KVCache, PrefillProgress, no_progress
@@ -257,7 +258,7 @@ class ChunkKVSession:
                 "this engine does not tell which tokens it keeps: inspect one built from the same checkpoint with "
                 "--backend onnxruntime"
             )
-        cache = self.executor.new_cache(1, self.executor.capacity_for(request.kept_tokens))
+        cache = self.executor.new_cache(1, self.executor.capacity_for(request.class_lengths))
         progress = _CallProgress([request], on_prefill or no_progress)
         prefilled = self.executor.prefiller().run([request], cache, threading.Event(), progress)[0]
         progress.add([len(request.ids)])
@@ -285,10 +286,14 @@ class ChunkKVSession:
         starts = reference.chunk_starts(length, self.settings, flags)
         return GroupChoice(group, leader, choice.kept_indices[leader], choice.token_scores[leader], starts)
 
-    def start_answer(self, row: int, request: Request, sampling: SamplingParams, capacity: int) -> Answer:
+    def start_answer(self, row: int, request: Request, sampling: SamplingParams, capacity: Slots) -> Answer:
         """Return the answer to `request` before its first token; it decodes in `row` of a cache of `capacity` slots."""
         model = ModelOutput(
-            self.limits.vocab_size, self.eos_token_ids, self.tokenizer, self.executor.kv_bytes_per_token
+            self.limits.vocab_size,
+            self.eos_token_ids,
+            self.tokenizer,
+            self.executor.kv_bytes_per_token,
+            self.executor.cache_bytes,
         )
         return Answer(row, request, sampling, capacity, model)
 
@@ -301,7 +306,8 @@ class ChunkKVSession:
     ) -> Iterator[StreamEvent]:
         began = time.perf_counter()
         progress = _CallProgress(requests, on_prefill or no_progress)
-        needed = max(request.kept_tokens for request in requests) + sampling.max_new_tokens
+        rows_slots = [request.slots(sampling.max_new_tokens) for request in requests]
+        needed = tuple(map(max, zip(*rows_slots, strict=True)))
         cache = self.executor.new_cache(len(requests), self.executor.capacity_for(needed))
         answers: list[Answer] = []
         prefiller = self.executor.prefiller()

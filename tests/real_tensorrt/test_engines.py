@@ -173,7 +173,7 @@ def check_decoder(row: Row, built: Built, contract: Contract, capacity: int) -> 
     assert built.layers["ATTENTION_INPUT"] == built.layers["ATTENTION_OUTPUT"] == LAYERS
     assert built.layers["ROTARY_EMBEDDING"] == 2 * LAYERS
     steps = dict.fromkeys(("input_ids", "position_ids", "logit_indices"), ("INT64", (-1, 1)))
-    steps["cache_lengths"] = ("INT32", (-1,))
+    steps["cache_lengths"] = ("INT32", (1, -1))
     cache = (dtype, (-1, KV_HEADS, capacity, HEAD_DIM))
     past, present = (
         {f"{time}_{kind}.{layer}": cache for kind in ("key", "value") for layer in range(LAYERS)}
@@ -186,7 +186,7 @@ def check_decoder(row: Row, built: Built, contract: Contract, capacity: int) -> 
     shape = (KV_HEADS, capacity, HEAD_DIM)
     assert built.profile == {
         **{name: ((1, 1), (most, 1), (most, 1)) for name in steps if name != "cache_lengths"},
-        "cache_lengths": ((1,), (most,), (most,)),
+        "cache_lengths": ((1, 1), (1, most), (1, most)),
         **{name: ((1, *shape), (most, *shape), (most, *shape)) for name in past},
     }
 

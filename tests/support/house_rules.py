@@ -11,6 +11,7 @@ from pathlib import Path
 from support.house import House, Module, circles, includes, native_sources, tree_folders
 
 GROUND = {
+    "cache_layout",
     "command_line",
     "errors",
     "files",

@@ -78,7 +78,7 @@ class StepGraph:
     def build(self) -> onnx.ModelProto:
         """Return the model.
 
-        Inputs: input_ids [B,S], position_ids [B,S] int64, cache_lengths [B] int32 (slots filled before this block),
+        Inputs: input_ids [B,S], position_ids [B,S] int64, cache_lengths [1,B] int32 (slots filled before this block),
         logit_indices [B,P] int64 (places in the block), past_key.l and past_value.l [B,Hkv,C,D]. Outputs: logits
         [B,P,V], present_key.l and present_value.l (the same buffers), and for each leader l query.l [B,Hq,w,D], the
         block's last w rotated queries (fewer where the block is shorter).
@@ -86,7 +86,7 @@ class StepGraph:
         e = self.e
         ids = e.input("input_ids", "int64", ["batch", "block"])
         positions = e.input("position_ids", "int64", ["batch", "block"])
-        lengths = e.input("cache_lengths", "int32", ["batch"])
+        lengths = e.op("Squeeze", [e.input("cache_lengths", "int32", [1, "batch"]), e.ints(0)])
         places = e.input("logit_indices", "int64", ["batch", "logit_count"])
         self.rows = e.op("Concat", [e.dim("input_ids", 0), e.dim("input_ids", 1), e.ints(-1)], axis=0)
         self._cache_inputs(lengths)

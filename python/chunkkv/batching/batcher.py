@@ -102,11 +102,10 @@ class ContinuousBatcher:
             it waiting.
         """
         (request,) = self.session.requests([prompt], sampling, keep_ratio, budget_tokens, add_special_tokens)
-        needed = request.kept_tokens + sampling.max_new_tokens
-        if not self._caches.could_hold(needed):
+        if not self._caches.could_hold(request.slots(sampling.max_new_tokens)):
             raise RequestError(
-                f"{needed} tokens do not fit kv_bytes {self.limits.kv_bytes}: ask for fewer new tokens or a smaller "
-                "budget, or give the server more memory"
+                f"{request.kept_tokens + sampling.max_new_tokens} tokens do not fit kv_bytes {self.limits.kv_bytes}: "
+                "ask for fewer new tokens or a smaller budget, or give the server more memory"
             )
         listener.on_accepted(request)
         limits = replace(self.limits, queue_timeout_s=PROBE_WAIT_S) if probe else self.limits
@@ -202,7 +201,7 @@ class ContinuousBatcher:
                 return
             job = self._queue[0]
         try:
-            cache_row = self._caches.take_row(job.needed_tokens)
+            cache_row = self._caches.take_row(job.needed_slots)
             if cache_row is None:
                 return
             job.begin(self.session, cache_row)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from typing import NamedTuple
 
+from chunkkv.cache_layout import Slots
 from chunkkv.errors import RequestError
 from chunkkv.executors.interface import Decoder, Executor, KVCache
 from chunkkv.session import ChunkKVSession
@@ -26,13 +27,13 @@ class CacheBucket:
     ----------
     executor : Executor
         Makes the cache and its decoders.
-    capacity : int
-        Slots per row.
+    capacity : tuple of int
+        Slots per row, one number for each length class.
     rows : int
         Rows of the cache.
     """
 
-    def __init__(self, executor: Executor[KVCache], capacity: int, rows: int) -> None:
+    def __init__(self, executor: Executor[KVCache], capacity: Slots, rows: int) -> None:
         self._executor, self.capacity, self.rows = executor, capacity, rows
         self.cache = executor.new_cache(rows, capacity)
         self._free = list(range(rows))  # a heap
@@ -90,7 +91,7 @@ class CachePool:
 
     def __init__(self, executor: Executor[KVCache], slots: int, max_tokens: int, kv_bytes: int | None) -> None:
         self._executor, self._slots, self._max_tokens, self._kv_bytes = executor, slots, max_tokens, kv_bytes
-        self._buckets: dict[int, CacheBucket] = {}
+        self._buckets: dict[Slots, CacheBucket] = {}
 
     @property
     def allocated_bytes(self) -> int:
@@ -98,18 +99,18 @@ class CachePool:
         # copied, because load() asks from other threads
         return sum(self._bytes(bucket.capacity, bucket.rows) for bucket in list(self._buckets.values()))
 
-    def could_hold(self, tokens: int) -> bool:
-        """Return whether an empty pool has room for an answer of `tokens` tokens."""
-        return self._kv_bytes is None or self._bytes(self._capacity(tokens), 1) <= self._kv_bytes
+    def could_hold(self, slots: Slots) -> bool:
+        """Return whether an empty pool has room for an answer of `slots` slots, one number for each length class."""
+        return self._kv_bytes is None or self._bytes(self._capacity(slots), 1) <= self._kv_bytes
 
-    def take_row(self, tokens: int) -> CacheRow | None:
-        """Return a row for an answer that needs `tokens` tokens of cache, None where it has to wait for one."""
-        capacity = self._capacity(tokens)
+    def take_row(self, slots: Slots) -> CacheRow | None:
+        """Return a row for an answer that needs `slots` slots of cache, None where it has to wait for one."""
+        capacity = self._capacity(slots)
         bucket = self._buckets.get(capacity)
         if bucket is None:
             bucket = self._make(capacity)
         if bucket is None or bucket.is_full:
-            larger = (self._buckets[size] for size in sorted(self._buckets) if size > capacity)
+            larger = (self._buckets[size] for size in sorted(self._buckets) if _is_larger(size, capacity))
             bucket = next((other for other in larger if not other.is_full), None)
         return None if bucket is None else CacheRow(bucket, bucket.take())
 
@@ -121,7 +122,7 @@ class CachePool:
         """Forget a bucket whose cache cannot be trusted; its rows may still be given back to it."""
         self._buckets.pop(bucket.capacity, None)
 
-    def _make(self, capacity: int) -> CacheBucket | None:
+    def _make(self, capacity: Slots) -> CacheBucket | None:
         rows = self._slots
         if self._kv_bytes is not None:
             for size in [size for size, bucket in self._buckets.items() if bucket.is_idle]:
@@ -134,16 +135,23 @@ class CachePool:
         self._buckets[capacity] = CacheBucket(self._executor, capacity, rows)
         return self._buckets[capacity]
 
-    def _capacity(self, tokens: int) -> int:
-        """Return the slots of the bucket for `tokens`: powers of two, so that few buckets serve every length."""
-        rounded = max(SMALLEST_CAPACITY, 1 << (tokens - 1).bit_length())
+    def _capacity(self, slots: Slots) -> Slots:
+        """Return the slots of the bucket for `slots`: powers of two, so that few buckets serve every length."""
+        rounded = (max(SMALLEST_CAPACITY, 1 << (count - 1).bit_length()) for count in slots)
         try:
-            return self._executor.capacity_for(min(rounded, max(self._max_tokens, tokens)))
+            return self._executor.capacity_for(
+                tuple(min(most, max(self._max_tokens, count)) for most, count in zip(rounded, slots, strict=True))
+            )
         except RequestError:  # the engine has no cache that large, but maybe one that is large enough
-            return self._executor.capacity_for(tokens)
+            return self._executor.capacity_for(slots)
 
-    def _bytes(self, capacity: int, rows: int) -> int:
-        return capacity * rows * self._executor.kv_bytes_per_token
+    def _bytes(self, capacity: Slots, rows: int) -> int:
+        return rows * self._executor.cache_bytes(capacity)
+
+
+def _is_larger(size: Slots, needed: Slots) -> bool:
+    """Return whether a row of `size` slots has room for one of `needed` slots, and is another."""
+    return size != needed and all(have >= want for have, want in zip(size, needed, strict=True))
 
 
 def cache_bytes(session: ChunkKVSession, kv_bytes: int | None) -> int | None:
@@ -156,6 +164,6 @@ def cache_bytes(session: ChunkKVSession, kv_bytes: int | None) -> int | None:
     pool = executor.capabilities.pool_bytes
     if pool is None:
         return kv_bytes
-    longest = executor.capacity_for(session.limits.max_input_len) * executor.kv_bytes_per_token
+    longest = executor.cache_bytes(executor.capacity_for(session.limits.max_input_len))
     room = max(pool - longest, pool // 2)
     return room if kv_bytes is None else min(room, kv_bytes)

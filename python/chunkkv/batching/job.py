@@ -34,7 +34,7 @@ class AnswerJob:
 
     def __init__(self, request: Request, sampling: SamplingParams, listener: Listener, limits: BatchingLimits) -> None:
         self.request, self.sampling, self.listener, self._limits = request, sampling, listener, limits
-        self.needed_tokens = request.kept_tokens + sampling.max_new_tokens
+        self.needed_slots = request.slots(sampling.max_new_tokens)
         self.submitted = time.perf_counter()
         self.answer: Answer | None = None
         self.cache_row: CacheRow | None = None

@@ -6,26 +6,37 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from chunkkv.cache_layout import CacheLayout, Slots
+
 
 @dataclass(frozen=True)
 class HostKVCache:
-    """Keys and values per layer, each [B,Hkv,C,D] float32; rows are independent requests.
+    """Keys and values per part of the layout, each [B,H,C,D] float32; rows are independent requests.
+
+    H are the KV heads of the part and C the slots of its length class. Where every layer is one part, part l is layer
+    l.
 
     Parameters
     ----------
     keys : tuple of numpy.ndarray
-        Rotated keys, one array per layer.
+        Rotated keys, one array per part.
     values : tuple of numpy.ndarray
-        Values, one array per layer, of the same shape as the keys.
+        Values, one array per part, of the same shape as the keys.
+    layout : CacheLayout
+        The parts.
     """
 
     keys: tuple[np.ndarray, ...]
     values: tuple[np.ndarray, ...]
+    layout: CacheLayout
 
     @property
-    def capacity(self) -> int:
-        """Slots per row."""
-        return self.keys[0].shape[2]
+    def capacity(self) -> Slots:
+        """Slots per row, one number for each length class; 0 for a class without heads."""
+        slots = [0] * self.layout.length_classes
+        for part, array in zip(self.layout.parts, self.keys, strict=True):
+            slots[part.length_class] = array.shape[2]
+        return tuple(slots)
 
     @property
     def row_count(self) -> int:
@@ -34,7 +45,7 @@ class HostKVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated for all layers and rows."""
+        """Bytes allocated for all parts and rows."""
         return sum(array.nbytes for array in (*self.keys, *self.values))
 
     def rows(self, first: int, count: int) -> HostKVCache:
@@ -42,4 +53,19 @@ class HostKVCache:
         return HostKVCache(
             tuple(array[first : first + count] for array in self.keys),
             tuple(array[first : first + count] for array in self.values),
+            self.layout,
         )
+
+    def layer(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return keys and values [B,Hkv,C,D] of all heads of a layer, whose parts must have equally many slots.
+
+        They are copies where the layer has two parts.
+        """
+        numbers = self.layout.of_layer(layer)
+        if len(numbers) == 1:
+            return self.keys[numbers[0]], self.values[numbers[0]]
+        heads = np.argsort(np.concatenate([self.layout.parts[number].kv_heads for number in numbers]))
+        keys, values = (
+            np.concatenate([kind[number] for number in numbers], axis=1) for kind in (self.keys, self.values)
+        )
+        return keys[:, heads], values[:, heads]

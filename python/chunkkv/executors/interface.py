@@ -12,6 +12,7 @@ from typing import NoReturn, Protocol, TypeVar
 
 import numpy as np
 
+from chunkkv.cache_layout import CacheLayout, Slots
 from chunkkv.errors import BackendUnavailableError
 from chunkkv.executors.host_cache import HostKVCache
 from chunkkv.requests import Request
@@ -75,6 +76,9 @@ class PrefillResult:
         Seconds of compression; 0 where the engine compacts within prefill.
     scratch_cache_bytes : int, default 0
         Bytes of keys and values that were alive for this prompt beside its own rows of the cache.
+    kept_lengths : tuple of int or None, default None
+        Slots that the kept tokens fill, one number for each length class of the engine's cache layout. None where they
+        are those of the request (`Request.class_lengths`).
     """
 
     logits: np.ndarray | None
@@ -82,6 +86,7 @@ class PrefillResult:
     prefill_s: float = 0.0
     compress_s: float = 0.0
     scratch_cache_bytes: int = 0
+    kept_lengths: Slots | None = None
 
 
 class CancelSignal(Protocol):
@@ -106,8 +111,8 @@ class KVCache(Protocol):
     """Keys and values of some rows; rows are independent requests. Only the executor that made it can read it."""
 
     @property
-    def capacity(self) -> int:
-        """Slots per row."""
+    def capacity(self) -> Slots:
+        """Slots per row, one number for each length class."""
 
     def rows(self: CacheT, first: int, count: int) -> CacheT:
         """Return `count` rows from `first` as a cache that shares this cache's memory."""
@@ -206,7 +211,8 @@ class Decoder(Protocol):
             Per row the logical position of that token: how many tokens of prompt and answer come before it.
         slots : sequence of int, or numpy.ndarray
             Per row the cache slot to write, which is the number of slots filled so far; compression makes it smaller
-            than the position. A decoder from `layer_lengths_decoder` takes [layers,len(rows)].
+            than the position. An engine of several length classes takes [length_classes,len(rows)], a decoder from
+            `layer_lengths_decoder` [layers,len(rows)].
 
         Raises
         ------
@@ -218,8 +224,8 @@ class Decoder(Protocol):
 class BlockwisePrefiller(Protocol):
     """Prefill and compression as two calls, over caches in host memory that can be read in between."""
 
-    def new_cache(self, rows: int, capacity: int) -> HostKVCache:
-        """Return an empty cache of `rows` rows with `capacity` slots each."""
+    def new_cache(self, rows: int, capacity: int | Sequence[int]) -> HostKVCache:
+        """Return an empty cache of `rows` rows; `capacity` slots each, or one number for each length class."""
 
     def fill(
         self, ids: np.ndarray, cache: HostKVCache, cancel: CancelSignal
@@ -254,13 +260,26 @@ class Executor(Protocol[CacheT]):
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes that one cached token takes in all layers together."""
+        """Bytes that one token takes that is cached in all heads of all layers."""
 
-    def capacity_for(self, tokens: int) -> int:
-        """Return the slots that a cache for `tokens` tokens has; raises RequestError where the engine has none."""
+    @property
+    def cache_layout(self) -> CacheLayout:
+        """Which heads of which layer hold equally many tokens."""
 
-    def new_cache(self, rows: int, capacity: int) -> CacheT:
+    def capacity_for(self, tokens: int | Sequence[int]) -> Slots:
+        """Return the slots that a cache for `tokens` tokens has; raises RequestError where the engine has none.
+
+        `tokens` and the result are one number for each length class; a single number of tokens holds for all classes.
+        """
+
+    def new_cache(self, rows: int, capacity: int | Sequence[int]) -> CacheT:
         """Return an empty cache; `capacity` comes from capacity_for. Raises CacheFullError where a pool is full."""
+
+    def cache_bytes(self, slots: Sequence[int]) -> int:
+        """Return the bytes of a row of `slots` slots, one number for each length class."""
+        heads = self.cache_layout.heads
+        head_bytes = self.kv_bytes_per_token // sum(heads)
+        return head_bytes * sum(count * filled for count, filled in zip(heads, slots, strict=True))
 
     def prefiller(self) -> Prefiller[CacheT]:
         """Return what prefills the prompts of one call."""
@@ -272,10 +291,11 @@ class Executor(Protocol[CacheT]):
         """Return prefill and compression as two calls; needs capability `blockwise_prefill`."""
         _refuse("hand out a prompt's whole cache")
 
-    def score_block(self, cache: CacheT, ids: np.ndarray, slot: int, position: int) -> np.ndarray:
+    def score_block(self, cache: CacheT, ids: np.ndarray, slot: int | Sequence[int], position: int) -> np.ndarray:
         """Append the tokens ids [S] int64 to a cache of one row and return the logits [S,vocab] after each of them.
 
-        The first one is written to `slot` and stands at logical `position`. Needs capability `block_scoring`.
+        The first one is written to `slot`, one number for each length class or one for all of them, and stands at
+        logical `position`. Needs capability `block_scoring`.
         """
         _refuse("score a block of tokens at once")
 

@@ -21,7 +21,7 @@ class StepArrays:
     position_ids : numpy.ndarray
         Logical positions [B,1] int64.
     cache_lengths : numpy.ndarray
-        Cache slots to write [B] int32.
+        Cache slots to write [length_classes,B] int32.
     """
 
     input_ids: np.ndarray
@@ -46,16 +46,17 @@ class StepArrays:
             (self.position_ids[:, 0], positions),
             (self.cache_lengths, slots),
         ):
-            array[:] = 0
-            array[named] = values
+            array[...] = 0
+            array[..., named] = values
 
 
-def check_slots(rows: Sequence[int], slots: Sequence[int] | np.ndarray, capacity: int) -> None:
-    """Raise EngineRunError where a row would write behind its `capacity` slots; slots are [rows] or [layers,rows].
+def check_slots(rows: Sequence[int], slots: Sequence[int] | np.ndarray, capacity: Sequence[int]) -> None:
+    """Raise EngineRunError where a row would write behind its `capacity` slots.
 
-    Engines do not check this themselves, and would write into the next row or beyond the cache.
+    Engines do not check this themselves, and would write into the next row or beyond the cache. `slots` are [rows] or
+    [length_classes,rows], `capacity` has one number for each length class; a class of no slots has no heads either.
     """
-    largest = np.asarray(slots).reshape(-1, len(rows)).max(axis=0)
-    for row, slot in zip(rows, largest.tolist(), strict=True):
-        if slot >= capacity:
-            raise EngineRunError(f"row {row} was to write slot {slot} of a cache with {capacity} slots per row")
+    for class_slots, limit in zip(np.asarray(slots).reshape(-1, len(rows)).tolist(), capacity, strict=True):
+        for row, slot in zip(rows, class_slots, strict=True):
+            if slot >= limit > 0:
+                raise EngineRunError(f"row {row} was to write slot {slot} of a cache with {limit} slots per row")

@@ -94,7 +94,8 @@ class Graphs:
         """Return the decode profile: 1 to max_batch_size rows of one token."""
         most, model = self._build.max_batch_size, self._plan.model
         columns = {name: ((1, 1), (most, 1), (most, 1)) for name in ("input_ids", "position_ids", "logit_indices")}
-        shapes = {**columns, "cache_lengths": ((1,), (most,), (most,))}
+        shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+        shapes = {**columns, "cache_lengths": ((1, 1), (1, most), (1, most))}
         tail = (model.num_kv_heads, -1, model.head_dim)  # the capacity is the graph's own
         for layer in range(model.num_layers):
             for kind in ("key", "value"):

@@ -31,7 +31,9 @@ class OnnxRuntimeDecoder:
         self._binding = bind_cache(self._session, cache)
         self._cache = cache  # the binding holds raw pointers into it
         self._arrays = StepArrays(
-            np.zeros((rows, 1), np.int64), np.zeros((rows, 1), np.int64), np.zeros(rows, np.int32)
+            np.zeros((rows, 1), np.int64),
+            np.zeros((rows, 1), np.int64),
+            np.zeros((step.layout.length_classes, rows), np.int32),
         )
         self._logit_indices = np.zeros((rows, 1), np.int64)  # a block of one token: its logits are wanted
         self._logits = np.empty((rows, 1, step.vocab_size), np.float32)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 
+from chunkkv.cache_layout import CacheLayout, Slots
 from chunkkv.engine.directory import COMPRESS_FILE, STEP_FILE
 from chunkkv.executors.host_cache import HostKVCache
 from chunkkv.executors.interface import Capabilities, Executor
@@ -48,14 +50,19 @@ class OnnxRuntimeExecutor(Executor[HostKVCache]):
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes that one cached token takes in all layers together."""
-        return 2 * self.step.num_layers * self.step.num_kv_heads * self.step.head_dim * 4
+        """Bytes that one token takes that is cached in all heads of all layers."""
+        return 2 * sum(self.step.layout.heads) * self.step.head_dim * 4
 
-    def capacity_for(self, tokens: int) -> int:
+    @property
+    def cache_layout(self) -> CacheLayout:
+        """Which heads of which layer hold equally many tokens."""
+        return self.step.layout
+
+    def capacity_for(self, tokens: int | Sequence[int]) -> Slots:
         """Return the slots that a cache for `tokens` tokens has: as many."""
-        return tokens
+        return self.step.layout.slots(tokens)
 
-    def new_cache(self, rows: int, capacity: int) -> HostKVCache:
+    def new_cache(self, rows: int, capacity: int | Sequence[int]) -> HostKVCache:
         """Return an empty cache; memory is touched only where tokens are written."""
         return self.step.new_cache(rows, capacity)
 
@@ -71,7 +78,7 @@ class OnnxRuntimeExecutor(Executor[HostKVCache]):
         """Return what appends tokens to the rows of `cache`."""
         return OnnxRuntimeDecoder(self.step, cache)
 
-    def score_block(self, cache: HostKVCache, ids: np.ndarray, slot: int, position: int) -> np.ndarray:
+    def score_block(self, cache: HostKVCache, ids: np.ndarray, slot: int | Sequence[int], position: int) -> np.ndarray:
         """Append a block of tokens to a cache of one row and return the logits after each; see Executor."""
         return self.step.append_scored_block(cache, ids, slot, position)
 

@@ -7,12 +7,13 @@ every call binds its own caches, so calls on several threads do not meet.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 
+from chunkkv.cache_layout import CacheLayout, uniform_layout
 from chunkkv.errors import EngineError, EngineMismatchError
 from chunkkv.executors.host_cache import HostKVCache
 from chunkkv.executors.interface import Choice
@@ -44,38 +45,47 @@ class OnnxRuntimeStep:
         if not {"past_key.0", "logits"} <= set(shapes):
             raise EngineError(f"{path} is no step graph; build the engine again")
         self.num_layers = sum(name.startswith("past_key.") for name in shapes)
-        self.num_kv_heads, self.head_dim = int(shapes["past_key.0"][1]), int(shapes["past_key.0"][3])
-        self.vocab_size = int(shapes["logits"][2])
+        self.head_dim, self.vocab_size = int(shapes["past_key.0"][3]), int(shapes["logits"][2])
+        self.layout: CacheLayout = uniform_layout(self.num_layers, int(shapes["past_key.0"][1]))
         self.query_heads = {
             int(name.split(".")[1]): int(shape[1]) for name, shape in shapes.items() if name.startswith("query.")
         }
 
-    def new_cache(self, rows: int, capacity: int) -> HostKVCache:
+    def new_cache(self, rows: int, capacity: int | Sequence[int]) -> HostKVCache:
         """Return an empty cache; memory is touched only where tokens are written."""
-        shape = (rows, self.num_kv_heads, capacity, self.head_dim)
-        keys, values = (tuple(np.zeros(shape, np.float32) for _ in range(self.num_layers)) for _ in range(2))
-        return HostKVCache(keys, values)
+        slots = self.layout.slots(capacity)
+        shapes = [(rows, len(part.kv_heads), slots[part.length_class], self.head_dim) for part in self.layout.parts]
+        keys, values = (tuple(np.zeros(shape, np.float32) for shape in shapes) for _ in range(2))
+        return HostKVCache(keys, values, self.layout)
 
     def append_prompt_block(
         self, cache: HostKVCache, ids: np.ndarray, filled: int
     ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
         """Append the tokens ids [S] int64 of one row at slots and positions filled … filled+S-1.
 
-        Returns the logits [vocab] after the last token and, per leader layer, the block's last w rotated queries
-        [1,Hq,min(w,S),D].
+        Returns the logits [vocab] after the last token and, for each part of the cache that scores, the block's last w
+        rotated queries [1,Hq,min(w,S),D].
         """
         logits, queries = self._append(cache, ids, filled, filled, np.array([len(ids) - 1]))
         return logits[0], queries
 
-    def append_scored_block(self, cache: HostKVCache, ids: np.ndarray, slot: int, position: int) -> np.ndarray:
+    def append_scored_block(
+        self, cache: HostKVCache, ids: np.ndarray, slot: int | Sequence[int], position: int
+    ) -> np.ndarray:
         """Append the tokens ids [S] int64 of one row at slots from `slot` and positions from `position`.
 
-        Returns the logits [S,vocab] after each of them.
+        `slot` is one number for each length class, or one for all of them. Returns the logits [S,vocab] after each
+        token.
         """
         return self._append(cache, ids, slot, position, np.arange(len(ids)))[0]
 
     def _append(
-        self, cache: HostKVCache, ids: np.ndarray, slot: int, position: int, logit_indices: np.ndarray
+        self,
+        cache: HostKVCache,
+        ids: np.ndarray,
+        slot: int | Sequence[int],
+        position: int,
+        logit_indices: np.ndarray,
     ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
         """Append a block of one row; return the logits [P,vocab] after its tokens at logit_indices [P], and queries."""
         size = len(ids)
@@ -84,7 +94,7 @@ class OnnxRuntimeStep:
         inputs: dict[str, np.ndarray] = {
             "input_ids": np.ascontiguousarray(ids, dtype=np.int64).reshape(1, size),
             "position_ids": np.arange(position, position + size, dtype=np.int64).reshape(1, size),
-            "cache_lengths": np.array([slot], np.int32),
+            "cache_lengths": np.array(self.layout.slots(slot), np.int32).reshape(-1, 1),
             "logit_indices": np.ascontiguousarray(logit_indices, dtype=np.int64).reshape(1, -1),
         }
         queries: dict[int, np.ndarray] = {
@@ -135,10 +145,10 @@ class OnnxRuntimeCompress:
         """Choose what one row keeps and copy it to the first slots of `out`; see BlockwisePrefiller.compress."""
         binding = self.session.io_binding()
         inputs: dict[str, np.ndarray] = {
-            "lengths": np.array([full.capacity], np.int32),
+            "lengths": np.array([len(ids)], np.int32),
             "keep_per_10k": np.array([keep_per_10k], np.int32),
             "budget_tokens": np.array([budget_tokens], np.int32),
-            "capacity": np.array([out.capacity], np.int64),
+            "capacity": np.array(out.capacity, np.int64),
             "input_ids": np.ascontiguousarray(ids, dtype=np.int64).reshape(1, -1),
             **{f"query.{leader}": query for leader, query in queries.items()},
         }

@@ -60,8 +60,8 @@ class LayerLengthsDecoder(OnnxRuntimeDecoder):
         self, rows: Sequence[int], tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int] | np.ndarray
     ) -> np.ndarray:
         """Append one token to each row in `rows`; layer l of rows[i] writes slot slots[l,i]. See Decoder.step."""
-        check_slots(rows, slots, self._cache.capacity)
         layer_slots = np.asarray(slots, np.int32)
+        check_slots(rows, layer_slots, self._cache.capacity * len(layer_slots))
         self._arrays.fill(rows, tokens, positions, layer_slots[0])
         self._layer_lengths[:] = 0
         self._layer_lengths[:, list(rows)] = layer_slots

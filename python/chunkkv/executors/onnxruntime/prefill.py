@@ -49,13 +49,13 @@ class OnnxRuntimePrefiller(Prefiller[HostKVCache]):
         length = len(request.ids)
         if request.kept_tokens == length:
             return OnnxRuntimePrefillRun(self, request, out, None, progress)
-        if self._full is None or self._full.capacity != length:
+        if self._full is None or max(self._full.capacity) != length:
             self._full = None  # frees the old one before the new one is allocated
             self._full = self.new_cache(1, length)
         return OnnxRuntimePrefillRun(self, request, self._full, out, progress)
 
-    def new_cache(self, rows: int, capacity: int) -> HostKVCache:
-        """Return an empty cache of `rows` rows with `capacity` slots each."""
+    def new_cache(self, rows: int, capacity: int | Sequence[int]) -> HostKVCache:
+        """Return an empty cache of `rows` rows; `capacity` slots each, or one number for each length class."""
         return self._step.new_cache(rows, capacity)
 
     def fill(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from chunkkv.cache_layout import Slots
 from chunkkv.gpu.cuda_runtime import DeviceBuffer
 
 
@@ -19,8 +20,8 @@ class DeviceKVCache:
         Per layer the device address of the first row's values.
     row_count : int
         Rows of the cache.
-    capacity : int
-        Slots per row.
+    capacity : tuple of int
+        Slots per row: one number, because all heads hold equally many tokens.
     row_bytes : int
         Distance between two rows of a layer, in bytes.
     buffer : DeviceBuffer
@@ -30,7 +31,7 @@ class DeviceKVCache:
     keys: tuple[int, ...]
     values: tuple[int, ...]
     row_count: int
-    capacity: int
+    capacity: Slots
     row_bytes: int
     buffer: DeviceBuffer
 

@@ -6,8 +6,10 @@ own, so calls on several threads do not meet.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from chunkkv.cache_layout import CacheLayout, Slots, uniform_layout
 from chunkkv.engine.tensorrt_build import TensorRTBuild
 from chunkkv.engine.tensorrt_contract import decode_file
 from chunkkv.errors import RequestError
@@ -42,26 +44,33 @@ class TensorRTExecutor(Executor[DeviceKVCache]):
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes that one cached token takes in all layers together."""
+        """Bytes that one token takes that is cached in all heads of all layers."""
         return 2 * self.contract.num_layers * self.contract.row_bytes(1)
 
-    def capacity_for(self, tokens: int) -> int:
+    @property
+    def cache_layout(self) -> CacheLayout:
+        """Which heads of which layer hold equally many tokens."""
+        return uniform_layout(self.contract.num_layers, self.contract.num_kv_heads)
+
+    def capacity_for(self, tokens: int | Sequence[int]) -> Slots:
         """Return the slots of the smallest cache that holds `tokens` tokens; raises RequestError beyond the largest."""
+        (count,) = self.cache_layout.slots(tokens)
         for capacity in self.contract.capacities:
-            if capacity >= tokens:
-                return capacity
+            if capacity >= count:
+                return (capacity,)
         raise RequestError(
-            f"{tokens} tokens do not fit the largest cache of this engine, {self.contract.capacities[-1]} slots: "
+            f"{count} tokens do not fit the largest cache of this engine, {self.contract.capacities[-1]} slots: "
             "ask for fewer new tokens, or build with a larger --max_seq_len"
         )
 
-    def new_cache(self, rows: int, capacity: int) -> DeviceKVCache:
+    def new_cache(self, rows: int, capacity: int | Sequence[int]) -> DeviceKVCache:
         """Return a cache of undefined content: prefill writes every slot of a row, so that no old NaN is ever read."""
-        layers, row_bytes = self.contract.num_layers, self.contract.row_bytes(capacity)
+        slots = self.cache_layout.slots(capacity)
+        layers, row_bytes = self.contract.num_layers, self.contract.row_bytes(slots[0])
         layer_bytes = aligned(rows * row_bytes)
         buffer = self._engines.cuda.device_memory(2 * layers * layer_bytes)
         places = [buffer.address + number * layer_bytes for number in range(2 * layers)]
-        return DeviceKVCache(tuple(places[:layers]), tuple(places[layers:]), rows, capacity, row_bytes, buffer)
+        return DeviceKVCache(tuple(places[:layers]), tuple(places[layers:]), rows, slots, row_bytes, buffer)
 
     def prefiller(self) -> TensorRTPrefiller:
         """Return what prefills the prompts of one call, several at a time where the engine was built for it."""
@@ -69,4 +78,4 @@ class TensorRTExecutor(Executor[DeviceKVCache]):
 
     def decoder(self, cache: DeviceKVCache) -> TensorRTDecoder:
         """Return what appends tokens to the rows of `cache`."""
-        return TensorRTDecoder(self._engines, self._decode[cache.capacity], cache)
+        return TensorRTDecoder(self._engines, self._decode[cache.capacity[0]], cache)

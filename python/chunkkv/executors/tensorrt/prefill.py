@@ -66,7 +66,7 @@ class TensorRTPrefiller(Prefiller[DeviceKVCache]):
     def _run(self, requests: Sequence[Request], out: DeviceKVCache) -> dict[str, np.ndarray]:
         """Bind everything, run once, and return the outputs that are not caches, on the host."""
         engines, context, stream = self._engines, self._prefill.context, self._stream
-        inputs, capacity = _prefill_inputs(requests), _aligned_int64(out.capacity)
+        inputs, capacity = _prefill_inputs(requests), _aligned_int64(out.capacity[0])
         rows, padded = inputs["input_ids"].shape
         outputs: dict[str, np.ndarray] = {"logits": np.empty((rows, 1, self._contract.vocab_size), np.float32)}
         outputs["kept_lengths"] = np.empty(rows, np.int32)

@@ -6,6 +6,7 @@ import weakref
 
 import numpy as np
 
+from chunkkv.cache_layout import Slots
 from chunkkv.executors.tensorrt_llm.kv_blocks import BlockManager
 
 
@@ -18,11 +19,11 @@ class PagedKVCache:
         Owns the pool.
     sequences : tuple of int
         Per row its sequence in `manager`.
-    capacity : int
-        Slots that are reserved for each row.
+    capacity : tuple of int
+        Slots that are reserved for each row: one number, because all heads keep equally many tokens.
     """
 
-    def __init__(self, manager: BlockManager, sequences: tuple[int, ...], capacity: int) -> None:
+    def __init__(self, manager: BlockManager, sequences: tuple[int, ...], capacity: Slots) -> None:
         self.sequences, self.capacity = sequences, capacity
         self.prompt_lengths = np.zeros(len(sequences), np.int64)  # 0: nothing was prefilled; shared by rows()
         self._whole: PagedKVCache | None = None

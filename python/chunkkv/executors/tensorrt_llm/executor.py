@@ -6,8 +6,10 @@ N(L) go back to the pool at once, and the next prompt may take them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from chunkkv.cache_layout import CacheLayout, Slots, uniform_layout
 from chunkkv.engine.directory import EngineFiles
 from chunkkv.engine.tensorrt_llm_side_file import SideFile, engine_file
 from chunkkv.errors import EngineMismatchError, RequestError
@@ -65,16 +67,23 @@ class TensorRTLLMExecutor(Executor[PagedKVCache]):
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes that one cached token takes in all layers together."""
+        """Bytes that one token takes that is cached in all heads of all layers."""
         return self.geometry.bytes_per_token
 
-    def capacity_for(self, tokens: int) -> int:
-        """Return the slots of the blocks that `tokens` tokens need."""
-        return self.blocks.blocks_for(tokens) * self.geometry.tokens_per_block
+    @property
+    def cache_layout(self) -> CacheLayout:
+        """One part for each layer: all heads keep equally many tokens."""
+        return uniform_layout(self.geometry.num_layers, self.geometry.num_kv_heads)
 
-    def new_cache(self, rows: int, capacity: int) -> PagedKVCache:
+    def capacity_for(self, tokens: int | Sequence[int]) -> Slots:
+        """Return the slots of the blocks that `tokens` tokens need."""
+        (count,) = self.cache_layout.slots(tokens)
+        return (self.blocks.blocks_for(count) * self.geometry.tokens_per_block,)
+
+    def new_cache(self, rows: int, capacity: int | Sequence[int]) -> PagedKVCache:
         """Reserve blocks for `rows` rows of `capacity` slots; raises CacheFullError where the pool has not as many."""
-        return PagedKVCache(self.blocks, self.blocks.add(capacity, rows), capacity)
+        slots = self.cache_layout.slots(capacity)
+        return PagedKVCache(self.blocks, self.blocks.add(slots[0], rows), slots)
 
     def prefiller(self) -> PagedPrefiller:
         """Return what prefills the prompts of one call."""

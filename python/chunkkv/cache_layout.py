@@ -1,0 +1,73 @@
+"""Parts of a KV cache: which heads of which layer hold equally many tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+ALL_HEADS = "all"
+
+Slots = tuple[int, ...]  # of a row: one number for each length class
+
+
+@dataclass(frozen=True)
+class CachePart:
+    """KV heads of one layer that hold the same number of tokens; one array of keys and one of values.
+
+    Parameters
+    ----------
+    layer : int
+        The decoder layer.
+    head_class : str
+        "reading" or "local" where the engine splits its budget by head class, else "all".
+    kv_heads : tuple of int
+        The layer's KV heads in this part, ascending.
+    length_class : int
+        Parts of one length class fill the same number of slots in a row.
+    """
+
+    layer: int
+    head_class: str
+    kv_heads: tuple[int, ...]
+    length_class: int = 0
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """The parts of every cache of an engine.
+
+    Parameters
+    ----------
+    parts : tuple of CachePart
+        In the order of the engine's arrays: by layer, and within a layer by length class.
+    length_classes : int, default 1
+        How many numbers of slots a row has.
+    """
+
+    parts: tuple[CachePart, ...]
+    length_classes: int = 1
+
+    @property
+    def heads(self) -> Slots:
+        """KV heads of each length class, over all layers."""
+        counts = [0] * self.length_classes
+        for part in self.parts:
+            counts[part.length_class] += len(part.kv_heads)
+        return tuple(counts)
+
+    def of_layer(self, layer: int) -> tuple[int, ...]:
+        """Return the numbers of the parts that hold `layer`."""
+        return tuple(number for number, part in enumerate(self.parts) if part.layer == layer)
+
+    def slots(self, value: int | Sequence[int]) -> Slots:
+        """Return `value` as one number for each length class; a single number holds for all of them."""
+        if isinstance(value, Sequence):
+            assert len(value) == self.length_classes, (value, self.length_classes)
+            return tuple(value)
+        return (value,) * self.length_classes
+
+
+def uniform_layout(num_layers: int, num_kv_heads: int) -> CacheLayout:
+    """Return the layout of an engine that keeps equally many tokens everywhere: one part for each layer."""
+    heads = tuple(range(num_kv_heads))
+    return CacheLayout(tuple(CachePart(layer, ALL_HEADS, heads) for layer in range(num_layers)))
