@@ -46,7 +46,8 @@ class OnnxRuntimeStep:
             raise EngineError(f"{path} is no step graph; build the engine again")
         self.num_layers = sum(name.startswith("past_key.") for name in shapes)
         self.head_dim, self.vocab_size = int(shapes["past_key.0"][3]), int(shapes["logits"][2])
-        self.layout: CacheLayout = uniform_layout(self.num_layers, int(shapes["past_key.0"][1]))
+        self.num_kv_heads = int(shapes["past_key.0"][1])
+        self.layout: CacheLayout = uniform_layout(self.num_layers, self.num_kv_heads)
         self.query_heads = {
             int(name.split(".")[1]): int(shape[1]) for name, shape in shapes.items() if name.startswith("query.")
         }
