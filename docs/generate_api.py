@@ -32,7 +32,11 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "Errors": {"chunkkv.errors": ()},
     "Serve many requests": {"chunkkv.batching": ()},
     "The op on your arrays": {"chunkkv.native": ()},
-    "The op in NumPy": {"chunkkv.reference": ()},
+    "The op in NumPy": {
+        "chunkkv.reference_scores": (),
+        "chunkkv.reference": (),
+        "chunkkv.reference_layers": (),
+    },
     "The contract of an engine": {"chunkkv.executors.interface": (), "chunkkv.executors.load": ()},
     "Build engines": {
         "chunkkv_builder.build": ("build_engine",),

@@ -9,7 +9,7 @@ import pytest
 from support import needle_engine
 from support.messages import naming
 
-from chunkkv import SamplingParams, reference
+from chunkkv import SamplingParams, reference, reference_layers
 from chunkkv.errors import ConfigError, RequestError
 from chunkkv.evaluation import policies as rules
 from chunkkv.evaluation.policies import make_policy, parse_policies, pyramid_budgets
@@ -84,7 +84,7 @@ def test_a_prompt_that_fits_is_kept_whole(prompt: PrefilledPrompt, name: str) ->
 )
 def test_chunk_policies_are_the_op_of_the_contract(prompt: PrefilledPrompt, name: str, change: dict) -> None:
     settings = replace(SETTINGS, **{"min_tokens": 20, **change})
-    expected = reference.select_layers(
+    expected = reference_layers.select_layers(
         {layer: query[None, :, -settings.window :] for layer, query in prompt.queries.items()},
         [key for key in prompt.cache.keys],
         np.array([LENGTH]),

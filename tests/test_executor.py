@@ -14,7 +14,7 @@ from support.checkpoints import VARIANTS
 from support.messages import naming
 from support.op_cases import OpCase
 
-from chunkkv import SamplingParams, reference
+from chunkkv import SamplingParams, reference_layers
 from chunkkv.errors import ConfigError, EngineRunError
 from chunkkv.executors.host_cache import HostKVCache
 from chunkkv.executors.onnxruntime.executor import OnnxRuntimeExecutor
@@ -121,7 +121,7 @@ def test_each_layer_keeps_its_leaders_rows_with_unchanged_bytes(boundaries: str,
             key[row, :, length:] = content
     queries = {settings.leader_of(group): calls[settings.leader_of(group)].query for group in settings.layer_groups}
     named = onnx_op.feeds(calls[0].query, keys[0], lengths, settings, **calls[0].optional())
-    expected = reference.select_layers(queries, keys, lengths, settings, **calls[0].optional())
+    expected = reference_layers.select_layers(queries, keys, lengths, settings, **calls[0].optional())
     capacity = int(expected[0].kept_lengths.max()) + SPARE
     found = run_compress(session, compress_feeds(session, named, queries, keys, values, capacity))
     assert (found["kept_lengths"] == expected[0].kept_lengths).all()

@@ -14,7 +14,7 @@ from support import op_properties as properties
 from support.messages import naming
 from support.op_cases import CASES, LONG_CASE, STORAGE_TYPES, OpCase, named, op_cases
 
-from chunkkv import reference
+from chunkkv import reference, reference_layers
 from chunkkv.errors import ConfigError, RequestError
 from chunkkv.settings import ChunkKVSettings
 
@@ -181,7 +181,7 @@ def test_compaction_of_a_row_equals_the_batched_one() -> None:
 
 @pytest.mark.parametrize("leader", ["first", "last"])
 def test_group_members_take_the_leaders_indices(leader: str) -> None:
-    properties.check_group_members(reference.select_layers, reference.select_batch, leader)
+    properties.check_group_members(reference_layers.select_layers, reference.select_batch, leader)
 
 
 def test_members_that_choose_for_themselves_are_caught() -> None:
@@ -196,10 +196,10 @@ def test_members_that_choose_for_themselves_are_caught() -> None:
 def test_groups_must_cover_every_layer_and_leaders_need_queries() -> None:
     grouped, queries, keys, lengths = properties.grouped_layers("last")
     with pytest.raises(ConfigError, match=naming("5 layers")):
-        reference.select_layers(queries, keys[:5], lengths, grouped)
+        reference_layers.select_layers(queries, keys[:5], lengths, grouped)
     del queries[5]
     with pytest.raises(ConfigError, match=naming("layer 5 queries")):
-        reference.select_layers(queries, keys, lengths, grouped)
+        reference_layers.select_layers(queries, keys, lengths, grouped)
 
 
 # The honest exception: chunks near the cut

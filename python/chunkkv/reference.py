@@ -1,7 +1,9 @@
 """The ChunkKV op in readable NumPy: what every other implementation is compared with.
 
 Section numbers are those of docs/method.md, and so are the letters in shapes: B rows of the batch, Hq query heads, Hkv
-KV heads, D head size, S padded length, L length of a row, w observation window, s sinks, N kept tokens, C chunks.
+KV heads, D head size, S padded length, L length of a row, W observation window, w the part of it that scores, s sinks,
+N kept tokens, C chunks. This module computes one layer. Section 2 is in chunkkv.reference_scores, and what concerns all
+layers together in chunkkv.reference_layers.
 
 Sums run in float64, so a result is at least as exact as the float32 accumulation that the other implementations use.
 Token scores are returned as float32, and chunk scores are means of those float32 values.
@@ -9,16 +11,16 @@ Token scores are returned as float32, and chunk scores are means of those float3
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from chunkkv.errors import ConfigError, RequestError
+from chunkkv.reference_scores import FloatArray, given_scores, token_scores
 from chunkkv.settings import ChunkKVSettings
 
-FloatArray = NDArray[np.floating[Any]]
 IntArray = NDArray[np.integer[Any]]
 BoolArray = NDArray[np.bool_]
 
@@ -31,76 +33,12 @@ class Selection(NamedTuple):
 
     kept_indices int32 [B, max N] holds the kept positions of each row in ascending order, PAD_INDEX behind its own N.
     kept_lengths int32 [B] holds each row's N. token_scores float32 [B,S] is zero in the window and in the padding.
+    Where every KV head chooses for itself, indices are [B, Hkv, max N] and scores [B,Hkv,S].
     """
 
     kept_indices: NDArray[np.int32]
     kept_lengths: NDArray[np.int32]
     token_scores: NDArray[np.float32]
-
-
-def token_scores(
-    query: FloatArray, key: FloatArray, window: int, pooling: int = 1, score: str = "softmax"
-) -> NDArray[np.float32]:
-    """Return the score of every token of one row, float32 [L] (section 2); entries from L-w on are zero.
-
-    Parameters
-    ----------
-    query : floating [Hq,w,D]
-        The last w queries, rotated as attention uses them. Hq is a multiple of Hkv.
-    key : floating [Hkv,L,D]
-        All keys, rotated. L is at least w.
-    window : int
-        w, which the shape of `query` must show.
-    pooling : int, default 1
-        Neighbouring tokens over which scores are averaged, odd; positions outside [0, L-w) count as 0.
-    score : {"softmax", "logits"}, default "softmax"
-        How the window's queries score a token: mean attention weight, or sum of the raw products q·k.
-
-    Raises
-    ------
-    ConfigError
-        Where the shapes do not fit together, or for another `score`.
-    """
-    heads, rows, head_dim = query.shape
-    kv_heads, length, _ = key.shape
-    _check_shapes(query, key, window)
-    grouped = query.astype(np.float64).reshape(kv_heads, heads // kv_heads * rows, head_dim)
-    with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinity are legal contents
-        logits = (grouped @ key.astype(np.float64).swapaxes(1, 2)).reshape(heads, rows, length)
-        ranked = length - window
-        if score == "logits":
-            raw_scores = logits.sum(axis=(0, 1))[:ranked]
-        elif score == "softmax":
-            raw_scores = _causal_softmax(logits / np.sqrt(head_dim)).mean(axis=(0, 1))[:ranked]
-        else:
-            raise ConfigError(f"score is {score!r}; allowed is softmax or logits")
-        if pooling > 1 and ranked > 0:
-            raw_scores = np.convolve(np.pad(raw_scores, pooling // 2), np.ones(pooling), mode="valid") / pooling
-        scores = np.zeros(length, dtype=np.float32)
-        scores[:ranked] = raw_scores
-    return scores
-
-
-def _check_shapes(query: FloatArray, key: FloatArray, window: int) -> None:
-    heads, rows, head_dim = query.shape
-    kv_heads, length, key_dim = key.shape
-    if heads % kv_heads:
-        raise ConfigError(f"query has {heads} heads, key has {kv_heads}: Hq must be a multiple of Hkv")
-    if head_dim != key_dim:
-        raise ConfigError(f"query has head size {head_dim}, key has {key_dim}: both must be the same")
-    if rows != window:
-        raise ConfigError(f"query holds {rows} rows, window is {window}: give the last {window} queries")
-    if length < window:
-        raise ConfigError(f"key holds {length} tokens, window is {window}: such a row is kept whole, unscored")
-
-
-def _causal_softmax(logits: FloatArray) -> FloatArray:
-    """Return the softmax over the last axis of [Hq,w,L]; query i of the window sees keys up to its own position."""
-    _, rows, length = logits.shape
-    own_position = length - rows + np.arange(rows)
-    masked = np.where(np.arange(length) <= own_position[:, None], logits, -np.inf)
-    weights = np.exp(masked - masked.max(axis=-1, keepdims=True))
-    return weights / weights.sum(axis=-1, keepdims=True)
 
 
 def chunk_starts(length: int, settings: ChunkKVSettings, is_delimiter: BoolArray | None = None) -> NDArray[np.int64]:
@@ -183,118 +121,164 @@ def select_tokens(
     return np.flatnonzero(stays).astype(np.int32)
 
 
+def recent_tokens(length: int, kept: int, sinks: int) -> NDArray[np.int32]:
+    """Return the positions that stay with policy "recent", int32 [N]: the sinks and the last tokens (section 4).
+
+    `length` is L and `kept` N; at least L keeps every token.
+    """
+    if kept >= length:
+        return np.arange(length, dtype=np.int32)
+    return np.concatenate([np.arange(sinks), np.arange(length - kept + sinks, length)]).astype(np.int32)
+
+
 def compact(x: NDArray[Any], kept_indices: IntArray) -> NDArray[Any]:
-    """Return the kept tokens of x [Hkv,L,D] as [Hkv,N,D], bytes unchanged (section 5); kept_indices is [N]."""
-    return np.ascontiguousarray(x[:, kept_indices, :])
+    """Return the kept tokens of x [Hkv,L,D] as [Hkv,N,D], bytes unchanged (section 5).
+
+    kept_indices is [N], or [Hkv,N] where each KV head keeps its own.
+    """
+    return compact_batch(x[None], kept_indices[None])[0]
 
 
 def compact_batch(x: NDArray[Any], kept_indices: IntArray) -> NDArray[Any]:
-    """Return the kept tokens of x [B,Hkv,S,D] as [B,Hkv,max N,D] (section 5); kept_indices is [B, max N].
+    """Return the kept tokens of x [B,Hkv,S,D] as [B,Hkv,max N,D] (section 5).
 
-    Slots behind a row's own N repeat its first token.
+    kept_indices is [B, max N], or [B, Hkv, max N] where each KV head keeps its own. Slots behind a row's own N repeat
+    its first token.
     """
-    rows = np.maximum(kept_indices, 0)[:, None, :, None]
-    return np.take_along_axis(x, rows, axis=2)
+    shared = kept_indices if kept_indices.ndim == 3 else kept_indices[:, None]
+    return np.take_along_axis(x, np.maximum(shared, 0)[..., None], axis=2)
 
 
 def select_batch(
-    query: FloatArray,
+    query: FloatArray | None,
     key: FloatArray,
     lengths: IntArray,
     settings: ChunkKVSettings,
     *,
+    window: IntArray | None = None,
+    value: FloatArray | None = None,
+    scores: FloatArray | None = None,
+    head_class: str = "all",
     keep_per_10k: IntArray | None = None,
     budget_tokens: IntArray | None = None,
     is_delimiter: BoolArray | None = None,
 ) -> Selection:
-    """Score and select the tokens of every row of a batch (sections 1 to 4).
+    """Score and select the tokens of every row of a batch, for one layer or one class of its heads (sections 1 to 4).
 
-    Contents behind a row's length are never read. A row of fewer than w tokens scores zero and is kept whole.
+    Contents behind a row's length are never read. A row of fewer than W tokens scores zero and is kept whole.
+
+    Raises RequestError for a length outside 0 to S, and ConfigError where shapes and settings do not fit together and
+    for a window outside 1 to W.
 
     Parameters
     ----------
-    query : floating [B,Hq,w,D]
-        Each row's last w queries, rotated.
+    query : floating [B,Hq,W,D] or None
+        Each row's last W queries, rotated. None where nothing is scored, and where `scores` are given.
     key : floating [B,Hkv,S,D]
-        Keys, rotated.
+        Keys, rotated. Query, key and value hold the heads of `head_class` only.
     lengths : integer [B]
         L of each row, 0 to S.
     settings : ChunkKVSettings
         The op's settings.
-    keep_per_10k : integer [B], optional
-        Keep ratio of each row, in shares of 10,000; None for the settings'.
-    budget_tokens : integer [B], optional
-        Budget of each row, 0 for its keep ratio; None for the settings'.
+    window : integer [B], optional
+        w of each row, 1 to W; None for W.
+    value : floating [B,Hkv,S,D], optional
+        Values; needed where settings.value_norm is "on".
+    scores : floating [B,S] or [B,Hkv,S], optional
+        Scores from outside; needed where settings.score is "given".
+    head_class : {"all", "reading", "local"}, default "all"
+        Which class of heads it is; "all" where settings.budget_split is "uniform".
+    keep_per_10k, budget_tokens : integer [B], optional
+        Keep ratio in shares of 10,000 and budget (0 for the ratio) of each row; None for the settings'.
     is_delimiter : bool [B,S], optional
         Which tokens end a clause or a line.
-
-    Raises
-    ------
-    RequestError
-        For a length outside 0 to S.
-    ConfigError
-        Where shapes and settings do not fit together.
     """
-    batch, _, padded, _ = key.shape
-    rows: list[NDArray[np.int32]] = []
-    scores = np.zeros((batch, padded), dtype=np.float32)
+    batch, kv_heads, padded, _ = key.shape
+    each = settings.heads == "each"
+    indices: list[list[NDArray[np.int32]]] = []
+    all_scores = np.zeros((batch, kv_heads, padded) if each else (batch, padded), dtype=np.float32)
     for row in range(batch):
         length = int(lengths[row])
         if not 0 <= length <= padded:
             raise RequestError(f"length of row {row} is {length}; allowed is 0 to {padded}, the size of key")
-        ratio = None if keep_per_10k is None else int(keep_per_10k[row])
-        budget = None if budget_tokens is None else int(budget_tokens[row])
-        if length >= settings.window:
-            scores[row, :length] = token_scores(
-                query[row], key[row, :, :length], settings.window, settings.pooling, settings.score
-            )
+        arrays = (None if x is None else x[row] for x in (query, value, scores))
         flags = None if is_delimiter is None else is_delimiter[row, :length]
-        kept = settings.kept_tokens(length, ratio, budget)
-        rows.append(select_tokens(scores[row, :length], length, kept, settings, flags))
-    kept_lengths = np.array([len(indices) for indices in rows], dtype=np.int32)
-    kept_indices = np.full((batch, int(kept_lengths.max(initial=0))), PAD_INDEX, dtype=np.int32)
-    for row, indices in enumerate(rows):
-        kept_indices[row, : len(indices)] = indices
-    return Selection(kept_indices, kept_lengths, scores)
+        numbers = (None if x is None else int(x[row]) for x in (keep_per_10k, budget_tokens, window))
+        row_scores, chosen = _select_row(settings, head_class, key[row, :, :length], numbers, arrays, flags)
+        all_scores[row, ..., :length] = row_scores
+        indices.append(chosen)
+    kept_indices, kept_lengths = _padded(indices, kv_heads if each else 1)
+    return Selection(kept_indices if each else kept_indices[:, 0], kept_lengths, all_scores)
 
 
-def select_layers(
-    queries: Mapping[int, FloatArray],
-    keys: Sequence[FloatArray],
-    lengths: IntArray,
+def _select_row(
     settings: ChunkKVSettings,
-    *,
-    keep_per_10k: IntArray | None = None,
-    budget_tokens: IntArray | None = None,
-    is_delimiter: BoolArray | None = None,
-) -> list[Selection]:
-    """Return one Selection per layer; the layers of a group share their leader's (section 6).
+    head_class: str,
+    key: FloatArray,
+    numbers: Iterable[int | None],
+    arrays: Iterable[FloatArray | None],
+    flags: BoolArray | None,
+) -> tuple[NDArray[np.float32], list[NDArray[np.int32]]]:
+    """Return the token scores of one row and the kept positions of every choice.
 
-    `queries` maps each leader to its queries [B,Hq,w,D]; `keys` holds [B,Hkv,S,D] for every layer; the rest is as in
-    select_batch. Raises ConfigError unless settings.layer_groups lists every layer once, in order, and every leader
-    has its queries.
+    `numbers` are the row's ratio, budget and window, `arrays` its query, value and scores from outside.
     """
-    listed = [layer for group in settings.layer_groups for layer in group]
-    if listed != list(range(len(keys))):
+    kv_heads, length, _ = key.shape
+    each = settings.heads == "each"
+    ratio, budget, observed = numbers
+    kept = settings.class_lengths(length, ratio, budget)[head_class == "local"]
+    if head_class == "local" and settings.local_policy == "recent":
+        zeros = np.zeros((kv_heads, length) if each else length, dtype=np.float32)
+        return zeros, [recent_tokens(length, kept, settings.sinks)] * (kv_heads if each else 1)
+    scores = _row_scores(settings, key, observed, *arrays)
+    choices = scores if each else scores[None]
+    return scores, [select_tokens(of_choice, length, kept, settings, flags) for of_choice in choices]
+
+
+def _padded(indices: list[list[NDArray[np.int32]]], choices: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Return the kept positions of every row and choice as one array [B, choices, max N], and each row's N [B]."""
+    kept_lengths = np.array([len(row[0]) for row in indices], dtype=np.int32)
+    kept_indices = np.full((len(indices), choices, int(kept_lengths.max(initial=0))), PAD_INDEX, dtype=np.int32)
+    for row, of_choices in enumerate(indices):
+        kept_indices[row, :, : kept_lengths[row]] = of_choices
+    return kept_indices, kept_lengths
+
+
+def _row_scores(
+    settings: ChunkKVSettings,
+    key: FloatArray,
+    observed: int | None,
+    query: FloatArray | None,
+    value: FloatArray | None,
+    scores: FloatArray | None,
+) -> NDArray[np.float32]:
+    """Return the token scores of one row whose keys are [Hkv,L,D], [L] or [Hkv,L]."""
+    kv_heads, length, _ = key.shape
+    each, window = settings.heads == "each", settings.window
+    if length < window:
+        return np.zeros((kv_heads, length) if each else length, dtype=np.float32)
+    if settings.score == "given":
+        if scores is None or scores.ndim != 1 + each:
+            raise ConfigError(
+                f"score is 'given' and heads is {settings.heads!r}: pass scores, for each head its own or one for all"
+            )
+        return given_scores(scores[..., :length], window, settings.pooling)
+    if query is None or (value is None and settings.value_norm == "on"):
         raise ConfigError(
-            f"layer_groups is {settings.layer_groups} for {len(keys)} layers; list every layer once, in order"
+            f"score is {settings.score!r} and value_norm {settings.value_norm!r}: pass query, and value for value_norm"
         )
-    chosen: list[Selection] = []
-    for group in settings.layer_groups:
-        leader = settings.leader_of(group)
-        if leader not in queries:
-            raise ConfigError(f"queries of layer {leader} are missing; it leads the group {group}")
-        selection = select_batch(
-            queries[leader],
-            keys[leader],
-            lengths,
-            settings,
-            keep_per_10k=keep_per_10k,
-            budget_tokens=budget_tokens,
-            is_delimiter=is_delimiter,
-        )
-        chosen.extend([selection] * len(group))
-    return chosen
+    return token_scores(
+        query,
+        key,
+        window,
+        settings.pooling,
+        settings.score,
+        observed=observed,
+        value=value[:, :length] if value is not None and settings.value_norm == "on" else None,
+        window_reduce=settings.window_reduce,
+        head_reduce=settings.head_reduce,
+        heads=settings.heads,
+    )
 
 
 def chunks_near_cut(

@@ -20,6 +20,8 @@ GROUND = {
     "native_files",
     "profiling",
     "reference",
+    "reference_layers",
+    "reference_scores",
     "requests",
     "results",
     "sampling",

@@ -327,7 +327,8 @@ def grouped_layers(
 def check_group_members(select_layers: Callable[..., list[Triple]], select: Select, leader: str) -> int:
     """Every member of a layer group takes its leader's indices; groups choose for themselves.
 
-    select_layers has the signature and the result of chunkkv.reference.select_layers, and gets the leaders' queries.
+    select_layers has the signature and the result of chunkkv.reference_layers.select_layers; it gets the leaders'
+    queries.
     """
     settings, queries, keys, lengths = grouped_layers(leader)
     leaders = {settings.leader_of(group) for group in settings.layer_groups}
