@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
+from chunkkv.cache_layout import LOCAL, CacheLayout, layout_of
 from chunkkv.errors import ConfigError
 from chunkkv.settings import ChunkKVSettings
 from chunkkv_builder.checkpoint.model_config import ModelConfig
@@ -36,6 +38,42 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
+class PartPlan:
+    """One part of the KV cache: heads of one layer that keep equally many tokens.
+
+    Parameters
+    ----------
+    number : int
+        Its place in the layout of the cache; the layer's number where every layer is one part.
+    layer : int
+        The decoder layer.
+    kv_heads : tuple of int
+        Its KV heads, ascending.
+    head_class : str
+        "all", "reading" or "local".
+    length_class : int
+        Parts of one length class fill equally many slots.
+    leader : int
+        The part of the group's leader whose choice it takes; its own number without ChunkKV.
+    scores : bool
+        Whether it is a leader that chooses by scores. Others take a leader's choice, or keep sinks and recent tokens.
+    """
+
+    number: int
+    layer: int
+    kv_heads: tuple[int, ...]
+    head_class: str
+    length_class: int
+    leader: int
+    scores: bool
+
+    @property
+    def leads(self) -> bool:
+        """Whether it takes no other part's choice."""
+        return self.leader == self.number
+
+
+@dataclass(frozen=True)
 class GraphPlan:
     """What the graphs of an engine are made from, whichever engine it is.
 
@@ -61,8 +99,33 @@ class GraphPlan:
         """The layers that score and select, ascending; empty without ChunkKV."""
         return tuple(layer.index for layer in self.layers if layer.is_leader)
 
+    @cached_property
+    def layout(self) -> CacheLayout:
+        """The parts of every cache."""
+        return layout_of(self.settings, self.model.num_layers, self.model.num_kv_heads)
+
+    @cached_property
+    def parts(self) -> tuple[PartPlan, ...]:
+        """The parts of every cache in order, each with the part that decides for it."""
+        places = {(part.layer, part.length_class): number for number, part in enumerate(self.layout.parts)}
+        by_score = self.settings is not None
+        recent = self.settings is not None and self.settings.local_policy == "recent"
+        ranked = self.settings is not None and self.settings.budget_split == "ranked"
+        parts = []
+        for number, part in enumerate(self.layout.parts):
+            leader = number if ranked else places[self.layers[part.layer].leader, part.length_class]
+            scores = by_score and leader == number and not (recent and part.head_class == LOCAL)
+            parts.append(
+                PartPlan(number, part.layer, part.kv_heads, part.head_class, part.length_class, leader, scores)
+            )
+        return tuple(parts)
+
+    def parts_of(self, layer: int) -> list[PartPlan]:
+        """Return the parts of one layer, by length class."""
+        return [part for part in self.parts if part.layer == layer]
+
     def kv_bytes_per_token(self, dtype: str) -> int:
-        """Bytes that one token in a cache of `dtype` takes in all layers together."""
+        """Bytes that one token takes that is cached in all heads of all layers, in a cache of `dtype`."""
         return 2 * self.model.num_layers * self.model.num_kv_heads * self.model.head_dim * CACHE_ITEM_BYTES[dtype]
 
 

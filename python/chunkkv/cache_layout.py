@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-ALL_HEADS = "all"
+from chunkkv.settings import ChunkKVSettings
+
+ALL_HEADS, READING, LOCAL = HEAD_CLASSES = ("all", "reading", "local")
 
 Slots = tuple[int, ...]  # of a row: one number for each length class
 
@@ -65,6 +67,26 @@ class CacheLayout:
             assert len(value) == self.length_classes, (value, self.length_classes)
             return tuple(value)
         return (value,) * self.length_classes
+
+
+def layout_of(settings: ChunkKVSettings | None, num_layers: int, num_kv_heads: int) -> CacheLayout:
+    """Return the layout of an engine with `settings` for a model of these sizes; None is an engine without ChunkKV.
+
+    With budget_split "classes" length class 0 are the reading heads and 1 the local heads; a layer of both has two
+    parts. With "ranked" every layer is a length class of its own.
+    """
+    if settings is None or settings.budget_split == "uniform":
+        return uniform_layout(num_layers, num_kv_heads)
+    heads = tuple(range(num_kv_heads))
+    if settings.budget_split == "ranked":
+        return CacheLayout(tuple(CachePart(layer, ALL_HEADS, heads, layer) for layer in range(num_layers)), num_layers)
+    parts = []
+    for layer, reading in enumerate(settings.reading_heads):
+        local = tuple(head for head in heads if head not in reading)
+        for number, (name, members) in enumerate(((READING, reading), (LOCAL, local))):
+            if members:
+                parts.append(CachePart(layer, name, members, number))
+    return CacheLayout(tuple(parts), 2)
 
 
 def uniform_layout(num_layers: int, num_kv_heads: int) -> CacheLayout:

@@ -85,7 +85,9 @@ class PrefillGraph(StepGraph):
         for member in self.plan.layers[: layer.index + 1]:
             if member.leader <= layer.index and member.index in self.caches:
                 self.nodes.compact(member, *self.caches.pop(member.index))
-        return self._merge_heads(self._scaled_attention(layer.index, [query, key, value], is_causal=1))
+        return self._merge_heads(
+            self._scaled_attention(f"/layers.{layer.index}/attention", [query, key, value], is_causal=1)
+        )
 
     def _last_queries(self, query: str) -> str:
         """Each row's own last w queries, [B,Hq,w,D]; a row shorter than w repeats its first."""

@@ -15,9 +15,10 @@ import onnx
 from chunkkv.errors import ConfigError
 from chunkkv_builder.checkpoint.model_config import rope_frequencies
 from chunkkv_builder.onnx_graph.emitter import NUMPY_TO_ONNX, GraphEmitter
+from chunkkv_builder.onnx_graph.head_parts import HeadParts
 from chunkkv_builder.onnx_graph.quantize import BLOCK
 from chunkkv_builder.onnx_graph.weights import WeightLocation
-from chunkkv_builder.plan import GraphPlan, LayerPlan
+from chunkkv_builder.plan import GraphPlan, LayerPlan, PartPlan
 
 CONTRIB = "com.microsoft"
 ATTENTION_OPSET = {"fused": 23, "standard": 24}
@@ -27,6 +28,11 @@ OFFSETS_SUFFIX = ".offsets"
 # accuracy_level of MatMulNBits: 1 multiplies in float32, 4 rounds the inputs to int8, too.
 ACCURACY_LEVELS = {"float32": 1, "int8": 4}
 _INT32, _INT64, _FLOAT = onnx.TensorProto.INT32, onnx.TensorProto.INT64, onnx.TensorProto.FLOAT
+
+
+def capacity_name(length_class: int, length_classes: int) -> str:
+    """Return the name of the dimension that counts the slots of a length class."""
+    return "capacity" if length_classes == 1 else f"capacity_{length_class}"
 
 
 class StepGraph:
@@ -78,15 +84,16 @@ class StepGraph:
     def build(self) -> onnx.ModelProto:
         """Return the model.
 
-        Inputs: input_ids [B,S], position_ids [B,S] int64, cache_lengths [1,B] int32 (slots filled before this block),
-        logit_indices [B,P] int64 (places in the block), past_key.l and past_value.l [B,Hkv,C,D]. Outputs: logits
-        [B,P,V], present_key.l and present_value.l (the same buffers), and for each leader l query.l [B,Hq,w,D], the
-        block's last w rotated queries (fewer where the block is shorter).
+        Inputs: input_ids [B,S], position_ids [B,S] int64, cache_lengths [length_classes,B] int32 (slots filled before
+        this block), logit_indices [B,P] int64 (places in the block), past_key.p and past_value.p [B,H,C,D] for each
+        part p of the cache with its H KV heads. Outputs: logits [B,P,V], present_key.p and present_value.p (the same
+        buffers), and for each part p that scores query.p [B,g*H,w,D], the block's last w rotated queries (fewer where
+        the block is shorter). A part is a layer where the budget is not split by heads.
         """
         e = self.e
         ids = e.input("input_ids", "int64", ["batch", "block"])
         positions = e.input("position_ids", "int64", ["batch", "block"])
-        lengths = e.op("Squeeze", [e.input("cache_lengths", "int32", [1, "batch"]), e.ints(0)])
+        lengths = e.input("cache_lengths", "int32", [self.plan.layout.length_classes, "batch"])
         places = e.input("logit_indices", "int64", ["batch", "logit_count"])
         self.rows = e.op("Concat", [e.dim("input_ids", 0), e.dim("input_ids", 1), e.ints(-1)], axis=0)
         self._cache_inputs(lengths)
@@ -105,23 +112,34 @@ class StepGraph:
         )
 
     def _cache_inputs(self, lengths: str) -> None:
-        """Derive from cache_lengths what the attention operator needs, once for all layers."""
+        """Derive from cache_lengths what the attention operator needs, once for all parts of a length class."""
         e = self.e
-        block = e.op("Cast", [e.op("Squeeze", [e.dim("input_ids", 1)])], to=_INT32)
+        first_parts = {part.length_class: part for part in reversed(self.plan.parts)}
+        self.lengths: dict[int, tuple[str, str]] = {}
         if self.attention == "fused":
+            block = e.op("Cast", [e.op("Squeeze", [e.dim("input_ids", 1)])], to=_INT32)
             last = e.op("Add", [lengths, e.op("Sub", [block, e.const(1, "int32")])])
-            total = e.op("Add", [e.op("ReduceMax", [lengths], keepdims=0), block])
-            self.lengths = (last, total)
+            total = e.op("Add", [e.op("ReduceMax", [lengths, e.ints(1)], keepdims=0), block])
+            for number in sorted(first_parts):
+                self.lengths[number] = (self._of_class(last, number), self._of_class(total, number))
             return
-        first = e.op("Cast", [lengths], to=_INT64)
+        firsts = e.op("Cast", [lengths], to=_INT64)
         steps = e.op("Range", [e.const(0, "int64"), e.op("Squeeze", [e.dim("input_ids", 1)]), e.const(1, "int64")])
-        capacity = e.op("Squeeze", [e.dim("past_key.0", 2)])
-        slots = e.op("Range", [e.const(0, "int64"), capacity, e.const(1, "int64")])
-        newest = e.op(
-            "Add",
-            [e.op("Reshape", [first, e.ints(-1, 1, 1, 1)]), e.op("Reshape", [steps, e.ints(1, 1, -1, 1)])],
-        )
-        self.lengths = (first, e.op("LessOrEqual", [slots, newest]))
+        for number, part in sorted(first_parts.items()):
+            first = self._of_class(firsts, number)
+            capacity = e.op("Squeeze", [e.dim(f"past_key.{part.number}", 2)])
+            slots = e.op("Range", [e.const(0, "int64"), capacity, e.const(1, "int64")])
+            newest = e.op(
+                "Add",
+                [e.op("Reshape", [first, e.ints(-1, 1, 1, 1)]), e.op("Reshape", [steps, e.ints(1, 1, -1, 1)])],
+            )
+            self.lengths[number] = (first, e.op("LessOrEqual", [slots, newest]))
+
+    def _of_class(self, values: str, number: int) -> str:
+        """Return what `values` [length_classes,...] says of one length class."""
+        if self.plan.layout.length_classes == 1:
+            return self.e.op("Squeeze", [values, self.e.ints(0)])
+        return self.e.op("Gather", [values, self.e.const(number, "int64")], axis=0)
 
     def _rotation(self, positions: str) -> None:
         """Cosines and sines [B,S,D/2] of this block's logical positions, in float32 as transformers computes them."""
@@ -167,17 +185,40 @@ class StepGraph:
 
         `qkv` are [B,S,H*D] for fused attention, [B,H,S,D] for standard.
         """
-        e, index = self.e, layer.index
-        cache_shape: list[int | str] = ["batch", self.model.num_kv_heads, "capacity", self.model.head_dim]
-        past = [e.input(f"past_{kind}.{index}", self.dtype, cache_shape) for kind in ("key", "value")]
-        present = [f"present_key.{index}", f"present_value.{index}"]
-        if layer.is_leader and self._keeps_queries:
-            self._window_queries(index, qkv[0])
+        model, parts = self.model, self.plan.parts_of(layer.index)
+        axis, width = (2, model.head_dim) if self.attention == "fused" else (1, 1)
+        widths = model.num_heads // model.num_kv_heads * width, width, width
+        heads = HeadParts(self.e, parts)
+        pieces = [heads.split(value, size, axis) for value, size in zip(qkv, widths, strict=True)]
+        mixed = [self._attend_part(part, piece) for part, *piece in zip(parts, *pieces, strict=True)]
+        return self._merge_heads(heads.merge(mixed, widths[0], axis))
+
+    def _attend_part(self, part: PartPlan, qkv: list[str]) -> str:
+        """Attention of the heads of one part, in the layout of `qkv`: [B,S,H*D] or [B,H,S,D]."""
+        e, number = self.e, part.number
+        cache_shape: list[int | str] = ["batch", len(part.kv_heads), self._capacity_name(part), self.model.head_dim]
+        past = [e.input(f"past_{kind}.{number}", self.dtype, cache_shape) for kind in ("key", "value")]
+        present = [f"present_key.{number}", f"present_value.{number}"]
+        if part.scores and self._keeps_queries:
+            self._window_queries(part, qkv[0])
         emit = self._fused_attention if self.attention == "fused" else self._standard_attention
-        mixed = emit(index, qkv, past, present)
+        mixed = emit(part, qkv, past, present)
         for name in present:
             e.output(name, self.dtype, cache_shape)
         return mixed
+
+    def _capacity_name(self, part: PartPlan) -> str:
+        """Return what the graph calls the slots of a part's cache; classes of other lengths have other slots."""
+        return capacity_name(part.length_class, self.plan.layout.length_classes)
+
+    def _query_heads(self, part: PartPlan) -> int:
+        """Return how many query heads read the KV heads of `part`."""
+        return len(part.kv_heads) * (self.model.num_heads // self.model.num_kv_heads)
+
+    def _attention_name(self, part: PartPlan) -> str:
+        """Return the name of the node in which the queries of `part` meet its keys."""
+        whole = len(part.kv_heads) == self.model.num_kv_heads
+        return f"/layers.{part.layer}/attention" + ("" if whole else f".{part.head_class}")
 
     def _heads(self, prefix: str, normed: str) -> str:
         """Project to heads, with Qwen3's per-head norm where the model has it: [B,S,H*D]."""
@@ -190,40 +231,38 @@ class StepGraph:
     def _rotate(self, heads: str, **attributes: Any) -> str:
         return self.e.op("RotaryEmbedding", [heads, *self.rotation], **attributes)
 
-    def _window_queries(self, index: int, query: str) -> None:
-        e, model, settings = self.e, self.model, self.plan.settings
+    def _window_queries(self, part: PartPlan, query: str) -> None:
+        e, settings, heads, size = self.e, self.plan.settings, self._query_heads(part), self.model.head_dim
         assert settings is not None
-        name, end = f"query.{index}", e.ints(np.iinfo(np.int64).max)
+        name, end = f"query.{part.number}", e.ints(np.iinfo(np.int64).max)
         if self.attention == "fused":
             last = e.op("Slice", [query, e.ints(-settings.window), end, e.ints(1)])
-            shape = e.op("Concat", [e.dim("input_ids", 0), e.ints(-1, model.num_heads, model.head_dim)], axis=0)
+            shape = e.op("Concat", [e.dim("input_ids", 0), e.ints(-1, heads, size)], axis=0)
             e.op("Transpose", [e.op("Reshape", [last, shape])], [name], perm=[0, 2, 1, 3])
         else:
             e.op("Slice", [query, e.ints(-settings.window), end, e.ints(2)], [name])
-        e.output(name, self.dtype, ["batch", model.num_heads, "window", model.head_dim])
+        e.output(name, self.dtype, ["batch", heads, "window", size])
 
-    def _fused_attention(self, index: int, qkv: tuple[str, str, str], past: list[str], present: list[str]) -> str:
-        e, model = self.e, self.model
-        mixed = f"/layers.{index}/attention_output"
-        e.op(
+    def _fused_attention(self, part: PartPlan, qkv: list[str], past: list[str], present: list[str]) -> str:
+        name = self._attention_name(part)
+        return self.e.op(
             "GroupQueryAttention",
-            [*qkv, *past, *self.lengths],
-            [mixed, *present],
-            name=f"/layers.{index}/attention",
+            [*qkv, *past, *self.lengths[part.length_class]],
+            [f"{name}_output", *present],
+            name=name,
             domain=CONTRIB,
-            num_heads=model.num_heads,
-            kv_num_heads=model.num_kv_heads,
+            num_heads=self._query_heads(part),
+            kv_num_heads=len(part.kv_heads),
         )
-        return e.op("Reshape", [mixed, e.ints(-1, model.num_heads * model.head_dim)])
 
-    def _standard_attention(self, index: int, qkv: tuple[str, str, str], past: list[str], present: list[str]) -> str:
+    def _standard_attention(self, part: PartPlan, qkv: list[str], past: list[str], present: list[str]) -> str:
         e = self.e
-        first, visible = self.lengths
+        first, visible = self.lengths[part.length_class]
         for old, new, name in zip(past, qkv[1:], present, strict=True):
-            e.op("TensorScatter", [old, new, first], [name], name=f"/layers.{index}/store/{name}", axis=2)
-        return self._merge_heads(self._scaled_attention(index, [qkv[0], *present, visible]))
+            e.op("TensorScatter", [old, new, first], [name], name=f"/layers.{part.layer}/store/{name}", axis=2)
+        return self._scaled_attention(self._attention_name(part), [qkv[0], *present, visible])
 
-    def _scaled_attention(self, index: int, inputs: list[str], **attributes: Any) -> str:
+    def _scaled_attention(self, name: str, inputs: list[str], **attributes: Any) -> str:
         """Emit Attention with 1/sqrt(D) already on the query.
 
         Left to the operator, TensorRT's parser puts a fourth root, rounded to the graph's type, on queries and keys: in
@@ -231,7 +270,6 @@ class StepGraph:
         """
         e, query = self.e, inputs[0]
         scaled = e.op("Mul", [query, e.scalar(self.model.head_dim**-0.5, self.dtype)])
-        name = f"/layers.{index}/attention"
         return e.op("Attention", [scaled, *inputs[1:]], name=name, scale=1.0, **attributes)
 
     def _split_heads(self, qkv: tuple[str, str, str]) -> list[str]:
@@ -242,8 +280,8 @@ class StepGraph:
         return [e.op("Transpose", [heads], perm=[0, 2, 1, 3]) for heads in shaped]
 
     def _merge_heads(self, heads: str) -> str:
-        """[B,Hq,S,D] to [B*S,Hq*D]."""
-        rows = self.e.op("Transpose", [heads], perm=[0, 2, 1, 3])
+        """Bring the output of attention, [B,S,Hq*D] for fused and [B,Hq,S,D] for standard, to [B*S,Hq*D]."""
+        rows = heads if self.attention == "fused" else self.e.op("Transpose", [heads], perm=[0, 2, 1, 3])
         return self.e.op("Reshape", [rows, self.e.ints(-1, self.model.num_heads * self.model.head_dim)])
 
     def _logits(self, hidden: str, places: str) -> None:
