@@ -91,7 +91,7 @@ def select_of(session: ChunkKVSession) -> Callable:
         first, *others = leaders
         for other in others:
             assert np.array_equal(found[f"kept_indices.{other}"], found[f"kept_indices.{first}"])
-        return found[f"kept_indices.{first}"], found["kept_lengths"], found[f"token_scores.{first}"]
+        return found[f"kept_indices.{first}"], found["kept_lengths"][0], found[f"token_scores.{first}"]
 
     return select
 
@@ -124,7 +124,7 @@ def test_each_layer_keeps_its_leaders_rows_with_unchanged_bytes(boundaries: str,
     expected = reference_layers.select_layers(queries, keys, lengths, settings, **calls[0].optional())
     capacity = int(expected[0].kept_lengths.max()) + SPARE
     found = run_compress(session, compress_feeds(session, named, queries, keys, values, capacity))
-    assert (found["kept_lengths"] == expected[0].kept_lengths).all()
+    assert (found["kept_lengths"] == expected[0].kept_lengths[None]).all()
     for group in settings.layer_groups:
         indices = found[f"kept_indices.{settings.leader_of(group)}"]
         assert np.array_equal(indices, expected[group[0]].kept_indices)
@@ -132,7 +132,7 @@ def test_each_layer_keeps_its_leaders_rows_with_unchanged_bytes(boundaries: str,
             for kind, full in (("key", keys[layer]), ("value", values[layer])):
                 compacted = found[f"kept_{kind}.{layer}"]
                 assert compacted.shape[2] == capacity
-                for row, kept in enumerate(op_properties.kept_sets(indices, found["kept_lengths"])):
+                for row, kept in enumerate(op_properties.kept_sets(indices, found["kept_lengths"][0])):
                     assert compacted[row, :, : len(kept)].tobytes() == full[row][:, kept].tobytes()
     if flags is not None:
         assert flags.any() and not flags.all()

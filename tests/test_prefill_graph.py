@@ -79,7 +79,7 @@ def assert_row_equals(session: ChunkKVSession, request: Request, row: int, found
     (own,) = session.executor.prefiller().run([request], cache, threading.Event())
     choice = own.choice
     assert np.abs(found["logits"][row, 0] - own.logits).max() <= TOLERANCE
-    assert found["kept_lengths"][row] == kept
+    assert found["kept_lengths"][0, row] == kept
     table = graphs.delimiter_table(session)
     flags = None if table is None else table[request.ids]
     for group in settings.layer_groups:
@@ -185,7 +185,7 @@ def test_a_plan_without_chunkkv_keeps_every_token() -> None:
     }
     found = dict(zip((value.name for value in graph.get_outputs()), graph.run(None, inputs), strict=True))
     assert np.abs(found["logits"][0, 0] - own.logits).max() <= TOLERANCE
-    assert found["kept_lengths"] == [len(ids)]
+    assert found["kept_lengths"] == [[len(ids)]]
     for layer in range(session.executor.step.num_layers):
         for kind, rows in (("key", cache.keys[layer]), ("value", cache.values[layer])):
             kept = found[f"kept_{kind}.{layer}"]

@@ -89,6 +89,12 @@ def layout_of(settings: ChunkKVSettings | None, num_layers: int, num_kv_heads: i
     return CacheLayout(tuple(parts), 2)
 
 
+def leading_parts(settings: ChunkKVSettings | None, layout: CacheLayout) -> tuple[int, ...]:
+    """Return the numbers of the parts whose choice is their own: those of the leader of each layer-reuse group."""
+    leaders = set() if settings is None else {settings.leader_of(group) for group in settings.layer_groups}
+    return tuple(number for number, part in enumerate(layout.parts) if part.layer in leaders)
+
+
 def uniform_layout(num_layers: int, num_kv_heads: int) -> CacheLayout:
     """Return the layout of an engine that keeps equally many tokens everywhere: one part for each layer."""
     heads = tuple(range(num_kv_heads))

@@ -156,7 +156,7 @@ def make_requests(
     for number, (prompt, ratio, budget) in enumerate(zip(prompts, ratios, budgets, strict=True)):
         ids = _token_ids(_encoded(prompt, number, tokenizer, add_special_tokens), number, limits.vocab_size)
         _check_length(len(ids), number, limits, max_new_tokens)
-        request = Request(ids, *_budget(len(ids), settings, ratio, budget))
+        request = _request(ids, settings, *_budget(len(ids), settings, ratio, budget))
         if limits.budget_is_fixed and settings and request.kept_tokens != settings.kept_tokens(len(ids)):
             raise RequestError(
                 f"prompt {number} was to keep {request.kept_tokens} of {len(ids)} tokens; this engine keeps "
@@ -165,6 +165,16 @@ def make_requests(
             )
         requests.append(request)
     return requests
+
+
+def _request(
+    ids: np.ndarray, settings: ChunkKVSettings | None, keep_per_10k: int, budget_tokens: int, kept_tokens: int
+) -> Request:
+    """Return a request with the lengths of its cache."""
+    lengths: Slots = ()
+    if settings is not None:
+        lengths = settings.class_capacities(len(ids), keep_per_10k, budget_tokens)
+    return Request(ids, keep_per_10k, budget_tokens, kept_tokens, lengths)
 
 
 def _per_prompt(name: str, value: T | Sequence[T | None] | None, count: int) -> list[T | None]:

@@ -158,7 +158,7 @@ def check_prefill(row: Row, built: Built, contract: Contract) -> None:
     choices = {f"kept_indices.{leader}": ("INT32", (-1, -1)) for leader in leaders}
     choices |= {f"token_scores.{leader}": ("FLOAT", (-1, -1)) for leader in leaders}
     logits = ("FLOAT", (-1, 1, contract.vocab_size))
-    assert built.outputs == {"logits": logits, "kept_lengths": ("INT32", (-1,)), **caches, **choices}
+    assert built.outputs == {"logits": logits, "kept_lengths": ("INT32", (1, -1)), **caches, **choices}
     kept = next(capacity for capacity in contract.capacities if capacity >= KEEP_RATIO * longest)
     assert built.profile == {
         **dict.fromkeys(rows, ((1,), (most,), (most,))),

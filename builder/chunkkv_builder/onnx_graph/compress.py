@@ -7,10 +7,13 @@ import json
 import numpy as np
 import onnx
 
+from chunkkv.cache_layout import ALL_HEADS, LOCAL, READING
 from chunkkv.errors import ConfigError
 from chunkkv_builder.onnx_graph import functions
+from chunkkv_builder.onnx_graph.budgets import kept_tokens, recent_indices
 from chunkkv_builder.onnx_graph.emitter import GraphEmitter
-from chunkkv_builder.plan import GraphPlan, LayerPlan
+from chunkkv_builder.onnx_graph.transformer import capacity_name
+from chunkkv_builder.plan import GraphPlan, PartPlan
 
 COMPRESS_OPSET = 23
 
@@ -18,8 +21,8 @@ COMPRESS_OPSET = 23
 class ChunkKVNodes:
     """Emits select and compact nodes into a graph; raises ConfigError for a plan without ChunkKV.
 
-    Declares the graph inputs lengths, keep_per_10k, budget_tokens [B] int32 and capacity [1] int64: the slots of the
-    output caches, at least the largest N.
+    Declares the graph inputs lengths, keep_per_10k, budget_tokens [B] int32 and capacity [length_classes] int64: the
+    slots of the output caches, at least the largest N of each length class.
 
     Parameters
     ----------
@@ -44,64 +47,127 @@ class ChunkKVNodes:
         self._e, self._plan, self.settings, self._dtype = e, plan, plan.settings, dtype
         self._sorting = sorting
         self._shared = [e.input(name, "int32", ["batch"]) for name in ("lengths", "keep_per_10k", "budget_tokens")]
-        e.input("capacity", "int64", [1])
+        self._capacities = capacities(e, plan)
+        self._recent: PartPlan | None = None  # the first part that keeps recent tokens; all others keep the same
         if self.settings.boundaries == "delimiter":
             assert plan.delimiter_tokens is not None
             table = e.inline("delimiter_tokens", plan.delimiter_tokens.astype(np.int32))
             self._shared.append(e.op("Gather", [table, ids]))
 
-    def select(self, leader: int, query: str, key: str) -> None:
-        """Emit the choice of a group from its leader's query [B,Hq,w,D] and key [B,Hkv,S,D].
+    def select(self, part: PartPlan, query: str, key: str) -> None:
+        """Emit the choice of a leading part from its query [B,g*H,w,D] and key [B,H,S,D].
 
-        Outputs kept_indices.l [B,N] int32, token_scores.l [B,S]; slots.l are the indices padded to the capacity. A
+        Outputs kept_indices.p [B,N] int32, token_scores.p [B,S]; slots.p are the indices padded to the capacity. A
         plugin cannot know N where shapes are made and gives [B,S] with -1 behind N: the Pad then crops to the capacity.
+        Parts that keep recent tokens score nothing: `query` may be anything, and the first of them has kept_indices.p.
         """
+        if not part.scores:
+            if self._recent is None:
+                self._recent = part
+                self._keep_recent(part, key)
+            return
         e = self._e
-        indices, scores = f"kept_indices.{leader}", f"token_scores.{leader}"
+        indices, scores = f"kept_indices.{part.number}", f"token_scores.{part.number}"
         e.op(
-            functions.SELECT,
+            self._select_name(part),
             [query, key, *self._shared],
-            [indices, f"kept_lengths.{leader}", scores],
-            name=f"/layers.{leader}/chunkkv/select",
+            [indices, f"kept_lengths.{part.number}", scores],
+            name=f"{self._place(part)}/select",
             domain=functions.DOMAIN,
             **(functions.select_attributes(self.settings) if self._sorting else {}),
         )
-        e.output(indices, "int32", ["batch", "kept"])
+        e.output(indices, "int32", ["batch", f"kept_{part.length_class}"])
         e.output(scores, "float32", ["batch", "tokens"])
-        spare = e.op("Sub", ["capacity", e.dim(indices, 1)])
-        pads = e.op("Concat", [e.ints(0, 0, 0), spare], axis=0)
-        e.op("Pad", [indices, pads, e.const(-1, "int32")], [f"slots.{leader}"])
+        self._pad_to_capacity(part)
 
-    def compact(self, layer: LayerPlan, key: str, value: str) -> None:
-        """Emit the compaction of a layer's caches [B,Hkv,S,D] to kept_key.l and kept_value.l [B,Hkv,capacity,D]."""
-        model = self._plan.model
+    def _keep_recent(self, part: PartPlan, key: str) -> None:
+        """Emit what all parts keep that keep sinks and recent tokens."""
+        e, indices = self._e, f"kept_indices.{part.number}"
+        length = e.op("Unsqueeze", [e.op("Cast", ["lengths"], to=onnx.TensorProto.INT64), e.ints(1)])
+        kept = kept_tokens(e, self.settings, length, part.head_class)
+        count = e.op("ReduceMax", [kept], keepdims=0) if self._sorting else e.op("Squeeze", [e.dim(key, 2)])
+        e.op("Identity", [recent_indices(e, self.settings, length, kept, count)], [indices])
+        e.output(indices, "int32", ["batch", f"kept_{part.length_class}"])
+        self._pad_to_capacity(part)
+
+    def _pad_to_capacity(self, part: PartPlan) -> None:
+        e, indices = self._e, f"kept_indices.{part.number}"
+        spare = e.op("Sub", [self._capacities[part.length_class], e.dim(indices, 1)])
+        pads = e.op("Concat", [e.ints(0, 0, 0), spare], axis=0)
+        e.op("Pad", [indices, pads, e.const(-1, "int32")], [f"slots.{part.number}"])
+
+    def compact(self, part: PartPlan, key: str, value: str) -> None:
+        """Emit the compaction of a part's caches [B,H,S,D] to kept_key.p and kept_value.p [B,H,capacity,D]."""
+        recent = self._recent is not None and not self._plan.parts[part.leader].scores
+        leader = self._recent.number if recent and self._recent is not None else part.leader
         for kind, full in (("key", key), ("value", value)):
-            output = f"kept_{kind}.{layer.index}"
+            output = f"kept_{kind}.{part.number}"
             self._e.op(
                 functions.COMPACT,
-                [full, f"slots.{layer.leader}"],
+                [full, f"slots.{leader}"],
                 [output],
-                name=f"/layers.{layer.index}/chunkkv/compact_{kind}",
+                name=f"{self._place(part)}/compact_{kind}",
                 domain=functions.DOMAIN,
                 **(functions.plugin_attributes() if self._sorting else {}),
             )
-            self._e.output(output, self._dtype, ["batch", model.num_kv_heads, "capacity_slots", model.head_dim])
+            self._e.output(output, self._dtype, kept_shape(self._plan, part))
 
     def finish(self) -> None:
-        """Declare the graph output kept_lengths [B] int32: N is the same for every layer."""
-        self._e.op("Identity", [f"kept_lengths.{self._plan.leaders[0]}"], ["kept_lengths"])
-        self._e.output("kept_lengths", "int32", ["batch"])
+        """Declare the graph output kept_lengths [length_classes,B] int32: N is the same for all parts of a class."""
+        e, rows = self._e, []
+        for number in range(self._plan.layout.length_classes):
+            chosen = [part for part in self._plan.parts if part.length_class == number and part.leads and part.scores]
+            if chosen:
+                kept = f"kept_lengths.{chosen[0].number}"
+            else:
+                length = e.op("Unsqueeze", [e.op("Cast", ["lengths"], to=onnx.TensorProto.INT64), e.ints(1)])
+                kept = kept_tokens(e, self.settings, length, (READING, LOCAL)[number])
+                kept = e.op("Cast", [e.op("Squeeze", [kept, e.ints(1)])], to=onnx.TensorProto.INT32)
+            rows.append(e.op("Unsqueeze", [kept, e.ints(0)]))
+        e.op("Concat", rows, ["kept_lengths"], axis=0)
+        e.output("kept_lengths", "int32", [len(rows), "batch"])
 
     def functions(self, opset: int) -> list[onnx.FunctionProto]:
         """Return the bodies that engines without a ChunkKV operator run."""
-        model = self._plan.model
-        heads = model.num_heads, model.num_kv_heads
-        select = functions.select_function(self.settings, *heads, opset, sorting=self._sorting)
-        return [select, functions.compact_function(opset)]
+        model, bodies = self._plan.model, {}
+        for part in self._plan.parts:
+            if part.scores and (name := self._select_name(part)) not in bodies:
+                kv_heads = len(part.kv_heads)
+                heads = kv_heads * (model.num_heads // model.num_kv_heads), kv_heads
+                bodies[name] = functions.select_function(
+                    self.settings, *heads, opset, sorting=self._sorting, head_class=part.head_class, name=name
+                )
+        return [*bodies.values(), functions.compact_function(opset)]
+
+    def _select_name(self, part: PartPlan) -> str:
+        """Return the operator that chooses for a part: a plugin's name where all heads of a layer choose together."""
+        if part.head_class == ALL_HEADS:
+            return functions.SELECT
+        return f"{functions.SELECT}_{part.head_class}_{len(part.kv_heads)}"
+
+    def _place(self, part: PartPlan) -> str:
+        """Return how the names of a part's nodes begin."""
+        whole = len(part.kv_heads) == self._plan.model.num_kv_heads
+        return f"/layers.{part.layer}/chunkkv" + ("" if whole else f".{part.head_class}")
 
     def metadata(self, graph: str) -> dict[str, str]:
         """Return what the model file says of itself."""
         return {"chunkkv.graph": graph, "chunkkv.settings": json.dumps(self.settings.to_dict())}
+
+
+def capacities(e: GraphEmitter, plan: GraphPlan) -> list[str]:
+    """Declare the graph input capacity and return the slots of each length class, [1] int64."""
+    count = plan.layout.length_classes
+    e.input("capacity", "int64", [count])
+    if count == 1:
+        return ["capacity"]
+    return [e.op("Slice", ["capacity", e.ints(number), e.ints(number + 1)]) for number in range(count)]
+
+
+def kept_shape(plan: GraphPlan, part: PartPlan) -> list[int | str]:
+    """Return the shape of the kept keys, or values, of a part."""
+    slots = capacity_name(part.length_class, plan.layout.length_classes).replace("capacity", "capacity_slots")
+    return ["batch", len(part.kv_heads), slots, plan.model.head_dim]
 
 
 class KeepAllNodes:
@@ -114,22 +180,20 @@ class KeepAllNodes:
     def __init__(self, e: GraphEmitter, plan: GraphPlan, dtype: str = "float32") -> None:
         self._e, self._plan, self._dtype = e, plan, dtype
         e.input("lengths", "int32", ["batch"])
-        e.input("capacity", "int64", [1])
-        spare = e.op("Sub", ["capacity", e.dim("input_ids", 1)])
+        spare = e.op("Sub", [capacities(e, plan)[0], e.dim("input_ids", 1)])
         self._pads = e.op("Concat", [e.ints(0, 0, 0, 0, 0, 0), spare, e.ints(0)], axis=0)
 
-    def compact(self, layer: LayerPlan, key: str, value: str) -> None:
-        """Emit a layer's caches [B,Hkv,S,D] as kept_key.l and kept_value.l [B,Hkv,capacity,D], zeros behind S."""
-        model = self._plan.model
+    def compact(self, part: PartPlan, key: str, value: str) -> None:
+        """Emit a part's caches [B,Hkv,S,D] as kept_key.p and kept_value.p [B,Hkv,capacity,D], zeros behind S."""
         for kind, full in (("key", key), ("value", value)):
-            output = f"kept_{kind}.{layer.index}"
-            self._e.op("Pad", [full, self._pads], [output], name=f"/layers.{layer.index}/store_{kind}")
-            self._e.output(output, self._dtype, ["batch", model.num_kv_heads, "capacity_slots", model.head_dim])
+            output = f"kept_{kind}.{part.number}"
+            self._e.op("Pad", [full, self._pads], [output], name=f"/layers.{part.layer}/store_{kind}")
+            self._e.output(output, self._dtype, kept_shape(self._plan, part))
 
     def finish(self) -> None:
-        """Declare the graph output kept_lengths [B] int32: the whole prompt."""
-        self._e.op("Identity", ["lengths"], ["kept_lengths"])
-        self._e.output("kept_lengths", "int32", ["batch"])
+        """Declare the graph output kept_lengths [1,B] int32: the whole prompt."""
+        self._e.op("Unsqueeze", ["lengths", self._e.ints(0)], ["kept_lengths"])
+        self._e.output("kept_lengths", "int32", [1, "batch"])
 
     def functions(self, opset: int) -> list[onnx.FunctionProto]:
         """Return no function bodies."""
@@ -141,23 +205,32 @@ class KeepAllNodes:
 
 
 def compress_graph(plan: GraphPlan) -> onnx.ModelProto:
-    """Return the graph that compacts the caches of all layers after the last prefill block; it has no weights.
+    """Return the graph that compacts the caches of all parts after the last prefill block; it has no weights.
 
-    Inputs: those of ChunkKVNodes, query.l [B,Hq,w,D] per leader, key.l and value.l [B,Hkv,S,D], and input_ids [B,S]
-    int64 for delimiter boundaries. Outputs: kept_lengths, kept_indices.l, token_scores.l, kept_key.l, kept_value.l.
+    Inputs: those of ChunkKVNodes, query.p [B,g*H,w,D] per part p that scores, key.p and value.p [B,H,S,D], and
+    input_ids [B,S] int64 for delimiter boundaries. Outputs: kept_lengths, kept_key.p, kept_value.p, and per leading
+    part kept_indices.p and token_scores.p.
     """
     e, model = GraphEmitter(), plan.model
     if plan.settings is not None and plan.settings.boundaries == "delimiter":
         e.input("input_ids", "int64", ["batch", "tokens"])
     nodes = ChunkKVNodes(e, plan)
-    shape: list[int | str] = ["batch", model.num_kv_heads, "tokens", model.head_dim]
-    caches = [[e.input(f"{kind}.{i}", "float32", shape) for kind in ("key", "value")] for i in range(model.num_layers)]
-    for leader in plan.leaders:
-        window: list[int | str] = ["batch", model.num_heads, nodes.settings.window, model.head_dim]
-        nodes.select(leader, e.input(f"query.{leader}", "float32", window), f"key.{leader}")
-        for layer in plan.layers:
-            if layer.leader == leader:
-                nodes.compact(layer, *caches[layer.index])
+    caches = []
+    for part in plan.parts:
+        shape: list[int | str] = ["batch", len(part.kv_heads), "tokens", model.head_dim]
+        caches.append([e.input(f"{kind}.{part.number}", "float32", shape) for kind in ("key", "value")])
+    for leader in plan.parts:
+        if not leader.leads:
+            continue
+        query = ""
+        if leader.scores:
+            heads = len(leader.kv_heads) * (model.num_heads // model.num_kv_heads)
+            window: list[int | str] = ["batch", heads, nodes.settings.window, model.head_dim]
+            query = e.input(f"query.{leader.number}", "float32", window)
+        nodes.select(leader, query, f"key.{leader.number}")
+        for part in plan.parts:
+            if part.leader == leader.number:
+                nodes.compact(part, *caches[part.number])
     nodes.finish()
     return e.model(
         "chunkkv_compress",

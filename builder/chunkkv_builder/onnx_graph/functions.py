@@ -14,10 +14,11 @@ import numpy as np
 import onnx
 from onnx import helper
 
+from chunkkv.cache_layout import ALL_HEADS
 from chunkkv.errors import ConfigError
-from chunkkv.limits import KEEP_SCALE
 from chunkkv.settings import ChunkKVSettings
 from chunkkv_builder.onnx_graph import threshold
+from chunkkv_builder.onnx_graph.budgets import kept_tokens
 from chunkkv_builder.onnx_graph.emitter import NodeEmitter
 
 DOMAIN = "chunkkv"
@@ -58,7 +59,14 @@ def select_inputs(settings: ChunkKVSettings) -> list[str]:
 
 
 def select_function(
-    settings: ChunkKVSettings, heads: int, kv_heads: int, opset: int, *, sorting: bool = True
+    settings: ChunkKVSettings,
+    heads: int,
+    kv_heads: int,
+    opset: int,
+    *,
+    sorting: bool = True,
+    head_class: str = ALL_HEADS,
+    name: str = SELECT,
 ) -> onnx.FunctionProto:
     """Return ChunkKVSelect for `settings` and Hq, Hkv heads.
 
@@ -70,8 +78,12 @@ def select_function(
         True ranks tokens with TopK and sums chunks with ScatterElements in float64, which is fastest on ONNX Runtime.
         False searches a threshold instead (threshold.py): only operators that TensorRT takes, and kept_indices is
         [B,S]. Both keep the same tokens.
+    head_class : {"all", "reading", "local"}, default "all"
+        Which class of heads chooses; it decides how many tokens stay.
+    name : str, default SELECT
+        Name of the function; a graph that chooses for several classes or numbers of heads needs several.
     """
-    e = _function_emitter(SELECT)
+    e = _function_emitter(name)
     length = e.op("Unsqueeze", [e.op("Cast", ["lengths"], to=onnx.TensorProto.INT64), e.ints(1)])
     position = _positions(e, e.op("Squeeze", [e.dim("key", 2)]))
     ranked_end = e.op("Sub", [length, e.const(settings.window, "int64")])
@@ -80,7 +92,7 @@ def select_function(
     raw_scores = _raw_scores(e, settings, (heads, kv_heads), lambda logits: mask(e, settings, logits, length, position))
     scores = _pooled_scores(e, settings, raw_scores, before_window)
     e.op("Identity", [scores], ["token_scores"])
-    kept = _kept_tokens(e, settings, length)
+    kept = kept_tokens(e, settings, length, head_class)
     e.op("Cast", [e.op("Squeeze", [kept, e.ints(1)])], ["kept_lengths"], to=onnx.TensorProto.INT32)
     if sorting:
         rank_value = _rank_values(e, settings, scores, length, position, before_window, kept)
@@ -90,7 +102,7 @@ def select_function(
         threshold.write_kept_indices(e, settings, threshold.Row(length, position, before_window, kept), scores, start)
     return helper.make_function(
         DOMAIN,
-        SELECT,
+        name,
         select_inputs(settings),
         ["kept_indices", "kept_lengths", "token_scores"],
         e.nodes,
@@ -110,16 +122,6 @@ def _positions(e: NodeEmitter, count: str) -> str:
     """Return 0 … count-1 as [1, count] int64."""
     steps = e.op("Range", [e.const(0, "int64"), count, e.const(1, "int64")])
     return e.op("Unsqueeze", [steps, e.ints(0)])
-
-
-def _kept_tokens(e: NodeEmitter, settings: ChunkKVSettings, length: str) -> str:
-    """N(L) of section 1 as [B,1] int64."""
-    column = e.ints(1)
-    ratio = e.op("Unsqueeze", [e.op("Cast", ["keep_per_10k"], to=onnx.TensorProto.INT64), column])
-    budget = e.op("Unsqueeze", [e.op("Cast", ["budget_tokens"], to=onnx.TensorProto.INT64), column])
-    by_ratio = e.op("Div", [e.op("Mul", [length, ratio]), e.const(KEEP_SCALE, "int64")])
-    requested = e.op("Where", [e.op("Greater", [budget, e.const(0, "int64")]), budget, by_ratio])
-    return e.op("Min", [length, e.op("Max", [requested, e.const(settings.min_tokens, "int64")])])
 
 
 def _raw_scores(

@@ -13,6 +13,7 @@ import onnx
 from chunkkv_builder.onnx_graph import functions
 from chunkkv_builder.onnx_graph.compress import ChunkKVNodes, KeepAllNodes
 from chunkkv_builder.onnx_graph.emitter import GraphEmitter
+from chunkkv_builder.onnx_graph.head_parts import HeadParts
 from chunkkv_builder.onnx_graph.transformer import ATTENTION_OPSET, CONTRIB, PACKED_SUFFIX, StepGraph
 from chunkkv_builder.onnx_graph.weights import WeightLocation
 from chunkkv_builder.plan import GraphPlan, LayerPlan
@@ -41,8 +42,8 @@ class PrefillGraph(StepGraph):
         """Return the model.
 
         Inputs: input_ids [B,S] int64, right-padded with any valid id, and those of ChunkKVNodes or KeepAllNodes.
-        Outputs: logits [B,1,V] after each row's last token, kept_lengths [B], kept_key.l and kept_value.l; with ChunkKV
-        also kept_indices.l and token_scores.l.
+        Outputs: logits [B,1,V] after each row's last token, kept_lengths [length_classes,B], kept_key.p and
+        kept_value.p for each part p of the cache; with ChunkKV also kept_indices.p and token_scores.p.
         """
         e = self.e
         ids = e.input("input_ids", "int64", ["batch", "tokens"])
@@ -78,13 +79,19 @@ class PrefillGraph(StepGraph):
     def _attend(self, layer: LayerPlan, qkv: tuple[str, str, str]) -> str:
         """Causal attention over the block alone; a group is compacted once its leader and its members have run."""
         query, key, value = qkv
-        self.caches[layer.index] = (key, value)
+        parts = self.plan.parts_of(layer.index)
+        heads = HeadParts(self.e, parts)
+        for part, *pair in zip(parts, heads.split(key, 1, 1), heads.split(value, 1, 1), strict=True):
+            self.caches[part.number] = pair[0], pair[1]
         if layer.is_leader:
             assert isinstance(self.nodes, ChunkKVNodes)
-            self.nodes.select(layer.index, self._last_queries(query), key)
-        for member in self.plan.layers[: layer.index + 1]:
-            if member.leader <= layer.index and member.index in self.caches:
-                self.nodes.compact(member, *self.caches.pop(member.index))
+            group = self.model.num_heads // self.model.num_kv_heads
+            queries = heads.split(self._last_queries(query), group, 1)
+            for part, part_query in zip(parts, queries, strict=True):
+                self.nodes.select(part, part_query, self.caches[part.number][0])
+        for member in self.plan.parts:
+            if member.number in self.caches and self.plan.parts[member.leader].layer <= layer.index:
+                self.nodes.compact(member, *self.caches.pop(member.number))
         return self._merge_heads(
             self._scaled_attention(f"/layers.{layer.index}/attention", [query, key, value], is_causal=1)
         )

@@ -51,13 +51,17 @@ class Choice:
     Parameters
     ----------
     kept_indices : mapping of int to numpy.ndarray
-        Per leader layer the kept positions [N] int32, ascending.
+        Per part of the cache in a leader layer the kept positions [N] int32, ascending; [H,N] where each of its H heads
+        chooses for itself. A layer is one part, of its number, where the budget is not split by heads.
     token_scores : mapping of int to numpy.ndarray
-        Per leader layer the score of every prompt token [L] float32.
+        Per part that scores the score of every prompt token [L] float32; [H,L] where each head chooses for itself.
+    kept_lengths : tuple of int
+        Slots that the kept tokens fill, one number for each length class.
     """
 
     kept_indices: Mapping[int, np.ndarray]
     token_scores: Mapping[int, np.ndarray]
+    kept_lengths: Slots
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,8 @@ class PrefillResult:
         Bytes of keys and values that were alive for this prompt beside its own rows of the cache.
     kept_lengths : tuple of int or None, default None
         Slots that the kept tokens fill, one number for each length class of the engine's cache layout. None where they
-        are those of the request (`Request.class_lengths`).
+        are those of the request (`Request.class_lengths`), which every engine knows before but one whose lengths depend
+        on scores.
     """
 
     logits: np.ndarray | None
@@ -233,7 +238,7 @@ class BlockwisePrefiller(Protocol):
         """Write the keys and values of a whole prompt, ids [L] int64, to the first L slots of a cache of one row.
 
         Returns the logits [vocab] after its last token, None where cancelled, and per leader layer its last w rotated
-        queries [1,Hq,min(w,L),D].
+        queries [1,Hq,min(w,L),D], or those of each part of the cache that scores.
         """
 
     def compress(

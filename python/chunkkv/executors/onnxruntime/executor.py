@@ -43,7 +43,7 @@ class OnnxRuntimeExecutor(Executor[HostKVCache]):
         self, engine_dir: Path, block: int, settings: ChunkKVSettings | None = None, threads: int | None = None
     ) -> None:
         self._block, self._window = block, settings.window if settings else 0
-        self.step = OnnxRuntimeStep(engine_dir / STEP_FILE, self._window, threads or 0)
+        self.step = OnnxRuntimeStep(engine_dir / STEP_FILE, settings, threads or 0)
         self.compress = OnnxRuntimeCompress(engine_dir / COMPRESS_FILE, settings, threads or 0) if settings else None
         self._layer_lengths_graph: ort.InferenceSession | None = None
         self._lock = threading.Lock()

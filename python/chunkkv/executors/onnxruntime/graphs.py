@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from chunkkv.cache_layout import CacheLayout, uniform_layout
+from chunkkv.cache_layout import CacheLayout, layout_of, leading_parts
 from chunkkv.errors import EngineError, EngineMismatchError
 from chunkkv.executors.host_cache import HostKVCache
 from chunkkv.executors.interface import Choice
@@ -31,23 +31,29 @@ class OnnxRuntimeStep:
     ----------
     path : Path
         The graph's file.
-    window : int
-        Observation window w in tokens: how many of a block's last queries the graph returns.
+    settings : ChunkKVSettings or None
+        What the engine was built with. They say how many of a block's last queries the graph returns, and which heads
+        its caches hold.
     threads : int
         Intra-op threads; 0 leaves the number to ONNX Runtime.
     """
 
-    def __init__(self, path: Path, window: int, threads: int) -> None:
+    def __init__(self, path: Path, settings: ChunkKVSettings | None, threads: int) -> None:
         self.path, self.threads = path, threads
         self.session = load_graph(path, threads)
-        self._window = window
+        self._window = settings.window if settings else 0
         shapes = {value.name: value.shape for value in (*self.session.get_inputs(), *self.session.get_outputs())}
         if not {"past_key.0", "logits"} <= set(shapes):
             raise EngineError(f"{path} is no step graph; build the engine again")
-        self.num_layers = sum(name.startswith("past_key.") for name in shapes)
         self.head_dim, self.vocab_size = int(shapes["past_key.0"][3]), int(shapes["logits"][2])
-        self.num_kv_heads = int(shapes["past_key.0"][1])
-        self.layout: CacheLayout = uniform_layout(self.num_layers, self.num_kv_heads)
+        heads = [int(shape[1]) for name, shape in shapes.items() if name.startswith("past_key.")]
+        self.num_layers = sum(map(len, settings.layer_groups)) if settings else len(heads)
+        self.num_kv_heads = sum(heads) // self.num_layers
+        self.layout: CacheLayout = layout_of(settings, self.num_layers, self.num_kv_heads)
+        if [len(part.kv_heads) for part in self.layout.parts] != heads:
+            raise EngineMismatchError(
+                f"{path} has caches of {heads} heads, which are not those that config.json says; build the engine again"
+            )
         self.query_heads = {
             int(name.split(".")[1]): int(shape[1]) for name, shape in shapes.items() if name.startswith("query.")
         }
@@ -133,6 +139,10 @@ class OnnxRuntimeCompress:
                     f"{built_with.get(name)!r}; build the engine again"
                 )
         self._input_names = {value.name for value in self.session.get_inputs()}
+        outputs = [value.name.split(".") for value in self.session.get_outputs()]
+        self._chosen = [int(part[0]) for name, *part in outputs if name == "kept_indices"]
+        self._scored = [int(part[0]) for name, *part in outputs if name == "token_scores"]
+        self._settings = settings
 
     def run(
         self,
@@ -154,20 +164,30 @@ class OnnxRuntimeCompress:
             **{f"query.{leader}": query for leader, query in queries.items()},
         }
         outputs: dict[str, np.ndarray] = {}
-        for layer in range(len(full.keys)):
-            inputs[f"key.{layer}"], inputs[f"value.{layer}"] = full.keys[layer], full.values[layer]
-            outputs[f"kept_key.{layer}"], outputs[f"kept_value.{layer}"] = out.keys[layer], out.values[layer]
+        for part in range(len(full.keys)):
+            inputs[f"key.{part}"], inputs[f"value.{part}"] = full.keys[part], full.values[part]
+            outputs[f"kept_key.{part}"], outputs[f"kept_value.{part}"] = out.keys[part], out.values[part]
         # ids are an input only where delimiters cut chunks; a graph takes no array that it does not declare
         bind_arrays(binding, {name: array for name, array in inputs.items() if name in self._input_names}, outputs)
-        names = [f"{kind}.{leader}" for leader in queries for kind in ("kept_indices", "token_scores")]
-        for name in (*names, "kept_lengths"):
+        names = [*(f"kept_indices.{part}" for part in self._chosen), *(f"token_scores.{part}" for part in self._scored)]
+        names.append("kept_lengths")
+        for name in names:
             binding.bind_output(name, "cpu")
         self.session.run_with_iobinding(binding)
-        results = dict(zip((*outputs, *names), binding.get_outputs(), strict=False))
+        results = dict(zip((*outputs, *names), binding.get_outputs(), strict=True))
+        kept = {part: results[f"kept_indices.{part}"].numpy()[0] for part in self._chosen}
         return Choice(
-            {leader: results[f"kept_indices.{leader}"].numpy()[0] for leader in queries},
-            {leader: results[f"token_scores.{leader}"].numpy()[0] for leader in queries},
+            {part: self._choice_of(part, kept, full.layout) for part in leading_parts(self._settings, full.layout)},
+            {part: results[f"token_scores.{part}"].numpy()[0] for part in self._scored},
+            tuple(results["kept_lengths"].numpy()[:, 0].tolist()),
         )
+
+    def _choice_of(self, part: int, kept: Mapping[int, np.ndarray], layout: CacheLayout) -> np.ndarray:
+        """Return what a leading part keeps; those without scores keep what the first of them does."""
+        if part in kept:
+            return kept[part]
+        head_class = layout.parts[part].head_class
+        return next(kept[other] for other in kept if layout.parts[other].head_class == head_class)
 
 
 def session_options(threads: int) -> ort.SessionOptions:

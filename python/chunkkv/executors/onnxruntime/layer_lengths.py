@@ -53,7 +53,7 @@ class LayerLengthsDecoder(OnnxRuntimeDecoder):
 
     def __init__(self, step: OnnxRuntimeStep, cache: HostKVCache, session: ort.InferenceSession) -> None:
         super().__init__(step, cache, session)
-        self._layer_lengths = np.zeros((step.num_layers, cache.row_count), np.int32)
+        self._layer_lengths = np.zeros((len(step.layout.parts), cache.row_count), np.int32)
         bind_arrays(self._binding, {LENGTHS_INPUT: self._layer_lengths}, {})
 
     def step(

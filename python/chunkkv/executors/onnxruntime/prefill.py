@@ -150,7 +150,8 @@ class OnnxRuntimePrefillRun:
         with profiling.range_of("compress", (request,)):  # score, select and compact of all layers are one graph
             choice = self._prefiller.compress(self._cache, self._queries, request.ids, *budget, self._compressed)
         seconds = time.perf_counter() - started
-        return PrefillResult(self._logits, choice, self._prefill_s, seconds, self._cache.nbytes)
+        scratch, lengths = self._cache.nbytes, choice.kept_lengths
+        return PrefillResult(self._logits, choice, self._prefill_s, seconds, scratch, lengths)
 
 
 def block_sizes(length: int, block: int, window: int) -> list[int]:

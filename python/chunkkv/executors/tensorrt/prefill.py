@@ -69,7 +69,7 @@ class TensorRTPrefiller(Prefiller[DeviceKVCache]):
         inputs, capacity = _prefill_inputs(requests), _aligned_int64(out.capacity[0])
         rows, padded = inputs["input_ids"].shape
         outputs: dict[str, np.ndarray] = {"logits": np.empty((rows, 1, self._contract.vocab_size), np.float32)}
-        outputs["kept_lengths"] = np.empty(rows, np.int32)
+        outputs["kept_lengths"] = np.empty((1, rows), np.int32)
         for leader in self._contract.leaders:
             outputs[f"kept_indices.{leader}"] = np.empty((rows, padded), np.int32)
             outputs[f"token_scores.{leader}"] = np.empty((rows, padded), np.float32)
@@ -93,10 +93,10 @@ class TensorRTPrefiller(Prefiller[DeviceKVCache]):
             stream.download(array, places[name])
         stream.synchronize()
         for row, request in enumerate(requests):
-            if outputs["kept_lengths"][row] != request.kept_tokens:
+            if (kept := outputs["kept_lengths"][0, row]) != request.kept_tokens:
                 raise EngineRunError(
-                    f"the engine kept {outputs['kept_lengths'][row]} of {len(request.ids)} tokens, expected "
-                    f"{request.kept_tokens}: plugins and runtime are of different versions"
+                    f"the engine kept {kept} of {len(request.ids)} tokens, expected {request.kept_tokens}: "
+                    "plugins and runtime are of different versions"
                 )
         return outputs
 
@@ -108,6 +108,7 @@ class TensorRTPrefiller(Prefiller[DeviceKVCache]):
         return Choice(
             {leader: outputs[f"kept_indices.{leader}"][row, :kept] for leader in leaders},
             {leader: outputs[f"token_scores.{leader}"][row, :length] for leader in leaders},
+            (kept,),
         )
 
 
