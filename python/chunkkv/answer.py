@@ -64,7 +64,7 @@ class Answer:
     ) -> None:
         self.row, self.request = row, request
         self._sampling, self._capacity, self._model = sampling, capacity, model
-        self._sampler = Sampler(sampling, request.ids, model.vocab_size)
+        self._sampler = Sampler(sampling, request.prompt_ids, model.vocab_size)
         self._decoder = StreamDecoder(model.tokenizer) if model.tokenizer else None
         special_texts = model.tokenizer.special_texts if model.tokenizer and sampling.stop else None
         self._stop = StopText(sampling.stop, special_texts)
@@ -78,15 +78,16 @@ class Answer:
     @property
     def next_position(self) -> int:
         """Logical position of the last token, which the next decode step appends."""
-        return len(self.request.ids) + len(self.tokens) - 1
+        return self.request.prompt_tokens + len(self.tokens) - 1
 
     @property
     def next_slots(self) -> Slots:
         """Cache slot that the next decode step writes in each length class: dropped prompt tokens take none."""
-        return tuple(length + len(self.tokens) - 1 for length in self._kept_lengths)
+        return tuple(length + len(self.tokens) - 1 for length in self.kept_lengths)
 
     @property
-    def _kept_lengths(self) -> Slots:
+    def kept_lengths(self) -> Slots:
+        """Slots that the prompt fills, one number for each length class."""
         return self._prefilled.kept_lengths or self.request.class_lengths
 
     def begin(self, prefilled: PrefillResult, began: float) -> StreamEvent:
@@ -147,7 +148,7 @@ class Answer:
                 self.request,
                 self._model.kv_bytes_per_token,
                 self._prefilled,
-                self._model.cache_bytes(self._kept_lengths),
+                self._model.cache_bytes(self.kept_lengths),
                 self._model.cache_bytes(self._capacity),
                 len(self.tokens),
                 self._ttft_s,
@@ -200,7 +201,8 @@ def _statistics(
     decode_s: float = 0.0,
 ) -> RequestStatistics:
     return RequestStatistics(
-        prompt_tokens=len(request.ids),
+        prompt_tokens=request.prompt_tokens,
+        context_tokens=request.context_tokens,
         kept_tokens=request.kept_tokens,
         new_tokens=new_tokens,
         ttft_s=ttft_s,
@@ -208,7 +210,7 @@ def _statistics(
         prefill_s=prefilled.prefill_s,
         compress_s=prefilled.compress_s,
         cache_bytes=cache_bytes,
-        full_cache_bytes=len(request.ids) * kv_bytes_per_token,
+        full_cache_bytes=request.prompt_tokens * kv_bytes_per_token,
         allocated_cache_bytes=allocated,
         peak_cache_bytes=allocated + prefilled.scratch_cache_bytes,
     )

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # errors of a write, which name no file
 
@@ -60,13 +61,30 @@ def write_whole(path: str | os.PathLike[str], content: bytes | str) -> None:
     OSError
         Where the file cannot be written. The old file is then unchanged, and the temporary one removed.
     """
+    with whole_file(path) as file:
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Yield a file to write to, which takes the name `path` when the block ends well, as in write_whole.
+
+    Parameters
+    ----------
+    path : str or path
+        The file. Its folder must exist; a file that is there already is replaced.
+
+    Raises
+    ------
+    OSError
+        Where the file cannot be written. The old file is then unchanged, and the temporary one removed.
+    """
     target = Path(path)
-    data = content.encode("utf-8") if isinstance(content, str) else content
     temporary = _temporary_name(target)
     try:
         with errors_name_target(path, temporary):
             with temporary.open("xb") as file:
-                file.write(data)
+                yield file
             os.replace(temporary, target)
     except BaseException:  # Ctrl-C included
         temporary.unlink(missing_ok=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from numbers import Integral
@@ -93,6 +93,48 @@ class Request:
         """Return the cache slots that the prompt needs at most with `new_tokens` behind it, for each length class."""
         return tuple(length + new_tokens for length in self.class_lengths)
 
+    @property
+    def prompt_ids(self) -> np.ndarray:
+        """Every token before the answer [prompt_tokens] int64, also those that lie in a cache already."""
+        return self.ids
+
+    @property
+    def prompt_tokens(self) -> int:
+        """How many tokens stand before the answer: the logical position of its first token."""
+        return len(self.ids)
+
+    @property
+    def context_tokens(self) -> int:
+        """How many of them lie in a cache already, so that they are not prefilled."""
+        return 0
+
+
+class CallProgress:
+    """Turns the progress of one prompt into that of all prompts of a call.
+
+    Parameters
+    ----------
+    requests : sequence of Request
+        The prompts.
+    tell : callable
+        Called as tell(done, total) with prefilled tokens and those of all prompts.
+    """
+
+    def __init__(self, requests: Sequence[Request], tell: Callable[[int, int], None]) -> None:
+        self._tell, self._done = tell, 0
+        self._total = sum(len(request.ids) for request in requests)
+        self._tell(0, self._total)
+
+    def __call__(self, done: int, total: int) -> None:
+        """Take the progress of the prompt that is in work; its end is told by `add`."""
+        if done < total:
+            self._tell(self._done + done, self._total)
+
+    def add(self, lengths: Iterable[int]) -> None:
+        """Count prompts as done."""
+        self._done += sum(lengths)
+        self._tell(self._done, self._total)
+
 
 def as_batch(prompts: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
     """Return the prompts as a list, and whether `prompts` was one prompt; raises RequestError for neither of both."""
@@ -154,7 +196,7 @@ def make_requests(
     budgets = _per_prompt("budget_tokens", budget_tokens, count)
     requests = []
     for number, (prompt, ratio, budget) in enumerate(zip(prompts, ratios, budgets, strict=True)):
-        ids = _token_ids(_encoded(prompt, number, tokenizer, add_special_tokens), number, limits.vocab_size)
+        ids = check_token_ids(_encoded(prompt, number, tokenizer, add_special_tokens), number, limits.vocab_size)
         _check_length(len(ids), number, limits, max_new_tokens)
         request = _request(ids, settings, *_budget(len(ids), settings, ratio, budget))
         if limits.budget_is_fixed and settings and request.kept_tokens != settings.kept_tokens(len(ids)):
@@ -201,7 +243,8 @@ def _encoded(prompt: Prompt, number: int, tokenizer: TextEncoder | None, add_spe
     return tokenizer.encode_chat(cast("Sequence[Message]", prompt))
 
 
-def _token_ids(prompt: Prompt, number: int, vocab_size: int) -> np.ndarray:
+def check_token_ids(prompt: object, number: int, vocab_size: int) -> np.ndarray:
+    """Return token ids as [L] int64; raises RequestError, which calls them prompt `number`, for anything else."""
     try:
         ids = np.asarray(prompt)
         if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):

@@ -18,9 +18,11 @@ class RequestStatistics:
     Parameters
     ----------
     prompt_tokens : int
-        Tokens of the prompt.
+        Tokens of the prompt, those of its context included.
+    context_tokens : int
+        How many of them belong to a context, so that they were not prefilled again; 0 without one.
     kept_tokens : int
-        How many of them stayed in the cache.
+        How many of the prompt's tokens stayed in the cache.
     new_tokens : int
         Tokens of the answer, the end token included.
     ttft_s : float
@@ -43,6 +45,7 @@ class RequestStatistics:
     """
 
     prompt_tokens: int
+    context_tokens: int
     kept_tokens: int
     new_tokens: int
     ttft_s: float

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import os
 import threading
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
 from os import PathLike
 from typing import Literal, overload
 
-import numpy as np
-
-from chunkkv import profiling, reference
-from chunkkv.answer import Answer, ModelOutput, decode_step
+from chunkkv import profiling
+from chunkkv.answer import Answer, ModelOutput
 from chunkkv.cache_layout import Slots
+from chunkkv.contexts import Context, continue_requests, make_context
+from chunkkv.contexts.context import check_continues
 from chunkkv.engine.directory import EngineFiles
-from chunkkv.errors import EngineMismatchError, RequestError
-from chunkkv.executors.interface import CancelSignal, Choice, Executor, KVCache, PrefillProgress, no_progress
+from chunkkv.errors import RequestError
+from chunkkv.executors.interface import Executor, KVCache, PrefillProgress, no_progress
 from chunkkv.executors.load import load_executor
-from chunkkv.requests import Limits, Prompt, Request, as_batch, make_requests
-from chunkkv.results import GenerationResult, GroupChoice, Inspection, StreamEvent
-from chunkkv.sampling import SamplingParams, check_finite
+from chunkkv.generation import ContextListener, Generation
+from chunkkv.inspection import check_inspects, inspect_prompt
+from chunkkv.requests import CallProgress, Limits, Prompt, Request, as_batch, make_requests
+from chunkkv.results import GenerationResult, Inspection, StreamEvent
+from chunkkv.sampling import SamplingParams
 from chunkkv.settings import ChunkKVSettings
 from chunkkv.text.tokenizer import Tokenizer
 
@@ -50,6 +50,8 @@ class ChunkKVSession:
         Turns text into tokens and back; without one, prompts are token ids and texts stay empty.
     eos_token_ids : sequence of int, default ()
         Tokens that end an answer.
+    engine_sha256 : str, default ""
+        Digest of the engine's files, by which a saved context finds its engine.
     """
 
     def __init__(
@@ -59,12 +61,14 @@ class ChunkKVSession:
         limits: Limits,
         tokenizer: Tokenizer | None = None,
         eos_token_ids: Sequence[int] = (),
+        engine_sha256: str = "",
     ) -> None:
         self.executor = executor
         self.settings = settings
         self.limits = limits
         self.tokenizer = tokenizer
         self.eos_token_ids = frozenset(eos_token_ids)
+        self.engine_sha256 = engine_sha256
 
     @classmethod
     def from_dir(
@@ -101,7 +105,7 @@ class ChunkKVSession:
         model, build = files.model, files.build
         sizes = (build["max_batch_size"], build["max_input_len"], build["max_seq_len"], model["vocab_size"])
         limits = Limits(*sizes, budget_is_fixed=files.traits.budget_is_fixed)
-        return cls(executor, files.settings, limits, tokenizer, model["eos_token_ids"])
+        return cls(executor, files.settings, limits, tokenizer, model["eos_token_ids"], files.sha256)
 
     # A str is also a Sequence[str], so the first two overlap; mypy takes the first that matches, as generate does.
     @overload
@@ -113,9 +117,11 @@ class ChunkKVSession:
         keep_ratio: float | Sequence[float | None] | None = None,
         budget_tokens: int | Sequence[int | None] | None = None,
         add_special_tokens: bool = True,
+        context: Context | None = None,
         stream: Literal[False] = False,
         cancel: threading.Event | None = None,
         on_prefill: PrefillProgress | None = None,
+        on_context: ContextListener | None = None,
     ) -> GenerationResult: ...
 
     @overload
@@ -127,9 +133,11 @@ class ChunkKVSession:
         keep_ratio: float | Sequence[float | None] | None = None,
         budget_tokens: int | Sequence[int | None] | None = None,
         add_special_tokens: bool = True,
+        context: Context | None = None,
         stream: Literal[False] = False,
         cancel: threading.Event | None = None,
         on_prefill: PrefillProgress | None = None,
+        on_context: ContextListener | None = None,
     ) -> list[GenerationResult]: ...
 
     @overload
@@ -141,9 +149,11 @@ class ChunkKVSession:
         keep_ratio: float | Sequence[float | None] | None = None,
         budget_tokens: int | Sequence[int | None] | None = None,
         add_special_tokens: bool = True,
+        context: Context | None = None,
         stream: Literal[True],
         cancel: threading.Event | None = None,
         on_prefill: PrefillProgress | None = None,
+        on_context: ContextListener | None = None,
     ) -> Iterator[StreamEvent]: ...
 
     @overload
@@ -155,9 +165,11 @@ class ChunkKVSession:
         keep_ratio: float | Sequence[float | None] | None = None,
         budget_tokens: int | Sequence[int | None] | None = None,
         add_special_tokens: bool = True,
+        context: Context | None = None,
         stream: bool,
         cancel: threading.Event | None = None,
         on_prefill: PrefillProgress | None = None,
+        on_context: ContextListener | None = None,
     ) -> GenerationResult | list[GenerationResult] | Iterator[StreamEvent]: ...
 
     def generate(
@@ -168,9 +180,11 @@ class ChunkKVSession:
         keep_ratio: float | Sequence[float | None] | None = None,
         budget_tokens: int | Sequence[int | None] | None = None,
         add_special_tokens: bool = True,
+        context: Context | None = None,
         stream: bool = False,
         cancel: threading.Event | None = None,
         on_prefill: PrefillProgress | None = None,
+        on_context: ContextListener | None = None,
     ) -> GenerationResult | list[GenerationResult] | Iterator[StreamEvent]:
         """Answer one prompt or a list of them.
 
@@ -191,7 +205,10 @@ class ChunkKVSession:
             Tokens of the prompt that stay, instead of a ratio.
         add_special_tokens : bool, default True
             Whether text gets the begin token that the model was trained with. A text that has it already, as those of
-            chat templates do, gets no second one.
+            chat templates do, gets no second one. Text behind a context gets none.
+        context : Context or None, default None
+            What stands before every prompt, from `compress`: only the prompts themselves are prefilled, and all of
+            their tokens stay, so it goes without a budget. Text behind messages is a message of the user.
         stream : bool, default False
             Return text as it comes.
         cancel : threading.Event or None, default None
@@ -199,15 +216,21 @@ class ChunkKVSession:
         on_prefill : callable or None, default None
             Called as on_prefill(done, total) with the prompt tokens that are prefilled and those of the whole call,
             between the blocks of a prompt and after each prompt.
+        on_context : callable or None, default None
+            Called as on_context(row, context) at the end of each answer with a Context that holds its prompt and the
+            answer, without its last token, which no step has read.
         """
         sampling = SamplingParams() if sampling is None else sampling
         if not isinstance(sampling, SamplingParams):
             raise RequestError(f"sampling is {type(sampling).__name__}; give SamplingParams")
         if cancel is not None and not isinstance(cancel, threading.Event):
             raise RequestError(f"cancel is {type(cancel).__name__}; give a threading.Event")
+        if on_context is not None:
+            check_continues(self)
         batch, is_single = as_batch(prompts)
-        requests = self.requests(batch, sampling, keep_ratio, budget_tokens, add_special_tokens)
-        events = _within_spans(requests, self._events(requests, sampling, cancel or threading.Event(), on_prefill))
+        requests = self.requests(batch, sampling, keep_ratio, budget_tokens, add_special_tokens, context)
+        generation = Generation(self, requests, sampling, cancel or threading.Event(), on_prefill, on_context)
+        events = generation.events()
         if stream:
             return events
         results = {event.row: event.finished for event in events if event.finished is not None}
@@ -220,10 +243,15 @@ class ChunkKVSession:
         keep_ratio: float | Sequence[float | None] | None = None,
         budget_tokens: int | Sequence[int | None] | None = None,
         add_special_tokens: bool = True,
+        context: Context | None = None,
     ) -> list[Request]:
         """Return the checked requests of `prompts`; raises as generate does, before any work."""
         if sampling.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer; this engine was built without one")
+        if context is not None:
+            if keep_ratio is not None or budget_tokens is not None:
+                raise RequestError("a question behind a context is kept whole: give the budget to compress()")
+            return [*continue_requests(self, prompts, context, sampling.max_new_tokens)]
         return make_requests(
             prompts,
             self.tokenizer,
@@ -234,6 +262,35 @@ class ChunkKVSession:
             sampling.max_new_tokens,
             add_special_tokens,
         )
+
+    def compress(
+        self,
+        prompt: Prompt,
+        *,
+        keep_ratio: float | None = None,
+        budget_tokens: int | None = None,
+        scorer: str | None = None,
+        add_special_tokens: bool = True,
+        on_prefill: PrefillProgress | None = None,
+    ) -> Context:
+        """Prefill and compress a prompt once, for any number of questions: `generate(question, context=...)`.
+
+        Raises RequestError for a prompt, budget or scorer that the engine cannot serve, BackendUnavailableError for an
+        engine that cannot continue a context.
+
+        Parameters
+        ----------
+        prompt : str, sequence of int or sequence of mappings
+            Text, token ids, or messages. Of messages, the end of the last one is left out, so that the text of the
+            user may go on.
+        keep_ratio, budget_tokens : optional
+            As for generate.
+        scorer : str or None, default None
+            What chooses the tokens that stay, one of chunkkv.contexts.scorers.SCORERS; None takes its default.
+        add_special_tokens, on_prefill : optional
+            As for generate.
+        """
+        return make_context(self, prompt, keep_ratio, budget_tokens, scorer, add_special_tokens, on_prefill)
 
     def inspect(
         self,
@@ -248,43 +305,12 @@ class ChunkKVSession:
 
         Raises EngineMismatchError for an engine without ChunkKV, EngineRunError where the model's numbers overflow.
         """
-        if self.settings is None:
-            raise EngineMismatchError(
-                "this engine was built without ChunkKV, so there is no choice to show: build with --chunkkv"
-            )
-        request = make_requests([prompt], self.tokenizer, self.limits, self.settings, keep_ratio, budget_tokens, 0)[0]
-        if not self.executor.capabilities.reports_choice and request.kept_tokens < len(request.ids):
-            raise EngineMismatchError(
-                "this engine does not tell which tokens it keeps: inspect one built from the same checkpoint with "
-                "--backend onnxruntime"
-            )
-        cache = self.executor.new_cache(1, self.executor.capacity_for(request.class_lengths))
-        progress = _CallProgress([request], on_prefill or no_progress)
-        prefilled = self.executor.prefiller().run([request], cache, threading.Event(), progress)[0]
+        settings = check_inspects(self.settings)
+        (request,) = make_requests([prompt], self.tokenizer, self.limits, settings, keep_ratio, budget_tokens, 0)
+        progress = CallProgress([request], on_prefill or no_progress)
+        inspection = inspect_prompt(self.executor, settings, self.limits.vocab_size, self.tokenizer, request, progress)
         progress.add([len(request.ids)])
-        assert prefilled.logits is not None  # nothing cancels it
-        check_finite(prefilled.logits)
-        texts = [self.tokenizer.token_text(int(i)) if self.tokenizer else str(i) for i in request.ids]
-        return Inspection(
-            tokens=tuple(texts),
-            token_ids=tuple(int(i) for i in request.ids),
-            kept_tokens=request.kept_tokens,
-            settings=self.settings,
-            groups=tuple(self._group_choice(group, request, prefilled.choice) for group in self.settings.layer_groups),
-        )
-
-    def _group_choice(self, group: tuple[int, ...], request: Request, choice: Choice | None) -> GroupChoice:
-        assert self.settings is not None
-        leader, length = self.settings.leader_of(group), len(request.ids)
-        if choice is None:  # the whole prompt is kept, so nothing was scored
-            return GroupChoice(
-                group, leader, np.arange(length, dtype=np.int32), np.zeros(length, np.float32), np.zeros(0, np.int64)
-            )
-        flags = None
-        if self.settings.boundaries == "delimiter" and self.tokenizer is not None:
-            flags = self.tokenizer.delimiter_token_table(vocab_size=self.limits.vocab_size)[request.ids]
-        starts = reference.chunk_starts(length, self.settings, flags)
-        return GroupChoice(group, leader, choice.kept_indices[leader], choice.token_scores[leader], starts)
+        return inspection
 
     def start_answer(self, row: int, request: Request, sampling: SamplingParams, capacity: Slots) -> Answer:
         """Return the answer to `request` before its first token; it decodes in `row` of a cache of `capacity` slots."""
@@ -296,64 +322,3 @@ class ChunkKVSession:
             self.executor.cache_bytes,
         )
         return Answer(row, request, sampling, capacity, model)
-
-    def _events(
-        self,
-        requests: list[Request],
-        sampling: SamplingParams,
-        cancel: CancelSignal,
-        on_prefill: PrefillProgress | None,
-    ) -> Iterator[StreamEvent]:
-        began = time.perf_counter()
-        progress = _CallProgress(requests, on_prefill or no_progress)
-        rows_slots = [request.slots(sampling.max_new_tokens) for request in requests]
-        needed = tuple(map(max, zip(*rows_slots, strict=True)))
-        cache = self.executor.new_cache(len(requests), self.executor.capacity_for(needed))
-        answers: list[Answer] = []
-        prefiller = self.executor.prefiller()
-        for first in range(0, len(requests), prefiller.max_rows):
-            group = requests[first : first + prefiller.max_rows]
-            prefills = prefiller.run(group, cache.rows(first, len(group)), cancel, progress)
-            progress.add(len(request.ids) for request in group)
-            for row, (request, prefilled) in enumerate(zip(group, prefills, strict=True), start=first):
-                answers.append(self.start_answer(row, request, sampling, cache.capacity))
-                yield answers[-1].begin(prefilled, began)
-        del prefiller  # frees the full cache of a prompt before decode
-        yield from self._decode(answers, cache, cancel)
-
-    def _decode(self, answers: list[Answer], cache: KVCache, cancel: CancelSignal) -> Iterator[StreamEvent]:
-        """Append a token to every open answer until all are finished."""
-        decoder = None  # made when the first step comes: answers of one token need none
-        while open_answers := [answer for answer in answers if not answer.finished]:
-            if cancel.is_set():
-                yield from (answer.cancelled() for answer in open_answers)
-                return
-            decoder = decoder or self.executor.decoder(cache)
-            for answer, logits in zip(open_answers, decode_step(decoder, open_answers), strict=True):
-                yield answer.accept(logits)
-
-
-class _CallProgress:
-    """Turns the progress of one prompt into that of all prompts of a call."""
-
-    def __init__(self, requests: Sequence[Request], tell: PrefillProgress) -> None:
-        self._tell, self._done = tell, 0
-        self._total = sum(len(request.ids) for request in requests)
-        self._tell(0, self._total)
-
-    def __call__(self, done: int, total: int) -> None:
-        """Take the progress of the prompt that is in work; its end is told by `add`."""
-        if done < total:
-            self._tell(self._done + done, self._total)
-
-    def add(self, lengths: Iterable[int]) -> None:
-        """Count prompts as done."""
-        self._done += sum(lengths)
-        self._tell(self._done, self._total)
-
-
-def _within_spans(requests: list[Request], events: Iterator[StreamEvent]) -> Iterator[StreamEvent]:
-    with ExitStack() as spans:
-        for request in requests:
-            spans.enter_context(profiling.range_of("request", (request,), nested=False))
-        yield from events

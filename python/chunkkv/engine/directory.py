@@ -61,6 +61,11 @@ class Manifest:
     files: dict[str, FileRecord]
     tensorrt: TensorRTBuild | None = None
 
+    @property
+    def files_sha256(self) -> str:
+        """One digest over the names and contents of all files: what tells two engines apart."""
+        return _digest({name: record.sha256 for name, record in self.files.items()})
+
     def to_json(self) -> str:
         """Return the manifest as it is written to disk."""
         values = {
@@ -119,6 +124,8 @@ class EngineFiles:
         ChunkKV's settings, None for an engine that keeps every token.
     tensorrt : TensorRTBuild or None
         Which TensorRT built the engines; None for other backends than TENSORRT.
+    sha256 : str, default ""
+        One digest over the names and contents of all files.
     """
 
     path: Path
@@ -128,6 +135,7 @@ class EngineFiles:
     build: dict[str, Any]
     settings: ChunkKVSettings | None
     tensorrt: TensorRTBuild | None = None
+    sha256: str = ""
 
     @property
     def traits(self) -> BackendTraits:
@@ -183,7 +191,9 @@ class EngineFiles:
         if settings is not None and build.integer("max_num_tokens") < settings.window:
             raise build.error("max_num_tokens", f"it must hold the observation window of {settings.window} tokens")
         values = dict(model.values), dict(build.values)
-        return cls(path, manifest.backend, manifest.versions, *values, settings, manifest.tensorrt)
+        return cls(
+            path, manifest.backend, manifest.versions, *values, settings, manifest.tensorrt, manifest.files_sha256
+        )
 
 
 def hash_file(path: Path, advance: Callable[[int], None] | None = None, sync: bool = False) -> FileRecord:

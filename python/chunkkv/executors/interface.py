@@ -35,6 +35,10 @@ class Capabilities:
     pool_bytes : int or None, default None
         Size of the memory that all caches of the executor share, in bytes. None means that every cache has memory of
         its own.
+    continues_rows : bool, default False
+        `continuer()` works: a row that is filled already goes on with a text, in blocks.
+    compresses_turns : bool, default False
+        `Continuer.extend` may keep fewer tokens of that text than it has.
     """
 
     reports_choice: bool
@@ -42,6 +46,8 @@ class Capabilities:
     block_scoring: bool
     layer_lengths: bool
     pool_bytes: int | None = None
+    continues_rows: bool = False
+    compresses_turns: bool = False
 
 
 @dataclass(frozen=True)
@@ -256,6 +262,60 @@ class BlockwisePrefiller(Protocol):
         """
 
 
+class Continuer(Protocol[CacheT_contra]):
+    """Goes on with rows whose first slots are filled; every cache here has one row. Lives as long as a call needs it.
+
+    `slots` are always the numbers of slots that are filled, one for each length class of the engine's cache layout.
+    """
+
+    @property
+    def block(self) -> int:
+        """The most tokens that one call of `append` takes."""
+
+    def copy(self, source: CacheT_contra, slots: Sequence[int], out: CacheT_contra) -> None:
+        """Copy the filled slots of `source` to the first slots of `out`; `source` stays as it is."""
+
+    def append(self, cache: CacheT_contra, ids: np.ndarray, slots: Sequence[int], position: int) -> np.ndarray:
+        """Append the tokens ids [S] int64 to `cache` and return the logits [vocab] float32 after the last of them.
+
+        Parameters
+        ----------
+        cache : KVCache
+            The row, with at least S free slots in every length class.
+        ids : numpy.ndarray
+            1 to `block` token ids.
+        slots : sequence of int
+            Slots that are filled.
+        position : int
+            Logical position of the first token.
+        """
+
+    def extend(
+        self,
+        cache: CacheT_contra,
+        slots: Sequence[int],
+        position: int,
+        request: Request,
+        cancel: CancelSignal,
+        progress: PrefillProgress = no_progress,
+    ) -> PrefillResult:
+        """Append all tokens of `request`, of which as many stay as a prompt of its own would keep.
+
+        The text is compressed by its own keys and queries, which have seen the row. `cache` needs room for
+        `request.class_lengths` more slots only; the result says in `kept_lengths` how many of them are filled. Keeping
+        less than all needs capability `compresses_turns`.
+        """
+
+    def to_host(self, cache: CacheT_contra, slots: Sequence[int]) -> dict[str, np.ndarray]:
+        """Return the filled slots of each part, [H,N,D] in the engine's type: key.0, value.0, key.1 and so on."""
+
+    def from_host(self, arrays: Mapping[str, np.ndarray], cache: CacheT_contra) -> None:
+        """Write arrays as `to_host` returns them to the first slots of `cache`."""
+
+    def host_layout(self, slots: Sequence[int]) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+        """Return type and shape of the arrays that `to_host` returns for so many filled slots, in its order."""
+
+
 class Executor(Protocol[CacheT]):
     """The graphs of one engine directory, ready to run; thread-safe, each call on caches of its own."""
 
@@ -307,6 +367,10 @@ class Executor(Protocol[CacheT]):
     def layer_lengths_decoder(self, cache: CacheT) -> Decoder:
         """Return a decoder whose steps take slots [layers,rows]; needs capability `layer_lengths`."""
         _refuse("decode over layers of different lengths")
+
+    def continuer(self) -> Continuer[CacheT]:
+        """Return what goes on with filled rows; needs capability `continues_rows`."""
+        _refuse("continue a context")
 
 
 def _refuse(ability: str) -> NoReturn:

@@ -13,6 +13,7 @@ from chunkkv.cache_layout import CacheLayout, Slots
 from chunkkv.engine.directory import COMPRESS_FILE, STEP_FILE
 from chunkkv.executors.host_cache import HostKVCache
 from chunkkv.executors.interface import Capabilities, Executor
+from chunkkv.executors.onnxruntime.continuation import OnnxRuntimeContinuer
 from chunkkv.executors.onnxruntime.decode import OnnxRuntimeDecoder
 from chunkkv.executors.onnxruntime.graphs import OnnxRuntimeCompress, OnnxRuntimeStep
 from chunkkv.executors.onnxruntime.layer_lengths import LayerLengthsDecoder, load_layer_lengths_graph
@@ -37,7 +38,14 @@ class OnnxRuntimeExecutor(Executor[HostKVCache]):
         Intra-op threads; None leaves the number to ONNX Runtime.
     """
 
-    capabilities = Capabilities(reports_choice=True, blockwise_prefill=True, block_scoring=True, layer_lengths=True)
+    capabilities = Capabilities(
+        reports_choice=True,
+        blockwise_prefill=True,
+        block_scoring=True,
+        layer_lengths=True,
+        continues_rows=True,
+        compresses_turns=True,
+    )
 
     def __init__(
         self, engine_dir: Path, block: int, settings: ChunkKVSettings | None = None, threads: int | None = None
@@ -73,6 +81,10 @@ class OnnxRuntimeExecutor(Executor[HostKVCache]):
     def blockwise_prefiller(self) -> OnnxRuntimePrefiller:
         """Return prefill and compression as two calls."""
         return self.prefiller()
+
+    def continuer(self) -> OnnxRuntimeContinuer:
+        """Return what goes on with filled rows."""
+        return OnnxRuntimeContinuer(self.step, self.prefiller(), self._block, self._window or 1)
 
     def decoder(self, cache: HostKVCache) -> OnnxRuntimeDecoder:
         """Return what appends tokens to the rows of `cache`."""

@@ -68,12 +68,18 @@ class OnnxRuntimeStep:
     def append_prompt_block(
         self, cache: HostKVCache, ids: np.ndarray, filled: int
     ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-        """Append the tokens ids [S] int64 of one row at slots and positions filled … filled+S-1.
+        """Append the tokens ids [S] int64 of one row at slots and positions filled … filled+S-1; see append_block."""
+        return self.append_block(cache, ids, filled, filled)
+
+    def append_block(
+        self, cache: HostKVCache, ids: np.ndarray, slot: int | Sequence[int], position: int
+    ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+        """Append the tokens ids [S] int64 of one row at slots from `slot` and positions from `position`.
 
         Returns the logits [vocab] after the last token and, for each part of the cache that scores, the block's last w
         rotated queries [1,Hq,min(w,S),D].
         """
-        logits, queries = self._append(cache, ids, filled, filled, np.array([len(ids) - 1]))
+        logits, queries = self._append(cache, ids, slot, position, np.array([len(ids) - 1]))
         return logits[0], queries
 
     def append_scored_block(

@@ -1,0 +1,70 @@
+"""What ChunkKV keeps of one prompt, and why: prefill alone, with the choice of every layer-reuse group."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+
+from chunkkv import reference
+from chunkkv.errors import EngineMismatchError
+from chunkkv.executors.interface import Choice, Executor, KVCache, PrefillProgress
+from chunkkv.requests import Request
+from chunkkv.results import GroupChoice, Inspection
+from chunkkv.sampling import check_finite
+from chunkkv.settings import ChunkKVSettings
+from chunkkv.text.tokenizer import Tokenizer
+
+
+def check_inspects(settings: ChunkKVSettings | None) -> ChunkKVSettings:
+    """Return the settings; raises EngineMismatchError for an engine without ChunkKV."""
+    if settings is None:
+        raise EngineMismatchError(
+            "this engine was built without ChunkKV, so there is no choice to show: build with --chunkkv"
+        )
+    return settings
+
+
+def inspect_prompt(
+    executor: Executor[KVCache],
+    settings: ChunkKVSettings,
+    vocab_size: int,
+    tokenizer: Tokenizer | None,
+    request: Request,
+    progress: PrefillProgress,
+) -> Inspection:
+    """Prefill one prompt and return what every group keeps; see ChunkKVSession.inspect."""
+    if not executor.capabilities.reports_choice and request.kept_tokens < len(request.ids):
+        raise EngineMismatchError(
+            "this engine does not tell which tokens it keeps: inspect one built from the same checkpoint with "
+            "--backend onnxruntime"
+        )
+    cache = executor.new_cache(1, executor.capacity_for(request.class_lengths))
+    prefilled = executor.prefiller().run([request], cache, threading.Event(), progress)[0]
+    assert prefilled.logits is not None  # nothing cancels it
+    check_finite(prefilled.logits)
+    flags = None
+    if settings.boundaries == "delimiter" and tokenizer is not None:
+        flags = tokenizer.delimiter_token_table(vocab_size=vocab_size)[request.ids]
+    texts = [tokenizer.token_text(int(i)) if tokenizer else str(i) for i in request.ids]
+    return Inspection(
+        tokens=tuple(texts),
+        token_ids=tuple(int(i) for i in request.ids),
+        kept_tokens=request.kept_tokens,
+        settings=settings,
+        groups=tuple(
+            _group_choice(settings, group, len(request.ids), flags, prefilled.choice) for group in settings.layer_groups
+        ),
+    )
+
+
+def _group_choice(
+    settings: ChunkKVSettings, group: tuple[int, ...], length: int, flags: np.ndarray | None, choice: Choice | None
+) -> GroupChoice:
+    leader = settings.leader_of(group)
+    if choice is None:  # the whole prompt is kept, so nothing was scored
+        return GroupChoice(
+            group, leader, np.arange(length, dtype=np.int32), np.zeros(length, np.float32), np.zeros(0, np.int64)
+        )
+    starts = reference.chunk_starts(length, settings, flags)
+    return GroupChoice(group, leader, choice.kept_indices[leader], choice.token_scores[leader], starts)
