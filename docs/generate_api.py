@@ -28,6 +28,12 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "chunkkv.sampling": ("SamplingParams",),
         "chunkkv.results": (),
     },
+    "Ask many questions about one prompt": {
+        "chunkkv.contexts.context": ("Context", "longest_prefix"),
+        "chunkkv.contexts.make": ("context_of_row",),
+        "chunkkv.contexts.continuation": (),
+        "chunkkv.contexts.scorers": ("Scorer", "scorer_of"),
+    },
     "Settings": {"chunkkv.settings": ()},
     "Errors": {"chunkkv.errors": ()},
     "Serve many requests": {"chunkkv.batching": ()},

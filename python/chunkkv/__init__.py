@@ -10,6 +10,7 @@ import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from chunkkv.contexts.context import Context
     from chunkkv.errors import (
         BackendUnavailableError,
         BuildError,
@@ -47,6 +48,7 @@ __all__ = [
     "ChunkKVSession",
     "ChunkKVSettings",
     "ConfigError",
+    "Context",
     "EngineError",
     "EngineMismatchError",
     "EngineRunError",
@@ -68,6 +70,7 @@ __all__ = [
 _MODULES = {
     "ChunkKVSession": "chunkkv.session",
     "ChunkKVSettings": "chunkkv.settings",
+    "Context": "chunkkv.contexts.context",
     "GenerationResult": "chunkkv.results",
     "GroupChoice": "chunkkv.results",
     "Inspection": "chunkkv.results",

@@ -221,10 +221,7 @@ class ChunkKVSession:
             answer, without its last token, which no step has read.
         """
         sampling = SamplingParams() if sampling is None else sampling
-        if not isinstance(sampling, SamplingParams):
-            raise RequestError(f"sampling is {type(sampling).__name__}; give SamplingParams")
-        if cancel is not None and not isinstance(cancel, threading.Event):
-            raise RequestError(f"cancel is {type(cancel).__name__}; give a threading.Event")
+        _check_types(sampling, cancel)
         if on_context is not None:
             check_continues(self)
         batch, is_single = as_batch(prompts)
@@ -322,3 +319,10 @@ class ChunkKVSession:
             self.executor.cache_bytes,
         )
         return Answer(row, request, sampling, capacity, model)
+
+
+def _check_types(sampling: object, cancel: object) -> None:
+    if not isinstance(sampling, SamplingParams):
+        raise RequestError(f"sampling is {type(sampling).__name__}; give SamplingParams")
+    if cancel is not None and not isinstance(cancel, threading.Event):
+        raise RequestError(f"cancel is {type(cancel).__name__}; give a threading.Event")

@@ -20,6 +20,7 @@ from chunkkv.text.tokenizer import Tokenizer
 _BETWEEN = "\n\n"  # between the text of a user message and a question that is added to it
 # Two texts that begin with different tokens: what is the same behind both does not depend on what follows.
 _PROBES = ("a", "7")
+_LARGEST_END = 32  # tokens that a template may write behind the last message
 
 
 @dataclass(frozen=True)
@@ -165,10 +166,11 @@ def _stable_chat_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[
     ids = encoded[0]
     for other in encoded[1:]:
         ids = ids[: shared_tokens(ids, other)]
-    if not ids:
+    lost = len(encoded[0]) - len(ids)
+    if not ids or lost > max(len(ids), _LARGEST_END):
         raise RequestError(
-            "the chat template writes other tokens from the beginning as soon as a message follows, so this "
-            "conversation cannot be continued: give plain text or token ids"
+            f"the chat template writes other tokens from position {len(ids)} on as soon as a message follows, so this "
+            f"conversation of {len(encoded[0])} tokens cannot be continued: give plain text or token ids"
         )
     return ids
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from chunkkv.evaluation.texts import word_lists
-from chunkkv.evaluation.texts.prompt_writer import Context, Fact, PromptWriter
+from chunkkv.evaluation.texts.prompt_writer import ComposedText, Fact, PromptWriter
 from chunkkv.evaluation.texts.questions import Example, Question
 from chunkkv.evaluation.texts.suites import Cell, Suite
 from chunkkv.settings import ChunkKVSettings
@@ -164,7 +164,7 @@ def _dense(writer: PromptWriter, cell: Cell) -> Example:
         text = wording.ask_number.format(entity=entity)
         questions.append(writer.question(text, value, ended=False))
     ends = tuple(token for question in questions for token in question.ids)
-    context: Context = writer.compose(stated, writer.room(cell["length"], *stated, ends))
+    context: ComposedText = writer.compose(stated, writer.room(cell["length"], *stated, ends))
     spans = tuple((end - 2, end - 1) for _, end in context.spans)
     return Example(context.ids, tuple(questions), spans, announcement=ends)
 

@@ -45,7 +45,7 @@ class Fact:
 
 
 @dataclass(frozen=True)
-class Context:
+class ComposedText:
     """Token ids of a text, and the [first, end) positions of each stated piece, in the order they were passed."""
 
     ids: tuple[int, ...]
@@ -223,7 +223,7 @@ class PromptWriter:
         head: Sequence[Sequence[int]] = (),
         depth: float | None = None,
         align: tuple[int, int] | None = None,
-    ) -> Context:
+    ) -> ComposedText:
         """Return a context: the head, then the stated pieces at random places among filler.
 
         Parameters
@@ -263,7 +263,7 @@ class PromptWriter:
                     spans[number] = (len(ids), len(ids) + len(piece))
                     ids += piece
             ids += fillers[place] if place < len(fillers) else []
-        return Context(tuple(ids), tuple(spans[number] for number in range(len(stated))))
+        return ComposedText(tuple(ids), tuple(spans[number] for number in range(len(stated))))
 
     def _align(self, fillers: list[list[int]], place: int, room: int, align: tuple[int, int]) -> None:
         """Replace fillers before `place` until they have align[1] tokens modulo align[0]."""

@@ -102,12 +102,10 @@ class OnnxRuntimeContinuer:
 
     def host_layout(self, slots: Sequence[int]) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
         """Return type and shape of the arrays that `to_host` returns; see Continuer.host_layout."""
-        return {
-            f"{kind}.{number}": (np.dtype(np.float32), (len(part.kv_heads), slots[part.length_class], step.head_dim))
-            for step in (self._step,)
-            for number, part in enumerate(step.layout.parts)
-            for kind in ("key", "value")
-        }
+        layout, head_dim = self._step.layout, self._step.head_dim
+        shapes = [(len(part.kv_heads), slots[part.length_class], head_dim) for part in layout.parts]
+        float32 = np.dtype(np.float32)
+        return {f"{kind}.{part}": (float32, shape) for part, shape in enumerate(shapes) for kind in ("key", "value")}
 
 
 def _plus(slots: Sequence[int], tokens: int) -> Slots:
