@@ -1,0 +1,162 @@
+"""The measurement on a real model: its fast choices are the reference's, and its scores are the session's own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import engines
+
+from benchmarks.real.choices import Attention, Rule
+from benchmarks.real.contexts import Asked, Context
+from benchmarks.real.full_cache import Engine, FullCache
+from benchmarks.real.measure import AFTER, FOLLOWS, IN, Wanted, measure_context, measured, wanted
+from benchmarks.real.policies import (
+    FULL,
+    KEEPS,
+    LEAST,
+    OWN,
+    RANDOM,
+    RULES,
+    STREAMING,
+    Classes,
+    layer_budgets,
+    random_chunks,
+    streaming,
+)
+from chunkkv import reference
+from chunkkv.settings import ChunkKVSettings
+
+LAYERS, KV_HEADS, HEADS, LENGTH, WINDOW = 3, 2, 6, 150, 12
+TASKS = ("code", "copy")
+
+
+@pytest.fixture(scope="module")
+def attention() -> Attention:
+    random = np.random.default_rng(4)
+    shape = (KV_HEADS, LENGTH, 8)
+    keys, values = ([random.normal(size=shape).astype(np.float32) for _ in range(LAYERS)] for _ in range(2))
+    queries = (random.normal(size=(LAYERS, HEADS, WINDOW, 8)) * 3).astype(np.float32)
+    return Attention(FullCache(random.integers(0, 50, LENGTH), keys, values, queries), random.random(LENGTH) < 0.2)
+
+
+@pytest.mark.parametrize("boundaries", ["fixed", "delimiter"])
+@pytest.mark.parametrize(("window", "pooling", "chunk_size"), [(12, 5, 10), (12, 1, 7), (6, 3, 20)])
+def test_what_a_rule_keeps_is_what_the_reference_keeps(attention, boundaries, window, pooling, chunk_size):
+    rule = Rule(window=window, pooling=pooling, chunk_size=chunk_size, boundaries=boundaries)
+    settings = ChunkKVSettings(window=window, pooling=pooling, chunk_size=chunk_size, boundaries=boundaries)
+    full, kept = attention.full, attention.kept(rule, 64)
+    for layer in range(LAYERS):
+        query = full.queries[layer][:, WINDOW - window :]
+        scores = reference.token_scores(query, full.keys[layer], window, pooling)
+        flags = attention.is_delimiter if boundaries == "delimiter" else None
+        expected = reference.select_tokens(scores, LENGTH, 64, settings, flags)
+        for head in range(KV_HEADS):
+            assert kept[layer, head].tolist() == expected.tolist()
+
+
+def test_reductions_are_what_their_names_say(attention):
+    weights = attention.weights[1].astype(np.float64)
+    plain = Rule(window=WINDOW, pooling=1)
+    ranked = LENGTH - WINDOW
+    norms = np.abs(attention.full.values[1]).sum(axis=2)[:, :ranked]
+    grouped = weights.reshape(KV_HEADS, -1, WINDOW, LENGTH)[..., :ranked]
+    for rule, expected in (
+        (plain, grouped.mean(axis=(0, 1, 2))),
+        (replace(plain, window_reduce="max"), grouped.max(axis=2).mean(axis=(0, 1))),
+        (replace(plain, head_reduce="max"), grouped.mean(axis=2).max(axis=(0, 1))),
+        (replace(plain, value_norm=True), (grouped.mean(axis=2) * norms[:, None]).mean(axis=(0, 1))),
+        (replace(plain, request_window=5), grouped[:, :, -5:].mean(axis=(0, 1, 2))),
+    ):
+        assert np.allclose(attention.token_scores(rule)[1, 0], expected, rtol=1e-5)
+    each = attention.token_scores(replace(plain, heads="each", head_reduce="max"))[1]
+    assert np.allclose(each, grouped.mean(axis=2).max(axis=1), rtol=1e-5)
+
+
+def test_a_group_takes_its_leaders_choice(attention):
+    alone, grouped = (attention.kept(replace(Rule(window=12), groups=groups), 64) for groups in ((), ((2, (1, 2)),)))
+    assert np.array_equal(grouped[1], alone[2]) and np.array_equal(grouped[0], alone[0])
+
+
+@pytest.mark.parametrize("per_10k", [300, 1_000, 2_000, 5_000, 9_900])
+@pytest.mark.parametrize("length", [100, 1_000, 4_000])
+def test_classes_keep_what_all_heads_would_keep(per_10k, length):
+    reading = np.zeros((30, 3), bool)
+    reading[[7, 14, 17, 18, 20, 21], 1] = True
+    classes = Classes(reading, 75_000)
+    first, second = classes.counts(length, per_10k)
+    total, most = 6 * first + 84 * second, 90 * min(length, max(LEAST, length * per_10k // 10_000))
+    assert (first <= length and second <= length and most - 84 < total <= most) or (first == length and total <= most)
+    chosen = np.broadcast_to(np.arange(length - first, length), (30, 3, first))
+    mask = classes.mask(length, per_10k, chosen)
+    assert mask.sum() == total and mask[7, 1].sum() == first
+
+
+def test_baselines_and_layer_budgets_keep_the_number_they_are_given():
+    for kept in (streaming(500, 80, (3, 2)), random_chunks(500, 80, (3, 2), seed=1)):
+        assert kept.shape == (3, 2, 80) and (np.diff(kept, axis=2) > 0).all()
+    scores = np.random.default_rng(0).random((3, 480)).astype(np.float32)
+    mask = layer_budgets(scores, np.arange(4, 480, 20), 20, 90)
+    assert mask.sum() == 3 * 90 and mask[:, :4].all() and mask[:, 480:].all()
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine(engines.session("llama3", chunkkv_window=16, chunkkv_min_tokens=32, max_seq_len=512))
+
+
+def ids(count: int, seed: int) -> tuple[int, ...]:
+    return tuple(np.random.default_rng(seed).integers(3, 200, count).tolist())
+
+
+def test_a_prompt_that_goes_on_has_the_cache_of_the_whole_prompt(engine):
+    once = engine.prefill(ids(90, 1))
+    twice = engine.append(engine.prefill(ids(90, 1)[:85]), ids(90, 1)[85:])
+    assert np.array_equal(once.ids, twice.ids)
+    for pair in ((once.keys, twice.keys), (once.values, twice.values), (once.queries, twice.queries)):
+        assert all(np.allclose(first, second, atol=1e-5) for first, second in zip(*pair, strict=True))
+
+
+def test_a_choice_of_everything_scores_as_the_full_cache(engine):
+    full, answer = engine.prefill(ids(90, 1)), ids(9, 2)
+    everything = np.broadcast_to(np.arange(90), (len(full.keys), full.keys[0].shape[0], 90))
+    whole, kept = (engine.score(full, choice, ids(7, 3), answer, 2) for choice in (None, everything))
+    assert whole == kept and len(whole.right) == 7
+    longer = engine.prefill(ids(90, 1) + ids(7, 3) + answer[:1])
+    again = engine.score(longer, None, (), answer[1:], 1)
+    assert np.allclose(again.log_probabilities, whole.log_probabilities, atol=1e-4)
+
+
+def context() -> Context:
+    asked = tuple(Asked(name, ids(18, number), ids(9, 10 + number), 4) for number, name in enumerate(TASKS))
+    return Context("200-0", "novel", 200, ids(200, 5), asked, ids(12, 6))
+
+
+def test_a_measurement_goes_on_where_it_stopped(engine, tmp_path: Path):
+    names = ("ChunkKV, window 8", STREAMING, RANDOM)
+    everything = [Wanted(mode, task, name, 2_000) for mode, task in ((IN, "code"), (AFTER, "copy")) for name in names]
+    everything += [Wanted(FOLLOWS, FOLLOWS, FULL, 10_000)]
+    from benchmarks.real.measure import Measurement
+
+    run, path, steps = Measurement(engine), tmp_path / "outcomes.jsonl", []
+    measure_context(run, context(), everything[:4], path, steps.append)
+    with path.open("a") as file:
+        file.write('{"context": "200-0", "outcomes": {"cut')
+    first = measured(path)["200-0"]["outcomes"]
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:1]))
+    measure_context(run, context(), everything, path, steps.append)
+    second = measured(path)["200-0"]["outcomes"]
+    assert list(second) == [one.key for one in everything] and first.items() <= second.items()
+    assert steps == [0, 1, 1, 1, 1, 4, 1, 1, 1]
+    kept, right, _ = second["in|code|ChunkKV, window 8|2000"]
+    assert kept == LEAST and len(right) == 5
+
+
+def test_all_policies_are_measured_in_both_places():
+    everything = wanted(TASKS, (), ())
+    assert len({one.key for one in everything}) == len(everything)
+    for name in OWN:
+        assert {one.keep for one in everything if (one.mode, one.task, one.policy) == (IN, "code", name)} == {*KEEPS}
+    assert set(RULES) < set(OWN)
