@@ -1,0 +1,175 @@
+"""Engines whose heads keep unequal numbers of tokens, against a NumPy model that hides what each head dropped."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from support import class_engines
+from support.checkpoints import random_tensors, variant_config
+from support.class_engines import CLASSES, KV_HEADS, LAYERS, READING, session, settings_of
+from support.forced_tokens import forced_logits
+from support.masked_forward import Kept, masked_forward
+
+from chunkkv import SamplingParams, reference_layers
+from chunkkv.requests import make_requests
+from chunkkv.settings import ChunkKVSettings
+
+TOLERANCE = 2e-4
+CHANGES: dict[str, dict[str, Any]] = {
+    "recent local heads": {},
+    "local heads choose chunks": {"local_policy": "chunks"},
+    "no local heads": {
+        "reading_heads": ((0, 1, 2),) * LAYERS,
+        "reading_share_per_10k": 10_000,
+        "local_share_per_10k": 10_000,
+    },
+    "no reading heads": {
+        "reading_heads": ((),) * LAYERS,
+        "reading_share_per_10k": 10_000,
+        "local_share_per_10k": 10_000,
+    },
+    "groups": {
+        "reading_heads": ((0, 2), (0, 2), (1,)),
+        "layer_groups": ((0, 1), (2,)),
+        "local_policy": "chunks",
+        "leader": "last",
+        "reading_share_per_10k": 14_000,
+        "local_share_per_10k": 5_000,
+    },
+    "budget": {"budget_tokens": 24},
+}
+
+
+def settings_for(name: str) -> ChunkKVSettings:
+    return settings_of(**{**CLASSES, **CHANGES[name]})
+
+
+def tokens(count: int, seed: int) -> list[int]:
+    return np.random.default_rng(seed).integers(3, 300, count).tolist()
+
+
+@cache
+def model() -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    config = variant_config(class_engines.VARIANT, **class_engines.SIZES)
+    return config, random_tensors(config)
+
+
+def kept_of(settings: ChunkKVSettings, prompt: Sequence[int]) -> Kept:
+    """Return per layer and KV head what the reference keeps, from the NumPy model's own queries and keys."""
+    forward = masked_forward(*model(), prompt, len(prompt))
+    selections = reference_layers.select_layers(
+        {layer: query[None, :, -settings.window :] for layer, query in enumerate(forward.queries)},
+        [key[None] for key in forward.keys],
+        np.array([len(prompt)]),
+        settings,
+        values=[value[None] for value in forward.values],
+    )
+    parts = class_engines.plan_of(settings).parts
+    kept: list[list[np.ndarray]] = [[np.empty(0)] * KV_HEADS for _ in range(LAYERS)]
+    for part, selection in zip(parts, selections, strict=True):
+        for place, head in enumerate(part.kv_heads):
+            indices = selection.kept_indices[0]
+            kept[part.layer][head] = indices if indices.ndim == 1 else indices[place]
+    return kept
+
+
+def expected_logits(settings: ChunkKVSettings, prompt: Sequence[int], answer: Sequence[int]) -> np.ndarray:
+    """Return the logits after the prompt and after every token of the answer but the last."""
+    sequence = [*prompt, *answer[:-1]]
+    return masked_forward(*model(), sequence, len(prompt), kept_of(settings, prompt)).logits[len(prompt) - 1 :]
+
+
+@pytest.mark.parametrize("attention", ["fused", "standard"])
+@pytest.mark.parametrize("name", CHANGES)
+def test_answers_are_those_of_a_model_that_hides_what_was_dropped(name: str, attention: str) -> None:
+    """Two prompts of unequal length in one batch; the second one has fewer blocks than the first."""
+    settings = settings_for(name)
+    prompts, answers = [tokens(90, 1), tokens(41, 2)], [tokens(6, 3), tokens(6, 4)]
+    found = forced_logits(session(settings, attention), prompts, answers)
+    for prompt, answer, logits in zip(prompts, answers, found, strict=True):
+        assert np.abs(logits - expected_logits(settings, prompt, answer)).max() <= TOLERANCE
+
+
+def test_a_hidden_token_would_be_seen() -> None:
+    """One more dropped token of one head moves the logits far beyond the tolerance, so the check above can fail."""
+    settings, prompt, answer = settings_for("recent local heads"), tokens(90, 1), tokens(6, 3)
+    kept = [list(heads) for heads in kept_of(settings, prompt)]
+    kept[2][1] = kept[2][1][1:]
+    wrong = masked_forward(*model(), [*prompt, *answer[:-1]], len(prompt), kept).logits[len(prompt) :]
+    assert np.abs(wrong - expected_logits(settings, prompt, answer)[1:]).max() > 20 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_keeping_everything_equals_no_compression_bit_for_bit(name: str) -> None:
+    params, prompts = SamplingParams(8, logprobs=True), [tokens(90, 1), tokens(41, 2)]
+    found = session(settings_for(name)).generate(prompts, params, keep_ratio=1.0)
+    expected = session(None).generate(prompts, params)
+    for mine, plain in zip(found, expected, strict=True):
+        assert (mine.token_ids, mine.logprobs) == (plain.token_ids, plain.logprobs)
+        assert mine.statistics.cache_bytes == plain.statistics.cache_bytes
+
+
+@pytest.mark.parametrize("keep_ratio", [0.15, 0.4, 0.8])
+def test_the_total_over_the_classes_is_what_was_requested(keep_ratio: float) -> None:
+    settings = settings_for("recent local heads")
+    engine, prompt = session(settings), tokens(150, 5)
+    statistics = engine.generate(prompt, SamplingParams(2), keep_ratio=keep_ratio).statistics
+    head_bytes = engine.executor.kv_bytes_per_token // (LAYERS * KV_HEADS)
+    wanted = statistics.kept_tokens * LAYERS * KV_HEADS
+    local = LAYERS * KV_HEADS - sum(map(len, READING))
+    assert wanted - local < statistics.cache_bytes // head_bytes <= wanted
+    assert statistics.cache_bytes % head_bytes == 0
+    reading, recent = settings.class_lengths(150, round(keep_ratio * 10_000))
+    assert statistics.allocated_cache_bytes == head_bytes * (3 * (reading + 2) + local * (recent + 2))
+
+
+def test_the_choice_names_every_leading_part_and_is_the_references() -> None:
+    settings, prompt = settings_for("recent local heads"), tokens(90, 1)
+    engine = session(settings)
+    (request,) = make_requests([prompt], None, engine.limits, settings, None, None, 0)
+    cache = engine.executor.new_cache(1, engine.executor.capacity_for(request.class_lengths))
+    (prefilled,) = engine.executor.prefiller().run([request], cache, threading.Event())
+    choice = prefilled.choice
+    assert choice is not None and prefilled.kept_lengths == request.class_lengths == settings.class_lengths(90)
+    layout = engine.executor.cache_layout
+    assert [(part.layer, part.head_class, part.kv_heads) for part in layout.parts] == [
+        (0, "reading", (0, 2)),
+        (0, "local", (1,)),
+        (1, "local", (0, 1, 2)),
+        (2, "reading", (1,)),
+        (2, "local", (0, 2)),
+    ]
+    assert set(choice.token_scores) == {0, 3} and set(choice.kept_indices) == set(range(len(layout.parts)))
+    kept, forward = kept_of(settings, prompt), masked_forward(*model(), prompt, len(prompt))
+    for number, part in enumerate(layout.parts):
+        indices = choice.kept_indices[number]
+        assert np.array_equal(indices, kept[part.layer][part.kv_heads[0]])
+        expected = forward.keys[part.layer][list(part.kv_heads)][:, indices]
+        assert np.abs(cache.keys[number][0, :, : len(indices)] - expected).max() <= TOLERANCE
+
+
+def test_a_permuted_batch_gives_permuted_answers() -> None:
+    engine = session(settings_for("recent local heads"))
+    prompts, params = [tokens(90, 1), tokens(41, 2), tokens(12, 6), tokens(9, 7)], SamplingParams(8)
+    answers = [result.token_ids for result in engine.generate(prompts, params)]
+    order = [2, 0, 3, 1]
+    permuted = engine.generate([prompts[row] for row in order], params)
+    assert [result.token_ids for result in permuted] == [answers[row] for row in order]
+    assert [engine.generate(prompt, params).token_ids for prompt in prompts] == answers
+
+
+def test_layers_of_both_classes_can_be_read_as_a_whole() -> None:
+    engine, prompt = session(settings_for("recent local heads")), tokens(40, 8)
+    prefiller = engine.executor.blockwise_prefiller()
+    cache = prefiller.new_cache(1, len(prompt))
+    prefiller.fill(np.array(prompt), cache, threading.Event())
+    forward = masked_forward(*model(), prompt, len(prompt))
+    for layer in range(LAYERS):
+        keys, values = cache.layer(layer)
+        assert np.abs(keys[0] - forward.keys[layer]).max() <= TOLERANCE
+        assert np.abs(values[0] - forward.values[layer]).max() <= TOLERANCE
