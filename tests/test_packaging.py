@@ -34,7 +34,7 @@ def shipped_python() -> set[str]:
         f"{package}/{path.relative_to(folder).as_posix()}"
         for package, folder in PACKAGES.items()
         for path in folder.rglob("*")
-        if path.suffix in (".py", ".html", ".typed")
+        if path.suffix in (".py", ".html", ".typed", ".txt", ".md")
     }
 
 
