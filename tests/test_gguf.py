@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from support import engines
-from support.checkpoints import VARIANTS
-from support.gguf_files import DRAWN, K_SIZES, QUANTISED, random_blocks, write_gguf, write_twin
+from support.gguf_files import DRAWN, GGUF_VARIANTS, K_SIZES, QUANTISED, random_blocks, write_gguf, write_twin
 from support.messages import naming
 
 from chunkkv.errors import CheckpointError, ConfigError
@@ -62,7 +61,7 @@ def assert_same_engine(tmp_path: Path, variant: str, kind: str, tolerance: float
 
 
 # Llama 3's scaling is stored as divisors, which are rounded to float32: its angles differ in the last bit.
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", GGUF_VARIANTS)
 def test_every_family_equals_its_safetensors_twin(tmp_path: Path, variant: str) -> None:
     assert_same_engine(tmp_path, variant, "Q8_0", tolerance=1e-4 if variant == "llama3" else 0.0)
 
@@ -78,7 +77,7 @@ def test_every_k_type_equals_its_dequantised_twin(tmp_path: Path, kind: str) -> 
 
 
 def test_the_config_is_that_of_the_twin(tmp_path: Path) -> None:
-    for variant in VARIANTS:
+    for variant in GGUF_VARIANTS:
         weights = write_gguf(tmp_path / f"{variant}.gguf", variant)
         ours = open_checkpoint(tmp_path / f"{variant}.gguf").config.to_dict()
         twin = open_checkpoint(write_twin(tmp_path / variant, variant, weights)).config.to_dict()

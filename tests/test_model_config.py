@@ -57,6 +57,34 @@ def test_sizes_and_features_of_each_family():
     qwen3 = ModelConfig.from_hf(variant_config("qwen3"))
     assert qwen3.qk_norm and qwen3.head_dim == 32 and qwen3.tie_word_embeddings
     assert ModelConfig.from_hf(variant_config("mistral")).num_kv_heads == 2
+    phi3 = ModelConfig.from_hf(variant_config("phi3"))
+    assert (phi3.rotary_dim, phi3.rotated_dims, phi3.rope_scaling.type) == (12, 12, "longrope")
+    granite = ModelConfig.from_hf(variant_config("granite"))
+    scales = (granite.embedding_scale, granite.attention_scale, granite.residual_scale, granite.logit_divisor)
+    assert scales == (3.0, 0.4, 0.7, 2.5)
+    gemma = ModelConfig.from_hf(variant_config("gemma"))
+    assert (gemma.activation, gemma.embedding_scale, gemma.post_norms) == ("gelu_pytorch_tanh", 8.0, False)
+    gemma2 = ModelConfig.from_hf(variant_config("gemma2"))
+    assert (gemma2.attention_soft_cap, gemma2.logit_soft_cap, gemma2.attention_scale) == (2.0, 4.0, 20**-0.5)
+    assert gemma2.post_norms and not gemma2.qk_norm and gemma2.rotations == ()
+
+
+def test_rotations_of_each_layer():
+    assert ModelConfig.from_hf(config_of("smollm3")).rotations == ("global", "none", "global")
+    by_interval = ModelConfig.from_hf(config_of("smollm3", no_rope_layers=..., no_rope_layer_interval=3))
+    assert by_interval.rotations == ("global", "global", "none")
+    assert ModelConfig.from_hf(config_of("smollm3", no_rope_layers=...)).rotations == ()  # every fourth of three
+    gemma3 = ModelConfig.from_hf(config_of("gemma3"))
+    assert gemma3.rotations == ("local", "global", "local")
+    assert (gemma3.rope_theta, gemma3.local_rope_theta, gemma3.rope_scaling.factor) == (1e6, 100.0, 8.0)
+    newer = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    }
+    changes = {"rope_scaling": ..., "rope_theta": ..., "rope_local_base_freq": ..., "rope_parameters": newer}
+    assert ModelConfig.from_hf(config_of("gemma3", **changes)) == gemma3
+    bare = ModelConfig.from_hf(config_of("gemma3", **{**changes, "rope_parameters": ...}))
+    assert (bare.rope_theta, bare.local_rope_theta, bare.rope_scaling) == (1e6, 1e4, None)
 
 
 def test_old_and_new_style_mean_the_same():
@@ -68,7 +96,32 @@ def test_old_and_new_style_mean_the_same():
     assert ModelConfig.from_hf(older).rope_scaling == ModelConfig.from_hf(old).rope_scaling
 
 
+def test_longrope_limits_the_sequences_to_those_of_its_short_factors():
+    model = ModelConfig.from_hf(config_of("phi3"))
+    assert longest_context(model) == 4096
+    with pytest.raises(ConfigError, match=naming("max_seq_len 4097 4096 longrope cache")):
+        BuildConfig.for_model(model, max_seq_len=4097)
+    for changes in ({"rope_scaling": {**config_of("phi3")["rope_scaling"], "type": "su"}},):
+        assert ModelConfig.from_hf(config_of("phi3", **changes)) == model
+    given = {**config_of("phi3")["rope_scaling"], "factor": 4.0}
+    assert rope_frequencies(ModelConfig.from_hf(config_of("phi3", rope_scaling=given)))[1] == pytest.approx(
+        np.sqrt(1 + np.log(4) / np.log(4096))
+    )
+    given = {**given, "attention_factor": 1.7}
+    assert rope_frequencies(ModelConfig.from_hf(config_of("phi3", rope_scaling=given)))[1] == 1.7
+
+
 def test_defaults_that_depend_on_the_family():
+    for variant, tied in (("llama2", False), ("granite", False), ("smollm3", True), ("gemma2", True)):
+        assert ModelConfig.from_hf(config_of(variant, tie_word_embeddings=...)).tie_word_embeddings is tied
+    caps = {"attn_logit_softcapping": ..., "final_logit_softcapping": ...}
+    gemma2 = ModelConfig.from_hf(config_of("gemma2", **caps, query_pre_attn_scalar=..., head_dim=...))
+    assert (gemma2.attention_soft_cap, gemma2.logit_soft_cap) == (50.0, 30.0)
+    assert (gemma2.attention_scale, gemma2.head_dim) == (1 / 16, 256)
+    gemma2 = ModelConfig.from_hf(config_of("gemma2", **dict.fromkeys(caps)))
+    assert (gemma2.attention_soft_cap, gemma2.logit_soft_cap) == (None, None)
+    gemma3 = ModelConfig.from_hf(config_of("gemma3"))
+    assert (gemma3.attention_soft_cap, gemma3.logit_soft_cap) == (None, None)
     assert ModelConfig.from_hf(llama(num_key_value_heads=...)).num_kv_heads == 4
     assert ModelConfig.from_hf(config_of("qwen3", head_dim=...)).head_dim == 128
     no_ids = {"bos_token_id": ..., "eos_token_id": ...}
@@ -97,7 +150,29 @@ REFUSED = [
     (config_of("qwen2", use_sliding_window="yes"), ["use_sliding_window", "'yes'"]),
     (config_of("qwen3", layer_types=["full_attention", "chunked_attention"]), ["layer_types", "full_attention"]),
     (llama(rope_scaling={"type": "dynamic", "factor": 2.0}), ["'dynamic'", "'linear'", "'yarn'"]),
-    (llama(rope_scaling={"rope_type": "longrope", "factor": 2.0}), ["'longrope'", "'llama3'"]),
+    (llama(rope_scaling={"rope_type": "longrope", "factor": 2.0}), ["original_max_position_embeddings", "missing"]),
+    (config_of("phi3", rope_scaling={"type": "su"}), ["short_factor", "missing"]),
+    (config_of("phi3", rope_scaling={"type": "su", "short_factor": [1.0] * 8}), ["short_factor", "6 numbers"]),
+    (config_of("phi3", partial_rotary_factor=0.7), ["partial_rotary_factor", "rotates 11", "even"]),
+    (config_of("phi3", partial_rotary_factor=1.5), ["partial_rotary_factor", "rotates 24"]),
+    (config_of("phi3", sliding_window="wide"), ["sliding_window", "'wide'"]),
+    (config_of("gemma", hidden_act="gelu"), ["hidden_act", "'gelu'", "'gelu_pytorch_tanh'"]),
+    (config_of("gemma", hidden_activation="gelu"), ["hidden_activation", "'gelu'", "'gelu_pytorch_tanh'"]),
+    (config_of("gemma2", use_bidirectional_attention=True), ["use_bidirectional_attention", "True", "only false"]),
+    (config_of("gemma2", query_pre_attn_scalar=0), ["query_pre_attn_scalar", "0"]),
+    (config_of("gemma2", attn_logit_softcapping=-1.0), ["attn_logit_softcapping", "-1.0"]),
+    (config_of("gemma2", layer_types=["full_attention"]), ["layer_types", "3 entries"]),
+    (config_of("gemma3", attn_logit_softcapping=50.0), ["attn_logit_softcapping", "50.0", "only null"]),
+    (config_of("gemma3", rope_local_base_freq=0.5), ["rope_local_base_freq", "0.5"]),
+    (config_of("gemma3", sliding_window_pattern=0), ["sliding_window_pattern", "0"]),
+    (
+        config_of("gemma3", rope_scaling=None, rope_parameters={"sliding_attention": {"rope_type": "linear"}}),
+        ["sliding_attention", "rope_type", "'linear'", "'default'"],
+    ),
+    (config_of("gemma3", model_type="gemma3"), ["model_type", "'gemma3'", "'gemma3_text'"]),
+    (config_of("granite", logits_scaling=0.0), ["logits_scaling", "0.0"]),
+    (config_of("smollm3", no_rope_layers=[1, 0]), ["no_rope_layers", "3 layers"]),
+    (config_of("smollm3", no_rope_layers=[1, 0, 2]), ["no_rope_layers", "0 to 1"]),
     (llama(rope_scaling={"factor": 2.0}), ["type", "missing"]),
     (llama(rope_scaling={"type": "linear"}), ["rope_scaling", "factor", "missing"]),
     (llama(rope_scaling={"type": "linear", "factor": -2.0}), ["factor", "-2.0"]),
@@ -157,14 +232,20 @@ def test_a_missing_or_wrong_engine_entry_is_named(key):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_frequencies_are_those_of_transformers(variant):
     golden = load_golden()
-    inverse, factor = rope_frequencies(ModelConfig.from_hf(variant_config(variant)))
-    np.testing.assert_array_max_ulp(inverse.astype(np.float32), golden[f"{variant}/inverse_frequencies"], maxulp=2)
-    assert factor == pytest.approx(float(golden[f"{variant}/attention_factor"]), rel=1e-12)
-    angles = golden["positions"].astype(np.float32)[:, None] * inverse.astype(np.float32)
-    rounding = 1e-6 + 2 * angles * np.finfo(np.float32).eps  # torch's own powers differ that much between CPUs
-    for wave, name in ((np.cos, "cos"), (np.sin, "sin")):
-        assert np.all(np.abs(wave(angles) * np.float32(factor) - golden[f"{variant}/{name}"]) <= rounding)
-    assert inverse.dtype == np.float64 and np.array_equal(inverse, inverse.astype(np.float32))
+    model = ModelConfig.from_hf(variant_config(variant))
+    for rotation in sorted({*model.rotations, "global"} - {"none"}):
+        inverse, factor = rope_frequencies(model, rotation)
+        recorded = {
+            name: golden[f"{variant}/{name}{'_local' if rotation == 'local' else ''}"]
+            for name in ("inverse_frequencies", "attention_factor", "cos", "sin")
+        }
+        np.testing.assert_array_max_ulp(inverse.astype(np.float32), recorded["inverse_frequencies"], maxulp=2)
+        assert factor == pytest.approx(float(recorded["attention_factor"]), rel=1e-12)
+        angles = golden["positions"].astype(np.float32)[:, None] * inverse.astype(np.float32)
+        rounding = 1e-6 + 2 * angles * np.finfo(np.float32).eps  # torch's own powers differ that much between CPUs
+        for wave, name in ((np.cos, "cos"), (np.sin, "sin")):
+            assert np.all(np.abs(wave(angles) * np.float32(factor) - recorded[name]) <= rounding * factor)
+        assert inverse.dtype == np.float64 and np.array_equal(inverse, inverse.astype(np.float32))
 
 
 def test_yarn_options_change_what_they_should():
@@ -216,17 +297,31 @@ def test_any_value_of_any_key_is_accepted_or_refused_as_config_error(variant, da
         (config_of("mistral", sliding_window=300), 300),
         (config_of("mistral", sliding_window=...), 4096),
         (config_of("qwen2", sliding_window=256), None),
-        (config_of("qwen2", sliding_window=256, use_sliding_window=True), 256),
-        (config_of("qwen3", use_sliding_window=True), 4096),
+        (config_of("qwen2", sliding_window=256, use_sliding_window=True), None),  # 28 full layers come first
+        (config_of("qwen2", sliding_window=256, use_sliding_window=True, max_window_layers=3), None),
+        (config_of("qwen2", sliding_window=256, use_sliding_window=True, max_window_layers=2), 256),
+        (config_of("qwen2", sliding_window=None, use_sliding_window=True, max_window_layers=0), None),
+        (config_of("qwen3", use_sliding_window=True, max_window_layers=0), 4096),
+        (config_of("qwen3", use_sliding_window=True, max_window_layers=0, layer_types=["full_attention"] * 2), None),
         (config_of("qwen3", sliding_window=9, layer_types=["full_attention", "sliding_attention"]), 9),
         (config_of("qwen3", sliding_window=9, layer_types=["full_attention"] * 2), None),
         (config_of("llama3", sliding_window=9), None),
+        (config_of("phi3", rope_scaling=None, max_position_embeddings=512, sliding_window=300), 300),
+        (config_of("smollm3", use_sliding_window=True, sliding_window=100), 100),
+        (config_of("smollm3", use_sliding_window=False, sliding_window=100), None),
+        (config_of("gemma", sliding_window=100), None),
+        (config_of("gemma2", sliding_window=100), 100),
+        (config_of("gemma2", sliding_window=None), None),
+        (config_of("gemma2", sliding_window=...), 4096),
+        (config_of("gemma2", sliding_window=100, layer_types=["full_attention"] * 3), None),
+        (config_of("gemma3", sliding_window=100), 100),
+        (config_of("gemma3", sliding_window=100, sliding_window_pattern=1), None),
     ],
 )
 def test_a_sliding_window_limits_the_sequences(config, window: int | None) -> None:
     model = ModelConfig.from_hf(config)
     assert model.sliding_window == window
-    longest = min(window or 512, 512)
+    longest = min(window or 512, 512, model.max_position_embeddings)
     assert longest_context(model) == longest
     assert ModelConfig.from_dict(model.to_dict()) == model
     assert BuildConfig.for_model(model, max_seq_len=longest).max_seq_len == longest

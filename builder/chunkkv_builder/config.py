@@ -119,10 +119,9 @@ class BuildConfig:
         longest = longest_context(model)
         seq_len = longest if max_seq_len is None else max_seq_len
         if seq_len > longest:
-            if model.sliding_window == longest:
+            if (reason := limit_reason(model)) is not None:
                 raise ConfigError(
-                    f"max_seq_len is {seq_len}; this model's layers attend to the last {longest} tokens only "
-                    f"(sliding_window), which is not supported: give {longest} or less, where it changes nothing"
+                    f"max_seq_len is {seq_len}; {reason}: give {longest} or less, where it changes nothing"
                 )
             raise ConfigError(
                 f"max_seq_len is {seq_len}; this model was trained for at most {longest} positions "
@@ -157,12 +156,34 @@ class BuildConfig:
 
 
 def longest_context(model: ModelConfig) -> int:
-    """Return how many positions `model` was trained for; yarn's max_position_embeddings may be those before scaling.
+    """Return how many positions `model` can be built for; yarn's max_position_embeddings may be those before scaling.
 
-    A sliding window is the limit where it is shorter: within it every token sees all others.
+    A sliding window is the limit where it is shorter: within it every token sees all others. So is the context that
+    longrope's factors for short sequences are for.
     """
     window = _LARGEST["max_seq_len"] if model.sliding_window is None else model.sliding_window
-    return min(window, _trained_positions(model))
+    return min(window, _trained_positions(model), _longrope_limit(model))
+
+
+def limit_reason(model: ModelConfig) -> str | None:
+    """Return why the longest context is below what the model was trained for, None where it is not."""
+    longest = longest_context(model)
+    if longest == _trained_positions(model):
+        return None
+    if model.sliding_window == longest:
+        return f"layers of this model attend to the last {longest} tokens only (sliding_window), which is not supported"
+    return (
+        f"beyond {longest} tokens (original_max_position_embeddings) this model's rotary scaling, longrope, changes "
+        "the angles of all tokens, also of those in the cache, which is not supported"
+    )
+
+
+def _longrope_limit(model: ModelConfig) -> int:
+    scaling = model.rope_scaling
+    if scaling is None or scaling.type != "longrope":
+        return _LARGEST["max_seq_len"]
+    assert scaling.original_max_position_embeddings is not None
+    return scaling.original_max_position_embeddings
 
 
 def _trained_positions(model: ModelConfig) -> int:

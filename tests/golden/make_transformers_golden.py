@@ -14,9 +14,10 @@ write_checkpoint(directory, VARIANT), and for each prompt P in 0, 1:
     VARIANT/continuationP             the 12 greedy tokens [12] int64, end tokens ignored; every best token leads the
                                       second best by at least MARGIN
     VARIANT/continuation_logitsP      [11,V] float32, after each of the first eleven of them
-    VARIANT/inverse_frequencies       [D/2] float32
+    VARIANT/inverse_frequencies       [R/2] float32, R the rotated dimensions of a head
     VARIANT/attention_factor          0-D float64, the factor on cosines and sines
-    VARIANT/cos, VARIANT/sin          [positions,D/2] float32, the factor included
+    VARIANT/cos, VARIANT/sin          [positions,R/2] float32, the factor included
+    VARIANT/…_local                   the last four for layers with a sliding window, where they have their own
     positions                         the positions of cos and sin
     transformers_version              0-D text
 """
@@ -73,14 +74,21 @@ def make_golden(variants: Iterable[str]) -> dict[str, np.ndarray]:
 @torch.no_grad()
 def _rope(model: transformers.PreTrainedModel) -> dict[str, np.ndarray]:
     rotary = model.model.rotary_emb
-    cos, sin = rotary(torch.zeros(1), torch.tensor([POSITIONS]))
-    half = rotary.inv_freq.shape[0]
-    return {
-        "inverse_frequencies": rotary.inv_freq.numpy(),
-        "attention_factor": np.array(rotary.attention_scaling, dtype=np.float64),
-        "cos": cos[0, :, :half].numpy(),
-        "sin": sin[0, :, :half].numpy(),
-    }
+    by_layer = isinstance(rotary.rope_type, dict)  # gemma3: angles for each kind of layer
+    values: dict[str, np.ndarray] = {}
+    for suffix, kind in (("", "full_attention"), ("_local", "sliding_attention")) if by_layer else (("", None),):
+        prefix = "" if kind is None else f"{kind}_"
+        options = {} if kind is None else {"layer_type": kind}
+        cos, sin = rotary(torch.zeros(1), torch.tensor([POSITIONS]), **options)
+        inverse = getattr(rotary, f"{prefix}inv_freq")
+        half = inverse.shape[0]
+        values |= {
+            f"inverse_frequencies{suffix}": inverse.numpy(),
+            f"attention_factor{suffix}": np.array(getattr(rotary, f"{prefix}attention_scaling"), dtype=np.float64),
+            f"cos{suffix}": cos[0, :, :half].numpy(),
+            f"sin{suffix}": sin[0, :, :half].numpy(),
+        }
+    return values
 
 
 @torch.no_grad()

@@ -23,6 +23,12 @@ pytestmark = pytest.mark.peers
 NEW = 12
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+_SU = {
+    "type": "su",
+    "short_factor": [1.0, 1.5] * 3,
+    "long_factor": [2.0] * 6,
+    "original_max_position_embeddings": 4096,
+}
 ODD: dict[str, tuple[str, dict[str, Any]]] = {
     "head_dim is not hidden / heads": ("llama3", {"head_dim": 24}),
     "head_dim is null": ("llama3", {"head_dim": None}),
@@ -34,6 +40,33 @@ ODD: dict[str, tuple[str, dict[str, Any]]] = {
     "no end token": ("qwen2", {"eos_token_id": None}),
     "a sliding window that is not reached": ("mistral", {"sliding_window": 128}),
     "a sliding window that is off": ("qwen2", {"sliding_window": 16}),
+    "a window behind all layers": ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 3}),
+    "a window in no layer": ("qwen3", {"use_sliding_window": True, "layer_types": ["full_attention"] * 2}),
+    "a window in some layers that is not reached": ("gemma2", {"sliding_window": 128}),
+    "layers with and without a window": (
+        "gemma3",
+        {"layer_types": ["full_attention", "sliding_attention", "full_attention"], "sliding_window": 128},
+    ),
+    "no soft caps": ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "a cap of the vocabulary's logits": ("gemma3", {"final_logit_softcapping": 3.0}),
+    "two bases, transformers 5": (
+        "gemma3",
+        {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 70.0},
+            },
+            **dict.fromkeys(("rope_scaling", "rope_theta", "rope_local_base_freq"), ...),
+        },
+    ),
+    "layers without rope by their interval": ("smollm3", {"no_rope_layers": ..., "no_rope_layer_interval": 2}),
+    "fused projections with a window": ("phi3", {"sliding_window": 128}),
+    "whole heads rotated": ("phi3", {"partial_rotary_factor": ..., "rope_scaling": None}),
+    "longrope by its old name": (
+        "phi3",
+        {"rope_scaling": _SU},
+    ),
+    "all biases": ("granite", {"mlp_bias": True}),
     "one KV head": ("llama3", {"num_key_value_heads": 1}),
 }
 
@@ -121,7 +154,7 @@ def test_added_tokens_get_the_same_ids(tmp_path: Path, variant: str, files: dict
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("variant", ["llama_linear", "llama_yarn", "llama3", "mistral"])
+@pytest.mark.parametrize("variant", ["llama_linear", "llama_yarn", "llama3", "mistral", "granite", "gemma"])
 def test_the_longest_context_is_that_of_the_config(variant: str) -> None:
     checkpoint = engines.checkpoint_dir(variant)
     model = AutoModelForCausalLM.from_pretrained(checkpoint)

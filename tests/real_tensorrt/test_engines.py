@@ -24,7 +24,7 @@ from chunkkv_builder.progress import human_bytes
 from .recorder import Built, record_builds
 
 FACTORS: dict[str, tuple[Any, ...]] = {
-    "family": ("llama3", "mistral", "qwen2", "qwen3"),
+    "family": ("llama3", "mistral", "qwen2", "qwen3", "phi3", "granite", "smollm3", "gemma", "gemma2", "gemma3"),
     "dtype": ("float32", "float16", "bfloat16"),
     "boundaries": ("fixed", "delimiter"),
     "layer_reuse": (1, 2),
@@ -51,7 +51,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use del obj")
 
 
 def checkpoint_of(family: str) -> Path:
-    own = {"head_dim": HEAD_DIM} if family == "qwen3" else {}
+    own: dict[str, Any] = {"head_dim": HEAD_DIM} if family.startswith(("qwen3", "gemma")) else {}
+    if family == "phi3":
+        short_factor = [1 + 0.1 * number for number in range(HEAD_DIM * 3 // 8)]
+        own["rope_scaling"] = {"type": "longrope", "short_factor": short_factor, "long_factor": short_factor}
     return engines.checkpoint_dir(family, **MODEL, **own)
 
 

@@ -39,6 +39,18 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+_LONGROPE = {
+    "type": "longrope",
+    "short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5],
+    "long_factor": [1.0, 1.5, 3.0, 6.0, 12.0, 24.0],
+}
+_GEMMA = {
+    **_SIZES,
+    "head_dim": 32,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "gelu_pytorch_tanh",
+    "tie_word_embeddings": True,
+}
 _YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "beta_fast": 16.0, "beta_slow": 1.0}
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama2": {**_LLAMA, "num_key_value_heads": 4},
@@ -76,9 +88,62 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "rope_scaling": None,
         "tie_word_embeddings": True,
     },
+    "phi3": {
+        **_SIZES,
+        "architectures": ["Phi3ForCausalLM"],
+        "model_type": "phi3",
+        "partial_rotary_factor": 0.75,
+        "rope_theta": 10000.0,
+        "rope_scaling": _LONGROPE,
+        "max_position_embeddings": 8192,
+        "original_max_position_embeddings": 4096,
+        "pad_token_id": 0,
+    },
+    "granite": {
+        **_SIZES,
+        "architectures": ["GraniteForCausalLM"],
+        "model_type": "granite",
+        "attention_bias": True,
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.4,
+        "residual_multiplier": 0.7,
+        "logits_scaling": 2.5,
+    },
+    "smollm3": {
+        **_SIZES,
+        "architectures": ["SmolLM3ForCausalLM"],
+        "model_type": "smollm3",
+        "no_rope_layers": [1, 0, 1],
+        "use_sliding_window": False,
+        "pad_token_id": 0,
+    },
+    "gemma": {**_GEMMA, "architectures": ["GemmaForCausalLM"], "model_type": "gemma"},
+    "gemma2": {
+        **_GEMMA,
+        "architectures": ["Gemma2ForCausalLM"],
+        "model_type": "gemma2",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 20,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 4.0,
+        "sliding_window": 4096,
+    },
+    "gemma3": {
+        **_GEMMA,
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 20,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 2,
+        "rope_theta": 1000000.0,
+        "rope_local_base_freq": 100.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
 }
 # Variants with a SentencePiece-like tokenizer and its special tokens; the others have a byte-level one.
 SENTENCEPIECE_VARIANTS = ("llama2", "llama_linear", "mistral")
+_ADDS_ONE = ("gemma", "gemma2", "gemma3_text")  # model types whose norms multiply by 1 + their weight
 
 
 def variant_config(variant: str, dtype: str = "float32", **overrides: Any) -> dict[str, Any]:
@@ -98,56 +163,92 @@ def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     head_dim = config.get("head_dim") or hidden // config["num_attention_heads"]
     queries, keys = (config[f"num_{kind}_heads"] * head_dim for kind in ("attention", "key_value"))
-    qwen2, qwen3 = config["model_type"] == "qwen2", config["model_type"] == "qwen3"
-    attention_bias = bool(config.get("attention_bias"))
+    kind = config["model_type"]
+    attention_bias, mlp_bias = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
+    qkv_bias = attention_bias or kind == "qwen2"
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (config["vocab_size"], hidden),
         "model.norm.weight": (hidden,),
     }
     if not config["tie_word_embeddings"]:
         shapes["lm_head.weight"] = (config["vocab_size"], hidden)
-    for layer in range(config["num_hidden_layers"]):
+    linears = {
+        "self_attn.q_proj": ((queries, hidden), qkv_bias),
+        "self_attn.k_proj": ((keys, hidden), qkv_bias),
+        "self_attn.v_proj": ((keys, hidden), qkv_bias),
+        "self_attn.o_proj": ((hidden, queries), attention_bias),
+        "mlp.gate_proj": ((inner, hidden), mlp_bias),
+        "mlp.up_proj": ((inner, hidden), mlp_bias),
+        "mlp.down_proj": ((hidden, inner), mlp_bias),
+    }
+    if kind == "phi3":
         linears = {
-            "self_attn.q_proj": ((queries, hidden), attention_bias or qwen2),
-            "self_attn.k_proj": ((keys, hidden), attention_bias or qwen2),
-            "self_attn.v_proj": ((keys, hidden), attention_bias or qwen2),
-            "self_attn.o_proj": ((hidden, queries), attention_bias),
-            "mlp.gate_proj": ((inner, hidden), bool(config.get("mlp_bias"))),
-            "mlp.up_proj": ((inner, hidden), bool(config.get("mlp_bias"))),
-            "mlp.down_proj": ((hidden, inner), bool(config.get("mlp_bias"))),
+            "self_attn.qkv_proj": ((queries + 2 * keys, hidden), False),
+            "self_attn.o_proj": ((hidden, queries), False),
+            "mlp.gate_up_proj": ((2 * inner, hidden), False),
+            "mlp.down_proj": ((hidden, inner), False),
         }
+    norms = {"input_layernorm": hidden, "post_attention_layernorm": hidden}
+    if kind in ("gemma2", "gemma3_text"):
+        norms |= {"pre_feedforward_layernorm": hidden, "post_feedforward_layernorm": hidden}
+    if kind in ("qwen3", "gemma3_text"):
+        norms |= {"self_attn.q_norm": head_dim, "self_attn.k_norm": head_dim}
+    for layer in range(config["num_hidden_layers"]):
         prefix = f"model.layers.{layer}."
         for name, (shape, bias) in linears.items():
             shapes[f"{prefix}{name}.weight"] = shape
             if bias:
                 shapes[f"{prefix}{name}.bias"] = shape[:1]
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            shapes[f"{prefix}{norm}.weight"] = (hidden,)
-        if qwen3:
-            for norm in ("q_norm", "k_norm"):
-                shapes[f"{prefix}self_attn.{norm}.weight"] = (head_dim,)
+        for name, width in norms.items():
+            shapes[f"{prefix}{name}.weight"] = (width,)
     return shapes
 
 
 def random_tensors(config: dict[str, Any], seed: int = 0, dtype: str = "float32") -> dict[str, np.ndarray]:
     """Return random weights for `config`; each tensor depends on `seed` and its own name only."""
+    norm = 0.0 if config["model_type"] in _ADDS_ONE else 1.0
     return {
-        name: _random_tensor(name, shape, seed).astype(NUMPY_DTYPES[dtype])
+        name: _random_tensor(name, shape, seed, norm).astype(NUMPY_DTYPES[dtype])
         for name, shape in tensor_shapes(config).items()
     }
 
 
-def _random_tensor(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+def as_read(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the tensors of a checkpoint as a reader names and gives them: fused ones apart, norms as they are used.
+
+    Whole norms are float32 where 1 is added to them.
+    """
+    inner = config["intermediate_size"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    queries, keys = (config[f"num_{kind}_heads"] * head_dim for kind in ("attention", "key_value"))
+    parts = {"qkv_proj": {"q_proj": queries, "k_proj": keys, "v_proj": keys}, "gate_up_proj": dict(gate_proj=inner)}
+    parts["gate_up_proj"]["up_proj"] = inner
+    result = {}
+    for name, tensor in tensors.items():
+        whole = name.split(".")[-2]
+        if config["model_type"] in _ADDS_ONE and "norm" in name:
+            result[name] = tensor.astype(np.float32) + 1
+        elif whole not in parts:
+            result[name] = tensor
+        else:
+            first = 0
+            for part, rows in parts[whole].items():
+                result[name.replace(whole, part)] = tensor[first : first + rows]
+                first += rows
+    return result
+
+
+def _random_tensor(name: str, shape: tuple[int, ...], seed: int, norm: float) -> np.ndarray:
     # RandomState's uniform stream is frozen and needs no libm, so every machine draws the same bits.
     uniform = np.random.RandomState([seed, zlib.crc32(name.encode())]).random_sample(shape) * 2 - 1
     if "norm" in name:
-        values = 1 + 0.4 * uniform
+        values = norm + 0.4 * uniform
     elif name.endswith(".bias"):
         values = 0.4 * uniform
     elif "embed_tokens" in name or name.startswith("lm_head"):
         values = EMBEDDING_STD * 3**0.5 * uniform
     else:
-        gain = QUERY_KEY_GAIN if ".q_proj" in name or ".k_proj" in name else 1.0
+        gain = QUERY_KEY_GAIN if any(part in name for part in (".q_proj", ".k_proj", ".qkv_proj")) else 1.0
         values = gain * (3 / shape[1]) ** 0.5 * uniform
     return values.astype(np.float32)
 

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from support.checkpoints import (
     SENTENCEPIECE_VARIANTS,
+    VARIANTS,
     random_tensors,
     variant_config,
     write_checkpoint,
@@ -22,6 +23,7 @@ from support.checkpoints import (
 from support.tiny_tokenizers import CHAT_TEMPLATE, byte_level, sentencepiece
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+GGUF_VARIANTS = [name for name, config in VARIANTS.items() if config["model_type"] in ARCHITECTURES]
 # What the package can make of numbers, and what it only reads: for those blocks are drawn at random.
 QUANTISED = ("F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
 DRAWN = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")

@@ -16,7 +16,7 @@ from chunkkv.text.tokenizer import TOKENIZER_FILE, Tokenizer
 from chunkkv_builder.checkpoint.end_tokens import united_end_tokens
 from chunkkv_builder.checkpoint.formats import open_checkpoint
 from chunkkv_builder.checkpoint.interface import Checkpoint
-from chunkkv_builder.config import BuildConfig
+from chunkkv_builder.config import BuildConfig, limit_reason
 from chunkkv_builder.dry_run import print_plan
 from chunkkv_builder.flags import chunkkv_settings
 from chunkkv_builder.plan import GraphPlan, make_plan
@@ -108,11 +108,9 @@ def plan_graphs(flags: Namespace, backend: str, progress: Progress) -> GraphBuil
             model, **{name: getattr(flags, name) for name in _LIMITS}, backend=backend, dtype=dtype
         )
         limits.check_window(settings)
-    if model.sliding_window is not None and flags.max_seq_len is None:
-        progress.warning(
-            f"the model's layers attend to the last {model.sliding_window} tokens only (sliding_window), so the engine "
-            f"takes {limits.max_seq_len} at most"
-        )
+    reason = limit_reason(model)
+    if reason is not None and flags.max_seq_len is None:
+        progress.warning(f"{reason}: the engine takes {limits.max_seq_len} tokens at most")
     has_table = tokenizer is not None and settings is not None and settings.boundaries == "delimiter"
     delimiters = tokenizer.delimiter_token_table(vocab_size=model.vocab_size) if tokenizer and has_table else None
     with errors_name_flags("chunkkv_"):

@@ -16,6 +16,7 @@ from chunkkv_builder.checkpoint import values
 from chunkkv_builder.checkpoint.blocks import StoredBlocks
 from chunkkv_builder.checkpoint.model_config import ModelConfig
 from chunkkv_builder.checkpoint.safetensors_file import READABLE, SafetensorsFile
+from chunkkv_builder.checkpoint.stored_tensors import stored_shapes, stored_tensors
 from chunkkv_builder.checkpoint.tensor_shapes import expected_shapes
 from chunkkv_builder.checkpoint.tokenizer_files import GENERATION_FILE
 
@@ -45,7 +46,8 @@ class HuggingFaceCheckpoint:
         self.notes = notes
         self.tokenizer_dir = path if (path / TOKENIZER_FILE).is_file() else None
         self._sources = {name: source for source in sources for name in source.entries}
-        self._names = tuple(expected_shapes(config))
+        self._shapes = expected_shapes(config)
+        self._places = stored_tensors(config)
 
     @classmethod
     def open(cls, directory: str | Path) -> HuggingFaceCheckpoint:
@@ -83,23 +85,28 @@ class HuggingFaceCheckpoint:
 
     def names(self) -> tuple[str, ...]:
         """Return the names of the model's tensors, in layer order."""
-        return self._names
+        return tuple(self._shapes)
 
     def tensor(self, name: str) -> np.ndarray:
-        """Return the tensor as a read-only view of its mapped file, in the dtype it is stored in."""
-        return self._source(name).tensor(name)
+        """Return the tensor's stored values as a read-only view of its mapped file, in the dtype they are stored in."""
+        source, place = self._source(name), self._places[name]
+        return source.tensor(place.name)[place.first : place.stop]
 
     def converted(self, name: str, dtype: str) -> np.ndarray:
         """Return the tensor in another dtype; raises CheckpointError where a value is, or becomes, infinite or NaN."""
-        return values.converted(self.tensor(name), dtype, name, self._source(name).path)
+        source, stored = self._source(name), self.tensor(name)
+        if self._places[name].adds_one:
+            stored = stored.astype(np.float32) + np.float32(1)
+        return values.converted(stored, dtype, name, source.path)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the tensor's shape without touching its data."""
-        return self._source(name).entries[name].shape
+        self._source(name)
+        return self._shapes[name]
 
     def dtype(self, name: str) -> str:
         """Return "float32", "float16" or "bfloat16"."""
-        return READABLE[self._source(name).entries[name].dtype][0]
+        return READABLE[self._source(name).entries[self._places[name].name].dtype][0]
 
     def stored_type(self, name: str) -> str:
         """Return the same as `dtype`."""
@@ -110,9 +117,9 @@ class HuggingFaceCheckpoint:
         return None
 
     def _source(self, name: str) -> SafetensorsFile:
-        if name not in self._names:
+        if name not in self._shapes:
             raise CheckpointError(f"{self.path}: this model has no tensor {name!r}")
-        return self._sources[name]
+        return self._sources[self._places[name].name]
 
 
 def _has_own_head(sources: list[SafetensorsFile]) -> bool:
@@ -186,7 +193,7 @@ def _open_shards(path: Path) -> list[SafetensorsFile]:
 
 
 def _check_tensors(config: ModelConfig, sources: list[SafetensorsFile], path: Path) -> None:
-    expected = expected_shapes(config)
+    expected = stored_shapes(config)
     stored = {name: source for source in sources for name in source.entries}
     where = sources[0].path if len(sources) == 1 else path
     if missing := [name for name in expected if name not in stored]:

@@ -1,4 +1,4 @@
-"""What a checkpoint's model is: family, sizes, biases and rotary scaling, read from its config.json."""
+"""What a checkpoint's model is: family, sizes, and where it differs from a plain Llama, read from config.json."""
 
 from __future__ import annotations
 
@@ -9,17 +9,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkkv.engine.fields import Fields, is_integer
+from chunkkv.engine.fields import Fields
 from chunkkv.errors import ConfigError
-from chunkkv_builder.checkpoint import rope
-from chunkkv_builder.checkpoint.families import FAMILIES, FAMILY_OF, Family
+from chunkkv_builder.checkpoint import config_keys, rope
+from chunkkv_builder.checkpoint.config_keys import DTYPES, GLOBAL, LOCAL, ROTATIONS
+from chunkkv_builder.checkpoint.families import ACTIVATIONS, FAMILIES, SILU, Family
 from chunkkv_builder.checkpoint.rope import RopeScaling
 
 ARCHITECTURES = {family.architecture: family.name for family in FAMILIES}
-DTYPES = ("float32", "float16", "bfloat16")
 MAX_LAYERS = 4096
-_, _SLIDING = _LAYER_TYPES = ("full_attention", "sliding_attention")
-_DEFAULT_WINDOW = 4096  # transformers' value for configs of Mistral and Qwen that do not name it
 
 
 @dataclass(frozen=True)
@@ -57,6 +55,26 @@ class ModelConfig:
         None for attention to everything.
     dtype : str, default "float32"
         Type the checkpoint's tensors are stored in, one of DTYPES.
+    activation : str, default "silu"
+        Activation of the MLP, one of families.ACTIVATIONS.
+    post_norms : bool, default False
+        Whether the outputs of attention and MLP are normalised before they are added, as in Gemma 2.
+    rotary_dim : int or None, default None
+        How many dimensions of a head are rotated, the first ones; None for all.
+    rotations : tuple of str, default empty
+        For each layer one of config_keys.ROTATIONS: rotated by rope_theta and rope_scaling, by local_rope_theta alone,
+        or not at all. Empty where all are of the first kind.
+    local_rope_theta : float or None, default None
+        Base of the rotary frequencies of "local" layers.
+    attention_scale : float or None, default None
+        What queries times keys are multiplied by; None for head_dim ** -0.5.
+    embedding_scale, residual_scale : float, default 1.0
+        What embeddings, and the outputs of attention and MLP, are multiplied by.
+    logit_divisor : float, default 1.0
+        What the vocabulary's logits are divided by.
+    attention_soft_cap, logit_soft_cap : float or None, default None
+        Bound c of a soft cap, which turns x into c * tanh(x / c): of queries times keys, and of the vocabulary's
+        logits.
     """
 
     architecture: str
@@ -81,10 +99,21 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     sliding_window: int | None = None
     dtype: str = "float32"
+    activation: str = SILU
+    post_norms: bool = False
+    rotary_dim: int | None = None
+    rotations: tuple[str, ...] = ()
+    local_rope_theta: float | None = None
+    attention_scale: float | None = None
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_divisor: float = 1.0
+    attention_soft_cap: float | None = None
+    logit_soft_cap: float | None = None
 
     def __post_init__(self) -> None:
         if ARCHITECTURES.get(self.architecture) != self.family:
-            raise _unsupported(self.architecture)
+            raise config_keys.unsupported(self.architecture)
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"{self.num_heads} attention heads cannot share {self.num_kv_heads} key-value heads: "
@@ -92,6 +121,11 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim is {self.head_dim}; rotary embeddings need an even number")
+
+    @property
+    def rotated_dims(self) -> int:
+        """How many dimensions of a head are rotated."""
+        return self.head_dim if self.rotary_dim is None else self.rotary_dim
 
     @classmethod
     def from_hf(
@@ -118,40 +152,38 @@ class ModelConfig:
             invalid keys.
         """
         fields = Fields(config, source)
-        family = _read_family(fields)
-        _refuse_variants(fields, family)
+        family = config_keys.read_family(fields)
+        config_keys.refuse_variants(fields, family)
         num_heads, hidden = fields.integer("num_attention_heads"), fields.integer("hidden_size")
         positions = fields.integer("max_position_embeddings")
-        theta, scaling = rope.read_rope(fields, positions)
+        num_layers = fields.integer("num_hidden_layers", high=MAX_LAYERS)
+        head_dim = config_keys.read_head_dim(fields, family, hidden, num_heads)
+        rotary = rope.read_rope(fields, family, positions, head_dim)
         attention_bias = family.reads_attention_bias and fields.flag("attention_bias", default=False)
-        generation = Fields(generation_config or {}, "generation_config.json")
         return cls(
             architecture=family.architecture,
             family=family.name,
             vocab_size=fields.integer("vocab_size"),
             hidden_size=hidden,
             intermediate_size=fields.integer("intermediate_size"),
-            num_layers=fields.integer("num_hidden_layers", high=MAX_LAYERS),
+            num_layers=num_layers,
             num_heads=num_heads,
-            num_kv_heads=_read_kv_heads(fields, family, num_heads),
-            head_dim=_read_head_dim(fields, family, hidden, num_heads),
+            num_kv_heads=config_keys.read_kv_heads(fields, family, num_heads),
+            head_dim=head_dim,
             rms_norm_eps=fields.number("rms_norm_eps"),
-            rope_theta=theta,
-            rope_scaling=scaling,
+            rope_theta=rotary.theta,
+            rope_scaling=rotary.scaling,
             max_position_embeddings=positions,
-            tie_word_embeddings=fields.flag("tie_word_embeddings", default=False),
+            tie_word_embeddings=fields.flag("tie_word_embeddings", default=family.default_tied),
             attention_bias=family.always_has_qkv_bias or attention_bias,
             attention_out_bias=attention_bias,
             mlp_bias=family.reads_mlp_bias and fields.flag("mlp_bias", default=False),
             qk_norm=family.qk_norm,
-            bos_token_id=_first_ids("bos_token_id", generation, fields, family.default_bos_token_id)[0],
-            eos_token_ids=tuple(
-                token
-                for token in _first_ids("eos_token_id", generation, fields, family.default_eos_token_id)
-                if token is not None
-            ),
-            sliding_window=_read_sliding_window(fields, family),
-            dtype=_read_dtype(fields),
+            **_read_special_tokens(fields, Fields(generation_config or {}, "generation_config.json"), family),
+            dtype=config_keys.read_dtype(fields),
+            rotary_dim=None if rotary.rotary_dim == head_dim else rotary.rotary_dim,
+            local_rope_theta=rotary.local_theta,
+            **_read_differences(fields, family, hidden, num_layers),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -166,7 +198,7 @@ class ModelConfig:
             "num_attention_heads": self.num_heads,
             "num_key_value_heads": self.num_kv_heads,
             "head_size": self.head_dim,
-            "hidden_act": "silu",
+            "hidden_act": self.activation,
             "norm_epsilon": self.rms_norm_eps,
             "position_embedding_type": "rope_gpt_neox",
             "rotary_base": self.rope_theta,
@@ -179,15 +211,19 @@ class ModelConfig:
             "qk_norm": self.qk_norm,
             "bos_token_id": self.bos_token_id,
             "eos_token_ids": list(self.eos_token_ids),
-            **({} if self.sliding_window is None else {"sliding_window": self.sliding_window}),
+            **self._differences(),
         }
+
+    def _differences(self) -> dict[str, Any]:
+        """Return the entries that most models do not have."""
+        entries = {name: getattr(self, name) for name in _OPTIONAL if getattr(self, name) != getattr(ModelConfig, name)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in entries.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "pretrained_config") -> ModelConfig:
         """Read what to_dict wrote; raises ConfigError for missing or invalid entries."""
         fields = Fields(values, source)
         architecture = fields.text("architecture")
-        fields.text("hidden_act", allowed=("silu",))
         positions = fields.integer("max_position_embeddings")
         scaling = None
         if fields.get("rotary_scaling") is not None:
@@ -213,89 +249,66 @@ class ModelConfig:
             mlp_bias=fields.flag("mlp_bias"),
             qk_norm=fields.flag("qk_norm"),
             bos_token_id=fields.integer("bos_token_id", low=0, default=None),
-            eos_token_ids=tuple(_token_ids(fields, "eos_token_ids")),
+            eos_token_ids=tuple(config_keys.read_token_ids(fields, "eos_token_ids")),
             sliding_window=fields.integer("sliding_window", default=None),
             dtype=fields.text("dtype", allowed=DTYPES),
+            activation=fields.text("hidden_act", allowed=ACTIVATIONS),
+            post_norms=fields.flag("post_norms", default=False),
+            rotary_dim=fields.integer("rotary_dim", default=None),
+            rotations=_stored_rotations(fields),
+            local_rope_theta=fields.number("local_rope_theta", above=1.0, default=None),
+            attention_scale=fields.number("attention_scale", default=None),
+            attention_soft_cap=fields.number("attention_soft_cap", default=None),
+            logit_soft_cap=fields.number("logit_soft_cap", default=None),
+            **{name: fields.number(name, default=1.0) for name in _SCALES},
         )
 
 
-def rope_frequencies(config: ModelConfig) -> tuple[NDArray[np.float64], float]:
-    """Return the inverse frequencies [D/2] of `config`, and the factor on its cosines and sines."""
-    return rope.frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+_SCALES = ("embedding_scale", "residual_scale", "logit_divisor")
+_OPTIONAL = (
+    *("sliding_window", "post_norms", "rotary_dim", "rotations", "local_rope_theta", "attention_scale"),
+    *("attention_soft_cap", "logit_soft_cap", *_SCALES),
+)
 
 
-def _unsupported(architecture: Any) -> ConfigError:
-    return ConfigError(f"architecture {architecture!r} is not supported; supported are {', '.join(ARCHITECTURES)}")
+def rope_frequencies(config: ModelConfig, rotation: str = GLOBAL) -> tuple[NDArray[np.float64], float]:
+    """Return the inverse frequencies [rotated_dims/2] of a kind of layer, and the factor on its cosines and sines."""
+    if rotation == LOCAL:
+        assert config.local_rope_theta is not None
+        return rope.frequencies(config.rotated_dims, config.local_rope_theta, None)
+    return rope.frequencies(config.rotated_dims, config.rope_theta, config.rope_scaling)
 
 
-def _read_family(fields: Fields) -> Family:
-    names = fields.get("architectures")
-    if not isinstance(names, list) or len(names) != 1:
-        raise fields.error("architectures", f"give a list of one name; supported are {', '.join(ARCHITECTURES)}")
-    family = FAMILY_OF.get(names[0]) if isinstance(names[0], str) else None
-    if family is None:
-        raise _unsupported(names[0])
-    fields.text("model_type", allowed=(family.name,), default=family.name)
-    return family
-
-
-def _refuse_variants(fields: Fields, family: Family) -> None:
-    """Raise ConfigError for what the supported architectures can ask for and the graph does not compute."""
-    if fields.get("quantization_config") is not None:
-        raise fields.error(
-            "quantization_config", "quantised checkpoints are not read: give the float32, float16 or bfloat16 original"
+def _read_special_tokens(fields: Fields, generation: Fields, family: Family) -> dict[str, Any]:
+    """Return the arguments of ModelConfig for the tokens that begin a text and end an answer."""
+    begin, ends = (
+        config_keys.read_first_ids(key, generation, fields, default)
+        for key, default in (
+            ("bos_token_id", family.default_bos_token_id),
+            ("eos_token_id", family.default_eos_token_id),
         )
-    fields.text("hidden_act", allowed=("silu",), default="silu")
-    fields.integer("pretraining_tp", high=1, default=1)
+    )
+    return {"bos_token_id": begin[0], "eos_token_ids": tuple(token for token in ends if token is not None)}
 
 
-def _read_sliding_window(fields: Fields, family: Family) -> int | None:
-    """Return how many tokens the layers with a sliding window attend to, None where none has one."""
-    kinds = fields.get("layer_types")
-    if kinds is not None and (not isinstance(kinds, list) or not set(map(str, kinds)) <= set(_LAYER_TYPES)):
-        raise fields.error("layer_types", f"every layer must be {' or '.join(map(repr, _LAYER_TYPES))}")
-    by_layer = kinds is not None and _SLIDING in kinds
-    by_flag = family.sliding_window == "on_request" and fields.flag("use_sliding_window", default=False)
-    if by_flag or by_layer or family.sliding_window == "unless_null":
-        return fields.integer("sliding_window", default=None if "sliding_window" in fields.values else _DEFAULT_WINDOW)
-    return None
+def _read_differences(fields: Fields, family: Family, hidden_size: int, num_layers: int) -> dict[str, Any]:
+    """Return the arguments of ModelConfig by which layers differ from each other and from those of a plain Llama."""
+    kinds = config_keys.read_layer_types(fields, family, num_layers)
+    caps = config_keys.read_soft_caps(fields, family)
+    return {
+        "sliding_window": config_keys.read_sliding_window(fields, family, kinds, num_layers),
+        "activation": family.activation,
+        "post_norms": family.post_norms,
+        "rotations": config_keys.read_rotations(fields, family, kinds, num_layers),
+        "attention_scale": config_keys.read_attention_scale(fields, family),
+        "attention_soft_cap": caps.attention,
+        "logit_soft_cap": caps.logits,
+        **config_keys.read_multipliers(fields, family, hidden_size),
+    }
 
 
-def _read_kv_heads(fields: Fields, family: Family, num_heads: int) -> int:
-    if family.needs_kv_heads and "num_key_value_heads" not in fields.values:
-        raise fields.error("num_key_value_heads", f"give a whole number that divides num_attention_heads = {num_heads}")
-    return fields.integer("num_key_value_heads", default=num_heads)
-
-
-def _read_head_dim(fields: Fields, family: Family, hidden: int, num_heads: int) -> int:
-    if family.default_head_dim is not None and "head_dim" not in fields.values:
-        return family.default_head_dim
-    head_dim = fields.integer("head_dim", default=None)
-    if head_dim is not None:
-        return head_dim
-    if hidden % num_heads:
-        raise fields.error(
-            "head_dim", f"hidden_size {hidden} does not divide by {num_heads} heads, so it must be given"
-        )
-    return hidden // num_heads
-
-
-def _first_ids(key: str, generation: Fields, fields: Fields, default: int | None) -> list[int | None]:
-    """Return the token ids under `key` of the first file that has them, else [default]."""
-    for source in (generation, fields):
-        if source.get(key) is not None:
-            return list(_token_ids(source, key)) or [None]
-    return [None if key in fields.values else default]
-
-
-def _token_ids(fields: Fields, key: str) -> list[int]:
-    value = fields.get(key)
-    tokens = value if isinstance(value, list) else [value]
-    if not all(is_integer(token, low=0) for token in tokens):
-        raise fields.error(key, "give a token id, or a list of them")
-    return tokens
-
-
-def _read_dtype(fields: Fields) -> str:
-    key = "dtype" if fields.get("dtype") is not None else "torch_dtype"
-    return fields.text(key, allowed=DTYPES, default="float32")
+def _stored_rotations(fields: Fields) -> tuple[str, ...]:
+    rotations = fields.texts("rotations") if fields.get("rotations") is not None else ()
+    if not set(rotations) <= set(ROTATIONS):
+        raise fields.error("rotations", f"every entry must be {' or '.join(map(repr, ROTATIONS))}")
+    return rotations

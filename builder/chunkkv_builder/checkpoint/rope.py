@@ -15,18 +15,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from chunkkv.engine.fields import Fields
+from chunkkv_builder.checkpoint.families import Family
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn", "factors")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope", "factors")
 DEFAULT_THETA = 10_000.0
+_LOCAL_THETA = 10_000.0
 
 
 @dataclass(frozen=True)
 class RopeScaling:
     """Parameters of one scaling type; those that the type does not use are None.
 
-    `factor` and, for llama3 and yarn, `original_max_position_embeddings` are always resolved to numbers. The type
-    "factors" divides each frequency by `factor` and its own entry of `factors` [D/2]; GGUF files have it in place of
-    llama3's parameters.
+    `factor` and, for llama3, yarn and longrope, `original_max_position_embeddings` are always resolved to numbers. The
+    type "factors" divides each frequency by `factor` and its own entry of `factors` [D/2]; GGUF files have it in place
+    of llama3's parameters. The type "longrope" divides each frequency by its own entry of `factors` [D/2], which are
+    those for sequences of at most original_max_position_embeddings tokens; other sequences would need other factors,
+    so that is the longest context.
     """
 
     type: str
@@ -50,23 +54,85 @@ class RopeScaling:
         return {"rope_type": values.pop("type"), **values}
 
 
-def read_rope(config: Fields, max_position_embeddings: int) -> tuple[float, RopeScaling | None]:
-    """Return rope_theta and the scaling (None for plain RoPE) of a Hugging Face config, old style or new.
+@dataclass(frozen=True)
+class Rope:
+    """What a config says of rotary embeddings.
+
+    Parameters
+    ----------
+    theta : float
+        Base of the frequencies.
+    scaling : RopeScaling or None
+        None for plain RoPE.
+    local_theta : float or None
+        Base of the frequencies of the layers with a sliding window, None where that is `theta`.
+    rotary_dim : int
+        How many of a head's dimensions are rotated: the first ones.
+    """
+
+    theta: float
+    scaling: RopeScaling | None
+    local_theta: float | None
+    rotary_dim: int
+
+
+def read_rope(config: Fields, family: Family, max_position_embeddings: int, head_dim: int) -> Rope:
+    """Return the rotary embeddings of a Hugging Face config, old style or new.
 
     Raises ConfigError for a scaling type that is not supported, or invalid parameters of one that is.
     """
     name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     rope = Fields(config.get(name) or {}, f"{config.source}: {name}")
+    local_theta = None
+    if family.rotated_layers == "two_bases":
+        rope, local_theta = _split_bases(rope, config)
     for key, value in rope.values.items():
         if isinstance(value, Mapping):
             raise rope.error(key, "rotary parameters per kind of layer are not supported: give one set for all layers")
+    if rope.get("type") in family.longrope_names or rope.get("rope_type") in family.longrope_names:
+        rope = rope.with_values(rope_type="longrope")
     theta = rope.number("rope_theta", above=1.0, default=None)
     if theta is None:
-        theta = config.number("rope_theta", above=1.0, default=DEFAULT_THETA)
-    for fields in (config, rope):
-        if fields.number("partial_rotary_factor", default=1.0) != 1.0:
-            raise fields.error("partial_rotary_factor", "only 1.0 is supported: every dimension of a head is rotated")
-    return theta, read_scaling(rope, config, max_position_embeddings)
+        theta = config.number("rope_theta", above=1.0, default=family.default_theta)
+    rotary_dim = _read_rotary_dim(rope, config, family, head_dim)
+    scaling = read_scaling(rope, config, max_position_embeddings)
+    if scaling is not None and scaling.factors is not None and len(scaling.factors) != rotary_dim // 2:
+        raise rope.error("short_factor", f"give {rotary_dim // 2} numbers, one per rotary frequency")
+    return Rope(theta, scaling, local_theta, rotary_dim)
+
+
+def _split_bases(rope: Fields, config: Fields) -> tuple[Fields, float]:
+    """Return the parameters of the layers that attend to everything, and the base of those with a sliding window."""
+    local_theta = config.number("rope_local_base_freq", above=1.0, default=_LOCAL_THETA)
+    if rope.get("sliding_attention") is not None:
+        local = rope.section("sliding_attention")
+        for key in ("rope_type", "type"):
+            local.text(key, allowed=("default",), default="default")
+        local_theta = local.number("rope_theta", above=1.0, default=local_theta)
+    if rope.get("full_attention") is not None:
+        return rope.section("full_attention"), local_theta
+    kinds = ("full_attention", "sliding_attention")
+    others = {key: value for key, value in rope.values.items() if key not in kinds}
+    return Fields(others, rope.source), local_theta
+
+
+def _read_rotary_dim(rope: Fields, config: Fields, family: Family, head_dim: int) -> int:
+    """Return how many dimensions of a head are rotated."""
+    if not family.reads_partial_rotary:
+        for fields in (config, rope):
+            if fields.number("partial_rotary_factor", default=1.0) != 1.0:
+                raise fields.error(
+                    "partial_rotary_factor", "only 1.0 is supported: every dimension of a head is rotated"
+                )
+        return head_dim
+    fields = config if config.get("partial_rotary_factor") is not None else rope
+    rotary_dim = int(head_dim * fields.number("partial_rotary_factor", default=1.0))
+    if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
+        raise fields.error(
+            "partial_rotary_factor",
+            f"of {head_dim} dimensions it rotates {rotary_dim}: give a part that is an even number of dimensions",
+        )
+    return rotary_dim
 
 
 def read_scaling(rope: Fields, config: Fields, max_position_embeddings: int) -> RopeScaling | None:
@@ -82,6 +148,8 @@ def read_scaling(rope: Fields, config: Fields, max_position_embeddings: int) -> 
         return RopeScaling("linear", rope.number("factor"))
     if kind == "factors":
         return RopeScaling("factors", rope.number("factor"), factors=rope.numbers("factors"))
+    if kind == "longrope":
+        return _read_longrope(rope, config, max_position_embeddings)
     original = config.integer("original_max_position_embeddings", default=None)
     if original is None:
         original = rope.integer("original_max_position_embeddings", default=max_position_embeddings)
@@ -103,8 +171,29 @@ def read_scaling(rope: Fields, config: Fields, max_position_embeddings: int) -> 
     )
 
 
+def _read_longrope(rope: Fields, config: Fields, max_position_embeddings: int) -> RopeScaling:
+    """Return the scaling for sequences that are not longer than original_max_position_embeddings."""
+    original = config.integer("original_max_position_embeddings", low=2, default=None)
+    if original is None:
+        original = rope.integer("original_max_position_embeddings", low=2)
+    factor = rope.number("factor", default=max_position_embeddings / original)
+    attention_factor = rope.number("attention_factor", default=None)
+    if attention_factor is None:
+        attention_factor = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    return RopeScaling(
+        "longrope",
+        factor,
+        original,
+        attention_factor=attention_factor,
+        factors=rope.numbers("factors" if "factors" in rope.values else "short_factor"),
+    )
+
+
 def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> tuple[NDArray[np.float64], float]:
-    """Return inverse frequencies [D/2], float32 values held in float64, and the factor on cosines and sines."""
+    """Return inverse frequencies [D/2], float32 values held in float64, and the factor on cosines and sines.
+
+    `head_dim` is the number D of dimensions that are rotated.
+    """
     steps = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     # Powers are taken in float64 and rounded once: closer to torch's float32 powers than NumPy's own are.
     wavelengths = np.power(theta, steps.astype(np.float64)).astype(np.float32)
@@ -116,6 +205,10 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> tup
         inverse = plain / np.float32(scaling.factor)
     elif scaling.type == "llama3":
         inverse = _llama3(plain, scaling)
+    elif scaling.type == "longrope":
+        assert scaling.factors is not None and scaling.attention_factor is not None
+        inverse = np.float32(1.0) / (np.asarray(scaling.factors, dtype=np.float32) * wavelengths)
+        factor = scaling.attention_factor
     elif scaling.type == "factors":
         assert scaling.factors is not None
         inverse = plain / np.asarray(scaling.factors, dtype=np.float32) / np.float32(scaling.factor)

@@ -1,4 +1,4 @@
-"""Names and shapes of the tensors that a model's checkpoint must have."""
+"""Names and shapes of a model's tensors, whatever format its checkpoint has."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from chunkkv_builder.checkpoint.model_config import ModelConfig
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of every tensor a checkpoint of `config` must have, in layer order."""
+    """Return name and shape of every tensor of a model, in layer order."""
     hidden, inner = config.hidden_size, config.intermediate_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     linears = (
@@ -23,6 +23,9 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         prefix = f"model.layers.{layer}."
         shapes[f"{prefix}input_layernorm.weight"] = (hidden,)
         shapes[f"{prefix}post_attention_layernorm.weight"] = (hidden,)
+        if config.post_norms:
+            shapes[f"{prefix}pre_feedforward_layernorm.weight"] = (hidden,)
+            shapes[f"{prefix}post_feedforward_layernorm.weight"] = (hidden,)
         if config.qk_norm:
             shapes[f"{prefix}self_attn.q_norm.weight"] = (config.head_dim,)
             shapes[f"{prefix}self_attn.k_norm.weight"] = (config.head_dim,)

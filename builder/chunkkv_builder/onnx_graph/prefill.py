@@ -54,8 +54,7 @@ class PrefillGraph(StepGraph):
         count = e.op("Squeeze", [e.dim(ids, 1)])
         steps = e.op("Range", [e.const(0, "int64"), count, e.const(1, "int64")])
         self._rotation(e.op("Expand", [e.op("Unsqueeze", [steps, e.ints(0)]), e.op("Shape", [ids])]))
-        table = e.weight(self.weights["model.embed_tokens.weight"])
-        hidden = e.op("Gather", [table, e.op("Reshape", [ids, e.ints(-1)])], name="/embed_tokens")
+        hidden = self._embed(ids)
         for layer in self.plan.layers:
             hidden = self._layer(layer, hidden)
         self._logits(hidden, e.op("Unsqueeze", [self.last, e.ints(1)]))
@@ -92,8 +91,9 @@ class PrefillGraph(StepGraph):
         for member in self.plan.parts:
             if member.number in self.caches and self.plan.parts[member.leader].layer <= layer.index:
                 self.nodes.compact(member, *self.caches.pop(member.number))
+        counts = self.model.num_heads, self.model.num_kv_heads
         return self._merge_heads(
-            self._scaled_attention(f"/layers.{layer.index}/attention", [query, key, value], is_causal=1)
+            self._scaled_attention(f"/layers.{layer.index}/attention", (query, key, value), None, counts)
         )
 
     def _last_queries(self, query: str) -> str:

@@ -13,7 +13,10 @@ import numpy as np
 import onnx
 
 from chunkkv.errors import ConfigError
+from chunkkv_builder.checkpoint.config_keys import GLOBAL, UNROTATED
+from chunkkv_builder.checkpoint.families import GELU_TANH
 from chunkkv_builder.checkpoint.model_config import rope_frequencies
+from chunkkv_builder.onnx_graph.arithmetic import scaled, soft_cap, soft_capped_attention
 from chunkkv_builder.onnx_graph.emitter import NUMPY_TO_ONNX, GraphEmitter
 from chunkkv_builder.onnx_graph.head_parts import HeadParts
 from chunkkv_builder.onnx_graph.quantize import BLOCK
@@ -98,8 +101,7 @@ class StepGraph:
         self.rows = e.op("Concat", [e.dim("input_ids", 0), e.dim("input_ids", 1), e.ints(-1)], axis=0)
         self._cache_inputs(lengths)
         self._rotation(positions)
-        table = e.weight(self.weights["model.embed_tokens.weight"])
-        hidden = e.op("Gather", [table, e.op("Reshape", [ids, e.ints(-1)])], name="/embed_tokens")
+        hidden = self._embed(ids)
         for layer in self.plan.layers:
             hidden = self._layer(layer, hidden)
         self._logits(hidden, places)
@@ -142,17 +144,26 @@ class StepGraph:
         return self.e.op("Gather", [values, self.e.const(number, "int64")], axis=0)
 
     def _rotation(self, positions: str) -> None:
-        """Cosines and sines [B,S,D/2] of this block's logical positions, in float32 as transformers computes them."""
+        """Cosines and sines [B,S,R/2] of this block's positions, in float32 as transformers computes them.
+
+        R are the rotated dimensions of a head; `rotations` has one pair for each kind of rotated layer.
+        """
         e = self.e
-        frequencies, factor = rope_frequencies(self.model)
-        wave = np.asarray(frequencies, dtype=np.float32).reshape(1, 1, -1)
+        self.rotations: dict[str, tuple[str, str]] = {}
         at = e.op("Unsqueeze", [e.op("Cast", [positions], to=_FLOAT), e.ints(2)])
-        angles = e.op("Mul", [at, e.inline("rope.frequencies", wave)])
-        cosines, sines = e.op("Cos", [angles]), e.op("Sin", [angles])
-        if factor != 1.0:
-            scale = e.scalar(factor)
-            cosines, sines = e.op("Mul", [cosines, scale]), e.op("Mul", [sines, scale])
-        self.rotation = (self._cast(cosines, self.dtype), self._cast(sines, self.dtype))
+        for kind in sorted({*self.model.rotations} - {UNROTATED}) or [GLOBAL]:
+            frequencies, factor = rope_frequencies(self.model, kind)
+            wave = np.asarray(frequencies, dtype=np.float32).reshape(1, 1, -1)
+            angles = e.op("Mul", [at, e.inline(f"rope.{kind}_frequencies", wave)])
+            cosines, sines = (scaled(e, e.op(function, [angles]), factor) for function in ("Cos", "Sin"))
+            self.rotations[kind] = (self._cast(cosines, self.dtype), self._cast(sines, self.dtype))
+
+    def _embed(self, ids: str) -> str:
+        """Return the embeddings of the tokens `ids` [B,S] as [B*S,hidden]."""
+        e = self.e
+        table = e.weight(self.weights["model.embed_tokens.weight"])
+        hidden = e.op("Gather", [table, e.op("Reshape", [ids, e.ints(-1)])], name="/embed_tokens")
+        return scaled(e, hidden, self.model.embedding_scale, self.dtype)
 
     def _cast(self, value: str, dtype: str) -> str:
         """Return float32 `value`, or a value of the graph's type, as `dtype`; float32 graphs need no Cast."""
@@ -160,25 +171,44 @@ class StepGraph:
 
     def _layer(self, layer: LayerPlan, hidden: str) -> str:
         prefix = f"model.layers.{layer.index}"
-        normed = self._norm(f"{prefix}.input_layernorm.weight", hidden)
-        hidden = self.e.op("Add", [hidden, self._attention(layer, normed)])
-        normed = self._norm(f"{prefix}.post_attention_layernorm.weight", hidden)
+        before_mlp = "pre_feedforward" if self.model.post_norms else "post_attention"
+        mixed = self._attention(layer, self._norm(f"{prefix}.input_layernorm.weight", hidden))
+        hidden = self._add(hidden, mixed, f"{prefix}.post_attention_layernorm.weight")
+        inner = self._mlp(prefix, self._norm(f"{prefix}.{before_mlp}_layernorm.weight", hidden))
+        return self._add(hidden, inner, f"{prefix}.post_feedforward_layernorm.weight")
+
+    def _add(self, hidden: str, output: str, post_norm: str) -> str:
+        """Add the output of one half of a layer to the residual stream, normalised before where the model does so."""
+        if self.model.post_norms:
+            output = self._norm(post_norm, output)
+        return self.e.op("Add", [hidden, scaled(self.e, output, self.model.residual_scale, self.dtype)])
+
+    def _mlp(self, prefix: str, normed: str) -> str:
         gate = self._linear(f"{prefix}.mlp.gate_proj", normed)
-        gate = self.e.op("Mul", [gate, self.e.op("Sigmoid", [gate])])
+        if self.model.activation == GELU_TANH:
+            gate = self.e.op("Gelu", [gate], approximate="tanh")
+        else:
+            gate = self.e.op("Mul", [gate, self.e.op("Sigmoid", [gate])])
         inner = self.e.op("Mul", [gate, self._linear(f"{prefix}.mlp.up_proj", normed)])
-        return self.e.op("Add", [hidden, self._linear(f"{prefix}.mlp.down_proj", inner)])
+        return self._linear(f"{prefix}.mlp.down_proj", inner)
 
     def _attention(self, layer: LayerPlan, normed: str) -> str:
         prefix = f"model.layers.{layer.index}.self_attn"
         query, key = (self._heads(f"{prefix}.{name}", normed) for name in "qk")
         value = self.e.op("Reshape", [self._linear(f"{prefix}.v_proj", normed), self.rows])
         if self.attention == "fused":
-            query = self._rotate(query, num_heads=self.model.num_heads)
-            key = self._rotate(key, num_heads=self.model.num_kv_heads)
+            query = self._rotate(layer.index, query, num_heads=self.model.num_heads)
+            key = self._rotate(layer.index, key, num_heads=self.model.num_kv_heads)
         else:  # the operators that every engine has want the heads as an axis of their own
             query, key, value = self._split_heads((query, key, value))
-            query, key = self._rotate(query), self._rotate(key)
+            query, key = self._rotate(layer.index, query), self._rotate(layer.index, key)
+        query = self._scale_query(query)
         return self._linear(f"{prefix}.o_proj", self._attend(layer, (query, key, value)))
+
+    def _scale_query(self, query: str) -> str:
+        """Put a model's own scale of attention on its queries, so that 1/sqrt(D) is right wherever they go."""
+        scale = self.model.attention_scale
+        return query if scale is None else scaled(self.e, query, scale * self.model.head_dim**0.5, self.dtype)
 
     def _attend(self, layer: LayerPlan, qkv: tuple[str, str, str]) -> str:
         """Attention of this block over the cache, [B*S,Hq*D]; the block's keys and values are stored on the way.
@@ -228,8 +258,13 @@ class StepGraph:
             heads = self._norm(f"{prefix}_norm.weight", heads)
         return self.e.op("Reshape", [heads, self.rows])
 
-    def _rotate(self, heads: str, **attributes: Any) -> str:
-        return self.e.op("RotaryEmbedding", [heads, *self.rotation], **attributes)
+    def _rotate(self, layer: int, heads: str, **attributes: Any) -> str:
+        kind = self.model.rotations[layer] if self.model.rotations else GLOBAL
+        if kind == UNROTATED:
+            return heads
+        if self.model.rotary_dim is not None:
+            attributes["rotary_embedding_dim"] = self.model.rotary_dim
+        return self.e.op("RotaryEmbedding", [heads, *self.rotations[kind]], **attributes)
 
     def _window_queries(self, part: PartPlan, query: str) -> None:
         e, settings, heads, size = self.e, self.plan.settings, self._query_heads(part), self.model.head_dim
@@ -253,6 +288,7 @@ class StepGraph:
             domain=CONTRIB,
             num_heads=self._query_heads(part),
             kv_num_heads=len(part.kv_heads),
+            **({} if self.model.attention_soft_cap is None else {"softcap": self.model.attention_soft_cap}),
         )
 
     def _standard_attention(self, part: PartPlan, qkv: list[str], past: list[str], present: list[str]) -> str:
@@ -260,17 +296,26 @@ class StepGraph:
         first, visible = self.lengths[part.length_class]
         for old, new, name in zip(past, qkv[1:], present, strict=True):
             e.op("TensorScatter", [old, new, first], [name], name=f"/layers.{part.layer}/store/{name}", axis=2)
-        return self._scaled_attention(self._attention_name(part), [qkv[0], *present, visible])
+        counts = self._query_heads(part), len(part.kv_heads)
+        return self._scaled_attention(self._attention_name(part), (qkv[0], present[0], present[1]), visible, counts)
 
-    def _scaled_attention(self, name: str, inputs: list[str], **attributes: Any) -> str:
-        """Emit Attention with 1/sqrt(D) already on the query.
+    def _scaled_attention(
+        self, name: str, qkv: tuple[str, str, str], visible: str | None, counts: tuple[int, int]
+    ) -> str:
+        """Emit attention with 1/sqrt(D) already on the query.
+
+        `visible` is the mask, None for a causal one; `counts` are the numbers of query heads and of KV heads.
 
         Left to the operator, TensorRT's parser puts a fourth root, rounded to the graph's type, on queries and keys: in
         bfloat16 that bends logits by up to half a percent, and it multiplies the whole cache at every step.
         """
-        e, query = self.e, inputs[0]
-        scaled = e.op("Mul", [query, e.scalar(self.model.head_dim**-0.5, self.dtype)])
-        return e.op("Attention", [scaled, *inputs[1:]], name=name, scale=1.0, **attributes)
+        e, cap = self.e, self.model.attention_soft_cap
+        query = e.op("Mul", [qkv[0], e.scalar(self.model.head_dim**-0.5, self.dtype)])
+        if cap is not None:
+            return soft_capped_attention(e, name, (query, *qkv[1:]), visible, cap, counts, self.dtype)
+        if visible is None:
+            return e.op("Attention", [query, *qkv[1:]], name=name, scale=1.0, is_causal=1)
+        return e.op("Attention", [query, *qkv[1:], visible], name=name, scale=1.0)
 
     def _split_heads(self, qkv: tuple[str, str, str]) -> list[str]:
         """[B,S,H*D] to [B,H,S,D], for query, key and value."""
@@ -293,6 +338,9 @@ class StepGraph:
         normed = self._norm("model.norm.weight", e.op("Gather", [hidden, flat]))
         head = "model.embed_tokens" if self.model.tie_word_embeddings else "lm_head"
         scores = self._cast(self._linear(head, normed, node="/lm_head"), "float32")
+        scores = scaled(e, scores, 1 / self.model.logit_divisor)
+        if self.model.logit_soft_cap is not None:
+            scores = soft_cap(e, scores, self.model.logit_soft_cap, "float32")
         shape = e.op("Concat", [e.op("Shape", [places]), e.ints(self.model.vocab_size)], axis=0)
         e.op("Reshape", [scores, shape], ["logits"])
         e.output("logits", "float32", ["batch", "logit_count", self.model.vocab_size])
