@@ -24,7 +24,7 @@ from chunkkv_builder.progress import human_bytes
 from .recorder import Built, record_builds
 
 FACTORS: dict[str, tuple[Any, ...]] = {
-    "family": ("llama3", "mistral", "qwen2", "qwen3", "phi3", "granite", "smollm3", "gemma", "gemma2", "gemma3"),
+    "family": ("llama3", "mistral", "qwen2", "qwen3"),
     "dtype": ("float32", "float16", "bfloat16"),
     "boundaries": ("fixed", "delimiter"),
     "layer_reuse": (1, 2),
@@ -34,6 +34,15 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "longest": (256, 2048),
 }
 ROWS = covering_set(FACTORS)
+# Families whose layers are made of other operators, with the numbers of attention and rotation layers of TensorRT.
+UNLIKE_LLAMA = {
+    "phi3": (2, 4),
+    "granite": (2, 4),
+    "smollm3": (2, 2),  # one of two layers rotates
+    "gemma": (2, 4),
+    "gemma2": (0, 4),  # attention with a soft cap is made of smaller operators
+    "gemma3": (2, 4),
+}
 LAYERS, HEADS, KV_HEADS, HEAD_DIM = 2, 2, 1, 64  # a head size that has kernels
 MODEL = {
     "num_hidden_layers": LAYERS,
@@ -53,8 +62,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use del obj")
 def checkpoint_of(family: str) -> Path:
     own: dict[str, Any] = {"head_dim": HEAD_DIM} if family.startswith(("qwen3", "gemma")) else {}
     if family == "phi3":
-        short_factor = [1 + 0.1 * number for number in range(HEAD_DIM * 3 // 8)]
-        own["rope_scaling"] = {"type": "longrope", "short_factor": short_factor, "long_factor": short_factor}
+        own["rope_scaling"] = None  # its longrope factors are for a smaller head
     return engines.checkpoint_dir(family, **MODEL, **own)
 
 
@@ -133,6 +141,18 @@ def test_engines_are_those_of_the_executors_contract(row: Row, rtx: TensorRT, bu
     assert made_by is not None and engine.versions["tensorrt_rtx"] == rtx.version
     assert (made_by.flavour, made_by.version, made_by.compute_capabilities) == ("rtx", rtx.version, ())
     assert made_by.chunkkv_ops == row["ops"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", UNLIKE_LLAMA)
+def test_families_unlike_llama_are_built(family: str, dtype: str, build: Builds) -> None:
+    row = {**ROWS[0], "family": family, "dtype": dtype, "ops": "functions", "batch": 1, "longest": 256}
+    assert build(**flags_of(row)).err == ""
+    attention, rotation = UNLIKE_LLAMA[family]
+    assert len(build.recorded) == 1 + len(CAPACITIES[256])
+    for built in build.recorded:
+        assert built.layers["ATTENTION_INPUT"] == built.layers["ATTENTION_OUTPUT"] == attention
+        assert built.layers["ROTARY_EMBEDDING"] == rotation
 
 
 def check_files(folder: Path, builds: list[Built], contract: Contract) -> None:

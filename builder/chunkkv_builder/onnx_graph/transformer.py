@@ -194,7 +194,7 @@ class StepGraph:
 
     def _attention(self, layer: LayerPlan, normed: str) -> str:
         prefix = f"model.layers.{layer.index}.self_attn"
-        query, key = (self._heads(f"{prefix}.{name}", normed) for name in "qk")
+        query, key = self._scale_query(self._heads(f"{prefix}.q", normed)), self._heads(f"{prefix}.k", normed)
         value = self.e.op("Reshape", [self._linear(f"{prefix}.v_proj", normed), self.rows])
         if self.attention == "fused":
             query = self._rotate(layer.index, query, num_heads=self.model.num_heads)
@@ -202,11 +202,14 @@ class StepGraph:
         else:  # the operators that every engine has want the heads as an axis of their own
             query, key, value = self._split_heads((query, key, value))
             query, key = self._rotate(layer.index, query), self._rotate(layer.index, key)
-        query = self._scale_query(query)
         return self._linear(f"{prefix}.o_proj", self._attend(layer, (query, key, value)))
 
     def _scale_query(self, query: str) -> str:
-        """Put a model's own scale of attention on its queries, so that 1/sqrt(D) is right wherever they go."""
+        """Put a model's own scale of attention on its queries, so that 1/sqrt(D) is right wherever they go.
+
+        That is done before they are rotated: between a rotation and Attention, TensorRT for RTX 1.7 does not compile two
+        multiplications in a row.
+        """
         scale = self.model.attention_scale
         return query if scale is None else scaled(self.e, query, scale * self.model.head_dim**0.5, self.dtype)
 
