@@ -207,8 +207,8 @@ class StepGraph:
     def _scale_query(self, query: str) -> str:
         """Put a model's own scale of attention on its queries, so that 1/sqrt(D) is right wherever they go.
 
-        That is done before they are rotated: between a rotation and Attention, TensorRT for RTX 1.7 does not compile two
-        multiplications in a row.
+        That is done before they are rotated: TensorRT for RTX 1.7 does not compile two multiplications in a row between
+        a rotation and Attention.
         """
         scale = self.model.attention_scale
         return query if scale is None else scaled(self.e, query, scale * self.model.head_dim**0.5, self.dtype)
