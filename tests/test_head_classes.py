@@ -16,6 +16,8 @@ from support.forced_tokens import forced_logits
 from support.masked_forward import Kept, masked_forward
 
 from chunkkv import SamplingParams, reference_layers
+from chunkkv.batching import BatchingLimits, ContinuousBatcher
+from chunkkv.evaluation.lm_eval.continuations import CompressedPrompt
 from chunkkv.requests import make_requests
 from chunkkv.settings import ChunkKVSettings
 
@@ -173,3 +175,34 @@ def test_layers_of_both_classes_can_be_read_as_a_whole() -> None:
         keys, values = cache.layer(layer)
         assert np.abs(keys[0] - forward.keys[layer]).max() <= TOLERANCE
         assert np.abs(values[0] - forward.values[layer]).max() <= TOLERANCE
+
+
+def test_a_batcher_and_a_continuation_keep_the_lengths_of_the_classes() -> None:
+    engine = session(settings_for("recent local heads"))
+    prompts, params = [tokens(90, 1), tokens(41, 2), tokens(120, 9)], SamplingParams(8, logprobs=True)
+    expected = engine.generate(prompts, params)
+    with ContinuousBatcher(engine, BatchingLimits(slots=2)) as batcher:
+        streams = [batcher.stream(prompt, params) for prompt in prompts]
+        found = [[event for event in stream][-1].finished for stream in streams]
+    assert [result.token_ids for result in found if result] == [result.token_ids for result in expected]
+    for prompt, result in zip(prompts, expected, strict=True):
+        assert result.logprobs is not None
+        total, greedy = CompressedPrompt(engine, prompt, 8).score(result.token_ids)
+        assert total == pytest.approx(sum(result.logprobs), abs=1e-3) and greedy
+
+
+def test_an_inspection_shows_every_class() -> None:
+    settings, prompt = settings_for("recent local heads"), tokens(90, 1)
+    shown = session(settings).inspect(prompt).groups
+    assert [(group.layers, group.head_class, group.kv_heads) for group in shown] == [
+        ((0,), "reading", (0, 2)),
+        ((0,), "local", (1,)),
+        ((1,), "local", (0, 1, 2)),
+        ((2,), "reading", (1,)),
+        ((2,), "local", (0, 2)),
+    ]
+    kept = kept_of(settings, prompt)
+    for group in shown:
+        assert np.array_equal(group.kept_indices, kept[group.leader][group.kv_heads[0]])
+        assert (group.token_scores.max() > 0) == (group.head_class == "reading")
+    assert all(len(group.kept_indices) == 90 for group in session(settings).inspect(prompt, keep_ratio=1.0).groups)

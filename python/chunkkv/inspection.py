@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 
 from chunkkv import reference
+from chunkkv.cache_layout import CacheLayout
 from chunkkv.errors import EngineMismatchError
 from chunkkv.executors.interface import Choice, Executor, KVCache, PrefillProgress
 from chunkkv.requests import Request
@@ -52,19 +55,28 @@ def inspect_prompt(
         token_ids=tuple(int(i) for i in request.ids),
         kept_tokens=request.kept_tokens,
         settings=settings,
-        groups=tuple(
-            _group_choice(settings, group, len(request.ids), flags, prefilled.choice) for group in settings.layer_groups
-        ),
+        groups=tuple(_choices(settings, executor.cache_layout, len(request.ids), flags, prefilled.choice)),
     )
 
 
-def _group_choice(
-    settings: ChunkKVSettings, group: tuple[int, ...], length: int, flags: np.ndarray | None, choice: Choice | None
-) -> GroupChoice:
-    leader = settings.leader_of(group)
-    if choice is None:  # the whole prompt is kept, so nothing was scored
-        return GroupChoice(
-            group, leader, np.arange(length, dtype=np.int32), np.zeros(length, np.float32), np.zeros(0, np.int64)
-        )
-    starts = reference.chunk_starts(length, settings, flags)
-    return GroupChoice(group, leader, choice.kept_indices[leader], choice.token_scores[leader], starts)
+def _choices(
+    settings: ChunkKVSettings, layout: CacheLayout, length: int, flags: np.ndarray | None, choice: Choice | None
+) -> Iterator[GroupChoice]:
+    """Yield every choice: of each group, or of each class of its heads, or of each head that chooses for itself."""
+    nothing = np.zeros(length, np.float32)
+    starts = np.zeros(0, np.int64) if choice is None else reference.chunk_starts(length, settings, flags)
+    for group in settings.layer_groups:
+        leader = settings.leader_of(group)
+        for number in layout.of_layer(leader):
+            part = layout.parts[number]
+            made = partial(GroupChoice, group, leader, head_class=part.head_class)
+            if choice is None:  # the whole prompt is kept, so nothing was scored
+                every = np.arange(length, dtype=np.int32)
+                yield made(every, nothing, starts, kv_heads=part.kv_heads)
+                continue
+            kept, scores = choice.kept_indices[number], choice.token_scores.get(number)
+            if kept.ndim == 1:
+                yield made(kept, nothing if scores is None else scores, starts, kv_heads=part.kv_heads)
+                continue
+            for place, head in enumerate(part.kv_heads):
+                yield made(kept[place], nothing if scores is None else scores[place], starts, kv_heads=(head,))

@@ -111,7 +111,7 @@ class StreamEvent:
 
 @dataclass(frozen=True)
 class GroupChoice:
-    """What one layer-reuse group keeps of a prompt of L tokens.
+    """What heads of one layer-reuse group keep of a prompt of L tokens, by one choice.
 
     Parameters
     ----------
@@ -122,9 +122,13 @@ class GroupChoice:
     kept_indices : numpy.ndarray
         Kept positions [N] int32, ascending.
     token_scores : numpy.ndarray
-        Score of every token [L] float32.
+        Score of every token [L] float32; zeros for heads that keep recent tokens.
     chunk_starts : numpy.ndarray
         Position of each chunk's first token, ascending.
+    head_class : {"all", "reading", "local"}, default "all"
+        The class of these heads.
+    kv_heads : tuple of int, default ()
+        The KV heads of each layer that the choice is for; all heads where the engine does not split them.
     """
 
     layers: tuple[int, ...]
@@ -132,6 +136,8 @@ class GroupChoice:
     kept_indices: np.ndarray
     token_scores: np.ndarray
     chunk_starts: np.ndarray
+    head_class: str = "all"
+    kv_heads: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -60,11 +60,20 @@ class _Forced(_Wrapped):
 class _Prefiller(_Wrapped):
     row = 0
 
-    def run(self, *arguments: Any) -> Any:
-        made = self.inner.run(*arguments)
-        for prefilled in made:
-            object.__setattr__(prefilled, "logits", self.recorder.take(self.row, prefilled.logits))
-            self.row += 1
+    def start(self, *arguments: Any) -> Any:
+        return _PrefillRun(self.inner.start(*arguments), self.recorder, self)
+
+
+class _PrefillRun(_Wrapped):
+    def __init__(self, inner: Any, recorder: _Recorder, prefiller: _Prefiller) -> None:
+        super().__init__(inner, recorder)
+        self.prefiller = prefiller
+
+    def step(self) -> Any:
+        made = self.inner.step()
+        for prefilled in made or ():
+            object.__setattr__(prefilled, "logits", self.recorder.take(self.prefiller.row, prefilled.logits))
+            self.prefiller.row += 1
         return made
 
 

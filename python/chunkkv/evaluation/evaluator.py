@@ -151,8 +151,8 @@ class Evaluator:
         reading = [policy.name for policy in plan.policies if policy.reads_cache]
         if reading and not self._sees_caches:
             raise ConfigError(
-                f"policies names {reading[0]}, but this engine compacts within prefill: give full and engine only, "
-                "or build for backend onnxruntime"
+                f"policies names {reading[0]}, but this engine compacts within prefill, or its heads keep unequal "
+                "tokens: give full and engine only, or build for backend onnxruntime with one choice per layer"
             )
 
     def examples(self) -> list[PlannedExample]:

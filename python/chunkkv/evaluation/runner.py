@@ -35,14 +35,21 @@ class PromptRunner:
         self._delimiters = None if tokenizer is None else tokenizer.delimiter_token_table(vocab_size=vocab_size)
 
     def sees_caches(self) -> bool:
-        """Return whether the engine leaves a prompt's whole cache where a policy can look at it."""
-        return self._executor.capabilities.blockwise_prefill
+        """Return whether a policy can look at a prompt's whole cache and say what each layer keeps."""
+        return self._executor.capabilities.blockwise_prefill and self._one_choice_per_layer()
+
+    def _one_choice_per_layer(self) -> bool:
+        settings = self.session.settings
+        return settings is None or (settings.budget_split == "uniform" and settings.heads == "shared")
 
     def _prefiller(self) -> BlockwisePrefiller:
         if not self.sees_caches():
             raise BackendUnavailableError(
                 "this engine compacts within prefill, so no policy but 'engine' can choose: "
                 "build for backend onnxruntime to compare policies"
+                if self._one_choice_per_layer()
+                else "the heads of a layer choose apart in this engine, or its layers keep unequal numbers of tokens, "
+                "so no policy but 'engine' can choose: build one with budget_split 'uniform' and heads 'shared'"
             )
         return self._executor.blockwise_prefiller()
 
@@ -96,10 +103,11 @@ class PromptRunner:
         if request.kept_tokens != kept:
             raise RequestError(f"{kept} tokens were to be kept, this engine keeps {request.kept_tokens}")
         room = self._room(len(ids), questions)
-        cache = self._executor.new_cache(1, self._executor.capacity_for(kept + room))
+        cache = self._executor.new_cache(1, self._executor.capacity_for(request.slots(room)))
         prefilled = self._executor.prefiller().run([request], cache.rows(0, 1), threading.Event())[0]
         assert prefilled.logits is not None
-        batch = _DecodeBatch(self._executor.decoder(cache), np.array([kept]), len(ids))
+        filled = np.array(prefilled.kept_lengths or request.class_lengths)[:, None]
+        batch = _DecodeBatch(self._executor.decoder(cache), filled, len(ids))
         return [self._ask(batch, prefilled.logits, question)[0] for question in questions]
 
     def _room(self, length: int, questions: Sequence[Question]) -> int:
@@ -167,7 +175,8 @@ class PromptRunner:
 class _DecodeBatch:
     """Rows of one prompt that decode together, each behind what its policy kept.
 
-    `filled` [B] or [layers,B] are the slots of the kept tokens, `prompt_tokens` the length of the whole prompt.
+    `filled` [B], [length_classes,B] or [layers,B] are the slots of the kept tokens, `prompt_tokens` the length of the
+    whole prompt.
     """
 
     def __init__(self, decoder: Decoder, filled: np.ndarray, prompt_tokens: int) -> None:

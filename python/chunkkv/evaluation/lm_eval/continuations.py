@@ -48,8 +48,9 @@ class CompressedPrompt:
         )[0]
         self._executor = executor
         self._length, self.kept_tokens = len(request.ids), request.kept_tokens
-        self._cache = executor.new_cache(1, executor.capacity_for(self.kept_tokens + room))
+        self._cache = executor.new_cache(1, executor.capacity_for(request.slots(room)))
         (self._prefilled,) = executor.prefiller().run([request], self._cache.rows(0, 1), threading.Event())
+        self._filled = self._prefilled.kept_lengths or request.class_lengths
 
     def score(self, tokens: Sequence[int], skipped: int = 0) -> tuple[float, bool]:
         """Feed `tokens`; return the log probability of those after the first `skipped`, and whether all are greedy.
@@ -72,12 +73,13 @@ class CompressedPrompt:
         yield self._prefilled.logits[None]
         if self._executor.capabilities.block_scoring:
             for first in range(0, len(fed), BLOCK):
-                slot, position = self.kept_tokens + first, self._length + first
-                yield self._executor.score_block(self._cache, fed[first : first + BLOCK], slot, position)
+                slots, position = [filled + first for filled in self._filled], self._length + first
+                yield self._executor.score_block(self._cache, fed[first : first + BLOCK], slots, position)
         elif len(fed):
             decoder = self._executor.decoder(self._cache)
             for step, token in enumerate(fed.tolist()):
-                yield decoder.step([0], [token], [self._length + step], [self.kept_tokens + step])
+                filled = np.array(self._filled)[:, None] + step  # [length_classes,1]
+                yield decoder.step([0], [token], [self._length + step], filled)
 
 
 def log_probabilities(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:

@@ -80,10 +80,10 @@ class OnnxRuntimeContinuer:
         with profiling.range_of("compress", (request,)):
             budget = request.keep_per_10k, request.budget_tokens
             choice = self._prefiller.compress(text, queries, request.ids, *budget, out)
-        _copy_slots(out, start, request.class_lengths, cache, slots)
+        _copy_slots(out, start, choice.kept_lengths, cache, slots)
         scratch = row.nbytes + text.nbytes + out.nbytes
         seconds = time.perf_counter() - started
-        return PrefillResult(logits, choice, prefill_s, seconds, scratch, request.class_lengths)
+        return PrefillResult(logits, choice, prefill_s, seconds, scratch, choice.kept_lengths)
 
     def to_host(self, cache: HostKVCache, slots: Sequence[int]) -> dict[str, np.ndarray]:
         """Return the filled slots as arrays [H,N,D]; see Continuer.to_host."""

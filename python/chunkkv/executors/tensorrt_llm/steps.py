@@ -123,7 +123,7 @@ class PagedDecoder:
         """
         check_slots(rows, slots, self._cache.capacity)
         step_rows = []
-        for row, token, position, slot in zip(rows, tokens, positions, slots, strict=True):
+        for row, token, position, slot in zip(rows, tokens, positions, np.asarray(slots).reshape(-1), strict=True):
             prompt_length = int(self._cache.prompt_lengths[row])
             if not 0 < prompt_length <= position:
                 raise EngineRunError(
