@@ -33,6 +33,7 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "chunkkv.contexts.make": ("context_of_row",),
         "chunkkv.contexts.continuation": (),
         "chunkkv.contexts.scorers": ("Scorer", "scorer_of"),
+        "chunkkv.conversation": (),
     },
     "Settings": {"chunkkv.settings": ()},
     "Errors": {"chunkkv.errors": ()},

@@ -16,7 +16,7 @@ from chunkkv.batching.batcher import BatchingLimits
 from chunkkv.cli.main import main, make_parser
 from chunkkv.triton.server.supervisor import ServeSettings
 
-COMMANDS = ("generate", "inspect", "eval", "calibrate", "doctor", "profile", "triton", "version")
+COMMANDS = ("generate", "chat", "compress", "inspect", "eval", "calibrate", "doctor", "profile", "triton", "version")
 SUBCOMMANDS = ("profile report", "triton init", "triton patch", "triton serve")
 
 
@@ -61,7 +61,7 @@ def test_without_a_command_the_help_is_the_error(run: CommandLine, command: str)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("nothing", "COMMAND: 'nothing' is not offered; allowed is generate or inspect or eval or "),
+        ("nothing", "COMMAND: 'nothing' is not offered; allowed is generate or chat or compress or "),
         ("triton start", "COMMAND: 'start' is not offered; allowed is init or patch or serve"),
         ("--verison", "unknown flag --verison; did you mean --version?"),
         ("triton patch --dry-rum", "unknown flag --dry-rum; did you mean --dry_run?"),

@@ -26,7 +26,19 @@ TEMPLATE = ROOT / "benchmarks" / "results" / "page.md"
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.md"), TEMPLATE])
 NOT_WRAPPED = {ROOT / "docs" / name for name in ("api.md", "results.md")}
 GROUPS = {"triton": ("init", "patch", "serve"), "profile": ("", "report")}
-COMMANDS = ("generate", "inspect", "eval", "calibrate", "lm-eval", "profile", "triton", "doctor", "version")
+COMMANDS = (
+    "generate",
+    "chat",
+    "compress",
+    "inspect",
+    "eval",
+    "calibrate",
+    "lm-eval",
+    "profile",
+    "triton",
+    "doctor",
+    "version",
+)
 # Flags that the pages name and that belong to other programs.
 ELSEWHERE = {
     "trtllm-build": """context_fmha fast_build gemm_plugin gpt_attention_plugin kv_cache_type lora_target_modules

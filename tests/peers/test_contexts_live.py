@@ -97,9 +97,7 @@ def test_a_compressed_turn_behind_a_context(variant: str, model) -> None:
     continuer = executor.continuer()
     extended = continuer.extend(cache, (request.kept_tokens,), DOCUMENT, added, never)
     slots = (request.kept_tokens + added.kept_tokens,)
-    behind = [
-        continuer.append(cache, question[at : at + 16], (slots[0] + at,), DOCUMENT + TURN + at) for at in (0, 16)
-    ]
+    behind = [continuer.append(cache, question[at : at + 16], (slots[0] + at,), DOCUMENT + TURN + at) for at in (0, 16)]
     row = TorchRow(model)
     row.append(document)
     row.evict(0, by_layer(session, prefilled.choice.kept_indices))

@@ -32,7 +32,7 @@ GROUND = {
 FLOORS = (
     {"cli"},
     {"evaluation", "profile", "triton"},
-    {"batching"},
+    {"batching", "conversation"},
     {"chunkkv"},
     {"session"},
     {"generation"},

@@ -17,15 +17,16 @@ from chunkkv.cli.options import (
     add_prompt_flags,
     in_chat_template,
     open_session,
+    path_argument,
     read_prompt,
 )
 from chunkkv.cli.progress import prefill_progress
-from chunkkv.command_line import CommandParser, TextListAction, UsageError, interrupt_as_cancel, number, whole_number
+from chunkkv.cli.sampling_flags import add_sampling_flags, sampling_params
+from chunkkv.command_line import CommandParser, UsageError, interrupt_as_cancel
 from chunkkv.errors import EngineError
 
 if TYPE_CHECKING:
     from chunkkv.results import GenerationResult, StreamEvent
-    from chunkkv.sampling import SamplingParams
 
 _NO_ANSWER = "the engine ended without an answer"
 
@@ -40,9 +41,15 @@ def add_parser(program: CommandParser) -> None:
         required=ENGINE_DIR,
     )
     add_prompt_flags(parser)
+    parser.add_argument(
+        "--context",
+        type=path_argument,
+        metavar="FILE",
+        help="what stands before the prompt: a file of chunkkv compress",
+    )
     add_engine_flags(parser, paged_kv_cache=True)
     add_budget_flags(parser)
-    _add_sampling_flags(parser)
+    add_sampling_flags(parser)
     output = parser.add_argument_group("output")
     add_json(output, "text, token ids, timings and kept tokens")
     output.add_argument(
@@ -51,66 +58,26 @@ def add_parser(program: CommandParser) -> None:
     add_log_level(output)
 
 
-def _add_sampling_flags(parser: CommandParser) -> None:
-    group = parser.add_argument_group("sampling")
-    group.add_argument(
-        "--max_new_tokens", type=whole_number, default=128, metavar="N", help="longest answer in tokens; default: 128"
-    )
-    group.add_argument(
-        "--temperature",
-        type=number,
-        default=0.0,
-        metavar="X",
-        help="divides the logits before sampling; 0 always takes the likeliest token; default: 0",
-    )
-    group.add_argument(
-        "--top_k",
-        type=whole_number,
-        default=0,
-        metavar="N",
-        help="sample from the N likeliest tokens only; 0 turns this off; default: 0",
-    )
-    group.add_argument(
-        "--top_p",
-        type=number,
-        default=1.0,
-        metavar="X",
-        help="sample from the fewest tokens whose probabilities add up to X; 1 turns this off; default: 1",
-    )
-    group.add_argument(
-        "--repetition_penalty",
-        type=number,
-        default=1.0,
-        metavar="X",
-        help="above 1, tokens of prompt and answer become less likely; 1 turns this off; default: 1",
-    )
-    group.add_argument(
-        "--seed", type=whole_number, metavar="N", help="seed of the random numbers; default: a new one for every run"
-    )
-    group.add_argument(
-        "--stop",
-        action=TextListAction,
-        default=(),
-        metavar="TEXT",
-        help="end the answer before this text; may be given several times",
-    )
-    group.add_argument("--ignore_eos", action="store_true", help="go on after the end-of-sequence token")
-
-
 def run(args: argparse.Namespace) -> None:
     """Answer the prompt; raises KeyboardInterrupt after what a first Ctrl-C left of the answer was printed."""
     if args.logprobs and not args.as_json:
         raise UsageError("--logprobs has no effect without --json: give both")
-    sampling = _sampling_params(args)
+    if args.context is not None and args.chat:
+        raise UsageError("--chat has no effect with --context: behind messages, the prompt is a message of the user")
+    sampling = sampling_params(args, args.logprobs)
     prompt = read_prompt(args)
+    from chunkkv.contexts import Context
+
     session = open_session(args, args.max_tokens_in_paged_kv_cache)
     prompt = in_chat_template(args, session, prompt)  # before the handler, so that the first Ctrl-C ends a template
+    context = None if args.context is None else Context.load(args.context, session)
     with interrupt_as_cancel() as cancel, prefill_progress(args.log_level == "error") as on_prefill:
         events = session.generate(
             prompt,
             sampling,
             keep_ratio=args.keep_ratio,
             budget_tokens=args.budget_tokens,
+            context=context,
             stream=True,
             cancel=cancel,
             on_prefill=on_prefill,
@@ -120,22 +87,6 @@ def run(args: argparse.Namespace) -> None:
         print(_summary(result), file=sys.stderr)
     if result.finish_reason == "cancelled":
         raise KeyboardInterrupt
-
-
-def _sampling_params(args: argparse.Namespace) -> SamplingParams:
-    from chunkkv.sampling import SamplingParams
-
-    return SamplingParams(
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        repetition_penalty=args.repetition_penalty,
-        seed=args.seed,
-        stop=args.stop,
-        ignore_eos=args.ignore_eos,
-        logprobs=args.logprobs,
-    )
 
 
 def _print_text(events: Iterator[StreamEvent], has_text: bool) -> GenerationResult:
@@ -160,7 +111,8 @@ def _print_json(events: Iterator[StreamEvent]) -> GenerationResult:
 def _summary(result: GenerationResult) -> str:
     statistics = result.statistics
     rate = "" if statistics.tpot_s is None else f", {statistics.tpot_s * 1e3:.1f} ms per token"
+    held = f", {statistics.context_tokens} of the context" if statistics.context_tokens else ""
     return (
-        f"[prompt {statistics.prompt_tokens} tokens, {statistics.kept_tokens} kept; {statistics.new_tokens} new; "
+        f"[prompt {statistics.prompt_tokens} tokens{held}, {statistics.kept_tokens} kept; {statistics.new_tokens} new; "
         f"first after {statistics.ttft_s:.2f} s{rate}]"
     )

@@ -6,13 +6,27 @@ import sys
 from collections.abc import Sequence
 
 import chunkkv
-from chunkkv.cli import calibrate, doctor, evaluate, generate, inspect, lm_eval, profile, triton, version
+from chunkkv.cli import (
+    calibrate,
+    chat,
+    compress,
+    doctor,
+    evaluate,
+    generate,
+    inspect,
+    lm_eval,
+    profile,
+    triton,
+    version,
+)
 from chunkkv.command_line import FAILED, CommandParser, run_program, stop_with
 from chunkkv.errors import ConfigError, RequestError
 
 PROGRAM = "chunkkv"
 _ADD_PARSERS = (
     generate.add_parser,
+    chat.add_parser,
+    compress.add_parser,
     inspect.add_parser,
     evaluate.add_parser,
     calibrate.add_parser,

@@ -127,22 +127,31 @@ def read_prompt(args: argparse.Namespace) -> str | list[int]:
     if token_ids is not None:
         return _parsed_ids(token_ids)
     if file is not None:
-        try:
-            text = _decoded(file.read_bytes(), str(file))
-        except OSError as error:
-            raise RequestError(f"--prompt_file {file} cannot be read: {error.strerror}") from None
+        text = read_text_file(file)
     elif text is not None and text != "-":
-        text = _decoded(text.encode("utf-8", "surrogateescape"), "the prompt")  # as the shell gave its bytes
+        text = decode_text(text.encode("utf-8", "surrogateescape"), "the prompt")  # as the shell gave its bytes
     elif sys.stdin is None or (text is None and sys.stdin.isatty()):
         raise RequestError("no prompt was given; give its text, --prompt_file or --token_ids, or pipe it in")
     else:
-        text = _decoded(sys.stdin.buffer.read(), "standard input")
+        text = decode_text(sys.stdin.buffer.read(), "standard input")
     if not text.strip():
         raise RequestError("the prompt is empty; give at least one word")
     return text
 
 
-def _decoded(data: bytes, source: str) -> str:
+def read_text_file(path: Path) -> str:
+    """Return the text of --prompt_file; raises RequestError where it cannot be read or is empty or not UTF-8."""
+    try:
+        text = decode_text(path.read_bytes(), str(path))
+    except OSError as error:
+        raise RequestError(f"--prompt_file {path} cannot be read: {error.strerror}") from None
+    if not text.strip():
+        raise RequestError(f"--prompt_file {path} is empty; give at least one word")
+    return text
+
+
+def decode_text(data: bytes, source: str) -> str:
+    """Return UTF-8 text without the line end at its end; raises RequestError, which names the source, for others."""
     try:
         return re.sub(r"\r?\n\Z", "", data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:

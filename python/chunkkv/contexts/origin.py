@@ -177,7 +177,7 @@ def _stable_chat_ids(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[
 
 def _with_user_text(messages: Sequence[Message], text: str) -> tuple[Message, ...]:
     """Return the conversation with `text` from the user at its end."""
-    last: Mapping[str, Any] = messages[-1]
+    last: Mapping[str, Any] = messages[-1] if messages else {}
     if last.get("role") == "user" and isinstance(last.get("content"), str):
         return (*messages[:-1], {**last, "content": last["content"] + _BETWEEN + text})
     return (*messages, {"role": "user", "content": text})
