@@ -8,10 +8,15 @@ from pathlib import Path
 import pytest
 import test_tensorrt_executor as tensorrt
 import test_tensorrt_llm_executor as tensorrt_llm
+from support import engines
+from support.messages import naming
 from support.tensorrt_double import Double, machine_of
 
 from chunkkv import ChunkKVSession, SamplingParams
 from chunkkv.batching import BatchingLimits, ContinuousBatcher
+from chunkkv.batching.bucket_pool import BucketPool
+from chunkkv.batching.seats import Needs
+from chunkkv.errors import ConfigError
 
 SAMPLING = SamplingParams(max_new_tokens=8, ignore_eos=True)
 machine = pytest.fixture(machine_of)
@@ -32,6 +37,11 @@ def test_tensorrt(machine: Double, tmp_path: Path) -> None:
     """Captured decode steps of several sizes over one cache, and caches of the capacities that were built."""
     session = ChunkKVSession.from_dir(tensorrt.build(tmp_path / "engine", chunkkv_layer_reuse=2))
     assert_all_get_their_own_tokens(session, tensorrt.PROMPTS, 6)
+    most = session.limits.max_batch_size
+    with ContinuousBatcher(session) as batcher:
+        assert batcher.load().slots == most and batcher.load().kv_bytes_bound is None
+    with pytest.raises(ConfigError, match=naming(f"slots {most + 1} {most} --max_batch_size")):
+        ContinuousBatcher(session, BatchingLimits(slots=most + 1))
 
 
 def test_a_paged_pool_serves_more_requests_than_it_holds_at_once() -> None:
@@ -39,3 +49,26 @@ def test_a_paged_pool_serves_more_requests_than_it_holds_at_once() -> None:
     session, _ = tensorrt_llm.recorded(tensorrt_llm.engine_dir("late"), pool_tokens=640)
     allocated = assert_all_get_their_own_tokens(session, tensorrt_llm.PROMPTS, 12)
     assert allocated <= session.executor.capabilities.pool_bytes
+
+
+def test_a_busy_larger_cache_is_shared_before_another_is_made() -> None:
+    """Answers of different lengths decode in one step; a step for one row costs about as much as for several."""
+    executor = engines.session("llama3").executor  # its caches are made by number of slots, as those of any engine
+    pool = BucketPool(executor, slots=2, max_tokens=256, bound=None)
+    long, short, other = (pool.take(Needs((tokens,), (tokens + 1,))) for tokens in (200, 60, 61))
+    assert long.batch is short.batch and long.capacity == short.capacity == (256,)
+    assert other.capacity == (128,), "the larger one is full"
+    assert len(pool.busy()) == 2
+
+
+def test_caches_are_dropped_only_when_idle() -> None:
+    executor = engines.session("llama3").executor
+    pool = BucketPool(executor, slots=2, max_tokens=256, bound=2 * 128 * executor.kv_bytes_per_token)
+    large = Needs((199,), (200,))
+    small = [pool.take(Needs((59,), (60 + number,))) for number in range(2)]
+    assert not pool.fits(Needs((60,), (61,))) and not pool.fits(large), "both rows are taken"
+    small[0].leave()
+    assert not pool.fits(large), "a row of the small cache is still in use"
+    small[1].leave()
+    assert pool.fits(large) and pool.take(large).capacity == (256,)
+    assert not pool.fits(Needs((60,), (61,)))

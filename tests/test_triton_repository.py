@@ -19,8 +19,6 @@ from chunkkv.triton.repository.check import check_repository
 from chunkkv.triton.repository.config_text import read_config, string_parameters
 from chunkkv.triton.repository.patch import patch_repository
 from chunkkv.triton.repository.write import ServeOptions, write_repository
-from chunkkv.triton.server.files import ServerFiles
-from chunkkv.triton.server.supervisor import ServeSettings, Supervisor
 
 # Names, types and dims of TensorRT-LLM's own models (tensorrtllm_backend, branch r25.05), for what this layout has.
 TENSORRT_LLM = {
@@ -138,8 +136,8 @@ def test_nothing_is_overwritten_and_no_half_repository_stays(engine, tmp_path) -
     for change, error, named in (
         ({"layout": "other"}, ConfigError, "layout is 'other'; allowed is single or trtllm"),
         ({"engine_dir": tmp_path}, EngineError, "manifest.json"),
-        ({"options": ServeOptions(slots=5)}, ConfigError, "slots 5 1 4 fewer"),
-        ({"options": ServeOptions(slots=0)}, ConfigError, "slots 0 1 4 least"),
+        ({"options": ServeOptions(slots=0)}, ConfigError, "slots 0"),
+        ({"options": ServeOptions(kv_bytes=9000)}, ConfigError, "kv_bytes 9000 shortest"),
         ({"options": ServeOptions(waiting=0)}, ConfigError, "waiting 0"),
         ({"options": ServeOptions(queue_timeout_s=float("nan"))}, ConfigError, "queue_timeout_s nan"),
         ({"options": ServeOptions(request_timeout_s=-1)}, ConfigError, "request_timeout_s -1"),
@@ -294,6 +292,3 @@ def test_commands_name_the_package_that_is_missing(engine, stock, tmp_path, monk
     with pytest.raises(BackendUnavailableError, match=r"tritonclient .*: pip install 'chunkkv-trt\[triton\]'$"):
         write_repository(engine, tmp_path / "new")
     assert not (tmp_path / "new").exists()
-    monkeypatch.setitem(sys.modules, "psutil", None)
-    with pytest.raises(BackendUnavailableError, match=r"psutil .*: pip install 'chunkkv-trt\[triton\]'$"):
-        Supervisor(ServeSettings(stock), ServerFiles(Path("/no/tritonserver"), None, {})).run()

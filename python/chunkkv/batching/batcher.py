@@ -1,7 +1,7 @@
 """Continuous batching: requests join and leave while others decode.
 
-One thread owns the engine. It prefills one prompt at a time, oldest first, and between two prefills every open answer
-gets a token, so neither a long queue nor a long prompt stops the others for more than one prompt.
+One thread owns the engine. In turn it gives every open answer a token and prefills one block, so that a long prompt
+stops nobody for longer than a block. Short prompts go first, and every third block goes to the oldest prompt.
 """
 
 from __future__ import annotations
@@ -10,14 +10,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 
 from chunkkv.answer import cancelled_in_queue, decode_step
-from chunkkv.batching.cache_pool import CacheBucket, CachePool, cache_bytes
+from chunkkv.batching.bounds import cache_bytes
+from chunkkv.batching.bucket_pool import BucketPool
+from chunkkv.batching.elastic_pool import ElasticPool
 from chunkkv.batching.job import AnswerJob
 from chunkkv.batching.limits import BatchingLimits, Load
 from chunkkv.batching.listener import Listener, QueueListener
+from chunkkv.batching.schedule import PIECE_TOKENS, Turns, admissible, count_overtaken
+from chunkkv.batching.seats import Batch, Needs, Pool
+from chunkkv.contexts import Context
 from chunkkv.errors import ChunkKVError, ConfigError, EngineRunError, OverloadedError, RequestError
 from chunkkv.requests import Prompt
 from chunkkv.results import StreamEvent
@@ -25,13 +29,15 @@ from chunkkv.sampling import SamplingParams
 from chunkkv.session import ChunkKVSession
 
 _CLOSED = "the batcher was closed before the answer was complete; ask again"
-PROBE_WAIT_S = 0.5  # how long a probe waits for a slot before it says that the batcher is busy
+MOST_SLOTS = 256  # default of an engine whose rows cost what they hold
+STALL_TIMEOUT_S = 600.0  # a block or step that takes longer will not end
+_ASK_WAITING_S = 0.1  # whether waiting requests were cancelled is asked so often; asking may be a message to a server
 
 
 class ContinuousBatcher:
     """Serves requests on one session from one thread of its own; call close() at the end, or use it in `with`.
 
-    Raises ConfigError for more slots than the engine has rows.
+    Raises ConfigError for more slots than the engine has rows, and for memory in which no answer has room.
 
     ```python
     from chunkkv import ChunkKVSession, SamplingParams
@@ -53,17 +59,20 @@ class ContinuousBatcher:
     """
 
     def __init__(self, session: ChunkKVSession, limits: BatchingLimits | None = None) -> None:
-        limits = BatchingLimits() if limits is None else limits
-        if limits.slots > session.limits.max_batch_size:
+        self.session, self.limits = session, BatchingLimits() if limits is None else limits
+        self.slots = _slots(session, self.limits.slots)
+        self._pool = _pool(session, self.slots, cache_bytes(session, self.limits.kv_bytes))
+        if not self._pool.could_hold(_shortest(session)):
             raise ConfigError(
-                f"slots is {limits.slots}; this engine takes at most {session.limits.max_batch_size} rows: "
-                "give fewer slots, or build with a larger --max_batch_size"
+                f"kv_bytes {self._pool.bound} has no room for the shortest answer: give more, or free memory"
             )
-        self.session, self.limits = session, limits
-        kv_bytes = cache_bytes(session, limits.kv_bytes)
-        self._caches = CachePool(session.executor, limits.slots, session.limits.max_seq_len, kv_bytes)
         self._queue: deque[AnswerJob] = deque()
+        self._prefilling: list[AnswerJob] = []
         self._open: list[AnswerJob] = []
+        self._turns = Turns()
+        self._queue_may_move = False  # something was added to the queue or given back since it was last looked at
+        self._asked_waiting_at = 0.0
+        self._beat_at: float | None = None  # when the last piece of work ended; None while there is nothing to do
         self._wake = threading.Condition()
         self._closing: ChunkKVError | None = None
         self._draining = False
@@ -79,7 +88,7 @@ class ContinuousBatcher:
         keep_ratio: float | None = None,
         budget_tokens: int | None = None,
         add_special_tokens: bool = True,
-        probe: bool = False,
+        context: Context | None = None,
     ) -> None:
         """Queue one prompt; its tokens are those that session.generate gives for the same seed.
 
@@ -94,31 +103,29 @@ class ContinuousBatcher:
             How tokens are chosen.
         listener : Listener
             Who waits for the answer.
-        keep_ratio, budget_tokens, add_special_tokens : optional
+        keep_ratio, budget_tokens, add_special_tokens, context : optional
             As for ChunkKVSession.generate.
-        probe : bool, default False
-            The request only asks whether answers still grow. A full queue does not refuse it. Where it finds no slot,
-            it ends with RequestTimeoutError after PROBE_WAIT_S and the next step; only a batcher that is stuck leaves
-            it waiting.
         """
-        (request,) = self.session.requests([prompt], sampling, keep_ratio, budget_tokens, add_special_tokens)
-        if not self._caches.could_hold(request.slots(sampling.max_new_tokens)):
+        (request,) = self.session.requests([prompt], sampling, keep_ratio, budget_tokens, add_special_tokens, context)
+        job = AnswerJob(request, sampling, listener, self.limits)
+        if not self._pool.could_hold(job.needs):
             raise RequestError(
-                f"{request.kept_tokens + sampling.max_new_tokens} tokens do not fit kv_bytes {self.limits.kv_bytes}: "
-                "ask for fewer new tokens or a smaller budget, or give the server more memory"
+                f"a prompt of {request.prompt_tokens} tokens of which {request.kept_tokens} stay, with "
+                f"{sampling.max_new_tokens} new ones, does not fit kv_bytes {self._pool.bound}: ask for fewer new "
+                "tokens or a smaller budget, or give the server more memory"
             )
         listener.on_accepted(request)
-        limits = replace(self.limits, queue_timeout_s=PROBE_WAIT_S) if probe else self.limits
-        job = AnswerJob(request, sampling, listener, limits)
         with self._wake:
             if self._closing or self._draining:
                 raise self._closing or OverloadedError("the batcher is closing; ask again later")
-            if not probe and len(self._open) + len(self._queue) >= self.limits.slots + self.limits.waiting:
+            in_work = len(self._open) + len(self._prefilling)
+            if in_work + len(self._queue) >= self.slots + self.limits.waiting:
                 raise OverloadedError(
-                    f"the queue is full: {len(self._open)} answers in work, {len(self._queue)} requests waiting; "
+                    f"the queue is full: {in_work} answers in work, {len(self._queue)} requests waiting; "
                     "ask again later"
                 )
             self._queue.append(job)
+            self._queue_may_move = True
             self._wake.notify()
 
     def stream(
@@ -128,20 +135,42 @@ class ContinuousBatcher:
         *,
         keep_ratio: float | None = None,
         budget_tokens: int | None = None,
+        context: Context | None = None,
     ) -> Iterator[StreamEvent]:
         """Queue one prompt and return its events as they come; closing the iterator cancels the answer."""
         listener = QueueListener()
         sampling = SamplingParams() if sampling is None else sampling
-        self.submit(prompt, sampling, listener, keep_ratio=keep_ratio, budget_tokens=budget_tokens)
+        self.submit(prompt, sampling, listener, keep_ratio=keep_ratio, budget_tokens=budget_tokens, context=context)
         return listener.events()
 
     def load(self) -> Load:
         """Return what the batcher is doing now."""
         with self._wake:
-            jobs, waiting = list(self._open), len(self._queue)
-        per_token = self.session.executor.kv_bytes_per_token
-        used = sum(job.request.kept_tokens + job.new_tokens for job in jobs) * per_token
-        return Load(len(jobs), waiting, used, self._caches.allocated_bytes)
+            prefilling, jobs, waiting = list(self._prefilling), list(self._open), len(self._queue)
+        tokens = sum(job.request.kept_tokens + job.new_tokens for job in jobs)
+        tokens += sum(len(job.request.ids) - job.tokens_left for job in prefilling)
+        return Load(
+            active=len(prefilling) + len(jobs),
+            waiting=waiting,
+            kv_bytes_used=tokens * self.session.executor.kv_bytes_per_token,
+            kv_bytes_allocated=self._pool.allocated_bytes,
+            kv_bytes_bound=self._pool.bound,
+            slots=self.slots,
+        )
+
+    def check_alive(self, stall_timeout_s: float = STALL_TIMEOUT_S) -> None:
+        """Return at once where answers still grow, however busy the batcher is; it queues nothing.
+
+        Raises EngineRunError where the batcher has stopped, or where no block and no step has ended for
+        `stall_timeout_s` seconds although there is work. A prompt of many blocks may take longer than that.
+        """
+        beat_at = self._beat_at
+        if not self._thread.is_alive():
+            raise EngineRunError(str(self._closing or _CLOSED))
+        if beat_at is not None and (silent_s := time.monotonic() - beat_at) > stall_timeout_s:
+            raise EngineRunError(
+                f"the engine is stuck: no block of a prompt and no step has ended for {silent_s:.0f} s"
+            )
 
     def close(self, drain: bool = False) -> None:
         """Take no more requests and return when all have ended: answered with `drain`, else with OverloadedError."""
@@ -164,62 +193,103 @@ class ContinuousBatcher:
         try:
             while self._wait_for_work():
                 self._drop_stale()
-                self._admit()
-                for bucket in self._caches.busy():
-                    self._step(bucket)
+                for batch in self._pool.busy():
+                    self._step(batch)
+                    self._beat()
+                self._prefill_round()
         except BaseException as error:
             failure = EngineRunError(f"the batcher stopped: {type(error).__name__}: {error}")
             raise
         finally:
             with self._wake:
                 self._closing = self._closing or failure
-                left, self._queue = [*self._open, *self._queue], deque()
+                left = [*self._open, *self._prefilling, *self._queue]
             for job in left:
                 self._fail(job, failure)
 
+    def _beat(self) -> None:
+        self._beat_at = time.monotonic()
+
     def _wait_for_work(self) -> bool:
         with self._wake:
-            while not self._queue and not self._open and not self._draining:
+            while not (self._queue or self._prefilling or self._open or self._draining):
+                self._beat_at = None
                 self._wake.wait()
-            return not self._closing and bool(self._queue or self._open)
+            if self._beat_at is None:
+                self._beat()
+            return not self._closing and bool(self._queue or self._prefilling or self._open)
 
     def _drop_stale(self) -> None:
-        """End what was cancelled or took too long, waiting or in work."""
+        """End what was cancelled or took too long, in work or, asked now and then, waiting."""
         now = time.perf_counter()
         with self._wake:
-            jobs = [*self._queue, *self._open]
+            jobs = [*self._open, *self._prefilling]
+            if now - self._asked_waiting_at >= _ASK_WAITING_S:
+                self._asked_waiting_at = now
+                jobs += self._queue
         for job in jobs:
             if job.is_cancelled():
                 self._end_cancelled(job)
             elif error := job.timeout(now):
                 self._fail(job, error)
 
-    def _admit(self) -> None:
-        """Prefill the oldest request if there is room for it; others wait behind it, so that none starves."""
+    def _prefill_round(self) -> None:
+        """Prefill one block, or as many short prompts as make up a block."""
+        spent = 0
+        while (job := self._next_prompt()) is not None:
+            tokens = min(job.tokens_left or PIECE_TOKENS, PIECE_TOKENS)  # compression counts as a block
+            if spent and spent + tokens > PIECE_TOKENS:
+                return
+            spent += tokens
+            self._prefill_piece(job)
+            self._beat()
+
+    def _next_prompt(self) -> AnswerJob | None:
+        """Return the prompt whose turn it is, among those in work and the waiting ones for which there is room."""
+        waiting: list[AnswerJob] = []
         with self._wake:
-            if not self._queue or len(self._open) >= self.limits.slots:
-                return
-            job = self._queue[0]
+            if self._queue_may_move:
+                waiting = admissible(self._queue, self._fits)
+                self._queue_may_move = bool(waiting)
+        return self._turns.choose([*self._prefilling, *waiting])
+
+    def _fits(self, job: AnswerJob) -> bool:
+        return self._pool.fits(job.needs) and len(self._open) + len(self._prefilling) < self.slots
+
+    def _prefill_piece(self, job: AnswerJob) -> None:
+        """Run a block of a prompt; a request that waited takes its seat first."""
         try:
-            cache_row = self._caches.take_row(job.needed_slots)
-            if cache_row is None:
-                return
-            job.begin(self.session, cache_row)
+            if job.seat is None:
+                self._seat(job)
+            event = job.prefill_piece(self.session, is_whole=not self._pool.prefills_in_pieces)
         except Exception as error:  # of an engine, a driver or a library: this request fails, the others go on
             self._fail(job, _as_chunkkv_error(error))
             return
-        with self._wake:
-            self._queue.remove(job)
-            self._open.append(job)
-        self._advance(job, lambda: job.prefill(self.session, cache_row))
+        if event is not None:
+            with self._wake:
+                self._prefilling.remove(job)
+                self._open.append(job)
+                self._queue_may_move = True  # the memory of the prefill is free
+            self._advance(job, lambda: event)
 
-    def _step(self, bucket: CacheBucket) -> None:
-        """Append one token to every answer of a bucket."""
-        jobs = [job for job in self._open if job.cache_row is not None and job.cache_row.bucket is bucket]
+    def _seat(self, job: AnswerJob) -> None:
+        with self._wake:
+            count_overtaken(self._queue, job, self._fits)
+            self._queue.remove(job)
+            self._prefilling.append(job)
+        job.begin(self._pool.take(job.needs))
+
+    def _step(self, batch: Batch) -> None:
+        """Append one token to every answer of a batch."""
+        jobs = [job for job in self._open if job.seat is not None and job.seat.batch is batch]
         try:
-            logits = decode_step(bucket.decoder(), [job.open_answer for job in jobs])
+            for source, target in batch.compact():
+                (moved,) = (job for job in jobs if job.seat is not None and job.seat.row == source)
+                batch.move(source, target, moved.open_answer.next_slots)
+                moved.move_to(target)
+            logits = decode_step(batch.decoder(), [job.open_answer for job in jobs])
         except Exception as error:
-            self._caches.discard(bucket)  # what it holds is undefined now
+            self._pool.discard(batch)  # what it holds is undefined now
             for job in jobs:
                 self._fail(job, _as_chunkkv_error(error))
             return
@@ -255,9 +325,10 @@ class ContinuousBatcher:
 
     def _release(self, job: AnswerJob) -> None:
         with self._wake:
-            for jobs in (self._queue, self._open):
+            for jobs in (self._queue, self._prefilling, self._open):
                 if job in jobs:
                     jobs.remove(job)
+            self._queue_may_move = True
         job.leave()
 
     def _tell(self, job: AnswerJob, call: Callable[[], None]) -> None:
@@ -266,6 +337,32 @@ class ContinuousBatcher:
             call()
         except Exception:
             job.client_gone = True
+
+
+def _slots(session: ChunkKVSession, slots: int | None) -> int:
+    """Return how many requests are in work at once; only rows with memory of their own are bounded by the engine."""
+    most = session.limits.max_batch_size
+    if session.executor.capabilities.elastic_rows:
+        return MOST_SLOTS if slots is None else slots
+    if slots is not None and slots > most:
+        raise ConfigError(
+            f"slots is {slots}; this engine takes at most {most} rows: give fewer slots, or build with a larger "
+            "--max_batch_size"
+        )
+    return most if slots is None else slots
+
+
+def _shortest(session: ChunkKVSession) -> Needs:
+    """Return what a prompt of one token with one new one needs."""
+    slots = session.executor.cache_layout.slots
+    return Needs(slots(1), slots(2))
+
+
+def _pool(session: ChunkKVSession, slots: int, bound: int | None) -> Pool:
+    executor, longest = session.executor, session.limits.max_seq_len
+    if executor.capabilities.elastic_rows:
+        return ElasticPool(executor, slots, longest, bound)
+    return BucketPool(executor, slots, longest, bound)
 
 
 def _as_chunkkv_error(error: Exception) -> ChunkKVError:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
+from itertools import count
 
 from chunkkv import profiling
 from chunkkv.answer import Answer
-from chunkkv.batching.cache_pool import CacheRow
 from chunkkv.batching.limits import BatchingLimits
 from chunkkv.batching.listener import Listener
+from chunkkv.batching.seats import Needs, Seat
 from chunkkv.errors import RequestTimeoutError
+from chunkkv.executors.interface import PrefillRun
 from chunkkv.requests import Request
 from chunkkv.results import StreamEvent
 from chunkkv.sampling import SamplingParams
 from chunkkv.session import ChunkKVSession
 
+_next_number = count(1).__next__
+
 
 class AnswerJob:
-    """A request that waits, then has a row of a cache with an answer that grows.
+    """A request that waits, then is prefilled, then has a row of a cache with an answer that grows.
 
     Parameters
     ----------
@@ -34,21 +38,30 @@ class AnswerJob:
 
     def __init__(self, request: Request, sampling: SamplingParams, listener: Listener, limits: BatchingLimits) -> None:
         self.request, self.sampling, self.listener, self._limits = request, sampling, listener, limits
-        self.needed_slots = request.slots(sampling.max_new_tokens)
+        self.number = _next_number()
+        self.needs = Needs.of(request, sampling.max_new_tokens)
         self.submitted = time.perf_counter()
+        self.overtaken = 0  # by later requests, because there was no room for this one
+        self.seat: Seat | None = None
+        self.run: PrefillRun | None = None
         self.answer: Answer | None = None
-        self.cache_row: CacheRow | None = None
         self.new_tokens = 0
         self.client_gone = False
         self._life = ExitStack()  # a span in profilers, from the wait to the last token
         self._life.enter_context(profiling.range_of("request", (request,), nested=False))
 
     def leave(self) -> None:
-        """Give the row back; the request is over."""
-        if self.cache_row is not None:
-            self.cache_row.bucket.free(self.cache_row.row)
-            self.cache_row = None
+        """Give the seat back; the request is over."""
+        self.run = None
+        if self.seat is not None:
+            self.seat.leave()
+            self.seat = None
         self._life.close()
+
+    @property
+    def tokens_left(self) -> int:
+        """Prompt tokens that are not prefilled."""
+        return len(self.request.ids) if self.run is None else self.run.tokens_left
 
     @property
     def open_answer(self) -> Answer:
@@ -72,30 +85,31 @@ class AnswerJob:
                 f"the request took longer than {self._limits.request_timeout_s:g} s ({self.new_tokens} tokens made): "
                 "ask for fewer tokens, or raise the server's request_timeout_s"
             )
-        if self.answer is None and spent > self._limits.queue_timeout_s:
+        if self.seat is None and spent > self._limits.queue_timeout_s:
             return RequestTimeoutError(
                 f"the request waited longer than {self._limits.queue_timeout_s:g} s for its turn; ask again later"
             )
         return None
 
-    def begin(self, session: ChunkKVSession, cache_row: CacheRow) -> None:
-        """Take a row of a cache."""
-        self.cache_row = cache_row
-        self.answer = session.start_answer(cache_row.row, self.request, self.sampling, cache_row.bucket.capacity)
+    def begin(self, seat: Seat) -> None:
+        """Take a seat, and start the prefill there."""
+        self.seat = seat
+        self.run = seat.prefill(self.request)
 
-    def prefill(self, session: ChunkKVSession, cache_row: CacheRow) -> StreamEvent:
-        """Run the prompt and return the first token."""
-        cache = cache_row.bucket.cache.rows(cache_row.row, 1)
-        (prefilled,) = session.executor.prefiller().run([self.request], cache, CancelOrTimeout(self))
-        return self.open_answer.begin(prefilled, self.submitted)
+    def prefill_piece(self, session: ChunkKVSession, is_whole: bool) -> StreamEvent | None:
+        """Run a piece of the prompt, or with `is_whole` all that is left; returns the first token at the end."""
+        assert self.run is not None and self.seat is not None, "begin() comes first"
+        results = self.run.step()
+        while results is None and is_whole:
+            results = self.run.step()
+        if results is None:
+            return None
+        self.run = None
+        self.seat.settle(results[0].kept_lengths or self.request.class_lengths)
+        self.answer = session.start_answer(self.seat.row, self.request, self.sampling, self.seat.capacity)
+        return self.answer.begin(results[0], self.submitted)
 
-
-class CancelOrTimeout:
-    """The CancelSignal of a job: set once its listener has gone or its time is over."""
-
-    def __init__(self, job: AnswerJob) -> None:
-        self._job = job
-
-    def is_set(self) -> bool:
-        """Return whether to stop; prefill asks between two blocks."""
-        return self._job.is_cancelled() or self._job.timeout() is not None
+    def move_to(self, row: int) -> None:
+        """Take another row of the batch, to which the cache was moved."""
+        assert self.seat is not None, "only a request with a row moves"
+        self.seat.row = self.open_answer.row = row

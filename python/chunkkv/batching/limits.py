@@ -15,8 +15,9 @@ class BatchingLimits:
 
     Parameters
     ----------
-    slots : int, default 8
-        Answers that grow at once.
+    slots : int or None, default None
+        Prompts and answers in work at once. None takes 256 on an engine that gives each row the memory it needs, as
+        ONNX Runtime does, and as many as the engine has rows (max_batch_size) on others.
     waiting : int, default 64
         Requests that may queue beside them.
     queue_timeout_s : float, default 60.0
@@ -24,10 +25,11 @@ class BatchingLimits:
     request_timeout_s : float, default 600.0
         Seconds that a request may take, waiting included.
     kv_bytes : int or None, default None
-        Bytes of all KV caches together; None allocates as needed.
+        Bytes of all KV caches together, those of prompts in work included. None takes 80 % of the memory that is free
+        at the start for an engine on the CPU, and allocates as needed for others.
     """
 
-    slots: int = 8
+    slots: int | None = None
     waiting: int = 64
     queue_timeout_s: float = 60.0
     request_timeout_s: float = 600.0
@@ -35,7 +37,7 @@ class BatchingLimits:
 
     def __post_init__(self) -> None:
         for name in ("slots", "waiting"):
-            if not _is_positive(getattr(self, name)):
+            if not (_is_positive(getattr(self, name)) or (name == "slots" and self.slots is None)):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; give a whole number of at least 1")
         for name in ("queue_timeout_s", "request_timeout_s"):
             if not _is_positive(getattr(self, name), whole=False):
@@ -60,16 +62,22 @@ class Load:
     Parameters
     ----------
     active : int
-        Answers that grow.
+        Prompts that are prefilled and answers that grow.
     waiting : int
         Requests in the queue.
     kv_bytes_used : int
         Bytes of KV cache that hold tokens.
     kv_bytes_allocated : int
-        Bytes of all KV caches.
+        Bytes of KV cache that are set aside for requests in work, up to the end of their answers.
+    kv_bytes_bound : int or None, default None
+        Most bytes of all KV caches; None where they are allocated as needed.
+    slots : int, default 0
+        Most requests in work at once.
     """
 
     active: int
     waiting: int
     kv_bytes_used: int
     kv_bytes_allocated: int
+    kv_bytes_bound: int | None = None
+    slots: int = 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 from chunkkv.cli.options import ENGINE_DIR, add_engine_dir, path_argument
@@ -65,11 +64,11 @@ def _add_init(triton: CommandParser) -> None:
     _add_python_env(repository)
     model = parser.add_argument_group("model")
     numbers = (
-        ("slots", whole_number, "answers that are decoded at once; default: 8"),
+        ("slots", whole_number, "requests in work at once; default: 256 on ONNX Runtime, else the engine's rows"),
         ("waiting", whole_number, "requests that may wait for a slot; default: 64"),
         ("queue_timeout_s", number, "longest wait of a request in seconds; default: 60"),
         ("request_timeout_s", number, "longest wait and answer together in seconds; default: 600"),
-        ("kv_bytes", whole_number, "bytes that all KV caches together may take; default: no bound"),
+        ("kv_bytes", whole_number, "bytes that all KV caches together may take; default: 80 %% of the free memory"),
         ("max_prompt_bytes", whole_number, "longest prompt in bytes of text; default: by max_input_len"),
         ("stream_interval_ms", number, "milliseconds within which new tokens share one response; default: 0"),
         ("threads", whole_number, "threads of an engine on the CPU; default: one per core"),
@@ -190,6 +189,7 @@ def run_patch(args: argparse.Namespace) -> None:
 def run_serve(args: argparse.Namespace) -> None:
     """Run the server; raises SystemExit with the supervisor's exit code."""
     from chunkkv.triton.server.files import ServerFiles
+    from chunkkv.triton.server.shared_memory import new_folder
     from chunkkv.triton.server.supervisor import ServeSettings, Supervisor
 
     settings = ServeSettings(
@@ -206,7 +206,7 @@ def run_serve(args: argparse.Namespace) -> None:
         server_arguments=args.server_arg,
     )
     python = Path(sys.executable) if args.python_env is None else args.python_env / "bin" / "python"
-    with tempfile.TemporaryDirectory(prefix="chunkkv-triton-") as folder:
+    with new_folder() as folder:
         files = ServerFiles.find(Path(os.path.abspath(folder)), python, args.server)
         configure(source="supervisor")
         supervisor = Supervisor(settings, files)

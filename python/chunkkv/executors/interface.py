@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import numpy as np
 
@@ -32,6 +32,9 @@ class Capabilities:
         `score_block()` works: the logits after every token of a block come from one call.
     layer_lengths : bool
         `layer_lengths_decoder()` works: the layers of a row may hold different numbers of tokens.
+    elastic_rows : bool, default False
+        `new_elastic_cache()` works: a cache whose rows take memory only for the tokens in them, so that one cache
+        serves answers of every length.
     pool_bytes : int or None, default None
         Size of the memory that all caches of the executor share, in bytes. None means that every cache has memory of
         its own.
@@ -45,6 +48,7 @@ class Capabilities:
     blockwise_prefill: bool
     block_scoring: bool
     layer_lengths: bool
+    elastic_rows: bool = False
     pool_bytes: int | None = None
     continues_rows: bool = False
     compresses_turns: bool = False
@@ -127,6 +131,25 @@ class KVCache(Protocol):
 
     def rows(self: CacheT, first: int, count: int) -> CacheT:
         """Return `count` rows from `first` as a cache that shares this cache's memory."""
+
+
+class ElasticKVCache(Protocol):
+    """A cache whose rows take memory only for the tokens in them, whatever its capacity."""
+
+    def rows(self, first: int, count: int) -> KVCache:
+        """Return `count` rows from `first` as a cache for a prefiller or a decoder; it shares this cache's memory."""
+
+    def bytes_of(self, slots: Sequence[int]) -> int:
+        """Return the bytes of memory that a row with so many filled slots takes, one number for each length class."""
+
+    def release(self, row: int) -> None:
+        """Give the memory of a row back; its slots are meaningless then."""
+
+    def take_row(self, source: Any, source_row: int, row: int, slots: Sequence[int]) -> None:
+        """Move the first `slots` slots of a row of `source` to `row`, and release the row there.
+
+        `source` is an elastic cache of the same executor, or this one. `slots` has one number for each length class.
+        """
 
 
 CacheT = TypeVar("CacheT", bound=KVCache)
@@ -345,6 +368,13 @@ class Executor(Protocol[CacheT]):
         heads = self.cache_layout.heads
         head_bytes = self.kv_bytes_per_token // sum(heads)
         return head_bytes * sum(count * filled for count, filled in zip(heads, slots, strict=True))
+
+    def new_elastic_cache(self, rows: int, capacity: int | Sequence[int]) -> ElasticKVCache:
+        """Return an empty cache of at least `capacity` slots per row; needs capability `elastic_rows`.
+
+        prefiller() and decoder() take it like any other cache.
+        """
+        _refuse("give rows memory as they grow")
 
     def prefiller(self) -> Prefiller[CacheT]:
         """Return what prefills the prompts of one call."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import onnxruntime as ort
 
 from chunkkv.cache_layout import CacheLayout, Slots
 from chunkkv.engine.directory import COMPRESS_FILE, STEP_FILE
+from chunkkv.executors.elastic_cache import ElasticHostKVCache, elastic_cache
 from chunkkv.executors.host_cache import HostKVCache
 from chunkkv.executors.interface import Capabilities, Executor
 from chunkkv.executors.onnxruntime.continuation import OnnxRuntimeContinuer
@@ -45,6 +47,7 @@ class OnnxRuntimeExecutor(Executor[HostKVCache]):
         layer_lengths=True,
         continues_rows=True,
         compresses_turns=True,
+        elastic_rows=os.name == "posix",
     )
 
     def __init__(
@@ -73,6 +76,10 @@ class OnnxRuntimeExecutor(Executor[HostKVCache]):
     def new_cache(self, rows: int, capacity: int | Sequence[int]) -> HostKVCache:
         """Return an empty cache; memory is touched only where tokens are written."""
         return self.step.new_cache(rows, capacity)
+
+    def new_elastic_cache(self, rows: int, capacity: int | Sequence[int]) -> ElasticHostKVCache:
+        """Return an empty cache whose rows take memory only for the tokens in them."""
+        return elastic_cache(self.step.new_cache(1, 1), rows, self.cache_layout.slots(capacity))
 
     def prefiller(self) -> OnnxRuntimePrefiller:
         """Return what prefills the prompts of one call, block by block."""

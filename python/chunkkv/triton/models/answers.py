@@ -7,13 +7,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from chunkkv.errors import ChunkKVError, EngineMismatchError, OverloadedError, RequestError, RequestTimeoutError
 from chunkkv.requests import Request
 from chunkkv.results import GenerationResult, StreamEvent
 from chunkkv.triton.logs import fields
 from chunkkv.triton.models.backend import PbError, PbTensor, PythonBackend, ResponseSender
 from chunkkv.triton.models.metrics import Metrics
-from chunkkv.triton.server.health import CANARY_ID
 
 # How a request failed: the code that begins its error. Triton's own codes do not reach every client.
 ERROR_CODES = {
@@ -22,6 +23,7 @@ ERROR_CODES = {
     "timeout": "CHUNKKV_TIMEOUT",
     "error": "CHUNKKV_INTERNAL",
 }
+CANCEL_POLL_S = 0.02  # no client waits for so short a time to be noticed
 _log = logging.getLogger(__name__)
 
 
@@ -47,6 +49,10 @@ class ResponsePart:
     result: GenerationResult | None
 
 
+# What a canary is answered with: no token of no request.
+CANARY_PART = ResponsePart("", [], True, 0, Request(np.zeros(0, np.int64), 0, 0, 0), None)
+
+
 @dataclass(frozen=True)
 class Responder:
     """Sends the responses of one request, and writes its log line and metrics when it ends.
@@ -66,11 +72,6 @@ class Responder:
     metrics: Metrics
     arrived_at: float = field(default_factory=time.perf_counter)
 
-    @property
-    def is_canary(self) -> bool:
-        """Whether the request is the supervisor's, which is in no log and no metric."""
-        return self.request_id == CANARY_ID
-
     def send(self, outputs: Sequence[PbTensor], is_last: bool) -> None:
         """Send one response."""
         flags = self.backend.TRITONSERVER_RESPONSE_COMPLETE_FINAL if is_last else 0
@@ -84,19 +85,14 @@ class Responder:
         """Send an error as the last response; log and count it."""
         outcome = _outcome(error)
         message = str(error) if isinstance(error, ChunkKVError) else f"{type(error).__name__}: {error}"
-        if not self.is_canary:
-            level = logging.ERROR if outcome == "error" else logging.WARNING
-            _log.log(level, f"request_{outcome}", extra=fields(request_id=self.request_id, message=message))
-            self.metrics.count(outcome)
-        response = self.backend.InferenceResponse(
-            output_tensors=[], error=_triton_error(self.backend, outcome, message)
-        )
+        level = logging.ERROR if outcome == "error" else logging.WARNING
+        _log.log(level, f"request_{outcome}", extra=fields(request_id=self.request_id, message=message))
+        self.metrics.count(outcome)
+        response = self.backend.InferenceResponse(output_tensors=[], error=triton_error(self.backend, outcome, message))
         self.sender.send(response, flags=self.backend.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def record(self, result: GenerationResult, first_token_at: float) -> None:
         """Log and count an answer that has just ended; `first_token_at` is the time.perf_counter() of its start."""
-        if self.is_canary:
-            return
         statistics, now = result.statistics, time.perf_counter()
         tpot_s = (now - first_token_at) / (statistics.new_tokens - 1) if statistics.new_tokens > 1 else None
         self.metrics.count(result.finish_reason, result, tpot_s)
@@ -138,6 +134,8 @@ class AnswerListener:
     stream_interval_s: float = 0.0
     on_end: Callable[[], None] = _do_nothing
     _is_stopped: bool = field(default=False, init=False)
+    _is_stopped_by_client: bool = field(default=False, init=False)
+    _asked_at: float = field(default=0.0, init=False)
     _request: Request | None = field(default=None, init=False)
     _unsent: list[StreamEvent] = field(default_factory=list, init=False)
     _sent_tokens: int = field(default=0, init=False)
@@ -149,8 +147,14 @@ class AnswerListener:
         self._is_stopped = True
 
     def is_cancelled(self) -> bool:
-        """Return whether the client has gone, or stop() was called."""
-        return self._is_stopped or self.responder.sender.is_cancelled()
+        """Return whether the client has gone, or stop() was called.
+
+        The batcher asks before every token, and each answer of Triton is a message to the server, so Triton is asked
+        every CANCEL_POLL_S seconds.
+        """
+        if not self._is_stopped and (now := time.perf_counter()) - self._asked_at >= CANCEL_POLL_S:
+            self._asked_at, self._is_stopped_by_client = now, self.responder.sender.is_cancelled()
+        return self._is_stopped or self._is_stopped_by_client
 
     def on_accepted(self, request: Request) -> None:
         """Keep the checked request."""
@@ -211,7 +215,8 @@ def _outcome(error: Exception) -> str:
     return "invalid" if isinstance(error, (RequestError, EngineMismatchError)) else "error"
 
 
-def _triton_error(backend: PythonBackend, outcome: str, message: str) -> PbError:
+def triton_error(backend: PythonBackend, outcome: str, message: str) -> PbError:
+    """Return an error as a response carries it; `outcome` is one of ERROR_CODES."""
     errors = backend.TritonError
     codes = {"invalid": errors.INVALID_ARG, "rejected": errors.UNAVAILABLE, "timeout": errors.UNAVAILABLE}
     return errors(f"{ERROR_CODES[outcome]}: {message}", codes.get(outcome, errors.INTERNAL))

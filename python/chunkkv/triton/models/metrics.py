@@ -42,12 +42,24 @@ class Metrics:
         }
         states = self._family("chunkkv_requests", "requests in work and waiting", kind.GAUGE)
         self._states = {name: self._metric(states, state=name) for name in ("active", "waiting")}
+        slots = self._family("chunkkv_slots", "most requests in work at once", kind.GAUGE)
+        self._states["slots"] = self._metric(slots)
         cache = self._family("chunkkv_kv_cache_bytes", "bytes of KV caches used by answers, and allocated", kind.GAUGE)
         self._bytes = {name: self._metric(cache, kind=name) for name in ("used", "allocated")}
         ttft = self._family("chunkkv_ttft_seconds", "time to first token, waiting included", kind.HISTOGRAM)
-        self._ttft = self._metric(ttft, buckets=TTFT_BUCKETS)
         tpot = self._family("chunkkv_tpot_seconds", "mean time between tokens of an answer", kind.HISTOGRAM)
-        self._tpot = self._metric(tpot, buckets=TPOT_BUCKETS)
+        self._times = {
+            "ttft": self._metric(ttft, buckets=TTFT_BUCKETS),
+            "tpot": self._metric(tpot, buckets=TPOT_BUCKETS),
+            **{
+                name: self._metric(self._family(f"chunkkv_{name}_seconds", text, kind.HISTOGRAM), buckets=TTFT_BUCKETS)
+                for name, text in (
+                    ("prefill", "time in which blocks of the prompt ran"),
+                    ("compress", "time in which the KV cache of the prompt was compressed"),
+                )
+            },
+        }
+        self._is_closing = False
         self._changes: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="chunkkv-metrics", daemon=True)
         self._thread.start()
@@ -64,9 +76,13 @@ class Metrics:
         self._changes.put(lambda: self._count(outcome, result, tpot_s))
 
     def close(self) -> None:
-        """Publish what is left and stop."""
+        """Publish what is left and stop; the metrics go, because they must not outlive the connection to the server."""
+        self._is_closing = True
         self._changes.put(None)
         self._thread.join(5)
+        for metrics in (self._requests, self._tokens, self._states, self._bytes, self._times):
+            metrics.clear()
+        self._families.clear()
 
     def _count(self, outcome: str, result: GenerationResult | None, tpot_s: float | None) -> None:
         self._requests[outcome].increment(1)
@@ -76,9 +92,11 @@ class Metrics:
         self._tokens["prompt"].increment(statistics.prompt_tokens)
         self._tokens["kept"].increment(statistics.kept_tokens)
         self._tokens["generated"].increment(statistics.new_tokens)
-        self._ttft.observe(statistics.ttft_s)
+        self._times["ttft"].observe(statistics.ttft_s)
+        self._times["prefill"].observe(statistics.prefill_s)
+        self._times["compress"].observe(statistics.compress_s)
         if tpot_s is not None:
-            self._tpot.observe(tpot_s)
+            self._times["tpot"].observe(tpot_s)
 
     def _run(self) -> None:
         while True:
@@ -89,9 +107,12 @@ class Metrics:
                 change()
             except queue.Empty:
                 pass
+            if self._is_closing:
+                continue
             load = self._load()
             self._states["active"].set(load.active)
             self._states["waiting"].set(load.waiting)
+            self._states["slots"].set(load.slots)
             self._bytes["used"].set(load.kv_bytes_used)
             self._bytes["allocated"].set(load.kv_bytes_allocated)
 

@@ -6,24 +6,30 @@ import faulthandler
 import json
 import logging
 import os
+import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import count
+from pathlib import Path
 from typing import TypeVar
 
 from chunkkv.batching import BatchingLimits, ContinuousBatcher
-from chunkkv.errors import ConfigError
+from chunkkv.errors import ChunkKVError, ConfigError
 from chunkkv.session import ChunkKVSession
 from chunkkv.triton.logs import LEVELS, configure, fields
-from chunkkv.triton.models.answers import AnswerListener, Responder
-from chunkkv.triton.models.backend import PbRequest, PythonBackend
+from chunkkv.triton.models.answers import AnswerListener, Responder, triton_error
+from chunkkv.triton.models.backend import PbRequest, PbTensor, PythonBackend
 from chunkkv.triton.models.inputs import ParsedRequest
 from chunkkv.triton.models.metrics import Metrics
+from chunkkv.triton.server.health import canary_id
 
-LOCK_TIMEOUT_S = 10  # without the interpreter lock for so long, a model process ends itself
+LOCK_TIMEOUT_S = 60  # without the interpreter lock for so long, a model process ends itself
 _BYTES_PER_TOKEN = 32  # default bound of a prompt's bytes; no tokenizer needs so many for one token of prose
 _LEAST_PROMPT_BYTES = 1 << 16
+STANDARD_ERROR = 2  # the file number
+_COMMAND_LINE = Path("/proc/self/cmdline")
+_RANDOM_NAME = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"  # what Triton adds to the prefix
 _Number = TypeVar("_Number", int, float)
 _Default = TypeVar("_Default")
 _log = logging.getLogger(__name__)
@@ -83,7 +89,7 @@ class Serving:
         self.batcher = ContinuousBatcher(
             self.session,
             BatchingLimits(
-                slots=parameters.number("slots", int, min(BatchingLimits.slots, limits.max_batch_size)),
+                slots=parameters.number("slots", int, None),
                 waiting=parameters.number("waiting", int, BatchingLimits.waiting),
                 queue_timeout_s=parameters.number("queue_timeout_s", float, BatchingLimits.queue_timeout_s),
                 request_timeout_s=parameters.number("request_timeout_s", float, BatchingLimits.request_timeout_s),
@@ -96,6 +102,7 @@ class Serving:
         labels = {"model": args["model_name"], "version": args["model_version"]}
         self._metrics = Metrics(backend, labels, self.batcher.load)
         self._next_number = count(1).__next__
+        self._canary_id = canary_id(_shm_prefix())
         watch_parent()
         _log.info("engine_loaded", extra=fields(seconds=round(time.perf_counter() - started, 3)))
 
@@ -103,6 +110,26 @@ class Serving:
         """Return what sends the responses of a request; one whose client gave no id gets one."""
         request_id = request.request_id() or f"{os.getpid()}-{self._next_number()}"
         return Responder(self._backend, request.get_response_sender(), request_id, self._metrics)
+
+    def answer_canary(self, request: PbRequest, max_tokens: object, outputs: Callable[[], Sequence[PbTensor]]) -> bool:
+        """Answer a canary from the heartbeat of the batcher; returns whether the request was one.
+
+        Parameters
+        ----------
+        request : the request; a canary has the supervisor's id.
+        max_tokens : what it asks for; a canary asks for 1.
+        outputs : makes the tensors of an answer without a token.
+        """
+        if request.request_id() != self._canary_id or max_tokens != 1:
+            return False
+        backend = self._backend
+        try:
+            self.batcher.check_alive()
+            response = backend.InferenceResponse(output_tensors=outputs())
+        except ChunkKVError as error:
+            response = backend.InferenceResponse(output_tensors=[], error=triton_error(backend, "error", str(error)))
+        request.get_response_sender().send(response, flags=backend.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        return True
 
     def submit(self, request: ParsedRequest, listener: AnswerListener) -> None:
         """Queue a request; whatever is wrong with it becomes its client's answer."""
@@ -114,7 +141,6 @@ class Serving:
                 keep_ratio=request.keep_ratio,
                 budget_tokens=request.budget_tokens,
                 add_special_tokens=request.add_special_tokens,
-                probe=listener.responder.is_canary,
             )
         except Exception as error:
             listener.on_error(error)
@@ -127,17 +153,24 @@ class Serving:
         _log.info("model_closed")
 
 
+def _shm_prefix() -> str:
+    """Return the prefix of the server's shared memory, which tritonserver hands to every model process."""
+    words = _COMMAND_LINE.read_text(encoding="utf-8", errors="replace").split("\0") if _COMMAND_LINE.exists() else []
+    regions = (re.fullmatch(f"(.*){_RANDOM_NAME}", word) for word in words)
+    return next((region[1] for region in regions if region), "")
+
+
 def watch_parent() -> None:
     """End this process when the server dies: Triton leaves the process of a decoupled model behind.
 
-    A timer in C ends the process when this thread stops postponing it. The timer needs no interpreter lock, so it works
-    even if an engine holds that for ever.
+    A timer in C ends the process when this thread stops postponing it, and writes where every thread was to standard
+    error. The timer needs no interpreter lock, so it works even if an engine holds that for ever.
     """
-    parent, nowhere = os.getppid(), open(os.devnull, "w")  # noqa: SIM115 - lives as long as the process
+    parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:
-            faulthandler.dump_traceback_later(LOCK_TIMEOUT_S, exit=True, file=nowhere)
+            faulthandler.dump_traceback_later(LOCK_TIMEOUT_S, exit=True, file=STANDARD_ERROR)
             time.sleep(0.2)
         os._exit(17)
 

@@ -9,9 +9,16 @@ import triton_python_backend_utils as pb_utils  # its classes exist only after t
 
 from chunkkv.errors import RequestError
 from chunkkv.results import GenerationResult
-from chunkkv.triton.models.answers import AnswerListener, ResponsePart
+from chunkkv.triton.models.answers import CANARY_PART, AnswerListener, ResponsePart
 from chunkkv.triton.models.backend import PbRequest, PbTensor, tensor_reader
-from chunkkv.triton.models.inputs import ParsedRequest, parse_request, prompt_text, refuse_unknown_fields, strings
+from chunkkv.triton.models.inputs import (
+    ParsedRequest,
+    parse_request,
+    prompt_text,
+    refuse_unknown_fields,
+    scalar,
+    strings,
+)
 from chunkkv.triton.models.serving import Serving
 from chunkkv.triton.repository.tensors import SINGLE_INPUTS
 
@@ -28,6 +35,9 @@ class TritonPythonModel:
     def execute(self, requests: list[PbRequest]) -> None:
         """Queue the requests; answers are sent from the batcher's thread."""
         for request in requests:
+            max_tokens = scalar(tensor_reader(pb_utils, request), "max_tokens")
+            if self._serving.answer_canary(request, max_tokens, lambda: _output_tensors("", CANARY_PART)):
+                continue
             responder = self._serving.responder(request)
             try:
                 parsed = self._parse(request)

@@ -23,7 +23,6 @@ from chunkkv.triton.repository.tensors import (
     REPORT_OUTPUTS,
     TensorMap,
 )
-from chunkkv.triton.server.health import CANARY_ID
 
 CANCEL_POLL_S = 0.05
 _REPORT_NAMES = tuple(tensor.name for tensor in REPORT_OUTPUTS)
@@ -66,7 +65,7 @@ class TritonPythonModel:
             inputs.append(pb_utils.Tensor(name, _output_array(preprocessed, source)))
         # Two clients may choose the same id, and a stop request must end the answer of one of them only.
         unique_id = f"{request.request_id()}-{uuid.uuid4().hex[:8]}".lstrip("-")
-        engine_id = CANARY_ID if request.request_id() == CANARY_ID else unique_id
+        engine_id = unique_id
         engine_request = pb_utils.InferenceRequest(
             model_name=self._engine,
             request_id=engine_id,

@@ -10,7 +10,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from chunkkv.errors import RequestError
-from chunkkv.triton.models.answers import AnswerListener, ResponsePart
+from chunkkv.triton.models.answers import CANARY_PART, AnswerListener, ResponsePart
 from chunkkv.triton.models.backend import PbRequest, PbTensor, ReadTensor, tensor_reader
 from chunkkv.triton.models.inputs import ParsedRequest, parse_request, scalar, unpack_word_lists
 from chunkkv.triton.models.serving import Parameters, Serving
@@ -43,7 +43,9 @@ class TritonPythonModel:
             if scalar(read, "stop", False):
                 self._stop(request.request_id())
                 request.get_response_sender().send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-            else:
+            elif not self._serving.answer_canary(
+                request, scalar(read, "request_output_len"), lambda: _output_tensors([], "", CANARY_PART)
+            ):
                 self._queue(request, read)
 
     def finalize(self) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import mmap
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from chunkkv.batching import BatchingLimits
+from chunkkv.engine.backends import ONNXRUNTIME
 from chunkkv.engine.directory import EngineFiles
 from chunkkv.errors import ConfigError
 from chunkkv.files import whole_directory
@@ -28,11 +30,11 @@ class ServeOptions:
 
     Parameters
     ----------
-    slots : answers that grow at once; 8, or as many rows as the engine takes.
+    slots : requests in work at once; 256 for an engine on ONNX Runtime, else as many rows as the engine takes.
     waiting : requests that may wait for a slot; 64. One more is refused.
     queue_timeout_s : longest wait for a slot, in seconds; 60.
     request_timeout_s : longest time of a request, waiting and answering together, in seconds; 600.
-    kv_bytes : bound of the memory of all KV caches, in bytes; none.
+    kv_bytes : bound of the memory of all KV caches, in bytes; 80 % of the free memory for an engine on ONNX Runtime.
     max_prompt_bytes : longest prompt, in bytes of UTF-8; 32 per token of the engine's longest prompt, at least 64 KiB.
     stream_interval_ms : tokens that come sooner after the last response than this share one; 0 milliseconds.
     threads : threads of an engine on the CPU; one per core.
@@ -49,11 +51,18 @@ class ServeOptions:
     threads: int | None = None
     log_level: str | None = None
 
-    def check(self, max_batch_size: int) -> None:
-        """Raise ConfigError for what the model would refuse when the server starts."""
-        if self.slots is not None and not 1 <= self.slots <= max_batch_size:
-            way = "give fewer, or build with a larger --max_batch_size" if self.slots > 0 else "give at least 1"
-            raise ConfigError(f"slots is {self.slots}; this engine takes 1 to {max_batch_size} rows: {way}")
+    def check(self, files: EngineFiles) -> None:
+        """Raise ConfigError for what the model would refuse when the server starts on the engine in `files`."""
+        max_batch_size = files.build["max_batch_size"]
+        if self.slots is not None and self.slots > max_batch_size and files.backend != ONNXRUNTIME:
+            raise ConfigError(
+                f"slots is {self.slots}; this engine takes 1 to {max_batch_size} rows: give fewer, or build with a "
+                "larger --max_batch_size"
+            )
+        if self.kv_bytes is not None and 0 < self.kv_bytes < (least := _least_kv_bytes(files)):
+            raise ConfigError(
+                f"kv_bytes is {self.kv_bytes}; the shortest answer of this engine needs {least}: give more"
+            )
         limits = {field.name: getattr(self, field.name) for field in dataclasses.fields(BatchingLimits)}
         BatchingLimits(**{name: value for name, value in limits.items() if value is not None})
         if self.max_prompt_bytes is not None and self.max_prompt_bytes < 1:
@@ -96,7 +105,13 @@ def write_repository(
         raise ConfigError(f"model_repository {repository} exists and is not empty; give a new directory")
     if python_env is not None and not (python_env / "bin" / "python").exists():
         raise ConfigError(f"python_env {python_env} has no bin/python; give a virtual environment")
-    options.check(EngineFiles.load(engine_dir).build["max_batch_size"])
+    files = EngineFiles.load(engine_dir)
+    options.check(files)
+    if not (files.path / "tokenizer.json").is_file():
+        raise ConfigError(
+            f"{engine_dir} has no tokenizer.json, and these models take text: build the engine from a checkpoint with "
+            "its tokenizer"
+        )
     if bls_instances < 1:
         raise ConfigError(f"bls_instances is {bls_instances}; give at least 1")
     parameters = {"engine_dir": os.path.abspath(engine_dir), **dataclasses.asdict(options)}
@@ -107,6 +122,14 @@ def write_repository(
                 set_parameters(model.config, {"EXECUTION_ENV_PATH": os.path.abspath(python_env)})
             _write_model(model, folder / model.config.name)
     return [model.config.name for model in models]
+
+
+def _least_kv_bytes(files: EngineFiles) -> int:
+    """Return the bytes of a row with one token of a prompt and one of an answer; on ONNX Runtime whole pages."""
+    model, heads = files.model, 2 * files.model["num_hidden_layers"] * files.model["num_key_value_heads"]
+    if files.backend != ONNXRUNTIME:
+        return heads * 2 * model["head_size"]
+    return heads * -(-2 * model["head_size"] * 4 // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 def check_path(repository: Path) -> None:

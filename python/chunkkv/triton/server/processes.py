@@ -5,21 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import time
-from types import ModuleType
 
-from chunkkv.errors import BackendUnavailableError
+import psutil
 
 STUB_PROGRAM = "triton_python_backend_stub"  # the program that runs a python model
 
 
-def check_psutil() -> None:
-    """Raise BackendUnavailableError where psutil is missing; every other function here raises it, too."""
-    _psutil()
-
-
 def is_running(pid: int) -> bool:
     """Return whether a process exists and has not ended; a zombie has."""
-    psutil = _psutil()
     try:
         return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     except psutil.NoSuchProcess:
@@ -29,11 +22,16 @@ def is_running(pid: int) -> bool:
 def model_processes(shm_prefix: str) -> frozenset[int]:
     """Return the processes that run python models of one server; their command lines have its shared-memory prefix."""
     pids = set()
-    for process in _psutil().process_iter(["cmdline"]):
+    for process in psutil.process_iter(["cmdline"]):
         command = " ".join(process.info["cmdline"] or ())
         if STUB_PROGRAM in command and shm_prefix in command:
             pids.add(process.pid)
     return frozenset(pids)
+
+
+def command_lines() -> list[str]:
+    """Return the command line of every process that this user may see."""
+    return [" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])]
 
 
 def wait_for_group(group: int, timeout_s: float) -> None:
@@ -53,7 +51,7 @@ def kill_group(group: int) -> None:
 
 
 def _has_running(group: int) -> bool:
-    return any(_group_of(pid) == group and is_running(pid) for pid in _psutil().pids())
+    return any(_group_of(pid) == group and is_running(pid) for pid in psutil.pids())
 
 
 def _group_of(pid: int) -> int | None:
@@ -61,13 +59,3 @@ def _group_of(pid: int) -> int | None:
         return os.getpgid(pid)
     except (ProcessLookupError, PermissionError):
         return None
-
-
-def _psutil() -> ModuleType:
-    try:
-        import psutil
-    except ImportError as error:
-        raise BackendUnavailableError(
-            f"watching a server's processes needs the package psutil ({error}): pip install 'chunkkv-trt[triton]'"
-        ) from None
-    return psutil

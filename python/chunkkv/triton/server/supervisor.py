@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,11 +22,13 @@ from chunkkv.errors import ConfigError
 from chunkkv.triton.logs import fields
 from chunkkv.triton.repository.write import check_path
 from chunkkv.triton.server.files import ServerFiles
-from chunkkv.triton.server.health import Health
-from chunkkv.triton.server.processes import check_psutil, is_running, kill_group, model_processes, wait_for_group
+from chunkkv.triton.server.health import SHM_PREFIX_ARGUMENT, Canary, Health, canary_id
+from chunkkv.triton.server.processes import is_running, kill_group, model_processes, wait_for_group
+from chunkkv.triton.server.shared_memory import new_shm_prefix, remove_shared_memory, sweep_shared_memory
 
 POLL_S = 0.1
-STEADY_S = 60.0  # a server that was up for this long failed for a new reason
+STEADY_S = 60.0  # a server that was ready for this long failed for a new reason
+DYING_S = 5.0  # a server whose model process ended while it starts ends by itself within this time, or hangs
 MAX_DELAY_S = 30.0  # longest pause before a restart; it doubles with each failure
 # Ask the kernel for SIGTERM at the death of the parent, and become the server.
 _LAUNCH = (
@@ -50,9 +50,9 @@ class ServeSettings:
     http_port, grpc_port, metrics_port : ports, 1 to 65535; they must differ. Defaults: 8000, 8001, 8002.
     start_timeout_s : longest time from a start to the first token, in seconds. Default: 300.
     canary_s : time between two canary requests, in seconds. Default: 5.
-    canary_timeout_s : longest time for a canary request, in seconds. Default: 60.
+    canary_timeout_s : longest time for a canary request, and time for which canaries may fail, in seconds. Default: 60.
     exit_timeout_s : time that open requests have to end after SIGTERM, in whole seconds. Default: 30.
-    restarts : the supervisor gives up after this many restarts without success; a server that was up for STEADY_S
+    restarts : the supervisor gives up after this many restarts without success; a server that was ready for STEADY_S
         seconds resets the count. Default: 5.
     server_arguments : further arguments for tritonserver. Default: none.
     """
@@ -105,7 +105,7 @@ class Supervisor:
 
     def __init__(self, settings: ServeSettings, files: ServerFiles) -> None:
         self._settings, self._files = settings, files
-        self._health = Health(settings.host, settings.http_port, settings.canary_timeout_s)
+        self._ready_at: float | None = None  # of the server of now
         self._stopping, self._killing = threading.Event(), threading.Event()
 
     def stop(self) -> None:
@@ -124,18 +124,18 @@ class Supervisor:
     def run(self) -> int:
         """Serve until stopped; returns 0 after a stop, 1 where the server does not stay up.
 
-        Raises ConfigError for a port that is taken, BackendUnavailableError without the extra `triton`.
+        Raises ConfigError for a port that is taken.
         """
-        check_psutil()
         self._settings.check_ports()
+        sweep_shared_memory()
         failures, failed_at = 0, None
         while True:
-            started = time.monotonic()
             reason = self._serve(failed_at)
             if reason is None:
                 return 0
             failed_at = time.monotonic()
-            failures = 1 if failed_at - started > STEADY_S else failures + 1
+            was_steady = self._ready_at is not None and failed_at - self._ready_at > STEADY_S
+            failures = 1 if was_steady else failures + 1
             if failures > self._settings.restarts:
                 _log.error("gave_up", extra=fields(reason=reason, failures=failures))
                 return 1
@@ -146,10 +146,13 @@ class Supervisor:
 
     def _serve(self, failed_at: float | None) -> str | None:
         """Run one server to its end; returns why it ended, None where it was told to."""
-        shm_prefix = f"chunkkv{secrets.token_hex(4)}_"  # names of this server's shared memory begin with it
+        shm_prefix = new_shm_prefix()
+        settings, self._ready_at = self._settings, None
+        health = Health(settings.host, settings.http_port, settings.canary_timeout_s, canary_id(shm_prefix))
         process = self._start(shm_prefix)
+        watched = _Watched(process, shm_prefix, health, self._stopping)
         try:
-            reason = self._wait_until_ready(process, failed_at) or self._watch(process, shm_prefix)
+            reason = self._wait_until_ready(watched, failed_at) or self._watch(watched)
             if reason is None:
                 self._drain(process)
             return reason
@@ -161,7 +164,7 @@ class Supervisor:
         command = [
             str(self._files.binary),
             f"--model-repository={settings.repository}",
-            f"--backend-config=python,shm-region-prefix-name={shm_prefix}",
+            f"--backend-config=python,{SHM_PREFIX_ARGUMENT}={shm_prefix}",
             "--disable-auto-complete-config",
             f"--exit-timeout-secs={settings.exit_timeout_s}",
             *(f"--{kind}-address={host}" for kind in ("http", "grpc", "metrics")),
@@ -179,30 +182,33 @@ class Supervisor:
         _log.info("server_started", extra=fields(pid=process.pid, http=f"{host}:{settings.http_port}"))
         return process
 
-    def _wait_until_ready(self, process: _Process, failed_at: float | None) -> str | None:
-        """Return None once the server gives a token, or is to stop; else what is wrong."""
-        began = time.monotonic()
+    def _wait_until_ready(self, watched: _Watched, failed_at: float | None) -> str | None:
+        """Return None once the server answers a canary, or is to stop; else what is wrong."""
+        began, problem = time.monotonic(), "it does not listen yet"
         while not self._stopping.is_set():
-            if (code := process.poll()) is not None:
-                return f"the server exited with code {code} before it was ready"
-            if self._health.is_ready() and not self._problem(process):
-                times = {"start_s": round(time.monotonic() - began, 3)}
-                if failed_at is not None:
-                    times["recovery_s"] = round(time.monotonic() - failed_at, 3)
-                _log.info("server_ready", extra=fields(**times))
-                return None
+            if reason := watched.end_before_ready():
+                return reason
+            if watched.health.is_ready():
+                problem = watched.problem() or ""
+                if not problem and not self._stopping.is_set():
+                    self._ready_at = time.monotonic()
+                    times = {"start_s": round(self._ready_at - began, 3)}
+                    if failed_at is not None:
+                        times["recovery_s"] = round(self._ready_at - failed_at, 3)
+                    _log.info("server_ready", extra=fields(**times))
+                    return None
             if time.monotonic() - began > self._settings.start_timeout_s:
-                return f"the server was not ready after {self._settings.start_timeout_s:g} s"
+                return f"the server was not ready after {self._settings.start_timeout_s:g} s: {problem}"
             time.sleep(POLL_S)
         return None
 
-    def _watch(self, process: _Process, shm_prefix: str) -> str | None:
+    def _watch(self, watched: _Watched) -> str | None:
         """Return what is wrong with a running server once something is, None once it is to stop."""
-        model_pids = model_processes(shm_prefix)
-        canary = _Canary(lambda: self._problem(process), self._settings.canary_s)
+        model_pids = model_processes(watched.shm_prefix)
+        canary = Canary(watched.problem, self._settings.canary_s, self._settings.canary_timeout_s)
         try:
             while not self._stopping.is_set():
-                if (code := process.poll()) is not None:
+                if (code := watched.process.poll()) is not None:
                     return f"the server ended with code {code}"
                 if dead := [pid for pid in model_pids if not is_running(pid)]:
                     return f"model process {min(dead)} died"
@@ -212,10 +218,6 @@ class Supervisor:
             return None
         finally:
             canary.stop()
-
-    def _problem(self, process: _Process) -> str | None:
-        """Ask for a token; returns what is wrong, None also once the server has ended or is to stop."""
-        return self._health.problem(lambda: process.poll() is None and not self._stopping.is_set())
 
     def _drain(self, process: _Process) -> None:
         """Let open requests end: on SIGTERM the server takes no new ones and exits after the last."""
@@ -236,24 +238,29 @@ class Supervisor:
             wait_for_group(process.pid, timeout_s=1.0)  # model processes end by themselves after a clean exit
         kill_group(process.pid)
         process.wait()
-        for region in Path("/dev/shm").glob(f"{shm_prefix}*"):
-            region.unlink(missing_ok=True)
+        remove_shared_memory(shm_prefix)
 
 
-class _Canary:
-    """Asks for a token again and again from a thread of its own; `problem` is set after two failures in a row."""
+@dataclass
+class _Watched:
+    """One run of a server, and what tells how it is."""
 
-    def __init__(self, ask: Callable[[], str | None], interval_s: float) -> None:
-        self._ask, self._interval_s, self._stopped = ask, interval_s, threading.Event()
-        self.problem: str | None = None
-        threading.Thread(target=self._run, name="chunkkv-canary", daemon=True).start()
+    process: _Process
+    shm_prefix: str
+    health: Health
+    stopping: threading.Event
+    _model_pids: frozenset[int] = frozenset()
 
-    def stop(self) -> None:
-        """Ask no more."""
-        self._stopped.set()
+    def problem(self) -> str | None:
+        """Send a canary; returns what is wrong, None also once the server has ended or is to stop."""
+        return self.health.problem(lambda: self.process.poll() is None and not self.stopping.is_set())
 
-    def _run(self) -> None:
-        while not self._stopped.wait(self._interval_s):
-            if self._ask() and not self._stopped.wait(min(1.0, self._interval_s)) and (problem := self._ask()):
-                self.problem = f"the canary failed twice: {problem}"
-                return
+    def end_before_ready(self) -> str | None:
+        """Return how the server ended, None while it starts; a model process that dies takes it along, or hangs it."""
+        if (code := self.process.poll()) is None and any(not is_running(pid) for pid in self._model_pids):
+            try:
+                code = self.process.wait(DYING_S)
+            except subprocess.TimeoutExpired:
+                return "a model process ended before the server was ready; its own lines in this log say why"
+        self._model_pids |= model_processes(self.shm_prefix)
+        return None if code is None else f"the server exited with code {code} before it was ready"
