@@ -55,7 +55,7 @@ ONLY_IN = {
     "nvtx": ("chunkkv.profile", "chunkkv.profiling"),
     "onnxruntime": ("chunkkv.executors.onnxruntime",),
     "pickle": (),
-    "psutil": ("chunkkv.triton.server",),
+    "psutil": ("chunkkv.triton.server", "chunkkv.batching"),
     "safetensors": (),
     "tensorrt": ("chunkkv.gpu", "chunkkv_builder.backends"),
     "tensorrt_llm": ("chunkkv.executors.tensorrt_llm", "chunkkv_builder.backends.tensorrt_llm"),

@@ -6,7 +6,7 @@ never probe the object. The optional methods raise BackendUnavailableError where
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol, TypeVar
 
@@ -202,26 +202,6 @@ class Prefiller(Protocol[CacheT_contra]):
             if (results := run.step()) is not None:
                 return results
         return [PrefillResult(None) for _ in requests]
-
-
-class WholePrefillRun:
-    """The PrefillRun of an engine that prefills in one piece.
-
-    Parameters
-    ----------
-    tokens : int
-        Tokens of the prompts together.
-    run : callable
-        Prefills them.
-    """
-
-    def __init__(self, tokens: int, run: Callable[[], list[PrefillResult]]) -> None:
-        self.tokens_left, self._run = tokens, run
-
-    def step(self) -> list[PrefillResult]:
-        """Prefill; see PrefillRun.step."""
-        self.tokens_left = 0
-        return self._run()
 
 
 class Decoder(Protocol):

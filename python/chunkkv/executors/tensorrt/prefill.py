@@ -16,11 +16,11 @@ from chunkkv.executors.interface import (
     Prefiller,
     PrefillProgress,
     PrefillResult,
-    WholePrefillRun,
     no_progress,
 )
 from chunkkv.executors.tensorrt.cache import DeviceKVCache
 from chunkkv.executors.tensorrt.engines import TensorRTEngines, aligned
+from chunkkv.executors.whole_prefill import WholePrefillRun
 from chunkkv.gpu.cuda_runtime import ALIGNMENT
 from chunkkv.requests import Request
 

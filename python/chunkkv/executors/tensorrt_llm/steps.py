@@ -9,12 +9,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from chunkkv.errors import EngineRunError, RequestError
-from chunkkv.executors.interface import Prefiller, PrefillProgress, PrefillResult, WholePrefillRun, no_progress
+from chunkkv.executors.interface import Prefiller, PrefillProgress, PrefillResult, no_progress
 from chunkkv.executors.step_arrays import check_slots
 from chunkkv.executors.tensorrt_llm.cache import PagedKVCache
 from chunkkv.executors.tensorrt_llm.kv_blocks import BlockManager
 from chunkkv.executors.tensorrt_llm.paged_inputs import PagedGeometry, StepInputs, StepRow
 from chunkkv.executors.tensorrt_llm.step_engine import StepEngine
+from chunkkv.executors.whole_prefill import WholePrefillRun
 from chunkkv.requests import Request
 from chunkkv.settings import ChunkKVSettings
 
