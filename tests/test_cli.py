@@ -66,9 +66,10 @@ def run(capsys, monkeypatch) -> Run:
     return call
 
 
-def script(*arguments: str | bytes, **options) -> subprocess.Popen:
-    """Start the installed console script, its output buffered as for any user."""
+def script(*arguments: str | bytes, unbuffered: bool = False, **options) -> subprocess.Popen:
+    """Start the installed console script, its output buffered as for most users."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    environment |= {"PYTHONUNBUFFERED": "1"} if unbuffered else {}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
     return subprocess.Popen([str(CONSOLE_SCRIPT), *arguments], env=environment, **{**pipes, **options})
 
@@ -356,11 +357,12 @@ def test_an_interrupt_before_the_engine_runs(engine, run, monkeypatch) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no /dev/full")
+@pytest.mark.parametrize("unbuffered", [False, True])
 @pytest.mark.parametrize("command", [["version"], ["--help"], ["generate", PROMPT], ["generate", "--json", PROMPT]])
-def test_a_full_disk_is_one_line(engine, command: list[str]) -> None:
+def test_a_full_disk_is_one_line(engine, command: list[str], unbuffered: bool) -> None:
     flags = ["--engine_dir", engine, *TEXT_FLAGS] if command[0] == "generate" else []
     with open("/dev/full", "wb") as full:
-        process = script(*command, *flags, stdout=full)
+        process = script(*command, *flags, stdout=full, unbuffered=unbuffered)
         _, err = process.communicate()
     assert process.returncode == 1
     assert (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -90,8 +91,20 @@ def test_the_header_length_is_bounded_by_file_and_format():
     assert header_length((92).to_bytes(8, "little"), 100, "file") == 92
     with pytest.raises(CheckpointError, match=naming("93 bytes 92")):
         header_length((93).to_bytes(8, "little"), 100, "file")
-    with pytest.raises(CheckpointError, match=naming("100000000")):
+    assert header_length(MAX_HEADER_BYTES.to_bytes(8, "little"), 2 * MAX_HEADER_BYTES, "file") == MAX_HEADER_BYTES
+    with pytest.raises(CheckpointError, match=naming("16777217 16777216 save")):
         header_length((MAX_HEADER_BYTES + 1).to_bytes(8, "little"), 2 * MAX_HEADER_BYTES, "file")
+
+
+def test_a_header_that_is_too_large_is_not_read(tmp_path):
+    path = tmp_path / "model.safetensors"
+    with path.open("wb") as file:
+        file.write((84_000_000).to_bytes(8, "little") + b"{")
+        file.truncate(84_000_008)
+    start = time.process_time()
+    with pytest.raises(CheckpointError, match=naming("model.safetensors 84000000 16777216")):
+        SafetensorsFile(path)
+    assert time.process_time() - start < 1
 
 
 def test_what_the_safetensors_library_writes_is_read(tmp_path):

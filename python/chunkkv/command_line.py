@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import io
 import os
 import re
@@ -119,6 +120,9 @@ class CommandParser(argparse.ArgumentParser):
         parser = self._commands.add_parser(name, help=summary, description=summary, aliases=aliases, **settings)
         parser.set_defaults(run_command=run)
         return parser
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        print(message or "", end="", file=file or sys.stderr)  # argparse's own passes over a full disk
 
     def _can_run(self) -> bool:
         return self.get_default("run_command") is not None
@@ -300,7 +304,7 @@ def run_program(
         stop_with(program, "interrupted", INTERRUPTED)
     except Exception as error:
         _show_traceback(flags)
-        message = _described(error)
+        message = _described(error, flags)
         if isinstance(error, ChunkKVError):
             message = with_flag_name(message, flags=vars(flags))
         elif isinstance(error, OSError) and error.strerror:
@@ -319,20 +323,22 @@ def _show_traceback(flags: argparse.Namespace) -> None:
         traceback.print_exc()
 
 
-def _described(error: Exception) -> str:
+def _described(error: Exception, flags: argparse.Namespace) -> str:
     if isinstance(error, ChunkKVError):
         return str(error)
     if isinstance(error, ModuleNotFoundError):
         return f"the Python package {error.name!r} is missing; install this project with pip install ."
     if isinstance(error, ImportError):
         return f"a Python package is damaged or too old: {error}; install this project again with pip install ."
-    return f"unexpected {type(error).__name__}: {error}; --log_level debug shows where"
+    return f"unexpected {type(error).__name__}: {error}" + "; --log_level debug shows where" * ("log_level" in flags)
 
 
 def _place(error: OSError, flags: argparse.Namespace) -> str:
     """Return what an error of reading or writing is about: a flag with its path, a path, or a standard stream."""
     if error.filename is None:
-        return "standard output" if _discard_output() else "input or output"
+        # Errors of files name the file; an unbuffered output leaves nothing to flush.
+        unbuffered = error.errno == errno.ENOSPC and getattr(sys.stdout, "write_through", False)
+        return "standard output" if _discard_output() or unbuffered else "input or output"
     path = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else str(error.filename)
     names = [name for name, value in vars(flags).items() if isinstance(value, (str, Path)) and str(value) == path]
     return f"--{names[0]} {path}" if names else path
@@ -344,10 +350,7 @@ def _flush_output() -> None:
 
 
 def _discard_output() -> bool:
-    """Send what cannot be written to the null device, or Python's own flush at exit would fail once more.
-
-    Returns whether there was such a thing.
-    """
+    """Send what cannot be written to the null device, or Python fails at exit; return whether there was any."""
     try:
         _flush_output()
     except OSError:
@@ -371,10 +374,7 @@ def interrupt_as_cancel() -> Iterator[threading.Event]:
 
 @contextmanager
 def termination_as_exit() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP unwind the program as Ctrl-C does, so that what is half written is removed.
-
-    SIGHUP comes where the terminal is closed; under nohup it stays ignored.
-    """
+    """Let SIGTERM and SIGHUP (a closed terminal) unwind the program as Ctrl-C does; under nohup SIGHUP is ignored."""
 
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(HUNG_UP if number != signal.SIGTERM else TERMINATED)

@@ -206,5 +206,7 @@ def test_what_is_too_long_loses_its_beginning(engine: Path, caplog: pytest.LogCa
     assert "is cut to its last 4088" in caplog.text and answer.strip() == doc["answer"]
     with pytest.raises(RequestError, match=naming("max_gen_toks 5000")):
         lm.generate_until(requests(("a", {"max_gen_toks": 5000})), disable_tqdm=True)
+    with pytest.raises(RequestError, match=naming("engine_dir missing --model_args engine_dir=DIR")):
+        get_model("chunkkv").create_from_arg_string("keep_ratio=0.2", {"batch_size": 1, "device": "cuda:0"})
     with pytest.raises(RequestError, match=naming("batch_size 3 1 2")):
         get_model("chunkkv").create_from_arg_string(f"engine_dir={engine}", {"batch_size": 3})

@@ -29,7 +29,7 @@ class ChunkKVLM(TemplateLM):
     Parameters
     ----------
     engine_dir : str
-        The engine directory.
+        The engine directory; it must be given.
     keep_ratio : float, optional
         Share of each prompt kept, in (0, 1]; None for the engine's own.
     budget_tokens : int, optional
@@ -45,7 +45,7 @@ class ChunkKVLM(TemplateLM):
     max_batch_size : int, optional
         Not used; lm_eval passes it.
     device : str, optional
-        Not used, because the engine decides where it runs; a warning says so for anything but "cpu".
+        Not used, because the engine decides where it runs; lm_eval passes "cuda:0" where nobody asked for it.
 
     Raises
     ------
@@ -57,7 +57,7 @@ class ChunkKVLM(TemplateLM):
 
     def __init__(
         self,
-        engine_dir: str,
+        engine_dir: str | None = None,
         keep_ratio: float | None = None,
         budget_tokens: int | None = None,
         held_back: int = 1,
@@ -68,8 +68,8 @@ class ChunkKVLM(TemplateLM):
         device: str | None = None,
     ) -> None:
         super().__init__()
-        if device not in (None, "cpu"):
-            _log.warning("device is %r; the engine decides where it runs", device)
+        if not isinstance(engine_dir, str) or not engine_dir:
+            raise RequestError("engine_dir is missing; give the engine: --model_args engine_dir=DIR")
         if isinstance(held_back, bool) or not isinstance(held_back, int) or held_back < 0:
             raise RequestError(f"held_back is {held_back!r}; give a whole number of at least 0")
         self._session = ChunkKVSession.from_dir(engine_dir, threads)
