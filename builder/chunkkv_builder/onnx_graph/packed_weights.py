@@ -12,7 +12,7 @@ from chunkkv_builder.checkpoint.blocks import StoredBlocks
 from chunkkv_builder.checkpoint.interface import Checkpoint
 from chunkkv_builder.checkpoint.model_config import DTYPES
 from chunkkv_builder.onnx_graph import quantize
-from chunkkv_builder.onnx_graph.transformer import OFFSETS_SUFFIX, PACKED_SUFFIX, SCALES_SUFFIX
+from chunkkv_builder.onnx_graph.projections import OFFSETS_SUFFIX, PACKED_SUFFIX, SCALES_SUFFIX
 from chunkkv_builder.onnx_graph.weights import WeightSource
 
 _PACKED_WEIGHTS = ("_proj.weight", "lm_head.weight")

@@ -14,7 +14,8 @@ from chunkkv_builder.onnx_graph import functions
 from chunkkv_builder.onnx_graph.compress import ChunkKVNodes, KeepAllNodes
 from chunkkv_builder.onnx_graph.emitter import GraphEmitter
 from chunkkv_builder.onnx_graph.head_parts import HeadParts
-from chunkkv_builder.onnx_graph.transformer import ATTENTION_OPSET, CONTRIB, PACKED_SUFFIX, StepGraph
+from chunkkv_builder.onnx_graph.projections import CONTRIB, PACKED_SUFFIX
+from chunkkv_builder.onnx_graph.transformer import ATTENTION_OPSET, StepGraph
 from chunkkv_builder.onnx_graph.weights import WeightLocation
 from chunkkv_builder.plan import GraphPlan, LayerPlan
 

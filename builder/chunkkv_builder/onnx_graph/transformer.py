@@ -19,17 +19,11 @@ from chunkkv_builder.checkpoint.model_config import rope_frequencies
 from chunkkv_builder.onnx_graph.arithmetic import scaled, soft_cap, soft_capped_attention
 from chunkkv_builder.onnx_graph.emitter import NUMPY_TO_ONNX, GraphEmitter
 from chunkkv_builder.onnx_graph.head_parts import HeadParts
-from chunkkv_builder.onnx_graph.quantize import BLOCK
+from chunkkv_builder.onnx_graph.projections import CONTRIB, PACKED_SUFFIX, Projections
 from chunkkv_builder.onnx_graph.weights import WeightLocation
 from chunkkv_builder.plan import GraphPlan, LayerPlan, PartPlan
 
-CONTRIB = "com.microsoft"
 ATTENTION_OPSET = {"fused": 23, "standard": 24}
-PACKED_SUFFIX = ".packed"
-SCALES_SUFFIX = ".scales"
-OFFSETS_SUFFIX = ".offsets"
-# accuracy_level of MatMulNBits: 1 multiplies in float32, 4 rounds the inputs to int8, too.
-ACCURACY_LEVELS = {"float32": 1, "int8": 4}
 _INT32, _INT64, _FLOAT = onnx.TensorProto.INT32, onnx.TensorProto.INT64, onnx.TensorProto.FLOAT
 
 
@@ -58,8 +52,7 @@ class StepGraph:
     window_queries : bool, default True
         Whether the graph has the outputs query.l, which a compress graph needs.
     packed_activations : str or None, default "int8"
-        Type in which inputs are multiplied with packed weights, one of ACCURACY_LEVELS; may be None where there are no
-        packed weights.
+        Type in which inputs are multiplied with packed weights, as Projections takes it.
     """
 
     def __init__(
@@ -81,8 +74,7 @@ class StepGraph:
         self.dtype = dtype
         self.e = emitter or GraphEmitter()
         self._keeps_queries = window_queries
-        self._packed_activations = packed_activations
-        self._sums: dict[str, str] = {}
+        self._project = Projections(self.e, self.model, weights, packed_activations)
 
     def build(self) -> onnx.ModelProto:
         """Return the model.
@@ -184,25 +176,25 @@ class StepGraph:
         return self.e.op("Add", [hidden, scaled(self.e, output, self.model.residual_scale, self.dtype)])
 
     def _mlp(self, prefix: str, normed: str) -> str:
-        gate = self._linear(f"{prefix}.mlp.gate_proj", normed)
+        gate = self._project.emit(f"{prefix}.mlp.gate_proj", normed)
         if self.model.activation == GELU_TANH:
             gate = self.e.op("Gelu", [gate], approximate="tanh")
         else:
             gate = self.e.op("Mul", [gate, self.e.op("Sigmoid", [gate])])
-        inner = self.e.op("Mul", [gate, self._linear(f"{prefix}.mlp.up_proj", normed)])
-        return self._linear(f"{prefix}.mlp.down_proj", inner)
+        inner = self.e.op("Mul", [gate, self._project.emit(f"{prefix}.mlp.up_proj", normed)])
+        return self._project.emit(f"{prefix}.mlp.down_proj", inner)
 
     def _attention(self, layer: LayerPlan, normed: str) -> str:
         prefix = f"model.layers.{layer.index}.self_attn"
         query, key = self._scale_query(self._heads(f"{prefix}.q", normed)), self._heads(f"{prefix}.k", normed)
-        value = self.e.op("Reshape", [self._linear(f"{prefix}.v_proj", normed), self.rows])
+        value = self.e.op("Reshape", [self._project.emit(f"{prefix}.v_proj", normed), self.rows])
         if self.attention == "fused":
             query = self._rotate(layer.index, query, num_heads=self.model.num_heads)
             key = self._rotate(layer.index, key, num_heads=self.model.num_kv_heads)
         else:  # the operators that every engine has want the heads as an axis of their own
             query, key, value = self._split_heads((query, key, value))
             query, key = self._rotate(layer.index, query), self._rotate(layer.index, key)
-        return self._linear(f"{prefix}.o_proj", self._attend(layer, (query, key, value)))
+        return self._project.emit(f"{prefix}.o_proj", self._attend(layer, (query, key, value)))
 
     def _scale_query(self, query: str) -> str:
         """Put a model's own scale of attention on its queries, so that 1/sqrt(D) is right wherever they go.
@@ -255,7 +247,7 @@ class StepGraph:
 
     def _heads(self, prefix: str, normed: str) -> str:
         """Project to heads, with Qwen3's per-head norm where the model has it: [B,S,H*D]."""
-        heads = self._linear(f"{prefix}_proj", normed)
+        heads = self._project.emit(f"{prefix}_proj", normed)
         if self.model.qk_norm:
             heads = self.e.op("Reshape", [heads, self.e.ints(-1, self.model.head_dim)])
             heads = self._norm(f"{prefix}_norm.weight", heads)
@@ -340,7 +332,7 @@ class StepGraph:
         flat = e.op("Reshape", [e.op("Add", [places, e.op("Unsqueeze", [first, e.ints(1)])]), e.ints(-1)])
         normed = self._norm("model.norm.weight", e.op("Gather", [hidden, flat]))
         head = "model.embed_tokens" if self.model.tie_word_embeddings else "lm_head"
-        scores = self._cast(self._linear(head, normed, node="/lm_head"), "float32")
+        scores = self._cast(self._project.emit(head, normed, node="/lm_head"), "float32")
         scores = scaled(e, scores, 1 / self.model.logit_divisor)
         if self.model.logit_soft_cap is not None:
             scores = soft_cap(e, scores, self.model.logit_soft_cap, "float32")
@@ -351,47 +343,3 @@ class StepGraph:
     def _norm(self, name: str, value: str) -> str:
         weight = self.e.weight(self.weights[name])
         return self.e.op("RMSNormalization", [value, weight], name="/" + name, axis=-1, epsilon=self.model.rms_norm_eps)
-
-    def _linear(self, name: str, value: str, node: str | None = None) -> str:
-        """Return value [rows,in] times the weight [out,in] as the checkpoint stores it, plus its bias, if any."""
-        e = self.e
-        bias = [e.weight(self.weights[f"{name}.bias"])] if f"{name}.bias" in self.weights else []
-        packed = self.weights.get(f"{name}.weight{PACKED_SUFFIX}")
-        node = node or "/" + name
-        if packed is None:
-            weight = e.weight(self.weights[f"{name}.weight"])
-            return e.op("Gemm", [value, weight, *bias], name=node, transB=1)
-        bits = packed.shape[2] * 8 // BLOCK
-        scales = self.weights[f"{name}.weight{SCALES_SUFFIX}"]
-        assert self._packed_activations is not None
-        result = e.op(
-            "MatMulNBits",
-            [value, e.weight(packed), e.weight(scales)],
-            name=node,
-            domain=CONTRIB,
-            N=packed.shape[0],
-            K=self._in_features(name),
-            bits=bits,
-            block_size=BLOCK,
-            accuracy_level=ACCURACY_LEVELS[self._packed_activations],
-        )
-        offsets = self.weights.get(f"{name}.weight{OFFSETS_SUFFIX}")
-        if offsets is not None:
-            # A block's offset is the same for its 32 inputs, so all it takes is their sum.
-            added = e.op("Gemm", [self._block_sums(value), e.weight(offsets), *bias], name=f"{node}/offsets", transB=1)
-            return e.op("Add", [result, added])
-        return e.op("Add", [result, *bias]) if bias else result
-
-    def _block_sums(self, value: str) -> str:
-        """Return the sum of each block of 32 inputs of `value` [rows,in]: [rows,in/32], once for each value."""
-        if value not in self._sums:
-            blocks = self.e.op("Reshape", [value, self.e.ints(0, -1, BLOCK)])
-            self._sums[value] = self.e.op("ReduceSum", [blocks, self.e.ints(2)], keepdims=0)
-        return self._sums[value]
-
-    def _in_features(self, name: str) -> int:
-        if name.endswith("down_proj"):
-            return self.model.intermediate_size
-        if name.endswith("o_proj"):
-            return self.model.num_heads * self.model.head_dim
-        return self.model.hidden_size

@@ -1,0 +1,89 @@
+"""Plan to ONNX: projections, with weights as the checkpoint has them or packed in 8 or 4 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from chunkkv_builder.checkpoint.model_config import ModelConfig
+from chunkkv_builder.onnx_graph.emitter import GraphEmitter
+from chunkkv_builder.onnx_graph.quantize import BLOCK
+from chunkkv_builder.onnx_graph.weights import WeightLocation
+
+CONTRIB = "com.microsoft"
+PACKED_SUFFIX = ".packed"
+SCALES_SUFFIX = ".scales"
+OFFSETS_SUFFIX = ".offsets"
+# accuracy_level of MatMulNBits: 1 multiplies in float32, 4 rounds the inputs to int8, too.
+ACCURACY_LEVELS = {"float32": 1, "int8": 4}
+
+
+class Projections:
+    """Emits the projections of a model into a graph.
+
+    Parameters
+    ----------
+    e : GraphEmitter
+        The graph that gets the nodes.
+    model : ModelConfig
+        Sizes of the model.
+    weights : mapping
+        Where each tensor lies, by its name in the checkpoint.
+    packed_activations : str or None
+        Type in which inputs are multiplied with packed weights, one of ACCURACY_LEVELS; may be None where there are no
+        packed weights.
+    """
+
+    def __init__(
+        self,
+        e: GraphEmitter,
+        model: ModelConfig,
+        weights: Mapping[str, WeightLocation],
+        packed_activations: str | None,
+    ) -> None:
+        self._e, self._model, self._weights = e, model, weights
+        self._packed_activations = packed_activations
+        self._sums: dict[str, str] = {}
+
+    def emit(self, name: str, value: str, node: str | None = None) -> str:
+        """Return value [rows,in] times the weight [out,in] as the checkpoint stores it, plus its bias, if any."""
+        e = self._e
+        bias = [e.weight(self._weights[f"{name}.bias"])] if f"{name}.bias" in self._weights else []
+        packed = self._weights.get(f"{name}.weight{PACKED_SUFFIX}")
+        node = node or "/" + name
+        if packed is None:
+            weight = e.weight(self._weights[f"{name}.weight"])
+            return e.op("Gemm", [value, weight, *bias], name=node, transB=1)
+        bits = packed.shape[2] * 8 // BLOCK
+        scales = self._weights[f"{name}.weight{SCALES_SUFFIX}"]
+        assert self._packed_activations is not None
+        result = e.op(
+            "MatMulNBits",
+            [value, e.weight(packed), e.weight(scales)],
+            name=node,
+            domain=CONTRIB,
+            N=packed.shape[0],
+            K=self._in_features(name),
+            bits=bits,
+            block_size=BLOCK,
+            accuracy_level=ACCURACY_LEVELS[self._packed_activations],
+        )
+        offsets = self._weights.get(f"{name}.weight{OFFSETS_SUFFIX}")
+        if offsets is not None:
+            # A block's offset is the same for its 32 inputs, so all it takes is their sum.
+            added = e.op("Gemm", [self._block_sums(value), e.weight(offsets), *bias], name=f"{node}/offsets", transB=1)
+            return e.op("Add", [result, added])
+        return e.op("Add", [result, *bias]) if bias else result
+
+    def _block_sums(self, value: str) -> str:
+        """Return the sum of each block of 32 inputs of `value` [rows,in]: [rows,in/32], once for each value."""
+        if value not in self._sums:
+            blocks = self._e.op("Reshape", [value, self._e.ints(0, -1, BLOCK)])
+            self._sums[value] = self._e.op("ReduceSum", [blocks, self._e.ints(2)], keepdims=0)
+        return self._sums[value]
+
+    def _in_features(self, name: str) -> int:
+        if name.endswith("down_proj"):
+            return self._model.intermediate_size
+        if name.endswith("o_proj"):
+            return self._model.num_heads * self._model.head_dim
+        return self._model.hidden_size
