@@ -5,23 +5,29 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from support import class_engines
+from support import class_engines, engines
 from support.checkpoints import random_tensors, variant_config
 from support.class_engines import CLASSES, KV_HEADS, LAYERS, READING, session, settings_of
 from support.forced_tokens import forced_logits
 from support.masked_forward import Kept, masked_forward
+from support.tensorrt_double import Double, machine_of
 
 from chunkkv import SamplingParams, reference_layers
 from chunkkv.batching import BatchingLimits, ContinuousBatcher
 from chunkkv.evaluation.lm_eval.continuations import CompressedPrompt
 from chunkkv.requests import make_requests
+from chunkkv.session import ChunkKVSession
 from chunkkv.settings import ChunkKVSettings
+from chunkkv_builder import build as build_engine
+from chunkkv_builder.backends import graph_build
 
 TOLERANCE = 2e-4
+machine = pytest.fixture(machine_of)
 CHANGES: dict[str, dict[str, Any]] = {
     "recent local heads": {},
     "local heads choose chunks": {"local_policy": "chunks"},
@@ -163,6 +169,28 @@ def test_a_permuted_batch_gives_permuted_answers() -> None:
     permuted = engine.generate([prompts[row] for row in order], params)
     assert [result.token_ids for result in permuted] == [answers[row] for row in order]
     assert [engine.generate(prompt, params).token_ids for prompt in prompts] == answers
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_tensorrt_answers_as_onnx_runtime_does(
+    machine: Double, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, params = settings_for(name), SamplingParams(8, logprobs=True)
+    monkeypatch.setattr(graph_build, "chunkkv_settings", lambda flags, *sizes: settings)
+    prompts, ratios = [tokens(90, 1), tokens(41, 2), tokens(120, 9), tokens(9, 7)], [None, 0.3, 1.0, 0.5]
+    expected = session(settings).generate(prompts, params, keep_ratio=ratios)
+    flags = {"checkpoint_dir": class_engines.checkpoint(), "output_dir": tmp_path / "engine", "backend": "tensorrt"}
+    limits = {"max_batch_size": 4, "max_input_len": 192, "max_seq_len": 256, "max_num_tokens": 192 * 2}
+    options = {"dtype": "float32", "chunkkv": True, "chunkkv_ops": "functions", "log_level": "error"}
+    build_engine.main(engines.command_line({**flags, **limits, **options}))
+    engine = ChunkKVSession.from_dir(tmp_path / "engine")
+    assert engine.executor.cache_layout == session(settings).executor.cache_layout
+    found = engine.generate(prompts, params, keep_ratio=ratios)
+    for mine, other in zip(found, expected, strict=True):
+        assert mine.token_ids == other.token_ids
+        assert np.allclose(mine.logprobs, other.logprobs, atol=TOLERANCE)
+        assert mine.statistics.cache_bytes == other.statistics.cache_bytes
+    assert machine.registry.loaded == []
 
 
 def test_layers_of_both_classes_can_be_read_as_a_whole() -> None:

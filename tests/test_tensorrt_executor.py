@@ -166,7 +166,7 @@ def test_cancel_before_prefill_does_no_work(machine: Double, session: ChunkKVSes
 
 
 def test_a_plugin_that_counts_differently_is_noticed(session: ChunkKVSession) -> None:
-    requests = [dataclasses.replace(session_request(session), kept_tokens=30)]
+    requests = [dataclasses.replace(session_request(session), kept_tokens=30, class_lengths=(30,))]
     cache = session.executor.new_cache(1, 128)
     with pytest.raises(EngineRunError, match=naming("24 61 30 tokens")):
         session.executor.prefiller().run(requests, cache, threading.Event())
@@ -245,7 +245,12 @@ def test_a_machine_without_tensorrt_says_so(machine: Double, tmp_path: Path, mon
         {"dtype": "int8"},
         {"num_layers": 0},
         {"capacities": []},
-        {"capacities": [256, 128]},
+        {"capacities": [[256], [128]]},
+        {"capacities": [128, 256]},
+        {"capacities": [[128, 256]]},
+        {"capacities": [[True]]},
+        {"layout": {"parts": [], "length_classes": 1}},
+        {"scored": [7]},
         {"leaders": [7]},
         {"weights": {"a": [0, 10**9]}},
         {"weights": {"a": [-1, 4]}},

@@ -145,6 +145,11 @@ def make_plan(
             f"layer groups {settings.layer_groups} do not list the layers 0 to {model.num_layers - 1} once, in order: "
             "give consecutive groups that together cover every layer"
         )
+    if settings.num_kv_heads not in (0, model.num_kv_heads):
+        raise ConfigError(
+            f"reading_heads is for layers of {settings.num_kv_heads} KV heads; this model has {model.num_kv_heads}: "
+            "take a recipe that was made for this model"
+        )
     if settings.boundaries == "delimiter":
         if delimiter_tokens is None or delimiter_tokens.shape != (model.vocab_size,):
             raise ConfigError(

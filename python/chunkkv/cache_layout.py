@@ -69,6 +69,11 @@ class CacheLayout:
         return (value,) * self.length_classes
 
 
+def shown_slots(slots: Sequence[int]) -> str:
+    """Return the slots of every length class as text."""
+    return " and ".join(map(str, slots))
+
+
 def layout_of(settings: ChunkKVSettings | None, num_layers: int, num_kv_heads: int) -> CacheLayout:
     """Return the layout of an engine with `settings` for a model of these sizes; None is an engine without ChunkKV.
 

@@ -206,9 +206,9 @@ class Context:
         if "capacity" in names:  # a host shape input: read now, not when the stream gets there
             address = self._addresses["capacity"]
             assert not DOUBLES[-1].cuda.contains(address, 8), "a host shape input in device memory"
-            capacity = array_at(address, (1,), np.int64).copy()
             low, _, high = self._engine.header["values"]["capacity"]
-            if not low[0] <= capacity[0] <= high[0]:
+            capacity = array_at(address, (len(low),), np.int64).copy()
+            if not (capacity >= low).all() or not (capacity <= high).all():
                 return False
         DOUBLES[-1].cuda.enqueue(stream_handle, lambda: self._run(capacity))
         return True

@@ -114,8 +114,8 @@ def plan_graphs(flags: Namespace, backend: str, progress: Progress) -> GraphBuil
     has_table = tokenizer is not None and settings is not None and settings.boundaries == "delimiter"
     delimiters = tokenizer.delimiter_token_table(vocab_size=model.vocab_size) if tokenizer and has_table else None
     with errors_name_flags("chunkkv_"):
-        if settings is not None and traits.runs_kernels:
-            settings.check_kernels()
+        if settings is not None:
+            traits.check_settings(settings)
         plan = make_plan(model, settings, delimiters)
     return GraphBuild(checkpoint, limits, plan)
 

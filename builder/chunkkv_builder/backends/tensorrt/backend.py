@@ -9,6 +9,7 @@ from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
+from chunkkv.cache_layout import shown_slots
 from chunkkv.command_line import UsageError
 from chunkkv.engine.backends import TENSORRT
 from chunkkv.engine.tensorrt_build import FUNCTIONS, PLUGIN
@@ -88,7 +89,8 @@ class TensorRTBackend:
         Raises as plan_graphs does, and UsageError for flags that do not fit the TensorRT at hand.
         """
         planned = plan_graphs(flags, self.name, progress)
-        target = Target.decide(self._options, planned.plan.model, planned.plan.settings is not None)
+        settings = planned.plan.settings
+        target = Target.decide(self._options, planned.plan.model, settings is not None, settings)
         return TensorRTPlan(planned, target)
 
     def check(self, planned: TensorRTPlan, progress: Progress) -> None:
@@ -129,7 +131,8 @@ class TensorRTBackend:
         builder.build("prefill", prefill, graphs.prefill_profile(), folder / PREFILL_FILE)
         for capacity in graphs.capacities:
             path = folder / decode_file(capacity)
-            builder.build(f"decode {capacity}", graphs.decode(capacity), graphs.decode_profile(), path, capturable=True)
+            name, profile = f"decode {shown_slots(capacity)}", graphs.decode_profile()
+            builder.build(name, graphs.decode(capacity), profile, path, capturable=True)
         builder.write_timing_cache()
         graphs.contract().write(folder)
         build.write_config(folder)
@@ -142,6 +145,6 @@ def _engine_lines(engines: dict[str, ShapeProfile]) -> list[str]:
     for file, profile in engines.items():
         (least, _, most), values = profile.shapes["input_ids"], profile.values.get("capacity")
         rows = f"{least[0]} to {most[0]} rows of {least[1]} to {most[1]} tokens"
-        slots = "" if values is None else f", caches of {values[0]} to {values[-1]} slots"
+        slots = "" if values is None else f", caches of {shown_slots(values[0])} to {shown_slots(values[-1])} slots"
         lines.append(f"{file}: {rows}{slots}")
     return lines

@@ -207,7 +207,7 @@ class EngineBuilder:
                 *(tuple(s if s >= 0 else size for s, size in zip(shape, sizes, strict=True)) for shape in triple),
             )
         for tensor, values in profile.values.items():
-            trt_profile.set_shape_input(tensor, *([value] for value in values))
+            trt_profile.set_shape_input(tensor, *(list(value) for value in values))
         return trt_profile
 
 

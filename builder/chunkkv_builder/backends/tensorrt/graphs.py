@@ -7,6 +7,7 @@ from functools import partial
 
 import onnx
 
+from chunkkv.cache_layout import Slots
 from chunkkv.engine.tensorrt_contract import Contract
 from chunkkv.settings import ChunkKVSettings
 from chunkkv_builder.checkpoint.interface import Checkpoint
@@ -14,7 +15,7 @@ from chunkkv_builder.config import BuildConfig
 from chunkkv_builder.onnx_graph import functions
 from chunkkv_builder.onnx_graph.emitter import InputWeightsEmitter
 from chunkkv_builder.onnx_graph.prefill import PrefillGraph
-from chunkkv_builder.onnx_graph.transformer import StepGraph
+from chunkkv_builder.onnx_graph.transformer import StepGraph, capacity_name
 from chunkkv_builder.onnx_graph.weights import WeightLocation, WeightSource
 from chunkkv_builder.plan import GraphPlan
 
@@ -36,11 +37,11 @@ class ShapeProfile:
     shapes : dict
         Per input tensor its smallest, best and largest shape; -1 stands for the size that the graph itself has there.
     values : dict
-        Per host input that holds a shape its smallest, best and largest value.
+        Per host input that holds a shape its smallest, best and largest values.
     """
 
     shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
-    values: dict[str, tuple[int, int, int]]
+    values: dict[str, tuple[Slots, Slots, Slots]]
 
 
 class Graphs:
@@ -57,7 +58,7 @@ class Graphs:
         vectors = (name for name in checkpoint.names() if name not in locations)
         inside = {name: WeightLocation(name, "", 0, tuple(checkpoint.shape(name)), build.dtype) for name in vectors}
         self._weights = {**locations, **inside}
-        self.capacities = decode_capacities(build.max_seq_len)
+        self.capacities = cache_sizes(plan, build)
         self.prefill_rows = max(1, min(build.max_batch_size, build.max_num_tokens // build.max_input_len))
 
     def prefill(self, sorting: bool) -> onnx.ModelProto:
@@ -71,35 +72,38 @@ class Graphs:
         emitter = InputWeightsEmitter(self._load)
         return PrefillGraph(self._plan, self._weights, self._build.dtype, emitter, sorting).build()
 
-    def decode(self, capacity: int) -> onnx.ModelProto:
-        """Return the graph of one decode step over caches of `capacity` slots."""
+    def decode(self, capacity: Slots) -> onnx.ModelProto:
+        """Return the graph of one decode step over caches of `capacity` slots, one number for each length class."""
         emitter = InputWeightsEmitter(self._load)
         graph = StepGraph(
             self._plan, self._weights, "standard", self._build.dtype, emitter, window_queries=False
         ).build()
-        return with_fixed_dims(graph, {"block": 1, "logit_count": 1, "capacity": capacity})
+        slots = {capacity_name(number, len(capacity)): count for number, count in enumerate(capacity)}
+        return with_fixed_dims(graph, {"block": 1, "logit_count": 1, **slots})
 
     def prefill_profile(self) -> ShapeProfile:
         """Return the prefill profile: 1 to prefill_rows prompts of 1 to max_input_len tokens, any cache capacity."""
         rows, longest = self.prefill_rows, self._build.max_input_len
         row_inputs = ["lengths"] + (["keep_per_10k", "budget_tokens"] if self._plan.settings else [])
         shapes = {name: ((1,), (rows,), (rows,)) for name in row_inputs}
-        kept = self._plan.settings.kept_tokens(longest) if self._plan.settings else longest
-        usual = next(capacity for capacity in self.capacities if capacity >= kept)
-        values = {"capacity": (self.capacities[0], usual, self.capacities[-1])}
+        kept = self._plan.settings.class_lengths(longest) if self._plan.settings else (longest,)
+        usual = next(capacity for capacity in self.capacities if fits(kept, capacity))
+        least, most = (tuple(map(limit, zip(*self.capacities, strict=True))) for limit in (min, max))
+        values = {"capacity": (least, usual, most)}
         ids = ((1, 1), (rows, min(longest, BEST_LENGTH)), (rows, longest))
         return ShapeProfile({"input_ids": ids, **shapes}, values)
 
     def decode_profile(self) -> ShapeProfile:
         """Return the decode profile: 1 to max_batch_size rows of one token."""
-        most, model = self._build.max_batch_size, self._plan.model
+        most, plan = self._build.max_batch_size, self._plan
         columns = {name: ((1, 1), (most, 1), (most, 1)) for name in ("input_ids", "position_ids", "logit_indices")}
         shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
-        shapes = {**columns, "cache_lengths": ((1, 1), (1, most), (1, most))}
-        tail = (model.num_kv_heads, -1, model.head_dim)  # the capacity is the graph's own
-        for layer in range(model.num_layers):
+        classes = plan.layout.length_classes
+        shapes = {**columns, "cache_lengths": ((classes, 1), (classes, most), (classes, most))}
+        for part in plan.parts:
+            tail = (len(part.kv_heads), -1, plan.model.head_dim)  # the capacity is the graph's own
             for kind in ("key", "value"):
-                shapes[f"past_{kind}.{layer}"] = ((1, *tail), (most, *tail), (most, *tail))
+                shapes[f"past_{kind}.{part.number}"] = ((1, *tail), (most, *tail), (most, *tail))
         return ShapeProfile(shapes, {})
 
     def contract(self) -> Contract:
@@ -114,17 +118,54 @@ class Graphs:
             max_input_len=self._build.max_input_len,
             prefill_rows=self.prefill_rows,
             group_layers=_layers_alive(settings),
-            leaders=self._plan.leaders,
+            layout=self._plan.layout,
+            leaders=tuple(part.number for part in self._plan.parts if settings is not None and part.leads),
+            scored=tuple(part.number for part in self._plan.parts if part.scores),
             capacities=self.capacities,
             weights={place.name: (place.offset, place.nbytes) for place in self._matrices.values()},
         )
 
 
 def _layers_alive(settings: ChunkKVSettings | None) -> int:
-    """Return how many layers' full keys and values are alive at once: a first leader decides before the others run."""
-    if settings is None or settings.leader == "first":
+    """Return how many layers' full keys and values are alive at once: those of a group up to its leader."""
+    if settings is None:
         return 1
-    return max(len(group) for group in settings.layer_groups)
+    return max(group.index(settings.leader_of(group)) + 1 for group in settings.layer_groups)
+
+
+def cache_sizes(plan: GraphPlan, build: BuildConfig) -> tuple[Slots, ...]:
+    """Return the slots of each length class to build decode engines for, by the size of the cache.
+
+    With two classes the local heads get at each size what they need beside the reading heads of a prompt at the default
+    budget, and the last size is the largest in both, so that every request has a cache.
+    """
+    sizes = decode_capacities(build.max_seq_len)
+    if plan.settings is None or plan.layout.length_classes == 1:
+        return tuple((size,) for size in sizes)
+    pairs = {(size, _beside(plan.settings, size, build.max_input_len, sizes)) for size in sizes}
+    pairs.add((sizes[-1], sizes[-1]))
+    reading, local = plan.layout.heads
+    return tuple(sorted(pairs, key=lambda pair: (reading * pair[0] + local * pair[1], pair)))
+
+
+def _beside(settings: ChunkKVSettings, size: int, longest: int, sizes: tuple[int, ...]) -> int:
+    """Return the slots of the local heads for a cache whose reading heads have `size`, with room for new tokens."""
+    room = min(SMALLEST_CAPACITY, size // 2)
+    shortest = 1  # bisect for the longest prompt of which `size` slots hold the reading heads
+    while shortest < longest:
+        middle = (shortest + longest + 1) // 2
+        if settings.class_lengths(middle)[0] + room <= size:
+            shortest = middle
+        else:
+            longest = middle - 1
+    reading, local = settings.class_lengths(shortest)
+    needed = local + max(size - reading, room)
+    return min(-(-needed // CAPACITY_STEP) * CAPACITY_STEP, sizes[-1])
+
+
+def fits(needed: Slots, capacity: Slots) -> bool:
+    """Return whether a cache of `capacity` slots holds `needed` ones in every length class."""
+    return all(count <= slots for count, slots in zip(needed, capacity, strict=True))
 
 
 def decode_capacities(max_seq_len: int) -> tuple[int, ...]:

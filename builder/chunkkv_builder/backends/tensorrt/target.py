@@ -22,6 +22,7 @@ from chunkkv.gpu.tensorrt_library import (
     is_new_enough,
     missing,
 )
+from chunkkv.settings import ChunkKVSettings
 from chunkkv_builder.checkpoint.model_config import ModelConfig
 
 OPS = (AUTO, PLUGIN, FUNCTIONS)
@@ -90,8 +91,13 @@ class Target:
     lacking: tuple[str, ...]
 
     @classmethod
-    def decide(cls, options: Options, model: ModelConfig, with_chunkkv: bool) -> Target:
-        """Return what to build for; raises UsageError for flags that the TensorRT at hand does not have."""
+    def decide(
+        cls, options: Options, model: ModelConfig, with_chunkkv: bool, settings: ChunkKVSettings | None = None
+    ) -> Target:
+        """Return what to build for; raises UsageError for flags that the TensorRT at hand does not have.
+
+        `settings` are ChunkKV's, where they are known.
+        """
         for capability in options.compute_capabilities:
             if not is_new_enough(capability):
                 raise UsageError(
@@ -103,7 +109,7 @@ class Target:
             _check_flags(options, trt)
         except BackendUnavailableError:
             trt = None
-        ops, reason = _decide_ops(options, trt, model) if with_chunkkv else (NO_OPS, "without --chunkkv")
+        ops, reason = _decide_ops(options, trt, model, settings) if with_chunkkv else (NO_OPS, "without --chunkkv")
         lacking = tuple(options.missing(with_chunkkv))
         return cls(trt, tuple(options.compute_capabilities), ops, reason, lacking)
 
@@ -148,8 +154,17 @@ def _check_flags(options: Options, trt: TensorRT) -> None:
             raise UsageError(f"--compute_capability is {capability}; {trt.title} offers {offered}")
 
 
-def _decide_ops(options: Options, trt: TensorRT | None, model: ModelConfig) -> tuple[str, str]:
+def _decide_ops(
+    options: Options, trt: TensorRT | None, model: ModelConfig, settings: ChunkKVSettings | None
+) -> tuple[str, str]:
     """Return how ChunkKV gets into the engines, and why."""
+    if settings is not None and options.chunkkv_ops != FUNCTIONS:
+        try:
+            settings.check_kernels()
+        except ConfigError as error:
+            if options.chunkkv_ops == PLUGIN:
+                raise UsageError(f"--chunkkv_ops is {PLUGIN}, but {error}; or give --chunkkv_ops {FUNCTIONS}") from None
+            return FUNCTIONS, str(error)
     sizes = model.head_dim, model.num_heads, model.num_kv_heads
     if options.chunkkv_ops != AUTO:
         if options.chunkkv_ops == PLUGIN:

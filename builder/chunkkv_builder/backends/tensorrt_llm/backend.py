@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from chunkkv.command_line import UsageError, errors_name_flags
-from chunkkv.engine.backends import TENSORRT_LLM
+from chunkkv.engine.backends import TENSORRT_LLM, TRAITS
 from chunkkv.engine.preconditions import BUILD_PRECONDITIONS, build_values, check
 from chunkkv.errors import BuildError, ChunkKVError
 from chunkkv_builder.backends.interface import Built
@@ -109,6 +109,8 @@ class TensorRTLLMBackend:
         model = LlmModel.read(source)
         settings = chunkkv_settings(flags, model.num_layers)
         assert settings is not None  # flags.py insists on --chunkkv
+        with errors_name_flags("chunkkv_"):
+            TRAITS[TENSORRT_LLM].check_settings(settings)
         engines = EngineBuild(settings, self._tokenizer_dir, self._tp_agree)
         return LlmBuild(Path(source), model, engines, limits, self._tokenizer_dir, command, flags.dry_run)
 

@@ -10,20 +10,20 @@ from chunkkv.gpu.cuda_runtime import DeviceBuffer
 
 @dataclass(frozen=True)
 class DeviceKVCache:
-    """Keys and values per layer on the GPU, each [B,Hkv,C,D] in the engine's type.
+    """Keys and values per part of the layout on the GPU, each [B,H,C,D] in the engine's type.
 
     Parameters
     ----------
     keys : tuple of int
-        Per layer the device address of the first row's keys.
+        Per part the device address of the first row's keys.
     values : tuple of int
-        Per layer the device address of the first row's values.
+        Per part the device address of the first row's values.
     row_count : int
         Rows of the cache.
     capacity : tuple of int
-        Slots per row: one number, because all heads hold equally many tokens.
-    row_bytes : int
-        Distance between two rows of a layer, in bytes.
+        Slots per row, one number for each length class.
+    row_bytes : tuple of int
+        Per part the distance between two rows, in bytes.
     buffer : DeviceBuffer
         Owns the memory; every part that rows() returns keeps it alive.
     """
@@ -32,11 +32,13 @@ class DeviceKVCache:
     values: tuple[int, ...]
     row_count: int
     capacity: Slots
-    row_bytes: int
+    row_bytes: tuple[int, ...]
     buffer: DeviceBuffer
 
     def rows(self, first: int, count: int) -> DeviceKVCache:
         """Return `count` rows from `first` as a cache that shares this cache's memory."""
-        offset = first * self.row_bytes
-        keys, values = (tuple(address + offset for address in kind) for kind in (self.keys, self.values))
+        keys, values = (
+            tuple(address + first * size for address, size in zip(kind, self.row_bytes, strict=True))
+            for kind in (self.keys, self.values)
+        )
         return DeviceKVCache(keys, values, count, self.capacity, self.row_bytes, self.buffer)

@@ -34,7 +34,7 @@ class TensorRTDecoder:
         self._host = {
             name: engines.cuda.pinned((rows, 1), np.int64) for name in ("input_ids", "position_ids", "logit_indices")
         }
-        self._host["cache_lengths"] = engines.cuda.pinned((1, rows), np.int32)
+        self._host["cache_lengths"] = engines.cuda.pinned((len(cache.capacity), rows), np.int32)
         self._logits = engines.cuda.pinned((rows, 1, engines.contract.vocab_size), np.float32)
         self._arrays = StepArrays(
             self._host["input_ids"].array, self._host["position_ids"].array, self._host["cache_lengths"].array
@@ -64,7 +64,7 @@ class TensorRTDecoder:
             self._graph.launch(self._stream)
         self._stream.synchronize()
         if self._steps == 1:
-            self._engines.first_step_done(self._cache.row_count, self._cache.capacity[0])
+            self._engines.first_step_done(self._cache.row_count, self._cache.capacity)
         return self._logits.array[list(rows), 0]
 
     def _new_context(self, engine: Any, graph_inside: bool) -> EngineContext:
@@ -80,10 +80,10 @@ class TensorRTDecoder:
     def _bind_cache(self, context: EngineContext, engine: Any) -> None:
         """Bind past and present to the same memory, as the engine's cache update wants it."""
         contract, cache = self._engines.contract, self._cache
-        shape = (cache.row_count, contract.num_kv_heads, cache.capacity[0], contract.head_dim)
         for kind, addresses in (("key", cache.keys), ("value", cache.values)):
-            for layer, address in enumerate(addresses):
-                past, present = f"past_{kind}.{layer}", f"present_{kind}.{layer}"
+            for number, (part, address) in enumerate(zip(contract.layout.parts, addresses, strict=True)):
+                shape = (cache.row_count, len(part.kv_heads), cache.capacity[part.length_class], contract.head_dim)
+                past, present = f"past_{kind}.{number}", f"present_{kind}.{number}"
                 if (alias := engine.get_aliased_input_tensor(present)) != past:
                     raise EngineMismatchError(
                         f"{present} shares memory with {alias!r}, expected {past!r}: this TensorRT does not update "

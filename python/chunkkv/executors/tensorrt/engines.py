@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from chunkkv.cache_layout import Slots
 from chunkkv.engine.tensorrt_build import PLUGIN, RTX, TensorRTBuild
 from chunkkv.engine.tensorrt_contract import WEIGHTS_FILE, Contract
 from chunkkv.errors import BackendUnavailableError, EngineError, EngineMismatchError
@@ -49,7 +50,7 @@ class TensorRTEngines:
         self._runtime = start(trt, trt.module.Runtime, self._logger, self._errors)
         if built_with.chunkkv_ops == PLUGIN:
             load_plugins(trt, trt.module.get_plugin_registry(), self._errors)
-        self._contexts, self._decoded = self._context_maker(trt), set[tuple[int, int]]()
+        self._contexts, self._decoded = self._context_maker(trt), set[tuple[int, Slots]]()
         self._weights, self._weights_buffer = self._load_weights()
 
     def _context_maker(self, trt: TensorRT) -> ContextMaker:
@@ -67,7 +68,7 @@ class TensorRTEngines:
             context.bind(name, address)
         return context
 
-    def first_step_done(self, rows: int, capacity: int) -> None:
+    def first_step_done(self, rows: int, capacity: Slots) -> None:
         """Keep what the first decode step over `rows` rows of `capacity` slots compiled, for the next process."""
         if (rows, capacity) not in self._decoded:
             self._decoded.add((rows, capacity))

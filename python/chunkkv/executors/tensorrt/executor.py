@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from chunkkv.cache_layout import CacheLayout, Slots, uniform_layout
+import numpy as np
+
+from chunkkv.cache_layout import CacheLayout, Slots, shown_slots
 from chunkkv.engine.tensorrt_build import TensorRTBuild
 from chunkkv.engine.tensorrt_contract import decode_file
 from chunkkv.errors import RequestError
@@ -50,27 +52,29 @@ class TensorRTExecutor(Executor[DeviceKVCache]):
     @property
     def cache_layout(self) -> CacheLayout:
         """Which heads of which layer hold equally many tokens."""
-        return uniform_layout(self.contract.num_layers, self.contract.num_kv_heads)
+        return self.contract.layout
 
     def capacity_for(self, tokens: int | Sequence[int]) -> Slots:
         """Return the slots of the smallest cache that holds `tokens` tokens; raises RequestError beyond the largest."""
-        (count,) = self.cache_layout.slots(tokens)
+        needed = self.contract.layout.slots(tokens)
         for capacity in self.contract.capacities:
-            if capacity >= count:
-                return (capacity,)
+            if all(slots >= count for slots, count in zip(capacity, needed, strict=True)):
+                return capacity
         raise RequestError(
-            f"{count} tokens do not fit the largest cache of this engine, {self.contract.capacities[-1]} slots: "
+            f"{shown_slots(needed)} tokens do not fit the largest cache of this engine, "
+            f"{shown_slots(self.contract.capacities[-1])} slots: "
             "ask for fewer new tokens, or build with a larger --max_seq_len"
         )
 
     def new_cache(self, rows: int, capacity: int | Sequence[int]) -> DeviceKVCache:
         """Return a cache of undefined content: prefill writes every slot of a row, so that no old NaN is ever read."""
-        slots = self.cache_layout.slots(capacity)
-        layers, row_bytes = self.contract.num_layers, self.contract.row_bytes(slots[0])
-        layer_bytes = aligned(rows * row_bytes)
-        buffer = self._engines.cuda.device_memory(2 * layers * layer_bytes)
-        places = [buffer.address + number * layer_bytes for number in range(2 * layers)]
-        return DeviceKVCache(tuple(places[:layers]), tuple(places[layers:]), rows, slots, row_bytes, buffer)
+        contract, parts = self.contract, self.contract.layout.parts
+        slots = contract.layout.slots(capacity)
+        row_bytes = tuple(len(part.kv_heads) * contract.head_bytes(slots[part.length_class]) for part in parts)
+        starts = np.cumsum([0, *(aligned(rows * size) for size in 2 * row_bytes)])
+        buffer = self._engines.cuda.device_memory(int(starts[-1]))
+        places = tuple(buffer.address + int(start) for start in starts[:-1])
+        return DeviceKVCache(places[: len(parts)], places[len(parts) :], rows, slots, row_bytes, buffer)
 
     def prefiller(self) -> TensorRTPrefiller:
         """Return what prefills the prompts of one call, several at a time where the engine was built for it."""
@@ -78,4 +82,4 @@ class TensorRTExecutor(Executor[DeviceKVCache]):
 
     def decoder(self, cache: DeviceKVCache) -> TensorRTDecoder:
         """Return what appends tokens to the rows of `cache`."""
-        return TensorRTDecoder(self._engines, self._decode[cache.capacity[0]], cache)
+        return TensorRTDecoder(self._engines, self._decode[cache.capacity], cache)

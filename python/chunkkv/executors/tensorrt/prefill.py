@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from chunkkv import profiling
+from chunkkv.cache_layout import shown_slots
 from chunkkv.engine.tensorrt_contract import PREFILL_FILE
 from chunkkv.errors import EngineRunError
 from chunkkv.executors.interface import (
@@ -66,13 +67,14 @@ class TensorRTPrefiller(Prefiller[DeviceKVCache]):
     def _run(self, requests: Sequence[Request], out: DeviceKVCache) -> dict[str, np.ndarray]:
         """Bind everything, run once, and return the outputs that are not caches, on the host."""
         engines, context, stream = self._engines, self._prefill.context, self._stream
-        inputs, capacity = _prefill_inputs(requests), _aligned_int64(out.capacity[0])
+        inputs, capacity = _prefill_inputs(requests), _aligned_int64(out.capacity)
         rows, padded = inputs["input_ids"].shape
         outputs: dict[str, np.ndarray] = {"logits": np.empty((rows, 1, self._contract.vocab_size), np.float32)}
-        outputs["kept_lengths"] = np.empty((1, rows), np.int32)
-        for leader in self._contract.leaders:
-            outputs[f"kept_indices.{leader}"] = np.empty((rows, padded), np.int32)
-            outputs[f"token_scores.{leader}"] = np.empty((rows, padded), np.float32)
+        outputs["kept_lengths"] = np.empty((len(out.capacity), rows), np.int32)
+        for part in sorted(set(self._contract.choices.values())):
+            outputs[f"kept_indices.{part}"] = np.empty((rows, padded), np.int32)
+        for part in self._contract.scored:
+            outputs[f"token_scores.{part}"] = np.empty((rows, padded), np.float32)
         if not self._contract.leaders:
             del inputs["keep_per_10k"], inputs["budget_tokens"]
         arrays = {**inputs, **outputs}
@@ -85,30 +87,31 @@ class TensorRTPrefiller(Prefiller[DeviceKVCache]):
         for name, address in places.items():
             context.bind(name, address)
         context.bind("capacity", capacity.ctypes.data)
-        for layer in range(self._contract.num_layers):
-            context.bind(f"kept_key.{layer}", out.keys[layer])
-            context.bind(f"kept_value.{layer}", out.values[layer])
+        for part, (key, value) in enumerate(zip(out.keys, out.values, strict=True)):
+            context.bind(f"kept_key.{part}", key)
+            context.bind(f"kept_value.{part}", value)
         context.enqueue(stream)
         for name, array in outputs.items():
             stream.download(array, places[name])
         stream.synchronize()
         for row, request in enumerate(requests):
-            if (kept := outputs["kept_lengths"][0, row]) != request.kept_tokens:
+            if (kept := tuple(outputs["kept_lengths"][:, row].tolist())) != request.class_lengths:
                 raise EngineRunError(
-                    f"the engine kept {kept} of {len(request.ids)} tokens, expected {request.kept_tokens}: "
+                    f"the engine kept {shown_slots(kept)} of {len(request.ids)} tokens, expected "
+                    f"{shown_slots(request.class_lengths)}: "
                     "plugins and runtime are of different versions"
                 )
         return outputs
 
     def _choice(self, row: int, request: Request, outputs: dict[str, np.ndarray]) -> Choice | None:
-        kept, length = request.kept_tokens, len(request.ids)
-        if kept == length or not self._contract.leaders:
+        contract, length, lengths = self._contract, len(request.ids), request.class_lengths
+        if request.kept_tokens == length or not contract.leaders:
             return None
-        leaders = self._contract.leaders
+        kept = {part: lengths[contract.layout.parts[part].length_class] for part in contract.leaders}
         return Choice(
-            {leader: outputs[f"kept_indices.{leader}"][row, :kept] for leader in leaders},
-            {leader: outputs[f"token_scores.{leader}"][row, :length] for leader in leaders},
-            (kept,),
+            {part: outputs[f"kept_indices.{of}"][row, : kept[part]] for part, of in contract.choices.items()},
+            {part: outputs[f"token_scores.{part}"][row, :length] for part in contract.scored},
+            lengths,
         )
 
 
@@ -125,9 +128,9 @@ def _prefill_inputs(requests: Sequence[Request]) -> dict[str, np.ndarray]:
     return {"input_ids": ids, **{name: np.array(column, np.int32) for name, column in columns.items()}}
 
 
-def _aligned_int64(value: int) -> np.ndarray:
-    """Return [value] int64 on the host at an aligned address, from where TensorRT reads it as a shape."""
-    memory = np.zeros(2 * ALIGNMENT // 8, np.int64)
+def _aligned_int64(values: Sequence[int]) -> np.ndarray:
+    """Return `values` as int64 on the host at an aligned address, from where TensorRT reads them as shapes."""
+    memory = np.zeros(ALIGNMENT // 8 + len(values), np.int64)
     start = -memory.ctypes.data % ALIGNMENT // 8
-    memory[start] = value
-    return memory[start : start + 1]
+    memory[start : start + len(values)] = values
+    return memory[start : start + len(values)]
