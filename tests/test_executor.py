@@ -65,7 +65,7 @@ def compress_feeds(
 ) -> dict[str, np.ndarray]:
     """Return the inputs of compress.onnx from those of the op, per leader and layer."""
     ids = ids_with(named.get("is_delimiter"), session, keys[0].shape[::2])
-    row_inputs = {name: named[name] for name in ("lengths", "keep_per_10k", "budget_tokens")}
+    row_inputs = {name: named[name] for name in ("lengths", "keep_per_10k", "budget_tokens", "window")}
     everything = {"input_ids": ids, **row_inputs, "capacity": np.array([capacity], np.int64)}
     everything.update({f"query.{leader}": query for leader, query in queries.items()})
     everything.update({f"key.{layer}": key for layer, key in enumerate(keys)})

@@ -9,14 +9,17 @@ import numpy as np
 import onnx
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
 from support import onnx_op, op_properties
+from support.choice_properties import CHOICE_PROPERTIES
 from support.op_cases import CASES, LONG_CASE, OpCase, named, op_cases
 
 from chunkkv import reference
+from chunkkv.settings import ChunkKVSettings
 from chunkkv_builder.onnx_graph import functions
 
-PROPERTIES = op_properties.PROPERTIES
+PROPERTIES = (*op_properties.PROPERTIES, *CHOICE_PROPERTIES)
 BODIES = [onnx_op.select, onnx_op.select_without_sorting]
 both_bodies = pytest.mark.parametrize("select", BODIES, ids=["sorting", "threshold"])
 drawn = settings(max_examples=40, deadline=None, derandomize=True, database=None)
@@ -50,7 +53,7 @@ def test_products_of_length_and_ratio_are_64_bit(select: op_properties.Select) -
     op_properties.check_exact_budget(select, LONG_CASE)
 
 
-@pytest.mark.parametrize("name", ["plain", "ragged batch with padding", "budget per row"])
+@pytest.mark.parametrize("name", ["plain", "ragged batch with padding", "budget per row", "each head"])
 def test_compaction_copies_bits(name: str) -> None:
     op_properties.check_compaction(onnx_op.select, onnx_op.compact, named(name))
 
@@ -123,15 +126,53 @@ def test_nodes_carry_what_a_plugin_needs() -> None:
     assert given_attributes["boundaries"] == b"delimiter" and given_attributes["score"] == b"softmax"
     assert given_attributes["plugin_version"] == b"1" and given_attributes["plugin_namespace"] == b"chunkkv"
     assert node.domain == functions.DOMAIN
-    assert len(node.input) == len(functions.select_inputs(case.settings))
+    assert len(node.input) == len(functions.select_inputs(case.settings, request_window=True))
+
+
+@pytest.mark.parametrize("heads", ["shared", "each"])
+def test_nodes_name_the_words_of_version_2_only_where_they_are_used(heads: str) -> None:
+    attributes = functions.select_attributes(replace(named("plain").settings, heads=heads, value_norm="on"))
+    assert attributes["value_norm"] == "on" and ("heads" in attributes) == (heads == "each")
+    assert not {"window_reduce", "head_reduce", "budget_split"} & set(attributes)
+
+
+@both_bodies
+@drawn
+@given(data=st.data())
+def test_classes_keep_the_lengths_of_the_settings(select: op_properties.Select, data: st.DataObject) -> None:
+    share = data.draw(st.integers(10_000, 20_000))
+    used = ChunkKVSettings(
+        **{"window": 2, "chunk_size": 3, "sinks": 1, "min_tokens": data.draw(st.integers(6, 20)), "pooling": 1},
+        budget_split="classes",
+        num_kv_heads=4,
+        reading_heads=((0, 2), (1, 2, 3), ()),
+        reading_share_per_10k=share,
+        local_share_per_10k=(12 * 10_000 - 5 * share) // 7,
+    )
+    rows = data.draw(st.lists(st.tuples(st.integers(1, 60), st.integers(1, 10_000), st.integers(0, 60)), min_size=1))
+    lengths, ratios, budgets = (np.array(column, np.int32) for column in zip(*rows, strict=True))
+    inputs = OpCase("classes", used, tuple(map(int, lengths)), 2, 2).inputs()
+    optional = {"keep_per_10k": ratios, "budget_tokens": budgets}
+    expected = [used.class_lengths(*map(int, row)) for row in rows]
+    for number, head_class in enumerate(("reading", "local")):
+        model = onnx_op.select_model(
+            used, 2, 2, sorting=select is onnx_op.select, request_window=False, head_class=head_class
+        )
+        feeds = onnx_op.feeds(inputs.query, inputs.key, lengths, used, **optional)
+        del feeds["window"]
+        _, kept, _ = onnx_op.session_of(model).run(None, feeds)
+        assert kept.tolist() == [row[number] for row in expected]
 
 
 def test_a_changed_setting_changes_the_choice() -> None:
     """The checks above compare with the reference; this one shows that the settings reach the graph at all."""
     case = named("plain")
     inputs = case.inputs()
-    base, _, _ = onnx_op.select(inputs.query, inputs.key, inputs.lengths, case.settings)
+    base, _, scores = onnx_op.select(inputs.query, inputs.key, inputs.lengths, case.settings)
     for change in ({"chunk_size": 5}, {"sinks": 0}, {"pooling": 3}, {"score": "logits"}):
         settings_ = replace(case.settings, min_tokens=20, **change)
         other, _, _ = onnx_op.select(inputs.query, inputs.key, inputs.lengths, settings_)
         assert not np.array_equal(base, other), change
+    for change in ({"window_reduce": "max"}, {"head_reduce": "max"}):
+        _, _, other = onnx_op.select(inputs.query, inputs.key, inputs.lengths, replace(case.settings, **change))
+        assert not np.allclose(scores, other, rtol=1e-2), change

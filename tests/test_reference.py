@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from support import op_properties as properties
+from support.choice_properties import CHOICE_PROPERTIES
 from support.messages import naming
 from support.op_cases import CASES, LONG_CASE, STORAGE_TYPES, OpCase, named, op_cases
 
@@ -250,12 +251,12 @@ def test_a_different_choice_is_counted_near_the_cut_and_refused_elsewhere() -> N
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("check", properties.PROPERTIES, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", (*properties.PROPERTIES, *CHOICE_PROPERTIES), ids=lambda check: check.__name__)
 def test_property_on_the_case_table(check: properties.Check, case: OpCase) -> None:
     assert check(reference.select_batch, case) == 0
 
 
-@pytest.mark.parametrize("check", properties.PROPERTIES, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", (*properties.PROPERTIES, *CHOICE_PROPERTIES), ids=lambda check: check.__name__)
 def test_property_on_drawn_cases(check: properties.Check) -> None:
     @drawn
     @given(op_cases())

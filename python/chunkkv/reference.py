@@ -321,8 +321,8 @@ def near_cut(
     """Return which tokens of a row, bool [L], lie in a chunk that rounding may put on either side of the cut.
 
     It tells an error of another implementation from a legal difference in rounding. Parameters as in select_tokens;
-    `tolerance` as in chunks_near_cut. With score "logits" the tolerance is relative to the largest token score: terms
-    of both signs cancel, so the rounding error of a sum is not bounded by the sum itself.
+    `tolerance` as in chunks_near_cut. With another score than "softmax" the tolerance is relative to the largest token
+    score: terms of both signs cancel, so the rounding error of a sum is not bounded by the sum itself.
     """
     near = np.zeros(length, dtype=bool)
     if kept >= length:
@@ -331,7 +331,7 @@ def near_cut(
     starts = chunk_starts(length, settings, is_delimiter)
     sizes = chunk_sizes(starts, end)
     magnitude = None
-    if settings.score == "logits":
+    if settings.score != "softmax":
         finite = np.abs(scores[:end][np.isfinite(scores[:end])])
         magnitude = float(finite.max(initial=0.0))
     means = chunk_scores(scores, starts, end)

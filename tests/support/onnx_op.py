@@ -18,33 +18,44 @@ OPSET = 23
 
 
 def select_model(
-    settings: ChunkKVSettings, heads: int, kv_heads: int, opset: int = OPSET, sorting: bool = True
+    settings: ChunkKVSettings,
+    heads: int,
+    kv_heads: int,
+    opset: int = OPSET,
+    sorting: bool = True,
+    request_window: bool = True,
+    head_class: str = "all",
 ) -> onnx.ModelProto:
     """Return a graph of one ChunkKVSelect node; every dimension but the head counts is free."""
     e = GraphEmitter()
+    choices: list[int | str] = ["B", kv_heads] if settings.heads == "each" else ["B"]
     shapes = {"query": ["B", heads, settings.window, "D"], "key": ["B", kv_heads, "S", "D"], "is_delimiter": ["B", "S"]}
-    dtypes = {"query": "float32", "key": "float32"}
-    names = functions.select_inputs(settings)
+    shapes |= {"value": shapes["key"], "scores": [*choices, "S"]}
+    dtypes = dict.fromkeys(("query", "key", "value", "scores"), "float32")
+    names = functions.select_inputs(settings, request_window)
     for name in names:
         e.input(name, dtypes.get(name, "int32"), shapes.get(name, ["B"]))
-    outputs = {"kept_indices": ("int32", ["B", "N"]), "kept_lengths": ("int32", ["B"])}
-    outputs["token_scores"] = ("float32", ["B", "S"])
+    outputs = {"kept_indices": ("int32", [*choices, "N"]), "kept_lengths": ("int32", ["B"])}
+    outputs["token_scores"] = ("float32", [*choices, "S"])
     attributes = functions.select_attributes(settings) if sorting else {}
     e.op(functions.SELECT, names, list(outputs), name="/select", domain=functions.DOMAIN, **attributes)
     for name, (dtype, shape) in outputs.items():
         e.output(name, dtype, shape)
-    body = functions.select_function(settings, heads, kv_heads, opset, sorting=sorting)
+    body = functions.select_function(
+        settings, heads, kv_heads, opset, sorting=sorting, request_window=request_window, head_class=head_class
+    )
     return e.model("select", opset=opset, functions=[body], domains=[(functions.DOMAIN, 1)])
 
 
-def compact_model(opset: int = OPSET) -> onnx.ModelProto:
+def compact_model(opset: int = OPSET, heads: str = "shared") -> onnx.ModelProto:
     """Return a graph of one ChunkKVCompact node."""
     e = GraphEmitter()
-    inputs = [e.input("x", "float32", ["B", "Hkv", "S", "D"]), e.input("kept_indices", "int32", ["B", "K"])]
+    kept: list[int | str] = ["B", "H", "K"] if heads == "each" else ["B", "K"]
+    inputs = [e.input("x", "float32", ["B", "Hkv", "S", "D"]), e.input("kept_indices", "int32", kept)]
     attributes = functions.plugin_attributes()
     e.op(functions.COMPACT, inputs, ["y"], name="/compact", domain=functions.DOMAIN, **attributes)
     e.output("y", "float32", ["B", "Hkv", "K", "D"])
-    body = functions.compact_function(opset)
+    body = functions.compact_function(opset, heads)
     return e.model("compact", opset=opset, functions=[body], domains=[(functions.DOMAIN, 1)])
 
 
@@ -61,9 +72,9 @@ def _select_session(settings: ChunkKVSettings, heads: int, kv_heads: int, sortin
     return session_of(select_model(settings, heads, kv_heads, sorting=sorting))
 
 
-@functools.lru_cache(maxsize=1)
-def _compact_session() -> ort.InferenceSession:
-    return session_of(compact_model())
+@functools.lru_cache(maxsize=2)
+def _compact_session(heads: str) -> ort.InferenceSession:
+    return session_of(compact_model(heads=heads))
 
 
 def feeds(
@@ -75,6 +86,9 @@ def feeds(
     keep_per_10k: NDArray[Any] | None = None,
     budget_tokens: NDArray[Any] | None = None,
     is_delimiter: NDArray[Any] | None = None,
+    window: NDArray[Any] | None = None,
+    value: NDArray[Any] | None = None,
+    scores: NDArray[Any] | None = None,
 ) -> dict[str, NDArray[Any]]:
     """Return the node's inputs; what a call leaves out is filled in from the settings, as the runtime does."""
     rows = len(lengths)
@@ -88,8 +102,16 @@ def feeds(
         "lengths": np.asarray(lengths, np.int32),
         "keep_per_10k": np.asarray(keep_per_10k, np.int32),
         "budget_tokens": np.asarray(np.zeros(rows) if budget_tokens is None else budget_tokens, np.int32),
+        "window": np.full(rows, settings.window, np.int32) if window is None else np.asarray(window, np.int32),
     }
-    return named if settings.boundaries == "fixed" else {**named, "is_delimiter": is_delimiter.astype(np.int32)}
+    for name, array, dtype in (
+        ("is_delimiter", is_delimiter, np.int32),
+        ("value", value, np.float32),
+        ("scores", scores, np.float32),
+    ):
+        if array is not None:
+            named[name] = array.astype(dtype)
+    return {name: named[name] for name in functions.select_inputs(settings, request_window=True)}
 
 
 def select(
@@ -110,10 +132,12 @@ def select_without_sorting(
     """
     session = _select_session(settings, query.shape[1], key.shape[1], False)
     indices, kept, scores = session.run(None, feeds(query, key, lengths, settings, **optional))
-    assert indices.shape == scores.shape and (indices[:, kept.max() :] == -1).all()
-    return indices[:, : kept.max()], kept, scores
+    assert indices.shape == scores.shape and (indices[..., kept.max() :] == -1).all()
+    return indices[..., : kept.max()], kept, scores
 
 
 def compact(x: NDArray[Any], kept_indices: NDArray[np.int32]) -> NDArray[Any]:
     """ChunkKVCompact in ONNX Runtime on float32 caches."""
-    return _compact_session().run(None, {"x": x, "kept_indices": kept_indices})[0]
+    return _compact_session("each" if kept_indices.ndim == 3 else "shared").run(
+        None, {"x": x, "kept_indices": kept_indices}
+    )[0]

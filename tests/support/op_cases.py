@@ -19,7 +19,7 @@ STORAGE_TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dt
 
 @dataclass(frozen=True)
 class OpInputs:
-    """Arrays of one call: query [B,Hq,w,D], key [B,Hkv,S,D], lengths [B], and the optional per-row inputs."""
+    """Arrays of one call: query [B,Hq,W,D], key [B,Hkv,S,D], lengths [B], and the optional inputs of select_batch."""
 
     query: NDArray[Any]
     key: NDArray[Any]
@@ -27,13 +27,18 @@ class OpInputs:
     keep_per_10k: NDArray[np.int32] | None = None
     budget_tokens: NDArray[np.int32] | None = None
     is_delimiter: NDArray[np.bool_] | None = None
+    window: NDArray[np.int32] | None = None
+    value: NDArray[Any] | None = None
+    scores: NDArray[np.float32] | None = None
 
     def optional(self) -> dict[str, Any]:
-        """Return the keyword arguments of select_batch."""
+        """Return the keyword arguments of select_batch; those of some settings only where they are present."""
+        special = {"window": self.window, "value": self.value, "scores": self.scores}
         return {
             "keep_per_10k": self.keep_per_10k,
             "budget_tokens": self.budget_tokens,
             "is_delimiter": self.is_delimiter,
+            **{name: array for name, array in special.items() if array is not None},
         }
 
     def take_rows(self, rows: list[int]) -> OpInputs:
@@ -51,7 +56,7 @@ class OpCase:
     """A call described by numbers; its arrays follow from them, so a failing case can be read and repeated.
 
     `contrast` scales the logits, `delimiter_rate` is the share of delimiter tokens, `extra_padding` what S exceeds
-    the longest row by. keep_per_10k and budget_tokens hold one value per row, or None to use the settings.
+    the longest row by. keep_per_10k, budget_tokens and window hold one value per row, or None to use the settings.
     """
 
     name: str
@@ -66,6 +71,17 @@ class OpCase:
     delimiter_rate: float = 0.2
     contrast: float = 2.0
     seed: int = field(default=0)
+    window: tuple[int, ...] | None = None
+
+    @property
+    def choices(self) -> int:
+        """How many choices of tokens a row makes."""
+        return self.kv_heads if self.settings.heads == "each" else 1
+
+    @property
+    def choice_lengths(self) -> tuple[int, ...]:
+        """The length of the row of every choice."""
+        return tuple(length for length in self.lengths for _ in range(self.choices))
 
     def inputs(self, storage: str = "float32") -> OpInputs:
         """Return the arrays, with query and key rounded to the storage type."""
@@ -75,6 +91,9 @@ class OpCase:
         query = rng.normal(size=(batch, self.heads, self.settings.window, self.head_dim)) * self.contrast
         key = rng.normal(size=(batch, self.kv_heads, padded, self.head_dim))
         flags = rng.random((batch, padded)) < self.delimiter_rate
+        value = rng.normal(size=key.shape) * rng.gamma(2.0, size=(*key.shape[:3], 1))
+        given_shape = (batch, self.kv_heads, padded) if self.settings.heads == "each" else (batch, padded)
+        scores = rng.normal(size=given_shape).astype(np.float32)
         return OpInputs(
             query=query.astype(dtype),
             key=key.astype(dtype),
@@ -82,10 +101,15 @@ class OpCase:
             keep_per_10k=None if self.keep_per_10k is None else np.array(self.keep_per_10k, dtype=np.int32),
             budget_tokens=None if self.budget_tokens is None else np.array(self.budget_tokens, dtype=np.int32),
             is_delimiter=flags if self.settings.boundaries == "delimiter" else None,
+            window=None if self.window is None else np.array(self.window, dtype=np.int32),
+            value=value.astype(dtype) if self.settings.value_norm == "on" else None,
+            scores=scores if self.settings.score == "given" else None,
         )
 
     def with_settings(self, **changes: Any) -> OpCase:
-        """Return the case with other settings."""
+        """Return the case with other settings; those that act on attention weights go where the score has none."""
+        if changes.get("score", "softmax") != "softmax":
+            changes = {"window_reduce": "mean", "head_reduce": "mean", "value_norm": "off", **changes}
         return replace(self, settings=replace(self.settings, **changes))
 
 
@@ -138,11 +162,33 @@ CASES: tuple[OpCase, ...] = (
     OpCase("head size 128", _PLAIN, (70, 41), 8, 2, 128),
     OpCase("product settings", ChunkKVSettings(keep_per_10k=2_000), (500, 321), 8, 2, 64),
     OpCase("SnapKV settings", _settings(64, 20, 0, pooling=5, keep_per_10k=4_000), (300, 217), 8, 2, 16),
+    OpCase("window per row", _PLAIN, (50, 41, 33, 9), window=(1, 4, 3, 2)),
+    OpCase("window per row, logits", replace(_PLAIN, score="logits"), (50, 41), window=(1, 3)),
+    OpCase("largest query", replace(_PLAIN, window_reduce="max", pooling=3), (50, 41)),
+    OpCase("largest query of a window per row", replace(_PLAIN, window_reduce="max"), (50, 41), window=(2, 3)),
+    OpCase("largest head", replace(_DELIMITER, head_reduce="max"), (50, 41), window=(4, 2)),
+    OpCase("largest head and query", replace(_PLAIN, window_reduce="max", head_reduce="max"), (50, 12), 6, 2),
+    OpCase("value norm", replace(_PLAIN, value_norm="on"), (50, 41), extra_padding=4),
+    OpCase("value norm of the largest head", replace(_PLAIN, value_norm="on", head_reduce="max"), (50, 41), 6, 3),
+    OpCase("each head", replace(_PLAIN, heads="each"), (50, 41, 7), extra_padding=3),
+    OpCase("each head by delimiter", replace(_DELIMITER, heads="each", pooling=3), (50, 12, 29), 6, 3),
+    OpCase("each head, logits", replace(_PLAIN, heads="each", score="logits"), (50, 41)),
+    OpCase(
+        "each head with everything",
+        replace(_DELIMITER, heads="each", window_reduce="max", head_reduce="max", value_norm="on", pooling=3),
+        (50, 41),
+        window=(3, 4),
+        budget_tokens=(17, 0),
+    ),
+    OpCase("given scores", replace(_PLAIN, score="given", pooling=3), (50, 41, 9), extra_padding=2),
+    OpCase("given scores of each head", replace(_DELIMITER, score="given", heads="each"), (50, 41), 4, 4),
 )
 
 # What the native kernels and the plugins are tested with: the others ask for words that they do not compute.
 KERNEL_CASES = tuple(
-    case for case in CASES if all(getattr(case.settings, name) in words for name, words in KERNEL_CHOICES.items())
+    case
+    for case in CASES
+    if case.window is None and all(getattr(case.settings, name) in words for name, words in KERNEL_CHOICES.items())
 )
 # L * keep_per_10k exceeds 32 bits here; kept out of CASES because not every implementation is built for such a row.
 LONG_CASE = OpCase("long row", _settings(1, 10, 0, keep_per_10k=9_900), (220_000,), 1, 1, 2)
@@ -157,6 +203,9 @@ def named(name: str) -> OpCase:
 def op_settings(draw: st.DrawFn) -> ChunkKVSettings:
     """Draw valid settings small enough that every branch is reached with short prompts."""
     window, chunk_size, sinks = draw(st.integers(1, 8)), draw(st.integers(1, 7)), draw(st.integers(0, 5))
+    score = draw(st.sampled_from(("softmax", "softmax", "softmax", "logits", "given")))
+    of_weights = {"window_reduce": ("mean", "max"), "head_reduce": ("mean", "max"), "value_norm": ("off", "on")}
+    words = {name: draw(st.sampled_from(words)) for name, words in of_weights.items() if score == "softmax"}
     return ChunkKVSettings(
         window=window,
         chunk_size=chunk_size,
@@ -164,8 +213,10 @@ def op_settings(draw: st.DrawFn) -> ChunkKVSettings:
         min_tokens=window + chunk_size + sinks + draw(st.integers(0, 4)),
         keep_per_10k=draw(st.integers(1, 10_000)),
         pooling=draw(st.sampled_from((1, 3, 5))),
-        score=draw(st.sampled_from(("softmax", "softmax", "logits"))),
+        score=score,
         boundaries=draw(st.sampled_from(("fixed", "delimiter"))),
+        heads=draw(st.sampled_from(("shared", "each"))),
+        **words,
     )
 
 
@@ -191,4 +242,5 @@ def op_cases(draw: st.DrawFn) -> OpCase:
         delimiter_rate=draw(st.sampled_from((0.0, 0.2, 0.6, 1.0))),
         contrast=draw(st.sampled_from((0.1, 2.0, 6.0))),
         seed=draw(st.integers(0, 2**32 - 1)),
+        window=draw(st.none() | st.tuples(*[st.integers(1, settings.window)] * rows)),
     )

@@ -5,6 +5,8 @@ check raises AssertionError where the implementation breaks the property, and re
 chunks lay within 1e-5 relative of the cut: callers report that number, it is never hidden. Checks that compare an
 implementation with itself excuse nothing. Scores of rows that are left untouched are not looked at.
 
+With heads "each" a row makes a choice for every KV head. The checks then look at every choice as at a row: see `run`.
+
 "Growing the budget only adds tokens" means: for two budgets of one row, N1 <= N2, the tokens kept under N1 are a
 subset of those kept under N2. Chunks taken whole stay whole; of the one chunk that was split, the taken prefix grows;
 chunks ranked behind it enter only once it is whole. There is no exception.
@@ -34,13 +36,23 @@ PADDING_CONTENTS = (np.nan, np.inf, -np.inf, 3.0e38, -3.0e38)
 
 
 def run(select: Select, inputs: OpInputs, settings: ChunkKVSettings) -> Triple:
-    """Call the implementation and check the types and shapes that every result must have."""
+    """Call the implementation and check the types and shapes that every result must have.
+
+    Returns indices, lengths and scores of every choice: with heads "each" those of the KV heads of a row one after the
+    other, else those of the rows.
+    """
     indices, lengths, scores = select(inputs.query, inputs.key, inputs.lengths, settings, **inputs.optional())
-    batch, padded = inputs.key.shape[0], inputs.key.shape[2]
+    batch, kv_heads, padded, _ = inputs.key.shape
+    choices = (batch, kv_heads) if settings.heads == "each" else (batch,)
     assert indices.dtype == np.int32 and lengths.dtype == np.int32 and scores.dtype == np.float32
-    assert lengths.shape == (batch,) and scores.shape == (batch, padded)
-    assert indices.shape == (batch, int(lengths.max()))
-    return indices, lengths, scores
+    assert lengths.shape == (batch,) and scores.shape == (*choices, padded)
+    assert indices.shape == (*choices, int(lengths.max()))
+    each = len(choices) == 2
+    return _flat(indices), np.repeat(lengths, kv_heads) if each else lengths, _flat(scores)
+
+
+def _flat(array: NDArray[Any]) -> NDArray[Any]:
+    return array.reshape(-1, array.shape[-1])
 
 
 def kept_sets(indices: NDArray[np.int32], lengths: NDArray[np.int32]) -> list[NDArray[np.int32]]:
@@ -52,7 +64,7 @@ def kept_sets(indices: NDArray[np.int32], lengths: NDArray[np.int32]) -> list[ND
 
 def expected_kept(case: OpCase, row: int) -> int:
     """Section 1 in Python integers, written out a second time."""
-    length, settings = case.lengths[row], case.settings
+    length, settings, row = case.choice_lengths[row], case.settings, row // case.choices
     budget = settings.budget_tokens
     if case.keep_per_10k is not None or case.budget_tokens is not None:
         budget = 0 if case.budget_tokens is None else case.budget_tokens[row]
@@ -65,7 +77,7 @@ def check_exact_budget(select: Select, case: OpCase) -> int:
     """Exactly N ascending distinct indices; window and sinks are among them."""
     indices, lengths, _ = run(select, case.inputs(), case.settings)
     for row, kept in enumerate(kept_sets(indices, lengths)):
-        length = case.lengths[row]
+        length = case.choice_lengths[row]
         assert len(kept) == expected_kept(case, row)
         assert (np.diff(kept) > 0).all()
         assert kept[0] >= 0 and kept[-1] < length
@@ -80,11 +92,11 @@ def check_chunks(select: Select, case: OpCase) -> int:
     inputs = case.inputs()
     indices, lengths, scores = run(select, inputs, case.settings)
     for row, kept in enumerate(kept_sets(indices, lengths)):
-        length = case.lengths[row]
+        length = case.choice_lengths[row]
         if len(kept) == length:
             continue
         end = length - case.settings.window
-        starts = reference.chunk_starts(length, case.settings, _flags(inputs, row, length))
+        starts = reference.chunk_starts(length, case.settings, _flags(inputs, case, row))
         sizes = reference.chunk_sizes(starts, end)
         means = reference.chunk_scores(scores[row], starts, end)
         taken = np.array([np.isin(np.arange(a, a + n), kept).sum() for a, n in zip(starts, sizes, strict=True)])
@@ -102,20 +114,23 @@ def check_chunks(select: Select, case: OpCase) -> int:
 
 def check_matches_reference(select: Select, case: OpCase) -> int:
     """Token scores agree closely with the reference's, kept indices exactly outside chunks near the cut."""
-    inputs = case.inputs()
+    return _matches_reference(select, case.inputs(), case)
+
+
+def _matches_reference(select: Select, inputs: OpInputs, case: OpCase) -> int:
     indices, lengths, scores = run(select, inputs, case.settings)
-    expected = reference.select_batch(inputs.query, inputs.key, inputs.lengths, case.settings, **inputs.optional())
-    assert (lengths == expected.kept_lengths).all()
-    wanted = kept_sets(expected.kept_indices, expected.kept_lengths)
+    wanted_indices, wanted_lengths, wanted_scores = run(reference.select_batch, inputs, case.settings)
+    assert (lengths == wanted_lengths).all()
+    wanted = kept_sets(wanted_indices, wanted_lengths)
     excused = 0
     for row, kept in enumerate(kept_sets(indices, lengths)):
-        length = case.lengths[row]
+        length = case.choice_lengths[row]
         if len(kept) == length:
             assert (kept == wanted[row]).all()
             continue
-        assert_scores_close(scores[row], expected.token_scores[row], case.settings.score)
+        assert_scores_close(scores[row], wanted_scores[row], case.settings.score)
         excused += differs_near_cut(
-            kept, wanted[row], expected.token_scores[row], length, case.settings, _flags(inputs, row, length)
+            kept, wanted[row], wanted_scores[row], length, case.settings, _flags(inputs, case, row)
         )
     return excused
 
@@ -123,7 +138,7 @@ def check_matches_reference(select: Select, case: OpCase) -> int:
 def assert_scores_close(given: NDArray[np.float32], expected: NDArray[np.float32], score: str) -> None:
     """Compare token scores: relative per token for softmax, relative to the largest for sums of both signs."""
     largest = float(np.abs(expected).max())
-    absolute = SCORE_TOLERANCE * largest if score == "logits" else 1e-3 * SCORE_TOLERANCE * largest
+    absolute = SCORE_TOLERANCE * largest if score != "softmax" else 1e-3 * SCORE_TOLERANCE * largest
     np.testing.assert_allclose(given, expected, rtol=SCORE_TOLERANCE, atol=absolute)
 
 
@@ -144,8 +159,9 @@ def differs_near_cut(
     return 1
 
 
-def _flags(inputs: OpInputs, row: int, length: int) -> NDArray[np.bool_] | None:
-    return None if inputs.is_delimiter is None else inputs.is_delimiter[row, :length]
+def _flags(inputs: OpInputs, case: OpCase, row: int) -> NDArray[np.bool_] | None:
+    """Return the flags of the row of a choice."""
+    return None if inputs.is_delimiter is None else inputs.is_delimiter[row // case.choices, : case.choice_lengths[row]]
 
 
 def check_keep_everything(select: Select, case: OpCase) -> int:
@@ -155,30 +171,31 @@ def check_keep_everything(select: Select, case: OpCase) -> int:
     asked = replace(everything, keep_per_10k=np.full(len(case.lengths), KEEP_SCALE, dtype=np.int32))
     for inputs, used in ((everything, settings), (asked, case.settings)):
         indices, lengths, _ = run(select, inputs, used)
-        assert (lengths == inputs.lengths).all()
+        assert (lengths == case.choice_lengths).all()
         for row, kept in enumerate(kept_sets(indices, lengths)):
-            assert (kept == np.arange(case.lengths[row])).all()
+            assert (kept == np.arange(case.choice_lengths[row])).all()
     return 0
 
 
 def check_two_runs(select: Select, case: OpCase) -> int:
     """Two runs give the same bits."""
-    _assert_same_bits(run(select, case.inputs(), case.settings), run(select, case.inputs(), case.settings))
+    assert_same_bits(run(select, case.inputs(), case.settings), run(select, case.inputs(), case.settings))
     return 0
 
 
-def _assert_same_bits(first: Triple, second: Triple) -> None:
+def assert_same_bits(first: Triple, second: Triple) -> None:
     for one, other in zip(first, second, strict=True):
         assert one.tobytes() == other.tobytes()
 
 
 def check_permuted_batch(select: Select, case: OpCase) -> int:
     """Permuting the rows permutes the result, bit for bit."""
-    order = [*range(1, len(case.lengths)), 0]
-    for rows in (order, order[::-1]):
+    turned = [*range(1, len(case.lengths)), 0]
+    for rows in (turned, turned[::-1]):
         indices, lengths, scores = run(select, case.inputs(), case.settings)
         permuted = run(select, case.inputs().take_rows(rows), case.settings)
-        _assert_same_bits((indices[rows], lengths[rows], scores[rows]), permuted)
+        order = [row * case.choices + choice for row in rows for choice in range(case.choices)]
+        assert_same_bits((indices[order], lengths[order], scores[order]), permuted)
     return 0
 
 
@@ -189,10 +206,12 @@ def check_padding_contents(select: Select, case: OpCase) -> int:
     for content in PADDING_CONTENTS:
         inputs = case.inputs()
         for row, length in enumerate(case.lengths):
-            inputs.key[row, :, length:] = content
+            for array in (inputs.key, inputs.value, inputs.scores):
+                if array is not None:
+                    np.moveaxis(array, min(2, array.ndim - 1), 0)[length:, row] = content
             if inputs.is_delimiter is not None:
                 inputs.is_delimiter[row, length:] ^= True
-        _assert_same_bits(plain, run(select, inputs, case.settings))
+        assert_same_bits(plain, run(select, inputs, case.settings))
     return 0
 
 
@@ -201,16 +220,19 @@ def check_row_alone(select: Select, case: OpCase) -> int:
     inputs = case.inputs()
     indices, lengths, scores = run(select, inputs, case.settings)
     excused = 0
-    for row, kept in enumerate(kept_sets(indices, lengths)):
-        length = case.lengths[row]
-        alone = inputs.take_rows([row])
+    for place, length in enumerate(case.lengths):
+        alone = inputs.take_rows([place])
         flags = None if alone.is_delimiter is None else alone.is_delimiter[:, :length]
-        alone = replace(alone, key=alone.key[:, :, :length], is_delimiter=flags)
+        value = None if alone.value is None else alone.value[:, :, :length]
+        given = None if alone.scores is None else alone.scores[..., :length]
+        alone = replace(alone, key=alone.key[:, :, :length], is_delimiter=flags, value=value, scores=given)
         own_indices, own_lengths, _ = run(select, alone, case.settings)
-        assert own_lengths[0] == lengths[row]
-        excused += differs_near_cut(
-            kept, own_indices[0], scores[row], length, case.settings, None if flags is None else flags[0]
-        )
+        for choice, kept in enumerate(own_indices):
+            row = place * case.choices + choice
+            assert own_lengths[choice] == lengths[row]
+            excused += differs_near_cut(
+                indices[row, : lengths[row]], kept, scores[row], length, case.settings, _flags(inputs, case, row)
+            )
     return excused
 
 
@@ -223,7 +245,7 @@ def check_equal_scores(select: Select, case: OpCase) -> int:
     zero_query = case.with_settings(score="logits")
     inputs = zero_query.inputs()
     _assert_lowest_stay(select, replace(inputs, query=np.zeros_like(inputs.query)), zero_query)
-    equal_keys = case.with_settings(score="softmax", pooling=1, boundaries="fixed")
+    equal_keys = case.with_settings(score="softmax", pooling=1, boundaries="fixed", value_norm="off")
     fixed, chunk = case.settings.window + case.settings.sinks, case.settings.chunk_size
     even = tuple(length - (length - fixed) % chunk if length > fixed else length for length in case.lengths)
     equal_keys = replace(equal_keys, lengths=even)
@@ -235,7 +257,8 @@ def check_equal_scores(select: Select, case: OpCase) -> int:
 def _assert_lowest_stay(select: Select, inputs: OpInputs, case: OpCase) -> None:
     indices, lengths, _ = run(select, inputs, case.settings)
     for row, kept in enumerate(kept_sets(indices, lengths)):
-        length, window = case.lengths[row], min(case.settings.window, case.lengths[row])
+        length = case.choice_lengths[row]
+        window = min(case.settings.window, length)
         front = np.arange(len(kept) - window)
         assert (kept == np.concatenate([front, np.arange(length - window, length)])).all()
 
@@ -244,7 +267,7 @@ def check_growing_budget(select: Select, case: OpCase) -> int:
     """A larger budget keeps everything a smaller one kept (the exact form stands at the top of this module)."""
     inputs = replace(case.inputs(), keep_per_10k=None)
     longest, least = max(case.lengths), case.settings.min_tokens
-    previous: list[set[int]] = [set() for _ in case.lengths]
+    previous: list[set[int]] = [set() for _ in case.choice_lengths]
     steps = sorted({least, least + 1, least + case.settings.chunk_size, (least + longest) // 2, longest})
     for budget in (step for step in steps if step >= least):
         budgets = np.full(len(case.lengths), budget, dtype=np.int32)
@@ -260,7 +283,7 @@ def check_single_token_chunks(select: Select, case: OpCase) -> int:
     case = case.with_settings(chunk_size=1)
     indices, lengths, scores = run(select, case.inputs(), case.settings)
     for row, kept in enumerate(kept_sets(indices, lengths)):
-        length, sinks = case.lengths[row], case.settings.sinks
+        length, sinks = case.choice_lengths[row], case.settings.sinks
         if len(kept) == length:
             continue
         end = length - case.settings.window
@@ -279,10 +302,10 @@ def check_nan_ranks_lowest(select: Select, case: OpCase) -> int:
         row_inputs.key[row, :, min(settings.sinks, length - 1)] = np.nan
     indices, lengths, _ = run(select, row_inputs, settings)
     for row, kept in enumerate(kept_sets(indices, lengths)):
-        length = case.lengths[row]
+        length = case.choice_lengths[row]
         if len(kept) == length:
             continue
-        starts = reference.chunk_starts(length, settings, _flags(row_inputs, row, length))
+        starts = reference.chunk_starts(length, settings, _flags(row_inputs, case, row))
         end = length - settings.window
         first = int(reference.chunk_sizes(starts, end)[0])
         others = np.arange(settings.sinks + first, end)
@@ -304,10 +327,13 @@ def check_compaction(select: Select, compact: Compact, case: OpCase, storage: st
     )
     for used in (inputs, everything):
         indices, lengths, _ = run(select, used, case.settings)
-        compacted = compact(cache, indices)
+        each = case.settings.heads == "each"
+        compacted = compact(cache, indices.reshape(*shape[:2], -1) if each else indices)
         assert compacted.shape == (shape[0], shape[1], indices.shape[1], shape[3])
         for row, kept in enumerate(kept_sets(indices, lengths)):
-            assert compacted[row, :, : len(kept)].tobytes() == cache[row][:, kept].tobytes()
+            place, heads = divmod(row, case.choices)
+            heads = slice(heads, heads + 1) if each else slice(None)
+            assert compacted[place, heads, : len(kept)].tobytes() == cache[place, heads][:, kept].tobytes()
     for row, length in enumerate(case.lengths):
         assert compacted[row, :, :length].tobytes() == cache[row, :, :length].tobytes()
     return 0
@@ -344,7 +370,21 @@ def check_group_members(select_layers: Callable[..., list[Triple]], select: Sele
     return 0
 
 
+def check_spread(select: Select, case: OpCase) -> int:
+    """One token 30 nats above all others, for every query and head, leaves the agreement with the reference."""
+    inputs = case.inputs()
+    direction = np.zeros(case.head_dim)
+    direction[0] = 1.0
+    query = inputs.query.copy()
+    query[..., 0] = np.sqrt(case.head_dim)  # a key of 30 in this direction then has a logit of 30
+    key = inputs.key.copy()
+    key[..., 0] = 0
+    key[:, :, min(case.lengths) // 2] = 30 * direction
+    return _matches_reference(select, replace(inputs, query=query, key=key), case)
+
+
 PROPERTIES: tuple[Check, ...] = (
+    check_spread,
     check_exact_budget,
     check_chunks,
     check_keep_everything,

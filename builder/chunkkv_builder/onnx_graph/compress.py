@@ -9,7 +9,7 @@ import onnx
 
 from chunkkv.cache_layout import ALL_HEADS, LOCAL, READING
 from chunkkv.errors import ConfigError
-from chunkkv_builder.onnx_graph import functions
+from chunkkv_builder.onnx_graph import functions, ranked
 from chunkkv_builder.onnx_graph.budgets import kept_tokens, recent_indices
 from chunkkv_builder.onnx_graph.emitter import GraphEmitter
 from chunkkv_builder.onnx_graph.transformer import capacity_name
@@ -21,8 +21,8 @@ COMPRESS_OPSET = 23
 class ChunkKVNodes:
     """Emits select and compact nodes into a graph; raises ConfigError for a plan without ChunkKV.
 
-    Declares the graph inputs lengths, keep_per_10k, budget_tokens [B] int32 and capacity [length_classes] int64: the
-    slots of the output caches, at least the largest N of each length class.
+    Declares the graph inputs lengths, keep_per_10k, budget_tokens [B] int32, window [B] int32 with `request_window`,
+    and capacity [length_classes] int64: the slots of the output caches, at least the largest N of each length class.
 
     Parameters
     ----------
@@ -37,48 +37,92 @@ class ChunkKVNodes:
     sorting : bool, default True
         Which function bodies the graph brings along: see functions.select_function. Without sorting the nodes do not
         name the plugins, so that TensorRT takes the bodies.
+    request_window : bool, default False
+        Whether each row says how many of the last W queries score.
     """
 
     def __init__(
-        self, e: GraphEmitter, plan: GraphPlan, ids: str = "input_ids", dtype: str = "float32", sorting: bool = True
+        self,
+        e: GraphEmitter,
+        plan: GraphPlan,
+        ids: str = "input_ids",
+        dtype: str = "float32",
+        sorting: bool = True,
+        request_window: bool = False,
     ) -> None:
         if plan.settings is None:
             raise ConfigError("this plan has no ChunkKV settings, so there is nothing to compress")
+        if plan.settings.budget_split == "ranked" and not sorting:
+            raise ConfigError("budget_split is 'ranked', whose lengths depend on the scores: use backend onnxruntime")
         self._e, self._plan, self.settings, self._dtype = e, plan, plan.settings, dtype
         self._sorting = sorting
-        self._shared = [e.input(name, "int32", ["batch"]) for name in ("lengths", "keep_per_10k", "budget_tokens")]
+        self._request_window = request_window
+        self._names = functions.select_inputs(self.settings, request_window)
+        per_row = ("lengths", "keep_per_10k", "budget_tokens", *(["window"] if "window" in self._names else []))
+        self._shared = {name: e.input(name, "int32", ["batch"]) for name in per_row}
+        self._rank_values: dict[int, str] = {}  # by part
         self._capacities = capacities(e, plan)
         self._recent: PartPlan | None = None  # the first part that keeps recent tokens; all others keep the same
         if self.settings.boundaries == "delimiter":
             assert plan.delimiter_tokens is not None
             table = e.inline("delimiter_tokens", plan.delimiter_tokens.astype(np.int32))
-            self._shared.append(e.op("Gather", [table, ids]))
+            self._shared["is_delimiter"] = e.op("Gather", [table, ids])
 
-    def select(self, part: PartPlan, query: str, key: str) -> None:
-        """Emit the choice of a leading part from its query [B,g*H,w,D] and key [B,H,S,D].
+    def select(self, part: PartPlan, query: str, key: str, value: str) -> None:
+        """Emit the choice of a leading part from its query [B,g*H,W,D], key and value [B,H,S,D].
 
-        Outputs kept_indices.p [B,N] int32, token_scores.p [B,S]; slots.p are the indices padded to the capacity. A
-        plugin cannot know N where shapes are made and gives [B,S] with -1 behind N: the Pad then crops to the capacity.
+        Outputs kept_indices.p [B,N] int32, token_scores.p [B,S]; slots.p are the indices padded to the capacity. Where
+        each head has its own choice, these are [B,H,N], [B,H,S] and [B,H,capacity]. A plugin cannot know N where shapes
+        are made and gives [B,S] with -1 behind N: the Pad then crops to the capacity. Scores from outside are a graph
+        input scores.p of the shape of token_scores.p, and `query` may then be anything.
+
         Parts that keep recent tokens score nothing: `query` may be anything, and the first of them has kept_indices.p.
+        With budget_split "ranked" the choice follows in `rank`, after all parts were selected.
         """
         if not part.scores:
             if self._recent is None:
                 self._recent = part
                 self._keep_recent(part, key)
             return
-        e = self._e
-        indices, scores = f"kept_indices.{part.number}", f"token_scores.{part.number}"
+        e, each = self._e, self.settings.heads == "each"
+        scores_shape: list[int | str] = ["batch", len(part.kv_heads), "tokens"] if each else ["batch", "tokens"]
+        named = {**self._shared, "query": query, "key": key, "value": value}
+        if self.settings.score == "given":
+            named["scores"] = e.input(f"scores.{part.number}", "float32", scores_shape)
+        inputs, scores = [named[name] for name in self._names], f"token_scores.{part.number}"
+        e.output(scores, "float32", scores_shape)
+        if self.settings.budget_split == "ranked":
+            values = self._rank_values[part.number] = f"rank_values.{part.number}"
+            e.op(functions.SCORE, inputs, [values, scores], name=f"{self._place(part)}/score", domain=functions.DOMAIN)
+            return
+        indices = f"kept_indices.{part.number}"
         e.op(
             self._select_name(part),
-            [query, key, *self._shared],
+            inputs,
             [indices, f"kept_lengths.{part.number}", scores],
             name=f"{self._place(part)}/select",
             domain=functions.DOMAIN,
             **(functions.select_attributes(self.settings) if self._sorting else {}),
         )
-        e.output(indices, "int32", ["batch", f"kept_{part.length_class}"])
-        e.output(scores, "float32", ["batch", "tokens"])
-        self._pad_to_capacity(part)
+        kept = f"kept_{part.length_class}"
+        e.output(indices, "int32", ["batch", len(part.kv_heads), kept] if each else ["batch", kept])
+        self._pad_to_capacity(part, indices, axis=2 if each else 1)
+
+    def rank(self) -> None:
+        """Emit the one ranking of all layers that were selected; nothing with another budget_split."""
+        if self.settings.budget_split != "ranked":
+            return
+        e = self._e
+        length = e.op("Unsqueeze", [e.op("Cast", ["lengths"], to=onnx.TensorProto.INT64), e.ints(1)])
+        kept = kept_tokens(e, self.settings, length)
+        indices, lengths = ranked.rank_layers(e, list(self._rank_values.values()), kept)
+        for number, of_part in zip(self._rank_values, indices, strict=True):
+            part = self._plan.parts[number]
+            e.op("Identity", [of_part], [f"kept_indices.{number}"])
+            place = e.const(part.length_class, "int64")
+            e.op("Gather", [lengths, place], [f"kept_lengths.{number}"], axis=0)
+            e.output(f"kept_indices.{number}", "int32", ["batch", "kept"])
+            self._pad_to_capacity(part, f"kept_indices.{number}")
 
     def _keep_recent(self, part: PartPlan, key: str) -> None:
         """Emit what all parts keep that keep sinks and recent tokens."""
@@ -88,12 +132,15 @@ class ChunkKVNodes:
         count = e.op("ReduceMax", [kept], keepdims=0) if self._sorting else e.op("Squeeze", [e.dim(key, 2)])
         e.op("Identity", [recent_indices(e, self.settings, length, kept, count)], [indices])
         e.output(indices, "int32", ["batch", f"kept_{part.length_class}"])
-        self._pad_to_capacity(part)
+        if self.settings.heads == "each":  # all heads keep the same recent tokens
+            self._pad_to_capacity(part, e.op("Unsqueeze", [indices, e.ints(1)]), axis=2)
+        else:
+            self._pad_to_capacity(part, indices)
 
-    def _pad_to_capacity(self, part: PartPlan) -> None:
-        e, indices = self._e, f"kept_indices.{part.number}"
-        spare = e.op("Sub", [self._capacities[part.length_class], e.dim(indices, 1)])
-        pads = e.op("Concat", [e.ints(0, 0, 0), spare], axis=0)
+    def _pad_to_capacity(self, part: PartPlan, indices: str, axis: int = 1) -> None:
+        e = self._e
+        spare = e.op("Sub", [self._capacities[part.length_class], e.dim(indices, axis)])
+        pads = e.op("Concat", [e.ints(*[0] * (2 * axis + 1)), spare], axis=0)
         e.op("Pad", [indices, pads, e.const(-1, "int32")], [f"slots.{part.number}"])
 
     def compact(self, part: PartPlan, key: str, value: str) -> None:
@@ -130,14 +177,24 @@ class ChunkKVNodes:
     def functions(self, opset: int) -> list[onnx.FunctionProto]:
         """Return the bodies that engines without a ChunkKV operator run."""
         model, bodies = self._plan.model, {}
-        for part in self._plan.parts:
+        group, options = model.num_heads // model.num_kv_heads, {"request_window": self._request_window}
+        if self.settings.budget_split == "ranked":
+            heads = model.num_heads, model.num_kv_heads
+            bodies[functions.SCORE] = functions.score_function(self.settings, *heads, opset, **options)
+        for part in self._plan.parts if not bodies else ():
             if part.scores and (name := self._select_name(part)) not in bodies:
                 kv_heads = len(part.kv_heads)
-                heads = kv_heads * (model.num_heads // model.num_kv_heads), kv_heads
                 bodies[name] = functions.select_function(
-                    self.settings, *heads, opset, sorting=self._sorting, head_class=part.head_class, name=name
+                    self.settings,
+                    kv_heads * group,
+                    kv_heads,
+                    opset,
+                    sorting=self._sorting,
+                    head_class=part.head_class,
+                    name=name,
+                    **options,
                 )
-        return [*bodies.values(), functions.compact_function(opset)]
+        return [*bodies.values(), functions.compact_function(opset, self.settings.heads)]
 
     def _select_name(self, part: PartPlan) -> str:
         """Return the operator that chooses for a part: a plugin's name where all heads of a layer choose together."""
@@ -207,30 +264,29 @@ class KeepAllNodes:
 def compress_graph(plan: GraphPlan) -> onnx.ModelProto:
     """Return the graph that compacts the caches of all parts after the last prefill block; it has no weights.
 
-    Inputs: those of ChunkKVNodes, query.p [B,g*H,w,D] per part p that scores, key.p and value.p [B,H,S,D], and
-    input_ids [B,S] int64 for delimiter boundaries. Outputs: kept_lengths, kept_key.p, kept_value.p, and per leading
-    part kept_indices.p and token_scores.p.
+    Inputs: those of ChunkKVNodes, query.p [B,g*H,W,D] per part p that scores (scores.p for scores from outside), key.p
+    and value.p [B,H,S,D], and input_ids [B,S] int64 for delimiter boundaries. Outputs: kept_lengths, kept_key.p,
+    kept_value.p, and per leading part kept_indices.p and token_scores.p.
     """
     e, model = GraphEmitter(), plan.model
     if plan.settings is not None and plan.settings.boundaries == "delimiter":
         e.input("input_ids", "int64", ["batch", "tokens"])
-    nodes = ChunkKVNodes(e, plan)
+    nodes = ChunkKVNodes(e, plan, request_window=True)
     caches = []
     for part in plan.parts:
         shape: list[int | str] = ["batch", len(part.kv_heads), "tokens", model.head_dim]
         caches.append([e.input(f"{kind}.{part.number}", "float32", shape) for kind in ("key", "value")])
-    for leader in plan.parts:
-        if not leader.leads:
-            continue
-        query = ""
-        if leader.scores:
-            heads = len(leader.kv_heads) * (model.num_heads // model.num_kv_heads)
-            window: list[int | str] = ["batch", heads, nodes.settings.window, model.head_dim]
-            query = e.input(f"query.{leader.number}", "float32", window)
-        nodes.select(leader, query, f"key.{leader.number}")
-        for part in plan.parts:
-            if part.leader == leader.number:
-                nodes.compact(part, *caches[part.number])
+    for part in plan.parts:
+        if part.leads:
+            query = ""
+            if part.scores and nodes.settings.score != "given":
+                heads = len(part.kv_heads) * (model.num_heads // model.num_kv_heads)
+                window: list[int | str] = ["batch", heads, nodes.settings.window, model.head_dim]
+                query = e.input(f"query.{part.number}", "float32", window)
+            nodes.select(part, query, *caches[part.number])
+    nodes.rank()
+    for part in plan.parts:
+        nodes.compact(part, *caches[part.number])
     nodes.finish()
     return e.model(
         "chunkkv_compress",

@@ -15,9 +15,9 @@ import onnx
 from onnx import helper
 
 from chunkkv.cache_layout import ALL_HEADS
-from chunkkv.errors import ConfigError
 from chunkkv.settings import ChunkKVSettings
-from chunkkv_builder.onnx_graph import threshold
+from chunkkv_builder.onnx_graph import ranked, threshold
+from chunkkv_builder.onnx_graph import scores as score_bodies
 from chunkkv_builder.onnx_graph.budgets import kept_tokens
 from chunkkv_builder.onnx_graph.emitter import NodeEmitter
 
@@ -25,6 +25,9 @@ DOMAIN = "chunkkv"
 DOMAIN_VERSION = 1
 SELECT = "ChunkKVSelect"
 COMPACT = "ChunkKVCompact"
+SCORE = "ChunkKVScore"
+# Settings that a node names only where they are different, and their values in version 1 of the method.
+_VERSION_1 = {"window_reduce": "mean", "head_reduce": "mean", "value_norm": "off", "heads": "shared"}
 PLUGIN_VERSION = "1"
 PLUGIN_NAMESPACE = "chunkkv"
 
@@ -35,7 +38,10 @@ def plugin_attributes() -> dict[str, Any]:
 
 
 def select_attributes(settings: ChunkKVSettings) -> dict[str, Any]:
-    """Return the attributes of a ChunkKVSelect node that a plugin takes: its settings, and the plugin's own name."""
+    """Return the attributes of a ChunkKVSelect node that a plugin takes: its settings, and the plugin's own name.
+
+    Those of _VERSION_1 are left out where they have that value.
+    """
     return {
         "window": settings.window,
         "chunk_size": settings.chunk_size,
@@ -44,18 +50,24 @@ def select_attributes(settings: ChunkKVSettings) -> dict[str, Any]:
         "pooling": settings.pooling,
         "score": settings.score,
         "min_tokens": settings.min_tokens,
+        **{name: getattr(settings, name) for name, word in _VERSION_1.items() if getattr(settings, name) != word},
         **plugin_attributes(),
     }
 
 
-def select_inputs(settings: ChunkKVSettings) -> list[str]:
-    """Return the inputs of ChunkKVSelect; the delimiter flags exist only where boundaries need them.
+def select_inputs(settings: ChunkKVSettings, request_window: bool = False) -> list[str]:
+    """Return the inputs of ChunkKVSelect and ChunkKVScore; some exist only where the settings need them.
 
-    query [B,Hq,w,D], key [B,Hkv,S,D], lengths [B], keep_per_10k [B], budget_tokens [B] int32 (0 = ratio mode),
-    is_delimiter [B,S] int32 (0 or 1: TensorRT takes no bool into a plugin). query and key have the cache's type.
+    query [B,Hq,W,D] and key [B,Hkv,S,D] in the cache's type, or scores [B,S] float32 ([B,Hkv,S] where each head has its
+    own choice) for score "given"; lengths, keep_per_10k, budget_tokens [B] int32 (budget 0 = ratio mode); is_delimiter
+    [B,S] int32 (0 or 1: TensorRT takes no bool into a plugin); window [B] int32 with `request_window`; value
+    [B,Hkv,S,D]. Without `request_window` all W queries score.
     """
-    names = ["query", "key", "lengths", "keep_per_10k", "budget_tokens"]
-    return names + (["is_delimiter"] if settings.boundaries == "delimiter" else [])
+    names = ["scores"] if settings.score == "given" else ["query", "key"]
+    names += ["lengths", "keep_per_10k", "budget_tokens"]
+    names += ["is_delimiter"] if settings.boundaries == "delimiter" else []
+    names += ["window"] if request_window and settings.score != "given" else []
+    return names + (["value"] if settings.value_norm == "on" else [])
 
 
 def select_function(
@@ -65,48 +77,116 @@ def select_function(
     opset: int,
     *,
     sorting: bool = True,
+    request_window: bool = False,
     head_class: str = ALL_HEADS,
     name: str = SELECT,
 ) -> onnx.FunctionProto:
     """Return ChunkKVSelect for `settings` and Hq, Hkv heads.
 
-    Outputs kept_indices [B,max N] int32 (-1 pads), kept_lengths [B] int32, token_scores [B,S] float32.
+    Outputs kept_indices [B,max N] int32 (-1 pads), kept_lengths [B] int32, token_scores [B,S] float32; with heads
+    "each" kept_indices [B,Hkv,max N] and token_scores [B,Hkv,S].
 
     Parameters
     ----------
     sorting : bool, default True
         True ranks tokens with TopK and sums chunks with ScatterElements in float64, which is fastest on ONNX Runtime.
-        False searches a threshold instead (threshold.py): only operators that TensorRT takes, and kept_indices is
-        [B,S]. Both keep the same tokens.
+        False searches a threshold instead (threshold.py): only operators that TensorRT takes, and kept_indices is as
+        long as S. Both keep the same tokens.
+    request_window : bool, default False
+        Whether the node has an input `window`: how many of the W queries of each row score.
     head_class : {"all", "reading", "local"}, default "all"
         Which class of heads chooses; it decides how many tokens stay.
     name : str, default SELECT
         Name of the function; a graph that chooses for several classes or numbers of heads needs several.
     """
     e = _function_emitter(name)
+    row = _row(e, settings, head_class)
+    scores = _token_scores(e, settings, score_bodies.HeadCounts(heads, kv_heads), row, sorting, request_window)
+    e.op("Cast", [e.op("Squeeze", [row.kept, e.ints(1)])], ["kept_lengths"], to=onnx.TensorProto.INT32)
+    starts = sorted_starts if sorting else threshold.segment_starts
+    start = _chunk_starts(e, settings, row.position, starts)
+    if settings.heads == "each":
+        each = e.op("Shape", [scores], end=2)
+        row, start = _row_per_head(e, row, each), _per_head(e, start, each)
+        flat = e.op("Reshape", [scores, e.op("Concat", [e.ints(-1), e.dim(scores, 2)], axis=0)])
+    else:
+        flat = scores
+    flat = score_bodies.pooled(e, settings, flat, row.before_window)
+    if sorting:
+        kept_indices = _ascending_top(e, _rank_values(e, settings, flat, row, start), row.kept)
+    else:
+        kept_indices = threshold.kept_indices(e, settings, row, flat, start)
+    if settings.heads == "each":
+        kept_indices = e.op("Reshape", [kept_indices, e.op("Concat", [each, e.dim(kept_indices, 1)], axis=0)])
+        flat = e.op("Reshape", [flat, e.op("Shape", [scores])])
+    e.op("Identity", [kept_indices], ["kept_indices"])
+    e.op("Identity", [flat], ["token_scores"])
+    outputs = ["kept_indices", "kept_lengths", "token_scores"]
+    return _function(name, select_inputs(settings, request_window), outputs, e, opset)
+
+
+def score_function(
+    settings: ChunkKVSettings, heads: int, kv_heads: int, opset: int, *, request_window: bool = False
+) -> onnx.FunctionProto:
+    """Return ChunkKVScore, by which a layer takes part in one ranking of all layers (ranked.py).
+
+    Outputs rank_values [B,S] float64 and token_scores [B,S] float32. The inputs are those of ChunkKVSelect.
+    """
+    e = _function_emitter(SCORE)
+    row = _row(e, settings, ALL_HEADS)
+    raw = _token_scores(e, settings, score_bodies.HeadCounts(heads, kv_heads), row, True, request_window)
+    scores = score_bodies.pooled(e, settings, raw, row.before_window)
+    start = _chunk_starts(e, settings, row.position, sorted_starts)
+    e.op("Identity", [scores], ["token_scores"])
+    least = e.op("Min", [row.length, e.const(settings.min_tokens, "int64")])
+    values = _rank_values(e, settings, scores, row, start)
+    e.op("Identity", [ranked.with_floor(e, values, least)], ["rank_values"])
+    return _function(SCORE, select_inputs(settings, request_window), ["rank_values", "token_scores"], e, opset)
+
+
+def _function(name: str, inputs: list[str], outputs: list[str], e: NodeEmitter, opset: int) -> onnx.FunctionProto:
+    return helper.make_function(DOMAIN, name, inputs, outputs, e.nodes, [helper.make_opsetid("", opset)])
+
+
+def _row(e: NodeEmitter, settings: ChunkKVSettings, head_class: str) -> threshold.Row:
+    """Emit what is known of every row."""
     length = e.op("Unsqueeze", [e.op("Cast", ["lengths"], to=onnx.TensorProto.INT64), e.ints(1)])
-    position = _positions(e, e.op("Squeeze", [e.dim("key", 2)]))
+    given = settings.score == "given"
+    tokens = e.op("Shape", ["scores"], start=-1) if given else e.dim("key", 2)
+    position = positions(e, e.op("Squeeze", [tokens]))
     ranked_end = e.op("Sub", [length, e.const(settings.window, "int64")])
     before_window = e.op("Less", [position, ranked_end])
+    return threshold.Row(length, position, before_window, kept_tokens(e, settings, length, head_class))
+
+
+def _per_head(e: NodeEmitter, values: str, each: str) -> str:
+    """Return [B or 1,K] once for each KV head, as [B*Hkv,K]; `each` holds B and Hkv."""
+    width = e.dim(values, 1)
+    wide = e.op("Expand", [e.op("Unsqueeze", [values, e.ints(1)]), e.op("Concat", [each, width], axis=0)])
+    return e.op("Reshape", [wide, e.op("Concat", [e.ints(-1), width], axis=0)])
+
+
+def _row_per_head(e: NodeEmitter, row: threshold.Row, each: str) -> threshold.Row:
+    """Return rows that stand for one KV head each: with heads "each" a head chooses as a row does."""
+    length, before_window, kept = (_per_head(e, x, each) for x in (row.length, row.before_window, row.kept))
+    return threshold.Row(length, row.position, before_window, kept)
+
+
+def _token_scores(
+    e: NodeEmitter,
+    settings: ChunkKVSettings,
+    counts: score_bodies.HeadCounts,
+    row: threshold.Row,
+    sorting: bool,
+    request_window: bool,
+) -> str:
+    """Return the scores before pooling, [B,S] or [B,Hkv,S]."""
+    if settings.score == "given":
+        return "scores"
+    observed = score_bodies.observed_queries(e, settings) if request_window else None
     mask = _masked if sorting else threshold.masked
-    raw_scores = _raw_scores(e, settings, (heads, kv_heads), lambda logits: mask(e, settings, logits, length, position))
-    scores = _pooled_scores(e, settings, raw_scores, before_window)
-    e.op("Identity", [scores], ["token_scores"])
-    kept = kept_tokens(e, settings, length, head_class)
-    e.op("Cast", [e.op("Squeeze", [kept, e.ints(1)])], ["kept_lengths"], to=onnx.TensorProto.INT32)
-    if sorting:
-        rank_value = _rank_values(e, settings, scores, length, position, before_window, kept)
-        _ascending_top(e, rank_value, kept)
-    else:
-        start = _chunk_starts(e, settings, position, threshold.segment_starts)
-        threshold.write_kept_indices(e, settings, threshold.Row(length, position, before_window, kept), scores, start)
-    return helper.make_function(
-        DOMAIN,
-        name,
-        select_inputs(settings),
-        ["kept_indices", "kept_lengths", "token_scores"],
-        e.nodes,
-        [helper.make_opsetid("", opset)],
+    return score_bodies.raw_scores(
+        e, settings, counts, lambda logits: mask(e, settings, logits, row.length, row.position), observed
     )
 
 
@@ -118,65 +198,20 @@ def _function_emitter(function: str) -> NodeEmitter:
     return NodeEmitter(f"{function}/")
 
 
-def _positions(e: NodeEmitter, count: str) -> str:
+def positions(e: NodeEmitter, count: str) -> str:
     """Return 0 … count-1 as [1, count] int64."""
     steps = e.op("Range", [e.const(0, "int64"), count, e.const(1, "int64")])
     return e.op("Unsqueeze", [steps, e.ints(0)])
 
 
-def _raw_scores(
-    e: NodeEmitter, settings: ChunkKVSettings, counts: tuple[int, int], masked: Callable[[str], str]
-) -> str:
-    """Return what the window's queries give each token, [B,S]: mean (softmax) or sum (logits) over heads and window.
-
-    Shapes are constants but for B and S, so that an engine sees that logits can be masked in place. A column of the
-    product depends on its own key alone: the padding needs no care before it is masked. `masked` emits the mask.
-    """
-    heads, kv_heads = counts
-    grouped = e.ints(0, kv_heads, heads // kv_heads * settings.window, 0)
-    query, key = (e.op("Cast", [name], to=onnx.TensorProto.FLOAT) for name in ("query", "key"))
-    transposed = e.op("Transpose", [key], perm=[0, 1, 3, 2])
-    if settings.score == "logits":
-        query = e.op("ReduceSum", [e.op("Reshape", [query, grouped]), e.ints(2)], keepdims=1)
-        return e.op("ReduceSum", [e.op("MatMul", [query, transposed]), e.ints(1, 2)], keepdims=0)
-    if settings.score != "softmax":
-        raise ConfigError(f"score is {settings.score!r}, which the ONNX functions lack: give softmax or logits")
-    root = e.op("Sqrt", [e.op("Cast", [e.op("Squeeze", [e.dim("key", 3)])], to=onnx.TensorProto.FLOAT)])
-    logits = e.op("MatMul", [e.op("Reshape", [e.op("Div", [query, root]), grouped]), transposed])
-    logits = e.op("Reshape", [logits, e.ints(0, heads, settings.window, 0)])
-    weights = e.op("Softmax", [masked(logits)], axis=-1)
-    return _mean_of_rows(e, weights, heads * settings.window)
-
-
-def _pooled_scores(e: NodeEmitter, settings: ChunkKVSettings, raw_scores: str, before_window: str) -> str:
-    """a[t] of section 2 as [B,S]: the raw scores, pooled; zero from the window on."""
-    scores = e.op("Where", [before_window, raw_scores, e.scalar(0.0)])
-    if settings.pooling > 1:
-        half = settings.pooling // 2
-        rows = e.op("Unsqueeze", [scores, e.ints(1)])
-        pooled = e.op("AveragePool", [rows], kernel_shape=[settings.pooling], pads=[half, half], count_include_pad=1)
-        # Pooled and unpooled rows have one length, but TensorRT cannot see that from the formula of a pooled length.
-        pooled = e.op("Reshape", [pooled, e.op("Shape", [scores])])
-        scores = e.op("Where", [before_window, pooled, e.scalar(0.0)])
-    return scores
-
-
-def _mean_of_rows(e: NodeEmitter, weights: str, count: int) -> str:
-    """Return the mean over axes 1 and 2 of [B,Hq,w,S]: a product with ones, several times faster than ReduceMean."""
-    rows = e.op("Reshape", [weights, e.op("Concat", [e.ints(0, count), e.dim("key", 2)], axis=0)])
-    total = e.op("MatMul", [e.const(np.ones((1, count)), "float32"), rows])
-    return e.op("Div", [e.op("Squeeze", [total, e.ints(1)]), e.scalar(float(count))])
-
-
 def take_rows(e: NodeEmitter, source: str, index: str) -> str:
-    """Return source[b,h,index[b,k]] for source [B,H,S,D] and index [B,K]: one copy of whole rows."""
+    """Return source[b,h,index[b,h,k]] for source [B,H,S,D] and index [B,1 or H,K]: one copy of whole rows."""
     batch, heads, size, width = (e.dim(source, axis) for axis in range(4))
     row_count = e.op("Squeeze", [e.op("Mul", [batch, heads])])
-    first = e.op("Mul", [_positions(e, row_count), size])
+    first = e.op("Mul", [positions(e, row_count), size])
     first = e.op("Reshape", [first, e.op("Concat", [batch, heads, e.ints(1)], axis=0)])
-    rows = e.op("Add", [first, e.op("Unsqueeze", [index, e.ints(1)])])
     flat = e.op("Reshape", [source, e.op("Concat", [e.ints(-1), width], axis=0)])
-    return e.op("Gather", [flat, rows], axis=0)
+    return e.op("Gather", [flat, e.op("Add", [first, index])], axis=0)
 
 
 def _masked(e: NodeEmitter, settings: ChunkKVSettings, logits: str, length: str, position: str) -> str:
@@ -198,27 +233,23 @@ def _masked(e: NodeEmitter, settings: ChunkKVSettings, logits: str, length: str,
     return e.op("ScatterElements", [logits, e.op("Expand", [places, e.op("Shape", [tail])]), masked], axis=3)
 
 
-def _rank_values(
-    e: NodeEmitter,
-    settings: ChunkKVSettings,
-    scores: str,
-    length: str,
-    position: str,
-    before_window: str,
-    kept: str,
-) -> str:
-    """Return per token [B,S] its chunk's mean score, +inf for tokens that always stay, -inf for padding and NaN."""
-    start = _chunk_starts(e, settings, position, _segment_starts)
-    after_sinks = e.op("GreaterOrEqual", [position, e.const(settings.sinks, "int64")])
-    ranked = e.op("And", [after_sinks, before_window])
-    start = e.op("Where", [ranked, start, e.const(0, "int64")])  # outside the ranking nothing is read back
-    lowest, largest = e.scalar(-np.inf, "float64"), e.scalar(np.finfo(np.float64).max, "float64")
-    mean = e.op("GatherElements", [_chunk_means(e, scores, start, ranked), start], axis=1)
-    mean = e.op("Where", [e.op("IsNaN", [mean]), lowest, e.op("Min", [mean, largest])])
-    untouched = e.op("Equal", [kept, length])
-    always = e.op("Or", [e.op("Not", [ranked]), untouched])
+def _rank_values(e: NodeEmitter, settings: ChunkKVSettings, scores: str, row: threshold.Row, start: str) -> str:
+    """Return per token [R,S] its chunk's mean score, +inf for tokens that always stay, -inf for padding.
+
+    NaN is the lowest of all means, and above padding: all are finite float64 numbers.
+    """
+    after_sinks = e.op("GreaterOrEqual", [row.position, e.const(settings.sinks, "int64")])
+    ranked_tokens = e.op("And", [after_sinks, row.before_window])
+    start = e.op("Where", [ranked_tokens, start, e.const(0, "int64")])  # outside the ranking nothing is read back
+    mean = e.op("GatherElements", [_chunk_means(e, scores, start, ranked_tokens), start], axis=1)
+    largest = np.finfo(np.float64).max
+    bounds = e.scalar(-largest / 2, "float64"), e.scalar(largest, "float64")
+    bounded = e.op("Min", [e.op("Max", [mean, bounds[0]]), bounds[1]])
+    mean = e.op("Where", [e.op("IsNaN", [mean]), e.scalar(-largest, "float64"), bounded])
+    untouched = e.op("Equal", [row.kept, row.length])
+    always = e.op("Or", [e.op("Not", [ranked_tokens]), untouched])
     value = e.op("Where", [always, e.scalar(np.inf, "float64"), mean])
-    return e.op("Where", [e.op("Less", [position, length]), value, lowest])
+    return e.op("Where", [e.op("Less", [row.position, row.length]), value, e.scalar(-np.inf, "float64")])
 
 
 def _chunk_means(e: NodeEmitter, scores: str, start: str, ranked: str) -> str:
@@ -263,7 +294,7 @@ def _segment_marks(e: NodeEmitter, position: str, sinks: str) -> str:
     return e.op("Or", [e.op("Cast", [e.op("Gather", [flags, before], axis=1)], to=onnx.TensorProto.BOOL), first])
 
 
-def _segment_starts(e: NodeEmitter, starts: str, position: str) -> str:
+def sorted_starts(e: NodeEmitter, starts: str, position: str) -> str:
     """Return for every token the position where its segment starts, [B,S] int64, from marks [B,S] bool."""
     marks = e.op("Cast", [starts], to=onnx.TensorProto.INT64)
     number = e.op("CumSum", [marks, e.const(1, "int64")])
@@ -275,28 +306,28 @@ def _segment_starts(e: NodeEmitter, starts: str, position: str) -> str:
     return e.op("GatherElements", [table, number], axis=1)
 
 
-def _ascending_top(e: NodeEmitter, rank_value: str, kept: str) -> None:
-    """Write kept_indices: the N best tokens of each row in ascending order, -1 behind them (section 4)."""
+def _ascending_top(e: NodeEmitter, rank_value: str, kept: str) -> str:
+    """Return the N best tokens of each row in ascending order, [R,max N] int32, -1 behind them (section 4)."""
     most = e.op("Reshape", [e.op("ReduceMax", [kept], keepdims=0), e.ints(1)])
     e.op("TopK", [rank_value, most], ["top_values", "top_indices"], axis=1, largest=1, sorted=1)
-    rank = _positions(e, e.op("Squeeze", [most]))
+    rank = positions(e, e.op("Squeeze", [most]))
     missing = e.const(np.iinfo(np.int32).max, "int32")
     index = e.op("Cast", ["top_indices"], to=onnx.TensorProto.INT32)
     index = e.op("Where", [e.op("Less", [rank, kept]), index, missing])
     e.op("TopK", [index, most], ["sorted_indices", "sorted_places"], axis=1, largest=0, sorted=1)
     is_padding = e.op("Equal", ["sorted_indices", missing])
-    e.op("Where", [is_padding, e.const(-1, "int32"), "sorted_indices"], ["kept_indices"])
+    return e.op("Where", [is_padding, e.const(-1, "int32"), "sorted_indices"])
 
 
-def compact_function(opset: int) -> onnx.FunctionProto:
+def compact_function(opset: int, heads: str = "shared") -> onnx.FunctionProto:
     """Return ChunkKVCompact: x [B,Hkv,S,D], kept_indices [B,K] int32 -> [B,Hkv,K,D], rows copied bit for bit.
 
-    Where an index is -1 the row's first token is copied: those slots lie behind kept_lengths and are never read.
+    With `heads` "each" kept_indices is [B,Hkv,K], or [B,1,K] for heads that keep the same. Where an index is -1 the
+    row's first token is copied: those slots lie behind kept_lengths and are never read.
     """
     e = _function_emitter(COMPACT)
-    index = e.op("Cast", ["kept_indices"], to=onnx.TensorProto.INT64)
-    rows = take_rows(e, "x", e.op("Max", [index, e.const(0, "int64")]))
-    e.op("Identity", [rows], ["y"])
-    return helper.make_function(
-        DOMAIN, COMPACT, ["x", "kept_indices"], ["y"], e.nodes, [helper.make_opsetid("", opset)]
-    )
+    index = e.op("Max", [e.op("Cast", ["kept_indices"], to=onnx.TensorProto.INT64), e.const(0, "int64")])
+    if heads == "shared":
+        index = e.op("Unsqueeze", [index, e.ints(1)])
+    e.op("Identity", [take_rows(e, "x", index)], ["y"])
+    return _function(COMPACT, ["x", "kept_indices"], ["y"], e, opset)

@@ -88,7 +88,7 @@ class PrefillGraph(StepGraph):
             group = self.model.num_heads // self.model.num_kv_heads
             queries = heads.split(self._last_queries(query), group, 1)
             for part, part_query in zip(parts, queries, strict=True):
-                self.nodes.select(part, part_query, self.caches[part.number][0])
+                self.nodes.select(part, part_query, *self.caches[part.number])
         for member in self.plan.parts:
             if member.number in self.caches and self.plan.parts[member.leader].layer <= layer.index:
                 self.nodes.compact(member, *self.caches.pop(member.number))
@@ -105,4 +105,4 @@ class PrefillGraph(StepGraph):
             "Add", [e.op("Unsqueeze", [self.last, e.ints(1)]), e.const([list(range(1 - window, 1))], "int64")]
         )
         places = e.op("Max", [places, e.const(0, "int64")])
-        return functions.take_rows(e, query, places)
+        return functions.take_rows(e, query, e.op("Unsqueeze", [places, e.ints(1)]))

@@ -54,8 +54,8 @@ def masked(e: NodeEmitter, settings: ChunkKVSettings, logits: str, length: str, 
     return e.op("Where", [visible, logits, e.scalar(-np.inf)])
 
 
-def write_kept_indices(e: NodeEmitter, settings: ChunkKVSettings, row: Row, scores: str, start: str) -> None:
-    """Write the output kept_indices [B,S] int32: the tokens that stay in ascending order, -1 behind them.
+def kept_indices(e: NodeEmitter, settings: ChunkKVSettings, row: Row, scores: str, start: str) -> str:
+    """Return the tokens that stay in ascending order, [B,S] int32, -1 behind them.
 
     `scores` [B,S] float32 are token scores, `start` [1,S] or [B,S] int64 the position where each token's chunk starts.
     """
@@ -69,7 +69,7 @@ def write_kept_indices(e: NodeEmitter, settings: ChunkKVSettings, row: Row, scor
     always = e.op("And", [is_token, e.op("Or", [e.op("Not", [ranked]), untouched])])
     ranked = e.op("And", [ranked, e.op("Not", [untouched])])
     stays = _stays(e, mean, always, ranked, row.kept)
-    e.op("Identity", [_ascending_positions(e, stays, row.position)], ["kept_indices"])
+    return _ascending_positions(e, stays, row.position)
 
 
 def segment_starts(e: NodeEmitter, starts: str, position: str) -> str:
