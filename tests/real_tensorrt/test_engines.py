@@ -16,9 +16,12 @@ from support.builds import CommandLine, Outcome
 from support.covering import Row, all_pairs, covering_set, pairs_of
 from support.messages import naming
 
+from chunkkv.cache_layout import Slots
 from chunkkv.engine.directory import EngineFiles
 from chunkkv.engine.tensorrt_contract import PREFILL_FILE, WEIGHTS_FILE, Contract, decode_file
 from chunkkv.gpu.tensorrt_library import TensorRT
+from chunkkv.settings import ChunkKVSettings
+from chunkkv_builder.backends import graph_build
 from chunkkv_builder.progress import human_bytes
 
 from .recorder import Built, record_builds
@@ -52,7 +55,7 @@ MODEL = {
     "max_position_embeddings": 4096,
 }
 TYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}
-CAPACITIES = {256: (128, 256), 2048: (256, 512, 1024, 2048)}
+CAPACITIES = {256: ((128,), (256,)), 2048: ((256,), (512,), (1024,), (2048,))}
 WINDOW, KEEP_RATIO, MIN_TOKENS = 32, 0.25, 64
 PREFILL_ROWS = 3  # prompts that are prefilled at once, where the batch has as many
 # The bindings warn when the recorder's builder goes away.
@@ -182,22 +185,22 @@ def check_prefill(row: Row, built: Built, contract: Contract) -> None:
     choices |= {f"token_scores.{leader}": ("FLOAT", (-1, -1)) for leader in leaders}
     logits = ("FLOAT", (-1, 1, contract.vocab_size))
     assert built.outputs == {"logits": logits, "kept_lengths": ("INT32", (1, -1)), **caches, **choices}
-    kept = next(capacity for capacity in contract.capacities if capacity >= KEEP_RATIO * longest)
+    kept = next(capacity for capacity in contract.capacities if capacity[0] >= KEEP_RATIO * longest)
     assert built.profile == {
         **dict.fromkeys(rows, ((1,), (most,), (most,))),
         "input_ids": ((1, 1), (most, longest), (most, longest)),
-        "capacity": ((contract.capacities[0],), (kept,), (contract.capacities[-1],)),
+        "capacity": (contract.capacities[0], kept, contract.capacities[-1]),
     }
 
 
-def check_decoder(row: Row, built: Built, contract: Contract, capacity: int) -> None:
+def check_decoder(row: Row, built: Built, contract: Contract, capacity: Slots) -> None:
     dtype, most = TYPES[row["dtype"]], row["batch"]
     assert built.layers["KV_CACHE_UPDATE"] == 2 * LAYERS and built.layers["PLUGIN_V3"] == 0
     assert built.layers["ATTENTION_INPUT"] == built.layers["ATTENTION_OUTPUT"] == LAYERS
     assert built.layers["ROTARY_EMBEDDING"] == 2 * LAYERS
     steps = dict.fromkeys(("input_ids", "position_ids", "logit_indices"), ("INT64", (-1, 1)))
     steps["cache_lengths"] = ("INT32", (1, -1))
-    cache = (dtype, (-1, KV_HEADS, capacity, HEAD_DIM))
+    cache = (dtype, (-1, KV_HEADS, capacity[0], HEAD_DIM))
     past, present = (
         {f"{time}_{kind}.{layer}": cache for kind in ("key", "value") for layer in range(LAYERS)}
         for time in ("past", "present")
@@ -206,7 +209,7 @@ def check_decoder(row: Row, built: Built, contract: Contract, capacity: int) -> 
     assert {**steps, **past}.items() <= built.inputs.items()
     assert_weights(built, contract, dtype)
     assert built.outputs == {"logits": ("FLOAT", (-1, 1, contract.vocab_size)), **present}
-    shape = (KV_HEADS, capacity, HEAD_DIM)
+    shape = (KV_HEADS, capacity[0], HEAD_DIM)
     assert built.profile == {
         **{name: ((1, 1), (most, 1), (most, 1)) for name in steps if name != "cache_lengths"},
         "cache_lengths": ((1, 1), (1, most), (1, most)),
@@ -237,13 +240,55 @@ def test_engines_without_chunkkv_keep_every_token(build: Builds) -> None:
     assert engine.settings is None and engine.tensorrt is not None and engine.tensorrt.chunkkv_ops == "none"
 
 
+@pytest.mark.parametrize("local_policy", ["recent", "chunks"])
+def test_heads_of_two_classes_have_caches_of_two_lengths(
+    build: Builds, monkeypatch: pytest.MonkeyPatch, local_policy: str
+) -> None:
+    """One layer of both classes and one of local heads: prefill keeps three parts, decode updates three caches."""
+    settings = ChunkKVSettings(
+        keep_per_10k=2_500,
+        layer_groups=((0,), (1,)),
+        budget_split="classes",
+        num_kv_heads=2,
+        reading_heads=((1,), ()),
+        reading_share_per_10k=25_000,
+        local_share_per_10k=5_000,
+        local_policy=local_policy,
+    )
+    monkeypatch.setattr(graph_build, "chunkkv_settings", lambda flags, *sizes: settings)
+    heads = {**MODEL, "hidden_size": 4 * HEAD_DIM, "num_attention_heads": 4, "num_key_value_heads": 2}
+    limits = {"max_batch_size": 2, "max_seq_len": 1024, "max_num_tokens": 2048, "chunkkv": True}
+    build(checkpoint_dir=engines.checkpoint_dir("llama3", **heads), dtype="float32", **limits)
+    prefill, *decoders = build.recorded
+    contract, engine = Contract.read(build.folder), EngineFiles.load(build.folder)
+    parts = [(part.layer, part.kv_heads, part.length_class) for part in contract.layout.parts]
+    assert parts == [(0, (1,), 0), (0, (0,), 1), (1, (0, 1), 1)]
+    assert engine.tensorrt is not None and engine.tensorrt.chunkkv_ops == "functions", "no plugin splits heads"
+    scored = (0,) if local_policy == "recent" else (0, 1, 2)
+    assert (contract.leaders, contract.scored) == ((0, 1, 2), scored)
+    chosen = {0, 1} if local_policy == "recent" else {0, 1, 2}
+    caches = {f"kept_{kind}.{part}" for kind in ("key", "value") for part in range(3)}
+    choices = {f"kept_indices.{part}" for part in chosen} | {f"token_scores.{part}" for part in scored}
+    assert prefill.outputs.keys() == {"logits", "kept_lengths", *caches, *choices}
+    assert prefill.outputs["kept_lengths"] == ("INT32", (2, -1)) and prefill.inputs["capacity"] == ("INT64", (2,))
+    least, _, most = prefill.profile["capacity"]
+    assert all(lower < upper for lower, upper in zip(least, most, strict=True))
+    for capacity, built in zip(contract.capacities, decoders, strict=True):
+        assert built.layers["KV_CACHE_UPDATE"] == 6 and built.layers["ATTENTION_INPUT"] == 3
+        assert built.inputs["cache_lengths"] == ("INT32", (2, -1))
+        for number, part in enumerate(contract.layout.parts):
+            shape = (-1, len(part.kv_heads), capacity[part.length_class], HEAD_DIM)
+            assert built.inputs[f"past_key.{number}"] == built.outputs[f"present_value.{number}"] == ("FLOAT", shape)
+    assert contract.capacities[-1] == (1024, 1024) and any(slots[1] < slots[0] for slots in contract.capacities)
+
+
 def test_long_prompts_are_timed_at_a_usual_length(build: Builds) -> None:
     long = engines.checkpoint_dir("llama3", **{**MODEL, "max_position_embeddings": 20_000}, rope_scaling=None)
     build(checkpoint_dir=long, max_batch_size=2, max_seq_len=20_000, chunkkv=True)
     profile = build.recorded[0].profile
     assert profile["input_ids"] == ((1, 1), (1, 4096), (1, 20_000))
     assert profile["capacity"] == ((2560,), (10_048,), (20_032,))
-    assert Contract.read(build.folder).capacities == (2560, 5056, 10_048, 20_032)
+    assert Contract.read(build.folder).capacities == ((2560,), (5056,), (10_048,), (20_032,))
 
 
 @pytest.mark.parametrize(
