@@ -28,6 +28,7 @@ from chunkkv_builder.backends import graph_build
 
 TOLERANCE = 2e-4
 machine = pytest.fixture(machine_of)
+ATTENTIONS = ("fused", "standard")
 CHANGES: dict[str, dict[str, Any]] = {
     "recent local heads": {},
     "local heads choose chunks": {"local_policy": "chunks"},
@@ -234,3 +235,16 @@ def test_an_inspection_shows_every_class() -> None:
         assert np.array_equal(group.kept_indices, kept[group.leader][group.kv_heads[0]])
         assert (group.token_scores.max() > 0) == (group.head_class == "reading")
     assert all(len(group.kept_indices) == 90 for group in session(settings).inspect(prompt, keep_ratio=1.0).groups)
+
+
+@pytest.mark.parametrize("variant", ["gemma2", "gemma3", "granite", "phi3", "smollm3"])
+def test_families_unlike_llama_have_head_classes_with_both_attentions(variant: str) -> None:
+    """Soft caps and scales of attention, partly rotated heads and layers without rotation, in caches of two lengths."""
+    prompts = [tokens(length, seed=length) for length in (61, 33)]
+    params = SamplingParams(max_new_tokens=6, ignore_eos=True, logprobs=True)
+    settings = settings_for("local heads choose chunks")
+    fused, standard = (session(settings, attention, variant).generate(prompts, params) for attention in ATTENTIONS)
+    for one, other in zip(fused, standard, strict=True):
+        assert one.statistics.kept_tokens == other.statistics.kept_tokens
+        assert one.token_ids == other.token_ids
+        assert np.abs(np.array(one.logprobs) - np.array(other.logprobs)).max() <= TOLERANCE

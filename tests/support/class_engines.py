@@ -45,30 +45,30 @@ def settings_of(**changes: Any) -> ChunkKVSettings:
     return ChunkKVSettings(**{**SMALL, "layer_groups": groups, **changes})
 
 
-def checkpoint() -> Path:
-    """Return the directory of the checkpoint that all engines here are made from."""
-    return engines.checkpoint_dir(VARIANT, **SIZES)
+def checkpoint(variant: str = VARIANT) -> Path:
+    """Return the directory of the checkpoint that engines here are made from."""
+    return engines.checkpoint_dir(variant, **SIZES)
 
 
 @cache
-def _weights() -> tuple[Path, dict[str, WeightLocation]]:
+def _weights(variant: str) -> tuple[Path, dict[str, WeightLocation]]:
     folder = Path(tempfile.mkdtemp(dir=_FOLDER.name))
-    sources = weight_sources(HuggingFaceCheckpoint.open(checkpoint()), None)
+    sources = weight_sources(HuggingFaceCheckpoint.open(checkpoint(variant)), None)
     return folder, write_weights(folder / WEIGHTS_FILE, sources)
 
 
-def plan_of(settings: ChunkKVSettings | None) -> GraphPlan:
+def plan_of(settings: ChunkKVSettings | None, variant: str = VARIANT) -> GraphPlan:
     """Return the plan of an engine with `settings`."""
-    return make_plan(HuggingFaceCheckpoint.open(checkpoint()).config, settings)
+    return make_plan(HuggingFaceCheckpoint.open(checkpoint(variant)).config, settings)
 
 
 @cache
-def session(settings: ChunkKVSettings | None, attention: str = "fused") -> ChunkKVSession:
+def session(settings: ChunkKVSettings | None, attention: str = "fused", variant: str = VARIANT) -> ChunkKVSession:
     """Return a session on an engine with `settings`, which has no tokenizer."""
-    weights, locations = _weights()
+    weights, locations = _weights(variant)
     folder = Path(tempfile.mkdtemp(dir=_FOLDER.name))
     (folder / WEIGHTS_FILE).hardlink_to(weights / WEIGHTS_FILE)
-    plan = plan_of(settings)
+    plan = plan_of(settings, variant)
     onnx.save_model(StepGraph(plan, locations, attention=attention).build(), folder / STEP_FILE)
     if settings is not None:
         onnx.save_model(compress_graph(plan), folder / COMPRESS_FILE)
