@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from support import engines
+from support.checkpoints import as_read, variant_config
 from support.gguf_files import DRAWN, GGUF_VARIANTS, K_SIZES, QUANTISED, random_blocks, write_gguf, write_twin
 from support.messages import naming
 
@@ -25,6 +26,7 @@ from chunkkv_builder.checkpoint.formats import open_checkpoint
 from chunkkv_builder.checkpoint.gguf_file import TYPES
 from chunkkv_builder.checkpoint.gguf_quants import BLOCK_FORMATS, to_blocks
 from chunkkv_builder.checkpoint.model_config import ModelConfig, rope_frequencies
+from chunkkv_builder.config import longest_context
 from chunkkv_builder.onnx_graph import quantize
 
 PROMPT = np.random.default_rng(0).integers(3, 300, 40)
@@ -35,6 +37,9 @@ def engine(checkpoint: Path, output: Path, **flags: Any) -> Path:
     named = {"checkpoint_dir": checkpoint, "output_dir": output, "log_level": "error", **LIMITS, **flags}
     build.main(engines.command_line(named))
     return output
+
+
+PHI3 = {"rope_scaling": None, "partial_rotary_factor": 1.0, "max_position_embeddings": 512}
 
 
 def logits(engine_dir: Path) -> np.ndarray:
@@ -49,8 +54,9 @@ def logits(engine_dir: Path) -> np.ndarray:
 def assert_same_engine(tmp_path: Path, variant: str, kind: str, tolerance: float = 0.0, **overrides: Any) -> None:
     weights = write_gguf(tmp_path / "model.gguf", variant, kind, **overrides)
     checkpoint = open_checkpoint(tmp_path / "model.gguf")
-    assert sorted(checkpoint.names()) == sorted(weights)
-    for name, weight in weights.items():
+    parts = as_read(variant_config(variant, **overrides), weights)
+    assert sorted(checkpoint.names()) == sorted(parts)
+    for name, weight in parts.items():
         assert checkpoint.shape(name) == weight.shape
         assert np.array_equal(checkpoint.converted(name, "float32"), weight), name
     twin = write_twin(tmp_path / "twin", variant, weights, **overrides)
@@ -64,6 +70,36 @@ def assert_same_engine(tmp_path: Path, variant: str, kind: str, tolerance: float
 @pytest.mark.parametrize("variant", GGUF_VARIANTS)
 def test_every_family_equals_its_safetensors_twin(tmp_path: Path, variant: str) -> None:
     assert_same_engine(tmp_path, variant, "Q8_0", tolerance=1e-4 if variant == "llama3" else 0.0)
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q4_0", "Q8_0"])
+@pytest.mark.parametrize("partial", [0.5, 1.0])
+def test_fused_projections_equal_their_safetensors_twin(tmp_path: Path, kind: str, partial: float) -> None:
+    assert_same_engine(tmp_path, "phi3", kind, **{**PHI3, "partial_rotary_factor": partial})
+
+
+def test_a_window_of_phi3_limits_the_sequences_and_longrope_is_refused(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "model.gguf", "phi3", **{**PHI3, "sliding_window": 100})
+    model = open_checkpoint(tmp_path / "model.gguf").config
+    assert model.sliding_window == 100 and longest_context(model) == 100
+    write_gguf(tmp_path / "model.gguf", "phi3", metadata={"phi3.rope.scaling.attn_factor": 1.25}, **PHI3)
+    with pytest.raises(ConfigError, match=naming("'phi3.rope.scaling.attn_factor' is 1.25")):
+        open_checkpoint(tmp_path / "model.gguf")
+    for count, words in ((11, "'rope.dimension_count' is 11 even 16"), (18, "'rope.dimension_count' is 18 even 16")):
+        write_gguf(tmp_path / "model.gguf", "phi3", metadata={"phi3.rope.dimension_count": count}, **PHI3)
+        with pytest.raises(ConfigError, match=naming(words)):
+            open_checkpoint(tmp_path / "model.gguf")
+
+
+def test_kept_blocks_of_fused_projections(tmp_path: Path) -> None:
+    sizes = {**PHI3, "intermediate_size": 128}
+    weights = write_gguf(tmp_path / "model.gguf", "phi3", "Q4_0", **sizes)
+    checkpoint = open_checkpoint(tmp_path / "model.gguf")
+    parts = as_read(variant_config("phi3", **sizes), weights)
+    for name in ("model.layers.1.self_attn.k_proj.weight", "model.layers.2.mlp.up_proj.weight"):
+        blocks = checkpoint.stored_blocks(name, 4).load()
+        packed = quantize.pack(blocks.codes, 4)
+        assert np.array_equal(quantize.dequantize(packed, blocks.scales, 64), parts[name])
 
 
 @pytest.mark.parametrize("kind", ["F32", *QUANTISED])
@@ -201,7 +237,7 @@ def test_reading_one_needs_neither_torch_nor_transformers(tmp_path: Path) -> Non
 
 
 REFUSED = [
-    ({"general.architecture": "gemma3"}, ConfigError, "architecture 'gemma3' is not supported llama qwen2 qwen3"),
+    ({"general.architecture": "gemma3"}, ConfigError, "architecture 'gemma3' is not supported llama qwen2 qwen3 phi3"),
     ({"llama.expert_count": 8}, ConfigError, "'llama.expert_count' is 8"),
     ({"llama.attention.sliding_window": 4096}, ConfigError, "'llama.attention.sliding_window' is 4096"),
     ({"llama.final_logit_softcapping": 30.0}, ConfigError, "'llama.final_logit_softcapping' is 30.0"),

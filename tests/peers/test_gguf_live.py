@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from support import engines
+from support.checkpoints import as_read
 from support.gguf_files import DRAWN, K_SIZES, QUANTISED, write_gguf
 from support.hostile_texts import hostile_texts
 from support.smollm2 import smollm2
@@ -57,8 +58,9 @@ def torch_logits(model: Any, ids: np.ndarray) -> np.ndarray:
 def assert_equal_models(path: Path, output: Path) -> None:
     model, checkpoint = loaded(path), open_checkpoint(path)
     state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    parts = as_read(model.config.to_dict(), state)
     for name in checkpoint.names():
-        assert np.array_equal(checkpoint.converted(name, "float32"), state[name]), name
+        assert np.array_equal(checkpoint.converted(name, "float32"), parts[name]), name
     session = built(path, output, max_seq_len=256, max_num_tokens=64)
     ids = np.random.default_rng(0).integers(3, 300, 100)
     expected = torch_logits(model, ids)
@@ -66,10 +68,14 @@ def assert_equal_models(path: Path, output: Path) -> None:
     assert np.abs(last_logits(session, ids) - expected).max() <= TOLERANCE
 
 
-@pytest.mark.parametrize("variant", ["llama2", "llama_tied", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("variant", ["llama2", "llama_tied", "mistral", "qwen2", "qwen3", "phi3"])
 def test_tiny_models_equal_transformers(tmp_path: Path, variant: str) -> None:
-    sizes = {"head_dim": 128} if variant == "qwen3" else {}  # transformers passes over Qwen3's attention.key_length
-    write_gguf(tmp_path / "model.gguf", variant, "Q8_0", **sizes)
+    # transformers passes over Qwen3's attention.key_length, and over Phi-3's rope.dimension_count.
+    sizes: dict[str, Any] = {"head_dim": 128} if variant == "qwen3" else {}
+    if variant == "phi3":
+        sizes = {"rope_scaling": None, "partial_rotary_factor": 1.0, "max_position_embeddings": 512}
+    metadata = {"tokenizer.ggml.padding_token_id": 0}  # transformers' own for Phi-3 is beyond this vocabulary
+    write_gguf(tmp_path / "model.gguf", variant, "Q8_0", metadata=metadata, **sizes)
     assert_equal_models(tmp_path / "model.gguf", tmp_path / "engine")
 
 
@@ -128,8 +134,9 @@ def test_smollm2_weights_are_equal(model: Any) -> None:
     checkpoint = open_checkpoint(smollm2())
     state = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     assert len(checkpoint.names()) == 272
+    parts = as_read(model.config.to_dict(), state)
     for name in checkpoint.names():
-        assert np.array_equal(checkpoint.converted(name, "float32"), state[name]), name
+        assert np.array_equal(checkpoint.converted(name, "float32"), parts[name]), name
 
 
 @pytest.mark.parametrize("length", [19, 150, 900])

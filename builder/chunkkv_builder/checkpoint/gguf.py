@@ -21,6 +21,7 @@ from chunkkv_builder.checkpoint.gguf_model import PLAIN_TYPES, ROPE_FACTORS, rea
 from chunkkv_builder.checkpoint.gguf_quants import BLOCK_FORMATS, dequantize, to_blocks
 from chunkkv_builder.checkpoint.gguf_tokenizer import GgufTokenizer, read_tokenizer
 from chunkkv_builder.checkpoint.model_config import ModelConfig
+from chunkkv_builder.checkpoint.stored_tensors import stored_tensors
 from chunkkv_builder.checkpoint.tensor_shapes import expected_shapes
 
 SUFFIX = ".gguf"
@@ -40,7 +41,10 @@ class GgufCheckpoint:
         self.config = config
         self.notes: tuple[str, ...] = ()
         self._shapes = expected_shapes(config)
-        self._sources = {tensor_name(name): (file, name) for file in files for name in file.entries}
+        self._places = stored_tensors(config)
+        self._sources = {
+            tensor_name(name, config.architecture): (file, name) for file in files for name in file.entries
+        }
         self.tokenizer_dir: Path | None = None
         if tokenizer is not None:
             self.tokenizer_dir = Path(tempfile.mkdtemp(prefix="chunkkv-tokenizer-"))
@@ -72,8 +76,8 @@ class GgufCheckpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the tensor's shape without touching its data."""
-        file, stored_name = self._source(name)
-        return file.entries[stored_name].shape
+        self._source(name)
+        return self._shapes[name]
 
     def stored_type(self, name: str) -> str:
         """Return the type that the tensor is stored in, such as "float16" or "Q4_K"."""
@@ -109,6 +113,8 @@ class GgufCheckpoint:
         """
         file, stored_name = self._source(name)
         rows = file.data(stored_name)
+        if len(self.shape(name)) == 2:
+            rows = rows[self._places[name].first : self._places[name].stop]
         if self.config.family != "llama" or (".q_proj." not in name and ".k_proj." not in name):
             return rows
         if len(self.shape(name)) == 1:  # a bias: one row of numbers, which move as the rows of a weight do
@@ -127,7 +133,7 @@ class GgufCheckpoint:
     def _source(self, name: str) -> tuple[GgufFile, str]:
         if name not in self._shapes:
             raise CheckpointError(f"{self.path}: this model has no tensor {name!r}")
-        return self._sources[name]
+        return self._sources[self._places[name].name]
 
 
 def is_gguf(path: Path) -> bool:

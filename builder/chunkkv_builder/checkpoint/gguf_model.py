@@ -6,14 +6,20 @@ from collections.abc import Mapping
 
 from chunkkv.engine.fields import Fields, shown
 from chunkkv.errors import CheckpointError, ConfigError
+from chunkkv_builder.checkpoint.families import FAMILY_OF
 from chunkkv_builder.checkpoint.gguf_file import GgufTensor, Value
 from chunkkv_builder.checkpoint.gguf_tokenizer import GgufTokenizer
 from chunkkv_builder.checkpoint.model_config import ARCHITECTURES, MAX_LAYERS, ModelConfig
 from chunkkv_builder.checkpoint.rope import DEFAULT_THETA, RopeScaling
-from chunkkv_builder.checkpoint.tensor_shapes import expected_shapes
+from chunkkv_builder.checkpoint.stored_tensors import stored_shapes
 
 # Mistral's models are "llama" in GGUF: they compute the same.
-_FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_FAMILIES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+}
 # Every key of an architecture that is read below, or that says nothing about what is computed. A key beyond them, such
 # as a soft cap or experts, could change the results, so it is refused.
 _KNOWN_KEYS = (
@@ -38,6 +44,7 @@ _REQUIRED_VALUES: Mapping[str, Value] = {
     "rope.scaling.yarn_ext_factor": 1.0,
     "rope.scaling.yarn_attn_factor": 1.0,
 }
+_ANY_VALUE = {"phi3": ("attention.sliding_window",)}  # of an architecture, whatever _REQUIRED_VALUES says
 ROPE_FACTORS = "rope_freqs.weight"
 PLAIN_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _SKIPPED = ("attn_rot_embd.weight", "attn_rot_embd")  # recomputed from the configuration; old files store it
@@ -46,6 +53,7 @@ _MODULES = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
+    "attn_qkv": "self_attn.qkv_proj",
     "attn_output": "self_attn.o_proj",
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
@@ -54,6 +62,7 @@ _MODULES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_FUSED_UP = "mlp.gate_up_proj"  # what ffn_up is in a family with fused projections
 _OUTSIDE_LAYERS = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -61,8 +70,8 @@ _OUTSIDE_LAYERS = {
 }
 
 
-def tensor_name(name: str) -> str | None:
-    """Return what tensor `name` of a GGUF file is called in Hugging Face's layout, None where it has no counterpart."""
+def tensor_name(name: str, architecture: str) -> str | None:
+    """Return what tensor `name` of a GGUF file is called in Hugging Face's checkpoints, None where it has no place."""
     if name in _OUTSIDE_LAYERS:
         return _OUTSIDE_LAYERS[name]
     block, _, rest = name.partition(".")
@@ -72,7 +81,8 @@ def tensor_name(name: str) -> str | None:
         return None
     if module not in _MODULES or part not in ("weight", "bias"):
         return None
-    return f"model.layers.{layer}.{_MODULES[module]}.{part}"
+    is_fused_up = module == "ffn_up" and FAMILY_OF[architecture].fused_projections
+    return f"model.layers.{layer}.{_FUSED_UP if is_fused_up else _MODULES[module]}.{part}"
 
 
 def is_unused(name: str) -> bool:
@@ -134,6 +144,8 @@ def read_config(
         qk_norm=name == "qwen3",
         bos_token_id=None if tokenizer is None else tokenizer.bos_token_id,
         eos_token_ids=() if tokenizer is None else tokenizer.eos_token_ids,
+        sliding_window=model.integer("attention.sliding_window", low=0, default=0) or None,
+        rotary_dim=_rotary_dim(model, name, head_dim),
         dtype=PLAIN_TYPES.get(tensors["token_embd.weight"].type.name, "float32"),
     )
     _check_tensors(config, tensors, source)
@@ -152,6 +164,8 @@ def _architecture(general: Fields) -> tuple[str, Fields]:
         key.removeprefix(f"{name}."): value for key, value in general.values.items() if key.startswith(f"{name}.")
     }
     for key, value in values.items():
+        if key in _ANY_VALUE.get(name, ()):
+            continue
         if key not in _KNOWN_KEYS or value != _REQUIRED_VALUES.get(key, value):
             raise ConfigError(
                 f"{source}: '{name}.{key}' is {shown(value)}, a feature that is not supported: results without it "
@@ -164,10 +178,21 @@ def _head_dim(model: Fields, hidden: int, heads: int) -> int:
     if hidden % heads and "attention.key_length" not in model.values:
         raise model.error("attention.key_length", f"{hidden} does not divide by {heads} heads, so it must be given")
     head_dim = model.integer("attention.key_length", default=hidden // heads)
-    for key in ("attention.value_length", "rope.dimension_count"):
-        if model.integer(key, default=head_dim) != head_dim:
-            raise model.error(key, f"only {head_dim}, the width of a key head, is supported")
+    if model.integer("attention.value_length", default=head_dim) != head_dim:
+        raise model.error("attention.value_length", f"only {head_dim}, the width of a key head, is supported")
     return head_dim
+
+
+def _rotary_dim(model: Fields, name: str, head_dim: int) -> int | None:
+    """Return how many dimensions of a head are rotated, None for all."""
+    rotary_dim = model.integer("rope.dimension_count", default=head_dim)
+    if rotary_dim == head_dim:
+        return None
+    if not FAMILY_OF[_FAMILIES[name]].reads_partial_rotary:
+        raise model.error("rope.dimension_count", f"only {head_dim}, the width of a key head, is supported")
+    if rotary_dim % 2 or rotary_dim > head_dim:
+        raise model.error("rope.dimension_count", f"give an even number of at most {head_dim}, the width of a head")
+    return rotary_dim
 
 
 def _rope_scaling(
@@ -201,8 +226,8 @@ def _rope_scaling(
 
 def _check_tensors(config: ModelConfig, tensors: Mapping[str, GgufTensor], source: str) -> None:
     """Raise CheckpointError unless `tensors` are exactly those of `config`, with the right shapes."""
-    expected = expected_shapes(config)
-    ours = {name: tensor_name(name) for name in tensors}
+    expected = stored_shapes(config)
+    ours = {name: tensor_name(name, config.architecture) for name in tensors}
     for name, our_name in ours.items():
         if our_name not in expected and not is_unused(name):
             raise CheckpointError(
