@@ -18,7 +18,7 @@ from support.messages import naming
 
 from chunkkv.cache_layout import Slots
 from chunkkv.engine.directory import EngineFiles
-from chunkkv.engine.tensorrt_contract import PREFILL_FILE, WEIGHTS_FILE, Contract, decode_file
+from chunkkv.engine.tensorrt_contract import PREFILL_FILE, WEIGHTS_FILE, Contract, block_file, decode_file
 from chunkkv.gpu.tensorrt_library import TensorRT
 from chunkkv.settings import ChunkKVSettings
 from chunkkv_builder.backends import graph_build
@@ -129,14 +129,17 @@ def test_every_two_values_meet() -> None:
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(map(str, row.values())))
 def test_engines_are_those_of_the_executors_contract(row: Row, rtx: TensorRT, build: Builds) -> None:
     assert build(**flags_of(row)).err == ""
-    prefill, *decoders = build.recorded
+    prefill, *others = build.recorded
     contract = Contract.read(build.folder)
+    decoders, blocks = others[: len(contract.capacities)], others[len(contract.capacities) :]
     assert (contract.capacities, contract.leaders) == (CAPACITIES[row["longest"]], leaders_of(row))
     assert (contract.prefill_rows, contract.max_input_len) == (min(row["batch"], PREFILL_ROWS), row["longest"])
     assert contract.group_layers == (row["layer_reuse"] if row["leader"] == "last" else 1)
     check_prefill(row, prefill, contract)
     for capacity, built in zip(contract.capacities, decoders, strict=True):
         check_decoder(row, built, contract, capacity)
+    for capacity, built in zip(contract.capacities, blocks, strict=True):
+        check_block(row, built, contract, capacity)
     assert {built.tf32 for built in build.recorded} == {row["dtype"] != "float32"}, "float32 means float32"
     check_files(build.folder, build.recorded, contract)
     engine = EngineFiles.load(build.folder)
@@ -152,7 +155,7 @@ def test_families_unlike_llama_are_built(family: str, dtype: str, build: Builds)
     row = {**ROWS[0], "family": family, "dtype": dtype, "ops": "functions", "batch": 1, "longest": 256}
     assert build(**flags_of(row)).err == ""
     attention, rotation = UNLIKE_LLAMA[family]
-    assert len(build.recorded) == 1 + len(CAPACITIES[256])
+    assert len(build.recorded) == 1 + 2 * len(CAPACITIES[256])
     for built in build.recorded:
         assert built.layers["ATTENTION_INPUT"] == built.layers["ATTENTION_OUTPUT"] == attention
         assert built.layers["ROTARY_EMBEDDING"] == rotation
@@ -160,7 +163,7 @@ def test_families_unlike_llama_are_built(family: str, dtype: str, build: Builds)
 
 def check_files(folder: Path, builds: list[Built], contract: Contract) -> None:
     """The engines are what TensorRT gave; the matrices lie beside them once."""
-    files = [PREFILL_FILE, *map(decode_file, contract.capacities)]
+    files = [PREFILL_FILE, *map(decode_file, contract.capacities), *map(block_file, contract.capacities)]
     assert {path.name for path in folder.glob("*.engine")} == set(files) and not list(folder.glob("*.onnx"))
     for file, built in zip(files, builds, strict=True):
         assert built.engine and (folder / file).read_bytes() == built.engine
@@ -217,6 +220,27 @@ def check_decoder(row: Row, built: Built, contract: Contract, capacity: Slots) -
     }
 
 
+def check_block(row: Row, built: Built, contract: Contract, capacity: int) -> None:
+    """A block engine is a decode engine for one row, and for up to block_tokens tokens."""
+    dtype, most = TYPES[row["dtype"]], contract.block_tokens
+    assert most == min(256, contract.capacities[0])
+    assert built.layers["KV_CACHE_UPDATE"] == 2 * LAYERS and built.layers["PLUGIN_V3"] == 0
+    assert built.layers["ATTENTION_INPUT"] == built.layers["ATTENTION_OUTPUT"] == LAYERS
+    steps = dict.fromkeys(("input_ids", "position_ids"), ("INT64", (1, -1)))
+    steps |= {"logit_indices": ("INT64", (1, 1)), "cache_lengths": ("INT32", (1, 1))}
+    shape = (1, KV_HEADS, capacity, HEAD_DIM)
+    past, present = (
+        {f"{time}_{kind}.{layer}": (dtype, shape) for kind in ("key", "value") for layer in range(LAYERS)}
+        for time in ("past", "present")
+    )
+    assert built.inputs.keys() == {*steps, *past, *contract.weights}
+    assert {**steps, **past}.items() <= built.inputs.items()
+    assert built.outputs == {"logits": ("FLOAT", (1, 1, contract.vocab_size)), **present}
+    varying = dict.fromkeys(("input_ids", "position_ids"), ((1, 1), (1, most), (1, most)))
+    assert varying.items() <= built.profile.items()
+    assert all(len(set(shapes)) == 1 for name, shapes in built.profile.items() if name not in varying)
+
+
 def assert_weights(built: Built, contract: Contract, dtype: str) -> None:
     """Every matrix is an input in the engine's type, as large as its place in the weights file."""
     for name, (_, nbytes) in contract.weights.items():
@@ -235,7 +259,7 @@ def test_engines_without_chunkkv_keep_every_token(build: Builds) -> None:
     assert prefill.inputs.keys() == {"input_ids", "lengths", "capacity", *contract.weights}
     caches = {f"kept_{kind}.{layer}" for kind in ("key", "value") for layer in range(LAYERS)}
     assert prefill.outputs.keys() == {"logits", "kept_lengths", *caches}
-    assert len(decoders) == 2 and all(built.layers["PLUGIN_V3"] == 0 for built in build.recorded)
+    assert len(decoders) == 4 and all(built.layers["PLUGIN_V3"] == 0 for built in build.recorded)
     engine = EngineFiles.load(build.folder)
     assert engine.settings is None and engine.tensorrt is not None and engine.tensorrt.chunkkv_ops == "none"
 
@@ -298,7 +322,7 @@ def test_every_engine_is_reported_on(rtx: TensorRT, build: Builds, ops: str, ins
     limits = {"max_batch_size": 1, "max_seq_len": 256, "log_level": "info"}
     text = build(checkpoint_dir=checkpoint_of("mistral"), chunkkv=True, chunkkv_ops=ops, **limits).err
     stages = re.findall(r"^(\S.*?) +\d+\.\d s$", text, re.MULTILINE)
-    names = ["prefill", "decode 128", "decode 256"]
+    names = ["prefill", "decode 128", "decode 256", "block 128", "block 256"]
     assert stages == ["checkpoint", "weights", *names, "tokenizer", "checksums"]
     assert re.search(naming(rtx.version, ops), text.splitlines()[0])
     reports = re.findall(
@@ -306,4 +330,4 @@ def test_every_engine_is_reported_on(rtx: TensorRT, build: Builds, ops: str, ins
     )
     sizes = [human_bytes(len(built.engine)) for built in build.recorded]
     layers = [str(built.layers.total()) for built in build.recorded]
-    assert reports == list(zip(names, layers, [inside, "", ""], sizes, strict=True))
+    assert reports == list(zip(names, layers, [inside, "", "", "", ""], sizes, strict=True))

@@ -35,6 +35,7 @@ class cudaMemcpyKind(enum.IntEnum):
 
     cudaMemcpyHostToDevice = 1
     cudaMemcpyDeviceToHost = 2
+    cudaMemcpyDeviceToDevice = 3
 
 
 class cudaStreamCaptureMode(enum.IntEnum):
@@ -131,6 +132,25 @@ class CudartDouble:
         if stream in self._recording:
             assert within(self.pinned, host, count), "a captured copy needs pinned memory on its host side"
         self.enqueue(stream, lambda: ctypes.memmove(dst, src, count) and None)
+        return self._done(SUCCESS)
+
+    def cudaMemcpy2DAsync(
+        self, dst: int, dpitch: int, src: int, spitch: int, width: int, height: int, kind: cudaMemcpyKind, stream: int
+    ) -> tuple[Any, ...]:
+        if width > dpitch or width > spitch:
+            return self._done(cudaError_t.cudaErrorInvalidValue)
+        if kind is not cudaMemcpyKind.cudaMemcpyHostToDevice:
+            assert self.contains(src, spitch * (height - 1) + width), "copy from outside device memory"
+        if kind is not cudaMemcpyKind.cudaMemcpyDeviceToHost:
+            assert self.contains(dst, dpitch * (height - 1) + width), "copy to outside device memory"
+        for row in range(height):
+            places = dst + row * dpitch, src + row * spitch
+            self.enqueue(stream, lambda places=places: ctypes.memmove(*places, width) and None)
+        return self._done(SUCCESS)
+
+    def cudaMemsetAsync(self, devPtr: int, value: int, count: int, stream: int) -> tuple[Any, ...]:
+        assert self.contains(devPtr, count), "memory outside the device is set"
+        self.enqueue(stream, lambda: ctypes.memset(devPtr, value, count) and None)
         return self._done(SUCCESS)
 
     def cudaStreamCreateWithFlags(self, flags: int) -> tuple[Any, ...]:

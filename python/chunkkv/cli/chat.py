@@ -103,9 +103,7 @@ class Chat:
             self._note("The model has no chat template: your lines are added to a plain text, which it goes on with.")
         if not self._conversation.is_held:
             self._note("This engine cannot continue a context: every question prefills the whole conversation.")
-        with prefill_progress(self._quiet) as on_prefill:
-            self._conversation.compress_document(on_prefill)
-        self._note_document()
+        self._compress_document()
         if self._on_terminal:
             self._note("/help shows the commands, Ctrl-D ends.")
 
@@ -179,6 +177,7 @@ class Chat:
 
     def _answer(self, line: str) -> None:
         try:
+            self._compress_document()
             with interrupt_as_cancel() as cancel, prefill_progress(self._quiet) as on_prefill:
                 self._print_answer(line, cancel, on_prefill)
         except KeyboardInterrupt:  # a second Ctrl-C, or one while a document is compressed
@@ -212,9 +211,13 @@ class Chat:
             f"{statistics.new_tokens} new; first after {statistics.ttft_s:.2f} s{rate}{held}"
         )
 
-    def _note_document(self) -> None:
+    def _compress_document(self) -> None:
+        """Compress the document, unless that is done, and say what is left of it."""
+        before = self._conversation.context
+        with prefill_progress(self._quiet) as on_prefill:
+            self._conversation.compress_document(on_prefill)
         context = self._conversation.context
-        if context is not None:
+        if before is None and context is not None:
             self._note(
                 f"document: {len(context)} tokens, {context.kept_tokens} kept, {context.nbytes / 1e6:.1f} MB of cache"
             )

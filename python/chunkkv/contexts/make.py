@@ -11,7 +11,7 @@ from chunkkv.contexts.context import Context, Engine, check_continues, check_pre
 from chunkkv.contexts.origin import Origin, origin_of
 from chunkkv.contexts.scorers import scorer_of
 from chunkkv.executors.interface import KVCache, PrefillProgress, no_progress
-from chunkkv.requests import Prompt, make_requests
+from chunkkv.requests import CallProgress, Prompt, make_requests
 
 
 def make_context(
@@ -31,11 +31,10 @@ def make_context(
     (request,) = make_requests([ids], None, engine.limits, engine.settings, keep_ratio, budget_tokens, 0)
     executor = engine.executor
     cache = executor.new_cache(1, executor.capacity_for(request.class_lengths))
-    tell = on_prefill or no_progress
-    tell(0, len(request.ids))
-    (prefilled,) = executor.prefiller().run([request], cache, threading.Event(), tell)
+    progress = CallProgress([request], on_prefill or no_progress)
+    (prefilled,) = executor.prefiller().run([request], cache, threading.Event(), progress)
     check_prefilled(prefilled)
-    tell(len(request.ids), len(request.ids))
+    progress.add([len(request.ids)])
     slots = prefilled.kept_lengths or request.class_lengths
     return Context(request.ids, slots, cache, origin, engine, name)
 

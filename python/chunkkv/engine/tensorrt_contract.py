@@ -31,6 +31,11 @@ def decode_file(capacity: Sequence[int]) -> str:
     return f"decode_{'x'.join(map(str, capacity))}.engine"
 
 
+def block_file(capacity: Sequence[int]) -> str:
+    """Return the name of the engine that appends blocks of tokens to caches of `capacity` slots."""
+    return f"block_{'x'.join(map(str, capacity))}.engine"
+
+
 @dataclass(frozen=True)
 class Contract:
     """What a runtime must know of the engines of one directory beyond the names of their inputs and outputs.
@@ -57,6 +62,8 @@ class Contract:
         Slots of the decode engines for each length class, ascending by size; a cache has one of these sizes.
     weights : dict
         Offset and size in bytes of every matrix in the weights file; all engines take them as inputs.
+    block_tokens : int, default 0
+        Tokens that a block engine appends at most to one row; 0 where the directory has no block engines.
     """
 
     dtype: str
@@ -72,6 +79,7 @@ class Contract:
     scored: tuple[int, ...]
     capacities: tuple[Slots, ...]
     weights: dict[str, tuple[int, int]]
+    block_tokens: int = 0
 
     @property
     def item_bytes(self) -> int:
@@ -104,14 +112,16 @@ class Contract:
         fields.allow(field.name for field in dataclasses.fields(cls))
         counts = {name: fields.integer(name) for name in _COUNTS}
         layout = _layout(fields.section("layout"), counts["num_layers"], counts["num_kv_heads"])
+        capacities = _capacities(fields, layout)
         return cls(
             **counts,
             dtype=fields.text("dtype", allowed=tuple(DTYPES)),
             layout=layout,
             leaders=fields.integers("leaders", high=len(layout.parts) - 1),
             scored=fields.integers("scored", high=len(layout.parts) - 1),
-            capacities=_capacities(fields, layout),
+            capacities=capacities,
             weights=_weights(fields.section("weights"), folder / WEIGHTS_FILE),
+            block_tokens=fields.integer("block_tokens", low=0, high=min(map(min, capacities)), default=0),
         )
 
 

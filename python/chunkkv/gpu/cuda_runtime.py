@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol, SupportsInt
+from typing import Any, NamedTuple, Protocol, SupportsInt
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -20,6 +20,7 @@ from chunkkv.errors import BackendUnavailableError, EngineRunError
 
 ALIGNMENT = 256  # bytes: TensorRT asks for it at every address that it is given
 HOST_TO_DEVICE, DEVICE_TO_HOST = "cudaMemcpyHostToDevice", "cudaMemcpyDeviceToHost"
+DEVICE_TO_DEVICE = "cudaMemcpyDeviceToDevice"
 THREAD_LOCAL_CAPTURE = "cudaStreamCaptureModeThreadLocal"  # other threads may use CUDA meanwhile
 _GIB = 1 << 30
 _PACKAGE = "the Python package 'cuda-bindings' (pip install 'chunkkv-trt[tensorrt]' or 'chunkkv-trt[rtx]')"
@@ -71,6 +72,9 @@ class RuntimeBindings(Protocol):
     cudaMallocHost: Callable[[int], tuple[int, int]]
     cudaFreeHost: Callable[[int], _Done]
     cudaMemcpyAsync: Callable[[int, int, int, Any, int], _Done]  # target, source, bytes, kind, stream
+    # target, its pitch, source, its pitch, bytes of a row, rows, kind, stream
+    cudaMemcpy2DAsync: Callable[[int, int, int, int, int, int, Any, int], _Done]
+    cudaMemsetAsync: Callable[[int, int, int, int], _Done]  # target, value of every byte, bytes, stream
     cudaStreamCreateWithFlags: Callable[[int], tuple[int, SupportsInt]]
     cudaStreamDestroy: Callable[[int], _Done]
     cudaStreamSynchronize: Callable[[int], _Done]
@@ -187,6 +191,13 @@ class CudaRuntime:
             self.call(function, handle)
 
 
+class Pitched(NamedTuple):
+    """Pieces of memory that lie `pitch` bytes apart, the first at `address`."""
+
+    address: int
+    pitch: int
+
+
 class Stream:
     """A CUDA stream with what is enqueued on it; `handle` is its cudaStream_t as int."""
 
@@ -207,6 +218,17 @@ class Stream:
         bindings = self._cuda.bindings
         direction = getattr(bindings.cudaMemcpyKind, kind)
         self._cuda.call(bindings.cudaMemcpyAsync, target, source, array.nbytes, direction, self.handle)
+
+    def copy_rows(self, target: Pitched, source: Pitched, width: int, rows: int, kind: str) -> None:
+        """Copy `rows` pieces of `width` bytes from one place to another; `kind` is one of the directions above."""
+        bindings = self._cuda.bindings
+        places = target.address, target.pitch, source.address, source.pitch
+        direction = getattr(bindings.cudaMemcpyKind, kind)
+        self._cuda.call(bindings.cudaMemcpy2DAsync, *places, width, rows, direction, self.handle)
+
+    def clear(self, address: int, nbytes: int) -> None:
+        """Set `nbytes` bytes on the GPU to zero."""
+        self._cuda.call(self._cuda.bindings.cudaMemsetAsync, address, 0, nbytes, self.handle)
 
     def synchronize(self) -> None:
         """Wait for everything enqueued so far."""

@@ -13,7 +13,7 @@ from chunkkv.cache_layout import shown_slots
 from chunkkv.command_line import UsageError
 from chunkkv.engine.backends import TENSORRT
 from chunkkv.engine.tensorrt_build import FUNCTIONS, PLUGIN
-from chunkkv.engine.tensorrt_contract import PREFILL_FILE, WEIGHTS_FILE, decode_file
+from chunkkv.engine.tensorrt_contract import PREFILL_FILE, WEIGHTS_FILE, block_file, decode_file
 from chunkkv.limits import KERNEL_MAX_LENGTH
 from chunkkv_builder.backends.graph_build import GraphBuild, plan_graphs
 from chunkkv_builder.backends.interface import Built
@@ -62,7 +62,8 @@ class TensorRTPlan:
     def _engines(self) -> dict[str, ShapeProfile]:
         graphs = Graphs(self.graphs.checkpoint, self.graphs.plan, self.graphs.limits, {})
         decode = {decode_file(capacity): graphs.decode_profile() for capacity in graphs.capacities}
-        return {PREFILL_FILE: graphs.prefill_profile(), **decode}
+        blocks = {block_file(capacity): graphs.block_profile() for capacity in graphs.capacities}
+        return {PREFILL_FILE: graphs.prefill_profile(), **decode, **blocks}
 
 
 class TensorRTBackend:
@@ -133,6 +134,9 @@ class TensorRTBackend:
             path = folder / decode_file(capacity)
             name, profile = f"decode {shown_slots(capacity)}", graphs.decode_profile()
             builder.build(name, graphs.decode(capacity), profile, path, capturable=True)
+        for capacity in graphs.capacities:
+            path = folder / block_file(capacity)
+            builder.build(f"block {shown_slots(capacity)}", graphs.block(capacity), graphs.block_profile(), path)
         builder.write_timing_cache()
         graphs.contract().write(folder)
         build.write_config(folder)

@@ -25,6 +25,7 @@ SMALLEST_CAPACITY = 128
 BEST_LENGTH = 4096  # kernels are timed at this prompt length, or at the longest: they serve longer prompts as well
 _NO_BOUND = {"max_kept": 0}  # how many tokens are kept depends on values, which TensorRT does not know while it builds
 LARGEST_TENSOR = 2**31 - 1  # numbers of one row: TensorRT counts them in 32 bits
+LARGEST_BLOCK = 256  # tokens that are appended to a row at once; a question is rarely longer
 CAPACITY_STEP = 64  # keeps every row of a cache on the address grid that TensorRT wants
 
 
@@ -72,14 +73,26 @@ class Graphs:
         emitter = InputWeightsEmitter(self._load)
         return PrefillGraph(self._plan, self._weights, self._build.dtype, emitter, sorting).build()
 
+    @property
+    def block_tokens(self) -> int:
+        """Tokens that are appended to a row at once."""
+        return min(LARGEST_BLOCK, *(min(capacity) for capacity in self.capacities))
+
     def decode(self, capacity: Slots) -> onnx.ModelProto:
         """Return the graph of one decode step over caches of `capacity` slots, one number for each length class."""
+        return self._step(capacity, {"block": 1})
+
+    def block(self, capacity: Slots) -> onnx.ModelProto:
+        """Return the graph that appends a block of tokens to one row of a cache of `capacity` slots."""
+        return self._step(capacity, {"batch": 1})
+
+    def _step(self, capacity: Slots, sizes: dict[str, int]) -> onnx.ModelProto:
         emitter = InputWeightsEmitter(self._load)
         graph = StepGraph(
             self._plan, self._weights, "standard", self._build.dtype, emitter, window_queries=False
         ).build()
         slots = {capacity_name(number, len(capacity)): count for number, count in enumerate(capacity)}
-        return with_fixed_dims(graph, {"block": 1, "logit_count": 1, **slots})
+        return with_fixed_dims(graph, {**sizes, "logit_count": 1, **slots})
 
     def prefill_profile(self) -> ShapeProfile:
         """Return the prefill profile: 1 to prefill_rows prompts of 1 to max_input_len tokens, any cache capacity."""
@@ -106,6 +119,17 @@ class Graphs:
                 shapes[f"past_{kind}.{part.number}"] = ((1, *tail), (most, *tail), (most, *tail))
         return ShapeProfile(shapes, {})
 
+    def block_profile(self) -> ShapeProfile:
+        """Return the profile of a block: one row of 1 to block_tokens tokens."""
+        most, plan = self.block_tokens, self._plan
+        ids = ((1, 1), (1, most), (1, most))
+        fixed: dict[str, tuple[int, ...]] = {"logit_indices": (1, 1), "cache_lengths": (plan.layout.length_classes, 1)}
+        for part in plan.parts:
+            for kind in ("key", "value"):
+                fixed[f"past_{kind}.{part.number}"] = (1, len(part.kv_heads), -1, plan.model.head_dim)
+        shapes = {name: (shape, shape, shape) for name, shape in fixed.items()}
+        return ShapeProfile({"input_ids": ids, "position_ids": ids, **shapes}, {})
+
     def contract(self) -> Contract:
         """Return what the runtime must know of these engines."""
         model, settings = self._plan.model, self._plan.settings
@@ -123,6 +147,7 @@ class Graphs:
             scored=tuple(part.number for part in self._plan.parts if part.scores),
             capacities=self.capacities,
             weights={place.name: (place.offset, place.nbytes) for place in self._matrices.values()},
+            block_tokens=self.block_tokens,
         )
 
 

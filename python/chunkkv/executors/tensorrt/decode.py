@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from chunkkv.errors import EngineMismatchError, EngineRunError
+from chunkkv.errors import EngineRunError
 from chunkkv.executors.step_arrays import StepArrays, check_slots
 from chunkkv.executors.tensorrt.cache import DeviceKVCache
 from chunkkv.executors.tensorrt.contexts import EngineContext
-from chunkkv.executors.tensorrt.engines import TensorRTEngines, aligned
+from chunkkv.executors.tensorrt.engines import TensorRTEngines, aligned, bind_cache
 from chunkkv.gpu.cuda_runtime import Graph
 
 
@@ -74,24 +74,8 @@ class TensorRTDecoder:
             context.bind(name, address)
         for name, shape in self._shapes.items():
             context.set_shape(name, shape)
-        self._bind_cache(context, engine)
+        bind_cache(context, self._engines.contract, self._cache, engine)
         return context
-
-    def _bind_cache(self, context: EngineContext, engine: Any) -> None:
-        """Bind past and present to the same memory, as the engine's cache update wants it."""
-        contract, cache = self._engines.contract, self._cache
-        for kind, addresses in (("key", cache.keys), ("value", cache.values)):
-            for number, (part, address) in enumerate(zip(contract.layout.parts, addresses, strict=True)):
-                shape = (cache.row_count, len(part.kv_heads), cache.capacity[part.length_class], contract.head_dim)
-                past, present = f"past_{kind}.{number}", f"present_{kind}.{number}"
-                if (alias := engine.get_aliased_input_tensor(present)) != past:
-                    raise EngineMismatchError(
-                        f"{present} shares memory with {alias!r}, expected {past!r}: this TensorRT does not update "
-                        "caches in place; build the engine with 10.15 or later"
-                    )
-                context.set_shape(past, shape)
-                context.bind(past, address)
-                context.bind(present, address)
 
     def _enqueue(self) -> None:
         for name, pinned in self._host.items():

@@ -12,6 +12,7 @@ from chunkkv.cache_layout import Slots
 from chunkkv.engine.tensorrt_build import PLUGIN, RTX, TensorRTBuild
 from chunkkv.engine.tensorrt_contract import WEIGHTS_FILE, Contract
 from chunkkv.errors import BackendUnavailableError, EngineError, EngineMismatchError
+from chunkkv.executors.tensorrt.cache import DeviceKVCache
 from chunkkv.executors.tensorrt.contexts import ContextMaker, EngineContext, RtxContexts, StandardContexts
 from chunkkv.executors.tensorrt.jit_cache import JitCache, jit_cache_path
 from chunkkv.gpu.cuda_runtime import ALIGNMENT, CudaRuntime, DeviceBuffer
@@ -102,6 +103,25 @@ class TensorRTEngines:
                 stream.upload(buffer.address + places[name] + done, piece)
                 stream.synchronize()  # the piece must not be freed before it is copied
         return {name: buffer.address + place for name, place in places.items()}, buffer
+
+
+def bind_cache(context: EngineContext, contract: Contract, cache: DeviceKVCache, engine: Any = None) -> None:
+    """Bind past and present to the same memory, as an engine's cache update wants it.
+
+    Raises EngineMismatchError where `engine`, if it is given, does not update its caches in place.
+    """
+    for kind, addresses in (("key", cache.keys), ("value", cache.values)):
+        for number, (part, address) in enumerate(zip(contract.layout.parts, addresses, strict=True)):
+            shape = (cache.row_count, len(part.kv_heads), cache.capacity[part.length_class], contract.head_dim)
+            past, present = f"past_{kind}.{number}", f"present_{kind}.{number}"
+            if engine is not None and (alias := engine.get_aliased_input_tensor(present)) != past:
+                raise EngineMismatchError(
+                    f"{present} shares memory with {alias!r}, expected {past!r}: this TensorRT does not update "
+                    "caches in place; build the engine with 10.15 or later"
+                )
+            context.set_shape(past, shape)
+            context.bind(past, address)
+            context.bind(present, address)
 
 
 def aligned(nbytes: int) -> int:

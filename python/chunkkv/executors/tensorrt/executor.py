@@ -14,9 +14,10 @@ import numpy as np
 from chunkkv.cache_layout import CacheLayout, Slots, shown_slots
 from chunkkv.engine.tensorrt_build import TensorRTBuild
 from chunkkv.engine.tensorrt_contract import decode_file
-from chunkkv.errors import RequestError
+from chunkkv.errors import BackendUnavailableError, RequestError
 from chunkkv.executors.interface import Capabilities, Executor
 from chunkkv.executors.tensorrt.cache import DeviceKVCache
+from chunkkv.executors.tensorrt.continuation import BlockContexts, TensorRTContinuer
 from chunkkv.executors.tensorrt.decode import TensorRTDecoder
 from chunkkv.executors.tensorrt.engines import TensorRTEngines, aligned
 from chunkkv.executors.tensorrt.prefill import PrefillContext, TensorRTPrefiller
@@ -36,13 +37,23 @@ class TensorRTExecutor(Executor[DeviceKVCache]):
         What its manifest says of the TensorRT that built it.
     """
 
-    capabilities = Capabilities(reports_choice=True, blockwise_prefill=False, block_scoring=False, layer_lengths=False)
-
     def __init__(self, engine_dir: Path, built_with: TensorRTBuild) -> None:
         self._engines = TensorRTEngines(engine_dir, built_with)
         self.contract = self._engines.contract
         self._prefill = PrefillContext(self._engines)
+        self._blocks = BlockContexts(self._engines)
         self._decode = {capacity: self._engines.load(decode_file(capacity)) for capacity in self.contract.capacities}
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the engines of the directory can do."""
+        return Capabilities(
+            reports_choice=True,
+            blockwise_prefill=False,
+            block_scoring=False,
+            layer_lengths=False,
+            continues_rows=self.contract.block_tokens > 0,
+        )
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -83,3 +94,11 @@ class TensorRTExecutor(Executor[DeviceKVCache]):
     def decoder(self, cache: DeviceKVCache) -> TensorRTDecoder:
         """Return what appends tokens to the rows of `cache`."""
         return TensorRTDecoder(self._engines, self._decode[cache.capacity], cache)
+
+    def continuer(self) -> TensorRTContinuer:
+        """Return what goes on with filled rows; raises BackendUnavailableError without block engines."""
+        if not self.capabilities.continues_rows:
+            raise BackendUnavailableError(
+                "this engine directory has no block engines and cannot continue a context: build it again"
+            )
+        return TensorRTContinuer(self._engines, self._blocks)
