@@ -118,6 +118,23 @@ def test_sequences_within_a_sliding_window_are_built(tmp_path: Path, capsys) -> 
     assert session.limits.max_seq_len == 64 and "last 64 tokens only" in printed
 
 
+def test_sequences_within_the_short_factors_of_longrope_are_built(tmp_path: Path, capsys) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", "phi3", original_max_position_embeddings=64)
+    session, printed = build(checkpoint, capsys)
+    assert session.limits.max_seq_len == 64 and "longrope" in printed and "takes 64 tokens at most" in printed
+
+
+@pytest.mark.parametrize(
+    ("dtype", "variant", "warns"),
+    [("float16", "gemma2", True), ("bfloat16", "gemma2", False), ("float16", "llama3", False)],
+)
+def test_a_type_that_a_family_overflows_is_warned_of(dtype: str, variant: str, warns: bool, tmp_path, capsys) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", variant)
+    flags = {"checkpoint_dir": checkpoint, "backend": "tensorrt", "dtype": dtype, "dry_run": True}
+    build_engine.main(engines.command_line(flags))
+    assert ("leave the range of float16: give --dtype bfloat16" in " ".join(capsys.readouterr().err.split())) is warns
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 @pytest.mark.parametrize("target", ["../blobs/gone", "itself"])
 def test_a_link_to_nothing_is_named(tmp_path: Path, name: str, target: str) -> None:

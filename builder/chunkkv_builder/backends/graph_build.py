@@ -14,6 +14,7 @@ from chunkkv.engine.backends import TRAITS
 from chunkkv.engine.directory import CONFIG_FILE
 from chunkkv.text.tokenizer import TOKENIZER_FILE, Tokenizer
 from chunkkv_builder.checkpoint.end_tokens import united_end_tokens
+from chunkkv_builder.checkpoint.families import FAMILY_OF
 from chunkkv_builder.checkpoint.formats import open_checkpoint
 from chunkkv_builder.checkpoint.interface import Checkpoint
 from chunkkv_builder.config import BuildConfig, limit_reason
@@ -108,9 +109,10 @@ def plan_graphs(flags: Namespace, backend: str, progress: Progress) -> GraphBuil
             model, **{name: getattr(flags, name) for name in _LIMITS}, backend=backend, dtype=dtype
         )
         limits.check_window(settings)
-    reason = limit_reason(model)
-    if reason is not None and flags.max_seq_len is None:
+    if flags.max_seq_len is None and (reason := limit_reason(model)) is not None:
         progress.warning(f"{reason}: the engine takes {limits.max_seq_len} tokens at most")
+    if dtype == "float16" and FAMILY_OF[model.architecture].overflows_float16:
+        progress.warning(f"activations of {model.architecture} leave the range of float16: give --dtype bfloat16")
     has_table = tokenizer is not None and settings is not None and settings.boundaries == "delimiter"
     delimiters = tokenizer.delimiter_token_table(vocab_size=model.vocab_size) if tokenizer and has_table else None
     with errors_name_flags("chunkkv_"):

@@ -52,6 +52,8 @@ class Family:
         Whether the keys `embedding_multiplier`, `residual_multiplier` and `logits_scaling` scale what they name.
     scales_embedding : bool
         Whether embeddings are multiplied by hidden_size ** 0.5.
+    overflows_float16 : bool
+        Whether activations of its real models leave the range of float16, so that a build in that type is warned of.
     default_soft_caps : (float or None, float or None), or None
         What the keys `attn_logit_softcapping` and `final_logit_softcapping` mean where they are missing; None where the
         family has no such keys.
@@ -94,6 +96,7 @@ class Family:
     attention_scale: Literal["head_dim", "query_pre_attn_scalar", "attention_multiplier"]
     reads_multipliers: bool
     scales_embedding: bool
+    overflows_float16: bool
     default_soft_caps: tuple[float | None, float | None] | None
     sliding_window: Literal["never", "always", "on_request", "by_layer"]
     default_window: int | None
@@ -125,6 +128,7 @@ _LLAMA = Family(
     attention_scale="head_dim",
     reads_multipliers=False,
     scales_embedding=False,
+    overflows_float16=False,
     default_soft_caps=None,
     sliding_window="never",
     default_window=None,
@@ -208,6 +212,7 @@ _GEMMA = replace(
     norms_add_one=True,
     activation=GELU_TANH,
     scales_embedding=True,
+    overflows_float16=True,
     needs_kv_heads=True,
     default_head_dim=256,
     default_tied=True,
