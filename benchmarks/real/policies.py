@@ -13,7 +13,7 @@ LAYERS = 30
 SINKS = 4
 LEAST = 64  # min_tokens of the settings
 FULL = "full cache"
-DEFAULT = Rule()
+DEFAULT = Rule(head_reduce="max")
 FIXED = replace(DEFAULT, boundaries="fixed", chunk_size=10)
 
 
@@ -27,21 +27,17 @@ RULES: dict[str, Rule] = {
     "ChunkKV, window 8": replace(DEFAULT, window=8),
     "ChunkKV, window 32": replace(DEFAULT, window=32),
     "ChunkKV, window 32, the question's in the request": replace(DEFAULT, window=32, request_window=-1),
-    "ChunkKV, max over the window": replace(DEFAULT, window_reduce="max"),
-    "ChunkKV, max over heads": replace(DEFAULT, head_reduce="max"),
+    "ChunkKV, mean over heads": replace(DEFAULT, head_reduce="mean"),
+    "ChunkKV, max over the window, mean over heads": replace(DEFAULT, head_reduce="mean", window_reduce="max"),
     "ChunkKV, value norm": replace(DEFAULT, value_norm=True),
-    "ChunkKV, max over heads, value norm": replace(DEFAULT, head_reduce="max", value_norm=True),
     "ChunkKV, a choice per head": replace(DEFAULT, heads="each"),
-    "ChunkKV, a choice per head, max over heads, value norm": replace(
-        DEFAULT, heads="each", head_reduce="max", value_norm=True
-    ),
     "ChunkKV, no pooling": replace(DEFAULT, pooling=1),
     "ChunkKV, pairs of layers, first leads": replace(DEFAULT, groups=pairs(0)),
     "ChunkKV, pairs of layers, last leads": replace(DEFAULT, groups=pairs(1)),
     "ChunkKV, fixed chunks of 10": FIXED,
     "ChunkKV, fixed chunks of 20": replace(FIXED, chunk_size=20),
-    "ChunkKV, fixed chunks of 10, window 32": replace(FIXED, window=32),
-    "SnapKV, heads sharing": replace(FIXED, chunk_size=1),
+    "ChunkKV, fixed chunks of 10, window 32, mean over heads": replace(FIXED, window=32, head_reduce="mean"),
+    "SnapKV, heads sharing": replace(FIXED, chunk_size=1, head_reduce="mean"),
 }
 READING = "ChunkKV, {} reading heads"  # classes: these heads read the whole text, the others sinks and recent tokens
 REREAD = "ChunkKV, reread, delimiter chunks per layer"
@@ -49,7 +45,7 @@ STREAMING, RANDOM = "StreamingLLM", "random chunks"
 OWN = (*RULES, STREAMING, RANDOM)
 AFTER_OWN = (
     "ChunkKV",
-    "ChunkKV, max over heads, value norm",
+    "ChunkKV, mean over heads",
     "ChunkKV, a choice per head",
     "ChunkKV, fixed chunks of 10",
     "SnapKV, heads sharing",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,11 +23,12 @@ from chunkkv.command_line import CommandParser, whole_number
 from chunkkv.errors import ConfigError
 
 if TYPE_CHECKING:
-    from chunkkv.evaluation.evaluator import Plan
+    from chunkkv.evaluation.evaluator import Evaluator, Plan
     from chunkkv.evaluation.policies import Policy
     from chunkkv.session import ChunkKVSession
     from chunkkv.settings import ChunkKVSettings
 
+_PATIENCE_S = 10.0  # a shorter run is not announced
 _DEFAULT_POLICIES = "full,chunkkv,chunkkv-delimiter,snapkv,streaming,random"
 
 
@@ -71,9 +73,15 @@ def _add_prompt_flags(parser: CommandParser) -> None:
     group = parser.add_argument_group("prompts")
     group.add_argument(
         "--suite",
-        default="needle",
         metavar="LIST",
-        help="suites by name, all of them with all, or file:PATH for a file of JSON lines; default: needle",
+        help="suites by name, all of them with all, or file:PATH for a file of JSON lines; default: needle, or copy "
+        "where --text_file is given",
+    )
+    group.add_argument(
+        "--text_file",
+        type=path_argument,
+        metavar="FILE",
+        help="text of your own, from which the suites code, keeper and copy cut their prompts",
     )
     group.add_argument(
         "--lengths", default="512,1024", metavar="LIST", help="prompt lengths in tokens; default: 512,1024"
@@ -99,12 +107,19 @@ def _add_prompt_flags(parser: CommandParser) -> None:
         metavar="NAME",
         help="words of the texts: needle, english, or auto for those that the tokenizer knows; default: auto",
     )
-    group.add_argument("--chat", action="store_true", help="put the prompts into the model's chat template")
+    template = group.add_mutually_exclusive_group()
+    template.add_argument(
+        "--chat",
+        action="store_true",
+        help="put the prompts into the model's chat template; the default where there is one, with wording english",
+    )
+    template.add_argument("--no_chat", action="store_true", help="use no chat template")
 
 
 def run(args: argparse.Namespace) -> None:
     """Measure, or go on measuring, and write records, summary and plots."""
     from chunkkv.evaluation.evaluator import Evaluator
+    from chunkkv.evaluation.full_cache_check import FullCacheCheck
     from chunkkv.evaluation.report.figures import check_matplotlib
     from chunkkv.evaluation.report.plots import draw_all
     from chunkkv.evaluation.report.summary import summarize, write_results
@@ -119,8 +134,14 @@ def run(args: argparse.Namespace) -> None:
     plan = _plan(args, session, lengths, keeps, modes)
     evaluator = Evaluator(session, plan)
     quiet = args.log_level == "error"
+    if not quiet:
+        _print_estimate(session, evaluator, plan, args.output_dir)
+    check = FullCacheCheck(plan.chat)
     with progress_bars(quiet) as begin:
-        records = evaluator.run(args.output_dir, begin("eval", len(evaluator.examples())))
+        advance = begin("eval", len(evaluator.examples()))
+        records = evaluator.run(args.output_dir, advance, lambda record: _warn(check.take(record), quiet))
+    for warning in check.remaining():
+        _warn(warning, quiet)
     summary = summarize(plan.header(settings_and_tokenizer(session)[0]), records)
     files = write_results(args.output_dir, summary)
     if not args.no_plots:
@@ -139,14 +160,20 @@ def _plan(
 ) -> Plan:
     from chunkkv.evaluation.evaluator import Plan
     from chunkkv.evaluation.requirements import engine_fingerprint, settings_and_tokenizer
+    from chunkkv.evaluation.texts.real_texts import file_text
     from chunkkv.evaluation.texts.suite_list import parse_suites
     from chunkkv.evaluation.texts.templates import choose_wording
 
     settings, tokenizer = settings_and_tokenizer(session)
     wording = choose_wording(args.wording, tokenizer)
+    # The template of the shipped model holds the words that wording needle has already.
+    has_template = tokenizer.chat_template is not None and wording.general
+    chat = args.chat or (has_template and not args.no_chat)
     policies = _policies(args.policies, settings)
+    own_text = None if args.text_file is None else file_text(args.text_file)
+    names = args.suite or ("needle" if own_text is None else "copy")
     return Plan(
-        suites=tuple(parse_suites(args.suite, session, wording, args.chat)),
+        suites=tuple(parse_suites(names, session, wording, chat, own_text)),
         policies=tuple(policies),
         keeps=keeps,
         lengths=lengths,
@@ -154,9 +181,29 @@ def _plan(
         examples=args.examples,
         seed=args.seed,
         wording=wording,
-        chat=args.chat,
+        chat=chat,
         engine=engine_fingerprint(args.engine_dir),
     )
+
+
+def _warn(warning: str | None, quiet: bool) -> None:
+    if warning and not quiet:
+        print(f"chunkkv: warning: {warning}", file=sys.stderr)
+
+
+def _print_estimate(session: ChunkKVSession, evaluator: Evaluator, plan: Plan, folder: Path) -> None:
+    """Print how many prompts are to come and about how long they take, where that is worth saying."""
+    from chunkkv.evaluation.run_time import duration, estimate_seconds
+
+    if not session.executor.capabilities.blockwise_prefill:
+        return
+    lengths, total = evaluator.lengths_to_come(folder)
+    rows = evaluator.rows_per_prompt()
+    after = sum(mode == "after" for mode in plan.modes) / len(plan.modes)
+    seconds = estimate_seconds(session, lengths, rows, after)
+    if seconds > _PATIENCE_S:
+        text = f"eval: {len(lengths)} of {total} prompts to run, {rows} answers each: about {duration(seconds)}"
+        print(text, file=sys.stderr)
 
 
 def _policies(text: str, settings: ChunkKVSettings) -> list[Policy]:

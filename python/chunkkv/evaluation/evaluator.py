@@ -167,7 +167,28 @@ class Evaluator:
             for index in range(1 if "line" in cell else plan.examples)
         ]
 
-    def run(self, folder: Path, advance: Callable[[int], None] = lambda count: None) -> list[Record]:
+    def rows_per_prompt(self) -> int:
+        """Return how many compressed caches answer each prompt: policies times keep ratios."""
+        below = sum(keep < KEEP_SCALE for keep in self._plan.keeps)
+        return sum(below if policy.compresses else 1 for policy in self._plan.policies)
+
+    def lengths_to_come(self, folder: Path) -> tuple[list[int], int]:
+        """Return the lengths in tokens of the prompts that `folder` has no results of, and the number of all.
+
+        A prompt of a file counts as long as the longest of `plan.lengths`.
+        """
+        planned = self.examples()
+        path = folder / RECORDS_FILE
+        done = max(path.read_bytes().count(b"\n") - 1, 0) if path.exists() else 0
+        longest = max(self._plan.lengths, default=0)
+        return [example.cell.get("length", longest) for example in planned[done:]], len(planned)
+
+    def run(
+        self,
+        folder: Path,
+        advance: Callable[[int], None] = lambda count: None,
+        on_record: Callable[[Record], None] = lambda record: None,
+    ) -> list[Record]:
         """Run the examples that `folder` has no results of, and return the records of all.
 
         Parameters
@@ -176,6 +197,8 @@ class Evaluator:
             Where the results are kept; made where it is missing. An interrupted run continues from here.
         advance : Callable[[int], None]
             Called with the number of examples that were done before, then with 1 after each example.
+        on_record : Callable[[Record], None]
+            Called with every record, those that were done before included.
 
         Raises
         ------
@@ -187,9 +210,12 @@ class Evaluator:
         planned = self.examples()
         check_records(path, records, [example.key() for example in planned])
         advance(len(records))
+        for record in records:
+            on_record(record)
         for example in planned[len(records) :]:
             records.append(self._run(example))
             append_record(path, records[-1])
+            on_record(records[-1])
             advance(1)
         return records
 

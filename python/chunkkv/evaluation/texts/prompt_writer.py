@@ -87,7 +87,7 @@ class PromptWriter:
     def __init__(self, tokenizer: Tokenizer, wording: Wording, frame: PromptFrame, seed: Sequence[int]) -> None:
         self.wording = wording
         self.random = np.random.default_rng(list(seed))
-        self._tokenizer, self._frame = tokenizer, frame
+        self.tokenizer, self.frame = tokenizer, frame
         self._anchor = tokenizer.encode(_ANCHOR, False)
         self._end = next(iter(sorted(tokenizer.eos_token_ids)), None)
 
@@ -103,10 +103,10 @@ class PromptWriter:
         """Return the token ids of a text as it stands behind another sentence, with a blank before it."""
         text = tidy(text)
         joined = _ANCHOR + (text if text.startswith("\n") else f" {text}")
-        ids = self._tokenizer.encode(joined, False)
+        ids = self.tokenizer.encode(joined, False)
         if ids[: len(self._anchor)] == self._anchor:
             return ids[len(self._anchor) :]
-        return self._tokenizer.encode(joined[len(_ANCHOR) :], False)  # the tokenizer merges anchor and text
+        return self.tokenizer.encode(joined[len(_ANCHOR) :], False)  # the tokenizer merges anchor and text
 
     def sentence(self, template: str, **values: str) -> list[int]:
         """Return the token ids of a filled template, with a capital first where the wording has capitals."""
@@ -200,20 +200,20 @@ class PromptWriter:
             ids = [*ids, self._end]
         most = len(ids) + (0 if exact else room or self.wording.spare_tokens)
         answer = tidy(answer).rstrip(".") if scoring == "contains" else tidy(answer)
-        return Question((*self.piece(text), *self._frame.after), answer, tuple(ids), most, scoring, stop)
+        return Question((*self.piece(text), *self.frame.after), answer, tuple(ids), most, scoring, stop)
 
     def room(self, length: int, *parts: Sequence[int]) -> int:
         """Return how many tokens of filler a prompt of `length` tokens has room for beside its parts.
 
         Raises ConfigError where the parts alone are longer.
         """
-        used = len(self._frame.before) + len(self._before()) + sum(map(len, parts))
+        used = len(self.frame.before) + len(self._before()) + sum(map(len, parts))
         if used > length:
             raise ConfigError(f"the facts and the question of one prompt take {used} tokens; length is {length}")
         return length - used
 
     def _before(self) -> list[int]:
-        return self._tokenizer.encode(self.wording.before, False) if self.wording.before else []
+        return self.tokenizer.encode(self.wording.before, False) if self.wording.before else []
 
     def compose(
         self,
@@ -251,7 +251,7 @@ class PromptWriter:
         places = [self.below(len(fillers) + 1) for _ in stated]
         if depth is not None and stated:
             places[0] = round(depth * len(fillers))
-        ids = [*self._frame.before, *self._before(), *(token for piece in head for token in piece)]
+        ids = [*self.frame.before, *self._before(), *(token for piece in head for token in piece)]
         if align is not None:
             places[0] = min(max(places[0], _ALIGN_SENTENCES), len(fillers))  # so that there is filler to change
             start = len(ids) + sum(len(piece) for piece, place in zip(stated, places, strict=True) if place < places[0])

@@ -14,7 +14,9 @@ from chunkkv.evaluation.texts.real_texts import Passage, RealText, cut_passage
 TASKS = ("code", "keeper", "copy")
 FACTS = 2  # planted of each kind; the first one is asked for, the others are near-duplicates
 COPIED_TOKENS = 16
-_QUOTED_WORDS = (6, 4)  # of a passage that is asked for; fewer where no line has as many
+# Words of a passage that is asked for, and the least share of letters in them: the first that some line has.
+_QUOTED = ((6, 2 / 3), (4, 2 / 3), (4, 1 / 2))
+_TRIES = 20  # passages that are drawn until one has a sentence to ask for
 _CITIES = tuple(
     """Porto Bergen Geneva Tallinn Verona Lisbon Dublin Ghent Krakow Malaga Naples Odessa Prague Riga Seville Turin
     Utrecht Vienna Zagreb Athens Bristol Cadiz Dresden Florence Genoa Hamburg Leipzig Milan Nantes Oslo""".split()  # noqa: SIM905
@@ -85,13 +87,18 @@ def make_tasks(
     codes, keepers = (_facts(random, kind) for kind in ("code", "keeper"))
     stated = [*codes, *keepers] if plant else []
     statements = [f"{lead}{answer}." for _, lead, answer in stated]
-    passage = cut_passage(source, tokens, lambda text: len(encode(text)), random, statements)
+    for _ in range(_TRIES):
+        passage = cut_passage(source, tokens, lambda text: len(encode(text)), random, statements)
+        copied = _copy_task(passage, source, encode, decode, random)
+        if copied is not None:
+            break
+    else:
+        raise ConfigError(f"the text ({source.kind}) has no sentence that could be asked for; give another text")
     tasks = []
     for kind, number in (("code", 0), ("keeper", FACTS)) if plant else ():
         question, lead, answer = stated[number]
         tasks.append(Task(kind, question, lead, answer, passage.spans[number]))
-    tasks.append(_copy_task(passage, source, encode, decode, random))
-    return PassageWithTasks(passage, tuple(tasks))
+    return PassageWithTasks(passage, (*tasks, copied))
 
 
 def _facts(random: np.random.Generator, kind: str) -> list[tuple[str, str, str]]:
@@ -121,11 +128,11 @@ def _copy_task(
     encode: Callable[[str], list[int]],
     decode: Callable[[list[int]], str],
     random: np.random.Generator,
-) -> Task:
-    """Return the task to repeat what follows some words that stand once in the passage."""
+) -> Task | None:
+    """Return the task to repeat what follows some words that stand once in the passage; None where there are none."""
     cuts = RealText(source.kind, passage.text, source.comment).cuts
     places = random.permutation(cuts).tolist()
-    for quoted, place in ((quoted, place) for quoted in _QUOTED_WORDS for place in places):
+    for quoted, letters, place in ((*how, place) for how in _QUOTED for place in places):
         rest = passage.text[place:]
         words = rest.split(maxsplit=quoted)
         if len(words) <= quoted:
@@ -135,9 +142,9 @@ def _copy_task(
         start = place + len(lead)
         end = start + len(answer)
         overlaps = any(first < end + 20 and place - 20 < last for first, last in passage.spans)
-        plain = sum(character.isalpha() for character in lead) > len(lead) * 2 // 3
+        plain = sum(character.isalpha() for character in lead) > len(lead) * letters
         if overlaps or not plain or "\n" in lead or passage.text.count(lead) > 1 or end > len(passage.text):
             continue
         question = f'\n\nRepeat the passage that begins with "{lead.strip()}".'
         return Task("copy", question, lead.lstrip(), answer, (start, end))
-    raise ConfigError(f"the text ({source.kind}) has no sentence that could be asked for; give another text")
+    return None

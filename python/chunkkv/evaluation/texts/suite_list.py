@@ -9,6 +9,8 @@ from chunkkv.evaluation.requirements import settings_and_tokenizer
 from chunkkv.evaluation.texts.examples_file import file_suite
 from chunkkv.evaluation.texts.generated_suites import make_suites
 from chunkkv.evaluation.texts.prompt_writer import PromptFrame
+from chunkkv.evaluation.texts.real_suites import real_suites
+from chunkkv.evaluation.texts.real_texts import RealText
 from chunkkv.evaluation.texts.suites import Suite
 from chunkkv.evaluation.texts.templates import Wording
 from chunkkv.session import ChunkKVSession
@@ -16,7 +18,9 @@ from chunkkv.session import ChunkKVSession
 FILE_PREFIX = "file:"
 
 
-def parse_suites(text: str, session: ChunkKVSession, wording: Wording, chat: bool = False) -> list[Suite]:
+def parse_suites(
+    text: str, session: ChunkKVSession, wording: Wording, chat: bool = False, own_text: RealText | None = None
+) -> list[Suite]:
     """Return the suites that `text` lists, in its order.
 
     Parameters
@@ -30,6 +34,8 @@ def parse_suites(text: str, session: ChunkKVSession, wording: Wording, chat: boo
         How the generated texts are put.
     chat : bool, default False
         Whether the examples of files are put into the engine's chat template.
+    own_text : RealText, optional
+        The user's own text: passages of the suites on real text come from it instead of the shipped texts.
 
     Raises
     ------
@@ -40,7 +46,7 @@ def parse_suites(text: str, session: ChunkKVSession, wording: Wording, chat: boo
     entries = [entry.strip() for entry in text.split(",")]
     if not all(entries) or len(set(entries)) < len(entries):
         raise ConfigError(f"suite is {text!r}; give different values separated by commas")
-    generated = make_suites(settings)
+    generated = {**make_suites(settings), **real_suites(own_text)}
     suites: list[Suite] = []
     for name in entries:
         if name.startswith(FILE_PREFIX):
