@@ -103,7 +103,7 @@ def test_snapkv_keeps_the_best_pooled_tokens(prompt: PrefilledPrompt) -> None:
 
 
 def test_streaming_keeps_the_first_and_the_most_recent(prompt: PrefilledPrompt) -> None:
-    for positions in make_policy("streaming", SETTINGS).keep(prompt, KEPT):
+    for positions in make_policy("streaming_llm", SETTINGS).keep(prompt, KEPT):
         assert positions.tolist() == [0, 1, 2, *range(LENGTH - (KEPT - 3), LENGTH)]
 
 
@@ -204,7 +204,7 @@ def test_rows_of_one_decode_answer_as_each_alone(runner: PromptRunner, prefilled
     assert tokenizer is not None and settings is not None
     asked = tuple(tokenizer.encode("the keeper of the", False))
     questions = [Question(asked, "", (), 4, "contains"), Question(asked[:2], "", (), 3, "contains")]
-    named = ["full", "chunkkv", "snapkv", "streaming", "pyramidkv"]
+    named = ["full", "chunkkv", "snapkv", "streaming_llm", "pyramidkv"]
     choices = [policy.keep(prefilled, 80) for policy in parse_policies(",".join(named), settings)]
     together = runner.answer(prefilled, choices, questions)
     for choice, found in zip(choices, together, strict=True):

@@ -57,11 +57,26 @@ def test_what_a_rule_keeps_is_what_the_reference_keeps(attention, boundaries, wi
             assert kept[layer, head].tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize("window_reduce", ["mean", "max"])
+@pytest.mark.parametrize("head_reduce", ["mean", "max"])
+@pytest.mark.parametrize("value_norm", [False, True])
+@pytest.mark.parametrize("heads", ["shared", "each"])
+def test_every_reduction_is_the_references(attention, window_reduce, head_reduce, value_norm, heads):
+    rule = Rule(12, 7, window_reduce=window_reduce, head_reduce=head_reduce, value_norm=value_norm, heads=heads)
+    ours, full = attention.token_scores(rule), attention.full
+    for layer in range(LAYERS):
+        expected = reference.token_scores(
+            full.queries[layer], full.keys[layer], 12, 5, observed=7, heads=heads, window_reduce=window_reduce,
+            head_reduce=head_reduce, value=full.values[layer] if value_norm else None,
+        )  # fmt: skip
+        assert np.allclose(ours[layer], expected.reshape(-1, LENGTH)[:, : LENGTH - 12], rtol=1e-5, atol=0)
+
+
 def test_reductions_are_what_their_names_say(attention):
     weights = attention.weights[1].astype(np.float64)
     plain = Rule(window=WINDOW, pooling=1)
     ranked = LENGTH - WINDOW
-    norms = np.abs(attention.full.values[1]).sum(axis=2)[:, :ranked]
+    norms = np.linalg.norm(attention.full.values[1], axis=2)[:, :ranked]
     grouped = weights.reshape(KV_HEADS, -1, WINDOW, LENGTH)[..., :ranked]
     for rule, expected in (
         (plain, grouped.mean(axis=(0, 1, 2))),

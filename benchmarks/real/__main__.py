@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.real.contexts import make_context
 from benchmarks.real.full_cache import Engine
 from benchmarks.real.measure import Measurement, measure_context, measured, wanted
-from benchmarks.real.policies import Classes
+from benchmarks.real.policies import KEEPS, Classes
 from benchmarks.results.runs import ROOT
 from chunkkv.cli.progress import progress_bars
 from chunkkv.files import write_whole
@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path, default=GGUF, help="the model's file")
     parser.add_argument("--lengths", default=",".join(map(str, CONTEXTS)), help="tokens of the contexts")
     parser.add_argument("--contexts", type=int, default=0, help="contexts of each length; 0 for those of the page")
+    parser.add_argument("--keeps", default=",".join(map(str, KEEPS)), help="shares kept, per 10,000")
     parser.add_argument("--first", type=int, default=0, help="number of the first context")
     parser.add_argument("--recipe", type=Path, help="measure the head classes of this recipe, too")
     parser.add_argument("--keep_out", default="", help='"peers" leaves out what needs torch')
@@ -90,7 +91,9 @@ def main() -> None:
         if arguments.contexts or number < CONTEXTS.get(length, 0)
     ]
     with progress_bars(False) as begin:
-        everything = wanted(("code", "keeper", "copy"), names, tuple(classes))
+        everything = wanted(
+            ("code", "keeper", "copy"), names, tuple(classes), [int(keep) for keep in arguments.keeps.split(",")]
+        )
         advance = begin("outcomes", len(plan) * len(everything))
         for length, number in plan:
             context = make_context(run.engine.tokenizer, length, number)

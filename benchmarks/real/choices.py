@@ -49,7 +49,7 @@ class Attention:
 
     def __post_init__(self) -> None:
         self.weights = [_weights(query, key) for query, key in zip(self.full.queries, self.full.keys, strict=True)]
-        self._value_norms = [np.abs(value).sum(axis=2) for value in self.full.values]
+        self._value_norms = [np.linalg.norm(value, axis=2) for value in self.full.values]
 
     def token_scores(self, rule: Rule) -> np.ndarray:
         """Return token scores float32 [layers,choices,L-W]: one choice per layer, or one per KV head."""

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 IN, AFTER, FOLLOWS = "in", "after", "follows"
 _FEWEST_WINDOW = 8
+_FLUSH = 40  # outcomes that are written together
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,9 @@ class Wanted:
         return f"{self.mode}|{self.task}|{self.policy}|{self.keep}"
 
 
-def wanted(tasks: Sequence[str], peers: Sequence[str], classes: Sequence[str]) -> list[Wanted]:
+def wanted(
+    tasks: Sequence[str], peers: Sequence[str], classes: Sequence[str], keeps: Sequence[int] = KEEPS
+) -> list[Wanted]:
     """Return all outcomes of a context."""
     everything = []
     reread = [name for name in (REREAD,) if peers]
@@ -64,7 +67,7 @@ def wanted(tasks: Sequence[str], peers: Sequence[str], classes: Sequence[str]) -
     ):
         for task in names:
             everything.append(Wanted(mode, task, FULL, 10_000))
-            everything += [Wanted(mode, task, policy, keep) for policy in policies for keep in KEEPS]
+            everything += [Wanted(mode, task, policy, keep) for policy in policies for keep in keeps]
     return everything
 
 
@@ -208,18 +211,31 @@ def measure_context(
     advance(len(everything) - len(missing))
     if not missing:
         return
+    pending: dict[str, Any] = {}
     start = time.process_time()
-    outcomes = {}
+
+    def flush() -> None:
+        nonlocal start
+        if pending:
+            append_record(
+                path, {**_head(context), "seconds": round(time.process_time() - start, 1), "outcomes": pending}
+            )
+        pending.clear()
+        start = time.process_time()
+
     for one, kept, scored in run.run(context, missing):
         right = "".join(map(str, scored.right))
-        outcomes[one.key] = [kept, right, round(float(np.sum(scored.log_probabilities)), 3)]
+        pending[one.key] = [kept, right, round(float(np.sum(scored.log_probabilities)), 3)]
+        if len(pending) == _FLUSH:
+            flush()
         advance(1)
-    record = {
+    flush()
+
+
+def _head(context: Context) -> dict[str, Any]:
+    return {
         "context": context.name,
         "kind": context.kind,
         "length": context.length,
         "tokens": len(context.ids),
-        "seconds": round(time.process_time() - start, 1),
-        "outcomes": outcomes,
     }
-    append_record(path, record)

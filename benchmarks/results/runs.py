@@ -23,7 +23,7 @@ ENGINE_FLAGS: Final = (
 FIXED, FIXED_20, CLAUSES = "chunkkv", "chunkkv:chunk_size=20", "chunkkv-delimiter:chunk_size=20"
 CLAUSES_10, LOGITS = "chunkkv-delimiter", "chunkkv:score=logits"
 TOKENS_1, TOKENS, TOKENS_7 = "snapkv:pooling=1", "snapkv", "snapkv:pooling=7"
-PYRAMID, STREAMING, RANDOM = "pyramidkv", "streaming", "random"
+PYRAMID, STREAMING, RANDOM = "pyramidkv", "streaming_llm", "random"
 
 
 def reuse(size: int, leader: str) -> str:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from chunkkv.settings import ChunkKVSettings
 
 _PATIENCE_S = 10.0  # a shorter run is not announced
-_DEFAULT_POLICIES = "full,chunkkv,chunkkv-delimiter,snapkv,streaming,random"
+_DEFAULT_POLICIES = "full,chunkkv,snapkv,pyramidkv,streaming_llm,random"
 
 
 def add_parser(program: CommandParser) -> None:

@@ -17,12 +17,13 @@ from chunkkv.engine.layer_groups import layer_groups
 from chunkkv.errors import ConfigError
 from chunkkv.evaluation.prefilled import PrefilledPrompt
 from chunkkv.evaluation.requirements import check_queries
+from chunkkv.limits import KEEP_SCALE
 from chunkkv.settings import ChunkKVSettings
 
 SNAPKV_POOLING = 5
 PYRAMID_BETA = 20
 _NUMBERS = ("window", "chunk_size", "sinks", "pooling")
-_NAMES = ("boundaries", "score", "leader")
+_NAMES = ("boundaries", "score", "leader", "window_reduce", "head_reduce", "value_norm")
 
 KeptPositions = list[np.ndarray]  # per layer the ascending positions [N] that stay
 Chooser = Callable[[PrefilledPrompt, ChunkKVSettings, int], KeptPositions]
@@ -176,12 +177,29 @@ def _everything(prompt: PrefilledPrompt, settings: ChunkKVSettings, kept: int) -
     return [np.arange(len(prompt))] * prompt.num_layers
 
 
+# Policies choose once per layer and keep as many tokens in every head; rule "engine" is what the engine itself does.
+_ONE_CHOICE: dict[str, Any] = {
+    "budget_tokens": 0,
+    "heads": "shared",
+    "budget_split": "uniform",
+    "reading_heads": (),
+    "reading_share_per_10k": KEEP_SCALE,
+    "local_share_per_10k": KEEP_SCALE,
+    "leaders": (),
+}
 _PLAIN: dict[str, Any] = {"boundaries": "fixed"}
-_TOKENS: dict[str, Any] = {**_PLAIN, "chunk_size": 1, "pooling": SNAPKV_POOLING}
+_TOKENS: dict[str, Any] = {
+    **_PLAIN,
+    "chunk_size": 1,
+    "pooling": SNAPKV_POOLING,
+    "window_reduce": "mean",
+    "head_reduce": "mean",
+    "value_norm": "off",
+}
 RULES: dict[str, Rule] = {
     "full": Rule("every token", _everything, scored_layers="none", reads_cache=False),
     "engine": Rule("what the engine's own compress graph keeps", _engine, scored_layers="none", reads_cache=False),
-    "chunkkv": Rule("chunks of one length", _chunks, _PLAIN, is_buildable=True),
+    "chunkkv": Rule("chunks as the engine's settings cut and score them", _chunks, is_buildable=True),
     "chunkkv-delimiter": Rule(
         "chunks that end with a clause or a line", _chunks, {"boundaries": "delimiter"}, is_buildable=True
     ),
@@ -189,7 +207,7 @@ RULES: dict[str, Rule] = {
     "pyramidkv": Rule(
         "as snapkv, more in the first layers and less in the last", _pyramid, _TOKENS, scored_layers="all"
     ),
-    "streaming": Rule(
+    "streaming_llm": Rule(
         "the first tokens and the most recent ones", _streaming, {**_PLAIN, "chunk_size": 1}, scored_layers="none"
     ),
     "random": Rule("chunks drawn at random", _random, _PLAIN, scored_layers="none"),
@@ -259,6 +277,6 @@ def _settings(text: str, engine: ChunkKVSettings, values: dict[str, Any]) -> Chu
     merged = {**{name: getattr(engine, name) for name in (*_NUMBERS, *_NAMES)}, **values}
     least = merged["window"] + merged["sinks"] + merged["chunk_size"]
     try:
-        return dataclasses.replace(engine, **values, min_tokens=max(engine.min_tokens, least), budget_tokens=0)
+        return dataclasses.replace(engine, **_ONE_CHOICE, **values, min_tokens=max(engine.min_tokens, least))
     except ConfigError as error:
         raise ConfigError(f"policies has {text!r}: {error}") from None

@@ -75,8 +75,17 @@ class PrefilledPrompt:
 
     def token_scores(self, layer: int, settings: ChunkKVSettings) -> np.ndarray:
         """Return the token scores [L] float32 of a layer (docs/method.md, section 2); computed once per settings."""
-        key = (layer, settings.window, settings.pooling, settings.score)
+        ways = (settings.window, settings.pooling, settings.score, settings.window_reduce, settings.head_reduce)
+        key = (layer, *ways, settings.value_norm)
         if key not in self._scores:
-            query = self.query(layer, settings.window)
-            self._scores[key] = reference.token_scores(query, self.key(layer), *key[1:])
+            self._scores[key] = reference.token_scores(
+                self.query(layer, settings.window),
+                self.key(layer),
+                settings.window,
+                settings.pooling,
+                settings.score,
+                value=self.cache.values[layer][0] if settings.value_norm == "on" else None,
+                window_reduce=settings.window_reduce,
+                head_reduce=settings.head_reduce,
+            )
         return self._scores[key]
