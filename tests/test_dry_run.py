@@ -81,8 +81,8 @@ def test_kept_tokens_and_saved_bytes(
     [
         ("", ["keeps all"] * 3),
         ("--chunkkv", ["chooses"] * 3),
-        ("--chunkkv --chunkkv_layer_reuse 2", ["follows 1", "chooses for 0-1", "chooses"]),
-        ("--chunkkv --chunkkv_layer_reuse 3", ["follows 2", "follows 2", "chooses for 0-2"]),
+        ("--chunkkv --chunkkv_layer_reuse 2 --chunkkv_leader last", ["follows 1", "chooses for 0-1", "chooses"]),
+        ("--chunkkv --chunkkv_layer_reuse 3 --chunkkv_leader last", ["follows 2", "follows 2", "chooses for 0-2"]),
         ("--chunkkv --chunkkv_layer_reuse 3 --chunkkv_leader first", ["chooses for 0-2", "follows 0", "follows 0"]),
         ("--chunkkv --chunkkv_layer_reuse 0,1-2 --chunkkv_leader first", ["chooses", "chooses for 1-2", "follows 1"]),
     ],
@@ -96,7 +96,10 @@ def test_the_lines_above_the_table_say_what_would_be_built(cli: CommandLine) -> 
     text = " ".join(dry_run(cli, "llama3", "--chunkkv", "--chunkkv_keep_ratio", "0.2", "--max_seq_len", "300").split())
     assert "LlamaForCausalLM: 3 layers, 2 KV heads of 16, 768 B of KV cache per token" in text
     assert "backend onnxruntime, weights float32, max_batch_size 8, max_input_len 300, max_seq_len 300" in text
-    assert "keep_ratio 0.2 (kvpress compression_ratio 0.8), chunk_size 10, boundaries fixed, window 32, sinks 4" in text
+    assert (
+        "keep_ratio 0.2 (kvpress compression_ratio 0.8), chunk_size 20, boundaries delimiter, window 16, sinks 4"
+        in text
+    )
     assert "Prompts of 2k, 8k, 32k are above max_input_len; shown for comparison." in text
     packed = dry_run(cli, "llama3", "--use_weight_only", "--chunkkv", "--chunkkv_budget_tokens", "500")
     assert "weights int8 times activations int8" in packed and "ChunkKV: budget_tokens 500," in packed
@@ -119,7 +122,7 @@ def test_the_column_titles_name_quantity_and_length(cli: CommandLine) -> None:
 def test_a_big_models_table_fits_eighty_columns_unbroken() -> None:
     model = HuggingFaceCheckpoint.open(engines.checkpoint_dir("llama2")).config
     big = type(model)(**{**vars(model), "num_layers": 80, "num_heads": 64, "num_kv_heads": 8, "head_dim": 128})
-    plan = make_plan(big, ChunkKVSettings(layer_groups=layer_groups(80, "0-9,10-79")))
+    plan = make_plan(big, ChunkKVSettings(leader="last", layer_groups=layer_groups(80, "0-9,10-79")))
     console = Console(width=80, highlight=False, force_terminal=True, no_color=True)
     with console.capture() as shown:
         print_plan(plan, BuildConfig.for_model(big), console)

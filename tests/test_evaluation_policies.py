@@ -191,7 +191,8 @@ def test_the_engine_policy_is_the_product_and_equals_its_reference(
     own = make_policy("chunkkv", settings).keep(prefilled, kept)
     for layer, (given, expected) in enumerate(zip(engine, own, strict=True)):
         scores = prefilled.token_scores(layer, make_policy("chunkkv", settings).settings)
-        near = np.flatnonzero(reference.near_cut(scores, len(prefilled), kept, settings))
+        flags = prefilled.is_delimiter if settings.boundaries == "delimiter" else None
+        near = np.flatnonzero(reference.near_cut(scores, len(prefilled), kept, settings, flags))
         assert set(given.tolist()) ^ set(expected.tolist()) <= set(near.tolist())
     answers = runner.answer(prefilled, [engine], [Question((), "", (), 6, "contains")])
     params = SamplingParams(max_new_tokens=6)

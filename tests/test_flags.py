@@ -15,7 +15,8 @@ import chunkkv
 from chunkkv.command_line import UsageError
 from chunkkv.errors import ConfigError
 from chunkkv.settings import ChunkKVSettings
-from chunkkv_builder.flags import chunkkv_settings, parse
+from chunkkv_builder.chunkkv_flags import chunkkv_settings
+from chunkkv_builder.flags import parse
 from chunkkv_builder.trtllm_flags import TRTLLM_FLAGS_WITHOUT_MEANING
 
 TRTLLM_FLAGS = (
@@ -26,7 +27,8 @@ CHUNKKV_FLAGS = tuple(
     "chunkkv" + end
     for end in (
         *("", "_keep_ratio", "_budget_tokens", "_max_keep_ratio", "_chunk_size", "_window", "_sinks", "_pooling"),
-        *("_min_tokens", "_boundaries", "_score", "_leader", "_layer_reuse", "_recipe"),
+        *("_min_tokens", "_boundaries", "_score", "_leader", "_layer_reuse", "_recipe", "_window_reduce"),
+        *("_head_reduce", "_value_norm", "_heads", "_budget_split", "_local_policy"),
     )
 )
 OWN_FLAGS = ("overwrite", "backend", "dtype", "use_weight_only", "weight_only_precision")
@@ -81,8 +83,9 @@ def test_the_defaults_are_the_documented_ones() -> None:
     assert not (flags.overwrite or flags.use_weight_only or flags.dry_run or flags.chunkkv)
     assert settings("") is None and settings("--chunkkv disable") is None and settings("--chunkkv=disable") is None
     expected = ChunkKVSettings(
-        keep_per_10k=5000, budget_tokens=0, max_keep_per_10k=10000, window=32, chunk_size=10, sinks=4,
-        boundaries="fixed", pooling=5, score="softmax", min_tokens=64, leader="last", layer_groups=((0,), (1,), (2,)),
+        keep_per_10k=5000, budget_tokens=0, max_keep_per_10k=10000, window=16, chunk_size=20, sinks=4,
+        boundaries="delimiter", pooling=5, score="softmax", min_tokens=64, leader="first",
+        layer_groups=((0,), (1,), (2,)),
     )  # fmt: skip
     assert settings("--chunkkv") == settings("--chunkkv enable") == settings("--chunkkv=enable") == expected
     assert flags.weight_only_activations is None
@@ -104,7 +107,13 @@ def test_the_defaults_are_the_documented_ones() -> None:
         ("--chunkkv_keep_ratio 0.0001", {"keep_per_10k": 1}),
         ("--chunkkv_budget_tokens 1024", {"budget_tokens": 1024}),
         ("--chunkkv_sinks 0", {"sinks": 0}),
-        ("--chunkkv_boundaries delimiter", {"boundaries": "delimiter", "chunk_size": 20}),
+        ("--chunkkv_boundaries auto", {"boundaries": "delimiter", "chunk_size": 20}),
+        ("--chunkkv_boundaries fixed", {"boundaries": "fixed", "chunk_size": 10}),
+        ("--chunkkv_boundaries fixed --chunkkv_chunk_size 7", {"boundaries": "fixed", "chunk_size": 7}),
+        ("--chunkkv_window_reduce max --chunkkv_head_reduce max", {"window_reduce": "max", "head_reduce": "max"}),
+        ("--chunkkv_value_norm on --chunkkv_heads each", {"value_norm": "on", "heads": "each"}),
+        ("--chunkkv_budget_split ranked", {"budget_split": "ranked"}),
+        ("--chunkkv_score given --chunkkv_local_policy chunks", {"score": "given", "local_policy": "chunks"}),
         ("--chunkkv_boundaries delimiter --chunkkv_chunk_size 10", {"boundaries": "delimiter", "chunk_size": 10}),
         ("--chunkkv_layer_reuse 2", {"layer_groups": ((0, 1), (2,))}),
         ("--chunkkv_layer_reuse 0,1-2", {"layer_groups": ((0,), (1, 2))}),
@@ -114,6 +123,12 @@ def test_a_flag_changes_its_own_setting_and_what_hangs_on_it(line: str, expected
     found, default = settings(f"--chunkkv {line}"), settings("--chunkkv")
     assert found is not None and default is not None
     assert found.to_dict() == ChunkKVSettings(**{**vars(default), **expected}).to_dict()
+
+
+def test_without_a_tokenizer_chunks_have_one_length() -> None:
+    flags = parse(["--checkpoint_dir", "c", "--chunkkv"])
+    found = chunkkv_settings(flags, LAYERS, has_tokenizer=False)
+    assert found is not None and (found.boundaries, found.chunk_size) == ("fixed", 10)
 
 
 def test_every_setting_arrives_in_the_engine_as_given(cli: CommandLine, checkpoint: Path, tmp_path: Path) -> None:
@@ -159,7 +174,7 @@ def test_hyphens_serve_as_underscores_in_names_but_not_in_values() -> None:
         ("--max_seq_length 9", "unknown flag --max_seq_length; did you mean --max_seq_len?"),
         ("--max-decoder-seq-len 9", "unknown flag --max-decoder-seq-len; did you mean --max_seq_len?"),
         ("--chunkkv_ratio=0.3", "unknown flag --chunkkv_ratio; did you mean --chunkkv_keep_ratio?"),
-        ("--chunkkv-budget 9", "unknown flag --chunkkv-budget; did you mean --chunkkv_budget_tokens?"),
+        ("--chunkkv-budget 9", "unknown flag --chunkkv-budget; did you mean --chunkkv_budget_split?"),
         ("--output out", "unknown flag --output; did you mean --output_dir?"),
         ("-checkpoint_dir c", "unknown flag -checkpoint_dir; did you mean --checkpoint_dir?"),
         ("--max_batch 4", "unknown flag --max_batch; did you mean --max_batch_size?"),  # never a silent abbreviation
@@ -208,8 +223,12 @@ def test_flags_of_trtllm_build_without_a_meaning_here_are_named_as_such(name: st
             "lower max_input_len or raise max_seq_len",
         ),
         (
-            "--chunkkv --max_num_tokens 31",
-            "--max_num_tokens is 31, below the observation window of 32 tokens, which must fit in one prefill block: "
+            "--chunkkv --chunkkv_budget_split classes",
+            "--chunkkv_budget_split is 'classes', whose heads are listed in a recipe: give one too",
+        ),
+        (
+            "--chunkkv --max_num_tokens 15",
+            "--max_num_tokens is 15, below the observation window of 16 tokens, which must fit in one prefill block: "
             "raise max_num_tokens or lower chunkkv_window",
         ),
     ],
@@ -234,7 +253,7 @@ INVALID = [
     ("chunkkv_pooling", "2", "allowed are odd values"),
     ("chunkkv_pooling", "64", "allowed is 1 to 63"),
     ("chunkkv_pooling", "0", "allowed is 1 to 63"),
-    ("chunkkv_min_tokens", "45", "at least window + sinks + chunk_size = 46: raise min_tokens or lower one"),
+    ("chunkkv_min_tokens", "39", "at least window + sinks + chunk_size = 40: raise min_tokens or lower one"),
     ("chunkkv_budget_tokens", "63", "below min_tokens = 64"),
     ("chunkkv_budget_tokens", "-5", "allowed is 0 to 2147483647"),
     ("chunkkv_budget_tokens", "0", "give at least 1"),
@@ -274,7 +293,7 @@ def test_a_value_out_of_range_is_named_with_what_is_allowed(
         ("max_num_tokens", "9" * 30, f"is too large; no flag takes more than {2**63 - 1}"),
         ("chunkkv_window", "many", "is not a whole number; give one such as 4096"),
         ("chunkkv_keep_ratio", "20%", "is not a number; give one in (0, 1] such as 0.2"),
-        ("chunkkv_boundaries", "words", "is not offered; allowed is fixed or delimiter"),
+        ("chunkkv_boundaries", "words", "is not offered; allowed is auto or fixed or delimiter"),
         ("chunkkv_score", "cosine", "is not offered; allowed is softmax or logits"),
         ("chunkkv_leader", "middle", "is not offered; allowed is first or last"),
         (

@@ -15,7 +15,8 @@ from chunkkv.command_line import UsageError
 from chunkkv.engine.directory import EngineFiles
 from chunkkv.engine.recipe import read_recipe, write_recipe
 from chunkkv.errors import ConfigError
-from chunkkv_builder.flags import chunkkv_settings, parse
+from chunkkv_builder.chunkkv_flags import chunkkv_settings
+from chunkkv_builder.flags import parse
 
 LAYERS = 3
 SETTINGS = {"keep_ratio": 0.3, "window": 16, "chunk_size": 8, "boundaries": "fixed", "leader": "first"}
@@ -52,9 +53,43 @@ def test_flags_win_over_a_recipe(recipe: Path) -> None:
     assert by_share.budget_tokens == 0 and by_share.keep_per_10k == 1000
 
 
+CLASSES = {
+    "budget_split": "classes",
+    "reading_heads": [[0], [], [1]],
+    "reading_share_per_10k": 20_000,
+    "local_share_per_10k": 5_000,
+    "local_policy": "chunks",
+    "heads": "each",
+    "leaders": [0, 1, 2],
+}
+
+
+def with_heads(recipe: Path, line: str = "") -> Any:
+    words = ["--checkpoint_dir", "c", "--chunkkv", "--chunkkv_recipe", str(recipe), *line.split()]
+    return chunkkv_settings(parse(words), LAYERS, num_kv_heads=2)
+
+
+def test_a_recipe_lists_heads_and_leaders(recipe: Path) -> None:
+    write_recipe(recipe, CLASSES, LAYERS, {})
+    found = with_heads(recipe)
+    assert (found.reading_heads, found.leaders, found.num_kv_heads) == (((0,), (), (1,)), (0, 1, 2), 2)
+    assert (found.budget_split, found.local_policy, found.heads) == ("classes", "chunks", "each")
+    assert (found.reading_share_per_10k, found.local_share_per_10k) == (20_000, 5_000)
+
+
+def test_flags_replace_what_belongs_to_a_recipes_classes_and_groups(recipe: Path) -> None:
+    write_recipe(recipe, CLASSES, LAYERS, {})
+    found = with_heads(recipe, "--chunkkv_budget_split uniform --chunkkv_leader last")
+    assert (found.budget_split, found.reading_heads, found.leaders) == ("uniform", (), ())
+    assert (found.reading_share_per_10k, found.heads) == (10_000, "each")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"settings": {"reading_heads": [0]}}, "reading_heads 0"),
+        ({"settings": {"reading_heads": 1}}, "reading_heads 1"),
+        ({"settings": {"leaders": ["0"]}}, "leaders '0'"),
         ({"format": "other"}, "format 'other' 2 'chunkkv-recipe' 2"),
         ({"format_version": 1}, "format 'chunkkv-recipe' 1 2"),
         ({"num_hidden_layers": 4}, "4 layers 3"),

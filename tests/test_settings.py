@@ -184,8 +184,8 @@ def test_bad_ratios_are_named(ratio: Any, named: str) -> None:
         ({"score": "mean"}, "score 'mean' softmax logits"),
         ({"min_tokens": 0}, "min_tokens 0 1"),
         (
-            {"min_tokens": 45},
-            "min_tokens 45 window sinks chunk_size 46",
+            {"min_tokens": 29},
+            "min_tokens 29 window sinks chunk_size 30",
         ),
         (
             {"budget_tokens": 63},
@@ -233,7 +233,7 @@ def test_every_invalid_value_is_named_with_what_is_allowed(changes: dict[str, An
         {"chunk_size": 1},
         {"chunk_size": 256, "min_tokens": 292},
         {"sinks": 0},
-        {"min_tokens": 46},
+        {"min_tokens": 30},
         {"pooling": 63},
         {"budget_tokens": 64},
         {"max_keep_per_10k": 5_000},

@@ -6,32 +6,23 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 from chunkkv import __version__
 from chunkkv.command_line import (
     LOG_LEVELS,
     CommandParser,
     UsageError,
-    errors_name_flags,
     path_text,
     ratio,
     whole_number,
 )
 from chunkkv.engine.backends import BACKENDS, DEFAULT_BACKEND, DTYPES, TENSORRT, TENSORRT_LLM, TRAITS
-from chunkkv.engine.layer_groups import SYNTAX, layer_groups
-from chunkkv.engine.recipe import read_recipe
 from chunkkv.engine.tensorrt_build import FLAVOURS, FUNCTIONS, PLUGIN
-from chunkkv.limits import CHOICES, RANGES
-from chunkkv.settings import DELIMITER_CHUNK_SIZE, ChunkKVSettings
-from chunkkv.settings import keep_ratio_to_per_10k as to_per_10k
 from chunkkv_builder import config
+from chunkkv_builder.chunkkv_flags import DEFAULTS, PREFIX, add_chunkkv
 from chunkkv_builder.trtllm_flags import TENSORRT_LLM_INSTEAD, TRTLLM_FLAGS_WITHOUT_MEANING
 
 PROGRAM = "chunkkv-build"
-_PREFIX = "chunkkv_"
-_DEFAULTS = ChunkKVSettings()
 _TENSORRT_ONLY = ("timing_cache", "tensorrt", "compute_capability", "chunkkv_ops")
 _TENSORRT_LLM_ONLY = ("tokenizer_dir", "chunkkv_tp_agree")
 
@@ -78,7 +69,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             flags.weight_only_activations or config.DEFAULT_WEIGHT_ONLY_ACTIVATIONS[precision]
         )
     flags.chunkkv = flags.chunkkv == "enable"
-    settings = [name for name, value in vars(flags).items() if name.startswith(_PREFIX) and value is not None]
+    settings = [name for name, value in vars(flags).items() if name.startswith(PREFIX) and value is not None]
     if settings and not flags.chunkkv:
         raise UsageError(f"--{settings[0]} has no effect without --chunkkv: add it")
     if flags.chunkkv_budget_tokens and flags.chunkkv_max_keep_ratio is not None:
@@ -107,7 +98,7 @@ def _parse_tensorrt_llm(words: Sequence[str]) -> argparse.Namespace:
     for name in (word.partition("=")[0] for word in passed_on):
         if name.startswith("--") and (instead := TENSORRT_LLM_INSTEAD.get(name[2:])):
             raise UsageError(f"{name} has no effect with --backend {TENSORRT_LLM}: use {instead}")
-        if name.startswith(f"--{_PREFIX}"):
+        if name.startswith(f"--{PREFIX}"):
             raise UsageError(parser.unknown(name))
     if flags.chunkkv != "enable":
         raise UsageError(
@@ -125,40 +116,6 @@ def _parse_tensorrt_llm(words: Sequence[str]) -> argparse.Namespace:
 def _check_budget(flags: argparse.Namespace) -> None:
     if flags.chunkkv_budget_tokens == 0:
         raise UsageError("--chunkkv_budget_tokens is 0; give at least 1, or --chunkkv_keep_ratio instead")
-
-
-def chunkkv_settings(flags: argparse.Namespace, num_layers: int) -> ChunkKVSettings | None:
-    """Return the ChunkKV settings the flags ask for, None without --chunkkv; raises UsageError."""
-    if not flags.chunkkv:
-        return None
-    values: dict[str, Any] = {
-        name.removeprefix(_PREFIX): value
-        for name, value in vars(flags).items()
-        if name.startswith(_PREFIX) and value is not None
-    }
-    for name in ("tp_agree", "ops"):  # say how ranks work together and what the nodes are, not what is kept
-        values.pop(name, None)
-    with errors_name_flags(_PREFIX):
-        if (recipe := values.pop("recipe", None)) is not None:
-            values = _over_recipe(values, read_recipe(Path(recipe), num_layers))
-        layer_reuse = values.pop("layer_reuse", "1")
-        for name in ("keep", "max_keep"):
-            if (share := values.pop(f"{name}_ratio", None)) is not None:
-                values[f"{name}_per_10k"] = to_per_10k(share, f"{name}_ratio")
-        if "max_keep_per_10k" in values and "keep_per_10k" not in values:
-            values["keep_per_10k"] = min(_DEFAULTS.keep_per_10k, values["max_keep_per_10k"])
-        if values.get("boundaries") == "delimiter":
-            values.setdefault("chunk_size", DELIMITER_CHUNK_SIZE)
-        least = sum(values.get(name, getattr(_DEFAULTS, name)) for name in ("window", "sinks", "chunk_size"))
-        values.setdefault("min_tokens", max(_DEFAULTS.min_tokens, least))
-        return ChunkKVSettings(**values, layer_groups=layer_groups(num_layers, layer_reuse))
-
-
-def _over_recipe(flags: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
-    """Return a recipe's settings with those of the flags in their place; a share and a number exclude each other."""
-    budget = ("budget_tokens", "keep_ratio")
-    replaced = budget if any(name in flags for name in budget) else ()
-    return {**{name: value for name, value in recipe.items() if name not in replaced}, **flags}
 
 
 def _parser() -> BuildParser:
@@ -211,7 +168,7 @@ def _parser() -> BuildParser:
     )
     _add_tensorrt(parser)
     _add_output(parser)
-    _add_chunkkv(parser)
+    add_chunkkv(parser)
     _add_budget(parser, max_keep_ratio=True)
     return parser
 
@@ -244,7 +201,7 @@ def _tensorrt_llm_parser() -> BuildParser:
         help="directory whose tokenizer files go into the engine; --chunkkv_boundaries delimiter needs them",
     )
     _add_output(parser)
-    _add_chunkkv(parser).add_argument(
+    add_chunkkv(parser).add_argument(
         "--chunkkv_tp_agree",
         action="store_true",
         help="tensor-parallel ranks add up their scores and keep the same tokens; default: each rank by its own heads",
@@ -318,7 +275,7 @@ def _add_budget(parser: BuildParser, max_keep_ratio: bool = False) -> None:
         "--chunkkv_keep_ratio",
         type=ratio,
         metavar="R",
-        help=f"share of a prompt's tokens that is kept, in (0, 1]; default: {_DEFAULTS.keep_ratio}",
+        help=f"share of a prompt's tokens that is kept, in (0, 1]; default: {DEFAULTS.keep_ratio}",
     )
     budget.add_argument(
         "--chunkkv_budget_tokens", type=whole_number, metavar="N", help="number of tokens kept, instead of a share"
@@ -335,7 +292,7 @@ def _add_budget(parser: BuildParser, max_keep_ratio: bool = False) -> None:
         "--chunkkv_min_tokens",
         type=whole_number,
         metavar="N",
-        help=f"prompts up to this many tokens are kept whole; default: {_DEFAULTS.min_tokens}, or {least} if more",
+        help=f"prompts up to this many tokens are kept whole; default: {DEFAULTS.min_tokens}, or {least} if more",
     )
 
 
@@ -344,45 +301,3 @@ def _compute_capability(text: str) -> str:
     if not re.fullmatch(r"\d{1,2}\.\d", text):
         raise argparse.ArgumentTypeError(f"{text!r} is no compute capability; give one such as 8.9")
     return text
-
-
-def _range(setting: str) -> str:
-    low, high = RANGES[setting]
-    return f"{low} to {high}"
-
-
-def _add_chunkkv(parser: BuildParser) -> argparse._ArgumentGroup:
-    group = parser.add_argument_group("ChunkKV (all but the first need --chunkkv)")
-    group.add_argument(
-        "--chunkkv",
-        nargs="?",
-        const="enable",
-        default="disable",
-        choices=("enable", "disable"),
-        help="compress the KV cache of every prompt after prefill",
-    )
-    group.add_argument(
-        "--chunkkv_recipe",
-        type=path_text,
-        metavar="FILE",
-        help="settings that chunkkv calibrate wrote; flags given here win over it",
-    )
-    for name, text in (
-        ("chunk_size", f"tokens of a chunk, {_range('chunk_size')}; {DELIMITER_CHUNK_SIZE} with boundaries delimiter"),
-        ("window", f"last tokens of a prompt, which score the others and are always kept, {_range('window')}"),
-        ("sinks", "first tokens of a prompt, which are always kept"),
-        ("pooling", "neighbouring tokens that a score is averaged over, odd; 1 turns averaging off"),
-    ):
-        default = getattr(_DEFAULTS, name)
-        group.add_argument(f"--chunkkv_{name}", type=whole_number, metavar="N", help=f"{text}; default: {default}")
-    for name, text in (
-        ("boundaries", "where chunks end: after chunk_size tokens, or at punctuation and line ends"),
-        ("score", "what a token is scored by: attention weights, or logits before the softmax"),
-        ("leader", "layer of a group that chooses the tokens for all of its layers"),
-    ):
-        default = getattr(_DEFAULTS, name)
-        group.add_argument(f"--chunkkv_{name}", choices=CHOICES[name], help=f"{text}; default: {default}")
-    group.add_argument(
-        "--chunkkv_layer_reuse", metavar="N|LIST", help=f"layers that share one choice of tokens: {SYNTAX}; default: 1"
-    )
-    return group

@@ -53,7 +53,8 @@ def build(name: str, flags: dict[str, object], folder: Path) -> Path:
     """Build one engine of the shipped model."""
     output = folder / name.replace(", ", "-").replace(" ", "_")
     command = ["--checkpoint_dir", str(MODEL), "--output_dir", str(output), "--log_level", "error"]
-    command += ["--chunkkv", "--chunkkv_pooling", "1"]  # a grid's own losses; docs/method.md has what pooling saves
+    # A grid's own losses: docs/method.md has what pooling saves.
+    command += ["--chunkkv", "--chunkkv_pooling", "1", "--chunkkv_window", "32"]
     for flag, value in flags.items():
         command += [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
     build_engine(command)

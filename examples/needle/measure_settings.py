@@ -47,7 +47,8 @@ def measure(folder: Path, name: str, examples: int) -> dict[str, list[dict[str, 
     suite, policies = RUNS[name]
     engine = folder / "engine"
     if not (engine / "manifest.json").is_file():
-        flags = "--chunkkv_window 64 --chunkkv_min_tokens 78 --chunkkv_pooling 1 --max_batch_size 48 --log_level error"
+        flags = "--chunkkv_window 64 --chunkkv_min_tokens 78 --chunkkv_pooling 1 --chunkkv_boundaries fixed "
+        flags += "--chunkkv_leader last --max_batch_size 48 --log_level error"
         build_engine(["--checkpoint_dir", str(MODEL), "--output_dir", str(engine), "--chunkkv", *flags.split()])
     output = folder / name
     lists = {"suite": suite, "policies": ",".join(policies), "keep": KEEP, "lengths": LENGTH, "examples": examples}

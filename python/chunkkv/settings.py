@@ -48,7 +48,7 @@ class ChunkKVSettings:
         Tokens kept of a prompt, whatever its length. 0 means that keep_per_10k decides.
     max_keep_per_10k : int, default 10000
         The largest keep_per_10k that a request may ask for.
-    window : int, default 32
+    window : int, default 16
         Tokens at the end of the prompt whose attention scores the tokens before them. They are always kept.
     chunk_size : int, default 10
         Tokens of a chunk; with delimiter boundaries the most tokens of a chunk.
@@ -62,7 +62,7 @@ class ChunkKVSettings:
         What scores a token: its attention weights, the raw products q·k, summed, or scores from outside the engine.
     min_tokens : int, default 64
         Prompts of up to this many tokens are kept whole, and no budget goes below it.
-    leader : {"first", "last"}, default "last"
+    leader : {"first", "last"}, default "first"
         The layer of a group whose attention decides for the whole group, where `leaders` is empty.
     layer_groups : tuple of tuples of int, default ()
         Consecutive layers that share one choice of tokens. Empty means that groups were not assigned yet.
@@ -94,14 +94,14 @@ class ChunkKVSettings:
     keep_per_10k: int = 5_000
     budget_tokens: int = 0
     max_keep_per_10k: int = KEEP_SCALE
-    window: int = 32
+    window: int = 16
     chunk_size: int = 10
     sinks: int = 4
     boundaries: str = "fixed"
     pooling: int = 5
     score: str = "softmax"
     min_tokens: int = 64
-    leader: str = "last"
+    leader: str = "first"
     layer_groups: tuple[tuple[int, ...], ...] = ()
     leaders: tuple[int, ...] = ()
     window_reduce: str = "mean"

@@ -18,6 +18,8 @@ SMALL_CHUNKKV = {
     "chunkkv_sinks": 2,
     "chunkkv_min_tokens": 10,
     "chunkkv_keep_ratio": 0.4,
+    "chunkkv_boundaries": "fixed",
+    "chunkkv_leader": "last",
 }
 _FOLDER = tempfile.TemporaryDirectory(prefix="chunkkv-test-engines-")  # kept until the process ends
 

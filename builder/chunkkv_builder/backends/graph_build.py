@@ -17,9 +17,9 @@ from chunkkv_builder.checkpoint.end_tokens import united_end_tokens
 from chunkkv_builder.checkpoint.families import FAMILY_OF
 from chunkkv_builder.checkpoint.formats import open_checkpoint
 from chunkkv_builder.checkpoint.interface import Checkpoint
+from chunkkv_builder.chunkkv_flags import chunkkv_settings
 from chunkkv_builder.config import BuildConfig, limit_reason
 from chunkkv_builder.dry_run import print_plan
-from chunkkv_builder.flags import chunkkv_settings
 from chunkkv_builder.plan import GraphPlan, make_plan
 from chunkkv_builder.progress import Progress
 
@@ -101,7 +101,7 @@ def plan_graphs(flags: Namespace, backend: str, progress: Progress) -> GraphBuil
     if difference is not None:
         progress.warning(difference)
     model = dataclasses.replace(checkpoint.config, eos_token_ids=ends)
-    settings = chunkkv_settings(flags, model.num_layers)
+    settings = chunkkv_settings(flags, model.num_layers, model.num_kv_heads, tokenizer is not None)
     traits = TRAITS[backend]
     dtype = traits.default_dtype if flags.dtype == "auto" else flags.dtype
     with errors_name_flags():

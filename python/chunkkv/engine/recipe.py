@@ -13,9 +13,16 @@ from chunkkv.errors import ConfigError
 from chunkkv.files import write_whole
 
 FORMAT, FORMAT_VERSION = "chunkkv-recipe", 2
-NUMBERS = ("budget_tokens", "chunk_size", "window", "sinks", "pooling", "min_tokens")
+NUMBERS = (
+    *("budget_tokens", "chunk_size", "window", "sinks", "pooling", "min_tokens"),
+    *("reading_share_per_10k", "local_share_per_10k"),
+)
 RATIOS = ("keep_ratio", "max_keep_ratio")
-WORDS = ("boundaries", "score", "leader", "layer_reuse")
+WORDS = (
+    *("boundaries", "score", "leader", "layer_reuse", "window_reduce", "head_reduce", "value_norm", "heads"),
+    *("budget_split", "local_policy"),
+)
+LISTS = ("leaders", "reading_heads")  # of layers, and per layer of KV heads
 _LARGEST_BYTES = 1 << 24
 
 
@@ -27,7 +34,8 @@ def write_recipe(path: Path, settings: Mapping[str, Any], num_layers: int, measu
     path : Path
         The JSON file; its folder must exist.
     settings : mapping
-        Values under the names of chunkkv-build's flags without `chunkkv_`: those of NUMBERS, RATIOS and WORDS.
+        Values under the names of chunkkv-build's flags without `chunkkv_`: those of NUMBERS, RATIOS, WORDS
+        and LISTS.
     num_layers : int
         Layers of the model that the settings were measured on; a model with another number refuses the recipe.
     measured : mapping
@@ -69,13 +77,27 @@ def read_recipe(path: Path, num_layers: int) -> dict[str, Any]:
             "calibrate on an engine of this model"
         )
     settings = recipe.section("settings")
-    settings.allow((*NUMBERS, *RATIOS, *WORDS))
+    settings.allow((*NUMBERS, *RATIOS, *WORDS, *LISTS))
     values: dict[str, Any] = {}
     for name in settings.values:
         if name in NUMBERS:
             values[name] = settings.integer(name, low=0)
         elif name in RATIOS:
             values[name] = settings.number(name)
+        elif name == "leaders":
+            values[name] = _numbers(settings, name, settings.values[name])
+        elif name == "reading_heads":
+            listed = settings.values[name]
+            if not isinstance(listed, list):
+                raise settings.error(name, "a list of lists of KV heads, one per layer, is needed")
+            values[name] = tuple(_numbers(settings, name, heads) for heads in listed)
         else:
             values[name] = settings.text(name)
     return values
+
+
+def _numbers(settings: Fields, name: str, values: object) -> tuple[int, ...]:
+    """Return a list of whole numbers as a tuple; raises ConfigError for anything else."""
+    if not isinstance(values, list) or not all(isinstance(n, int) and not isinstance(n, bool) for n in values):
+        raise settings.error(name, f"{values!r} is no list of whole numbers")
+    return tuple(values)

@@ -21,7 +21,7 @@ from chunkkv_builder.backends.tensorrt_llm.model import LlmModel
 from chunkkv_builder.backends.tensorrt_llm.preconditions import check_lengths
 from chunkkv_builder.backends.tensorrt_llm.print_plan import print_plan
 from chunkkv_builder.backends.tensorrt_llm.trtllm_flags import read_flags
-from chunkkv_builder.flags import chunkkv_settings
+from chunkkv_builder.chunkkv_flags import chunkkv_settings
 from chunkkv_builder.progress import Progress
 
 
@@ -107,7 +107,7 @@ class TensorRTLLMBackend:
         with errors_name_flags():
             check(BUILD_PRECONDITIONS, build_values(limits))
         model = LlmModel.read(source)
-        settings = chunkkv_settings(flags, model.num_layers)
+        settings = chunkkv_settings(flags, model.num_layers, has_tokenizer=self._tokenizer_dir is not None)
         assert settings is not None  # flags.py insists on --chunkkv
         with errors_name_flags("chunkkv_"):
             TRAITS[TENSORRT_LLM].check_settings(settings)
