@@ -51,10 +51,21 @@ CHANGES: dict[str, dict[str, Any]] = {
         "local_share_per_10k": 5_000,
     },
     "budget": {"budget_tokens": 24},
+    "a choice per head": {"heads": "each", "local_policy": "chunks"},
+    "a choice per reading head": {
+        "heads": "each",
+        "window_reduce": "max",
+        "head_reduce": "max",
+        "value_norm": "on",
+    },
 }
 
 
 def settings_for(name: str) -> ChunkKVSettings:
+    if name == "ranked":
+        return settings_of(budget_split="ranked")
+    if name == "each without classes":
+        return settings_of(heads="each")
     return settings_of(**{**CLASSES, **CHANGES[name]})
 
 
@@ -94,7 +105,7 @@ def expected_logits(settings: ChunkKVSettings, prompt: Sequence[int], answer: Se
 
 
 @pytest.mark.parametrize("attention", ["fused", "standard"])
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("name", [*CHANGES, "ranked", "each without classes"])
 def test_answers_are_those_of_a_model_that_hides_what_was_dropped(name: str, attention: str) -> None:
     """Two prompts of unequal length in one batch; the second one has fewer blocks than the first."""
     settings = settings_for(name)
@@ -113,7 +124,7 @@ def test_a_hidden_token_would_be_seen() -> None:
     assert np.abs(wrong - expected_logits(settings, prompt, answer)[1:]).max() > 20 * TOLERANCE
 
 
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("name", [*CHANGES, "ranked", "each without classes"])
 def test_keeping_everything_equals_no_compression_bit_for_bit(name: str) -> None:
     params, prompts = SamplingParams(8, logprobs=True), [tokens(90, 1), tokens(41, 2)]
     found = session(settings_for(name)).generate(prompts, params, keep_ratio=1.0)
@@ -121,6 +132,24 @@ def test_keeping_everything_equals_no_compression_bit_for_bit(name: str) -> None
     for mine, plain in zip(found, expected, strict=True):
         assert (mine.token_ids, mine.logprobs) == (plain.token_ids, plain.logprobs)
         assert mine.statistics.cache_bytes == plain.statistics.cache_bytes
+
+
+def test_layers_that_are_ranked_together_keep_what_was_requested_in_total() -> None:
+    settings = settings_for("ranked")
+    engine, prompt = session(settings), tokens(150, 5)
+    (request,) = make_requests([prompt], None, engine.limits, settings, None, None, 4)
+    cache = engine.executor.new_cache(1, engine.executor.capacity_for(request.class_lengths))
+    (prefilled,) = engine.executor.prefiller().run([request], cache, threading.Event())
+    lengths = prefilled.kept_lengths
+    assert lengths is not None and len(set(lengths)) > 1
+    assert sum(lengths) == LAYERS * request.kept_tokens and min(lengths) >= settings.min_tokens
+    assert prefilled.choice is not None
+    assert tuple(len(prefilled.choice.kept_indices[layer]) for layer in range(LAYERS)) == lengths
+    result = engine.generate(prompt, SamplingParams(4))
+    assert result.statistics.cache_bytes == request.kept_tokens * engine.executor.kv_bytes_per_token
+    with ContinuousBatcher(engine, BatchingLimits(slots=2)) as batcher:
+        (last,) = [event.finished for event in batcher.stream(prompt, SamplingParams(4)) if event.finished]
+    assert last.token_ids == result.token_ids
 
 
 @pytest.mark.parametrize("keep_ratio", [0.15, 0.4, 0.8])
@@ -172,7 +201,7 @@ def test_a_permuted_batch_gives_permuted_answers() -> None:
     assert [engine.generate(prompt, params).token_ids for prompt in prompts] == answers
 
 
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("name", [*CHANGES, "each without classes"])
 def test_tensorrt_answers_as_onnx_runtime_does(
     machine: Double, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

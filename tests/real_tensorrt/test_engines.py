@@ -264,9 +264,9 @@ def test_engines_without_chunkkv_keep_every_token(build: Builds) -> None:
     assert engine.settings is None and engine.tensorrt is not None and engine.tensorrt.chunkkv_ops == "none"
 
 
-@pytest.mark.parametrize("local_policy", ["recent", "chunks"])
+@pytest.mark.parametrize(("local_policy", "heads"), [("recent", "each"), ("chunks", "shared")])
 def test_heads_of_two_classes_have_caches_of_two_lengths(
-    build: Builds, monkeypatch: pytest.MonkeyPatch, local_policy: str
+    build: Builds, monkeypatch: pytest.MonkeyPatch, local_policy: str, heads: str
 ) -> None:
     """One layer of both classes and one of local heads: prefill keeps three parts, decode updates three caches."""
     settings = ChunkKVSettings(
@@ -278,12 +278,16 @@ def test_heads_of_two_classes_have_caches_of_two_lengths(
         reading_share_per_10k=25_000,
         local_share_per_10k=5_000,
         local_policy=local_policy,
+        heads=heads,
+        value_norm="on",
+        window_reduce="max",
+        head_reduce="max",
     )
     monkeypatch.setattr(graph_build, "chunkkv_settings", lambda flags, *sizes: settings)
-    heads = {**MODEL, "hidden_size": 4 * HEAD_DIM, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {**MODEL, "hidden_size": 4 * HEAD_DIM, "num_attention_heads": 4, "num_key_value_heads": 2}
     limits = {"max_batch_size": 2, "max_seq_len": 1024, "max_num_tokens": 2048, "chunkkv": True}
-    build(checkpoint_dir=engines.checkpoint_dir("llama3", **heads), dtype="float32", **limits)
-    prefill, *decoders = build.recorded
+    build(checkpoint_dir=engines.checkpoint_dir("llama3", **sizes), dtype="float32", **limits)
+    prefill, *others = build.recorded
     contract, engine = Contract.read(build.folder), EngineFiles.load(build.folder)
     parts = [(part.layer, part.kv_heads, part.length_class) for part in contract.layout.parts]
     assert parts == [(0, (1,), 0), (0, (0,), 1), (1, (0, 1), 1)]
@@ -294,10 +298,11 @@ def test_heads_of_two_classes_have_caches_of_two_lengths(
     caches = {f"kept_{kind}.{part}" for kind in ("key", "value") for part in range(3)}
     choices = {f"kept_indices.{part}" for part in chosen} | {f"token_scores.{part}" for part in scored}
     assert prefill.outputs.keys() == {"logits", "kept_lengths", *caches, *choices}
+    assert prefill.outputs["kept_indices.0"][1] == ((-1, 1, -1) if heads == "each" else (-1, -1))
     assert prefill.outputs["kept_lengths"] == ("INT32", (2, -1)) and prefill.inputs["capacity"] == ("INT64", (2,))
     least, _, most = prefill.profile["capacity"]
     assert all(lower < upper for lower, upper in zip(least, most, strict=True))
-    for capacity, built in zip(contract.capacities, decoders, strict=True):
+    for capacity, built in zip(contract.capacities, others[: len(contract.capacities)], strict=True):
         assert built.layers["KV_CACHE_UPDATE"] == 6 and built.layers["ATTENTION_INPUT"] == 3
         assert built.inputs["cache_lengths"] == ("INT32", (2, -1))
         for number, part in enumerate(contract.layout.parts):

@@ -11,7 +11,8 @@ from chunkkv_builder.onnx_graph import functions
 def as_plugins(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return the graph as an engine with plugins behaves: kept_indices have S columns, -1 behind N.
 
-    A plugin's shapes are made from shapes, so it cannot know N; the node behind it crops.
+    A plugin's shapes are made from shapes, so it cannot know N; the node behind it crops. Nodes that name no plugin are
+    functions and stay as they are.
     """
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
@@ -19,8 +20,9 @@ def as_plugins(model: onnx.ModelProto) -> onnx.ModelProto:
         extra = [entry for entry in node.attribute if entry.name == "TRT_decomposable"]
         for entry in extra:
             node.attribute.remove(entry)
+    plugins = {node.op_type for node in copy.graph.node if any(a.name == "plugin_version" for a in node.attribute)}
     for body in copy.functions:
-        if body.name != functions.SELECT:
+        if body.name != functions.SELECT or body.name not in plugins:
             continue
         for node in body.node:
             node.output[:] = ["short_indices" if name == "kept_indices" else name for name in node.output]

@@ -58,6 +58,8 @@ class Contract:
         Parts of the cache whose choice is their own, ascending; empty without ChunkKV.
     scored : tuple of int
         Those of the leaders that choose by scores; the others keep sinks and recent tokens, all the same.
+    heads_choose : bool
+        Whether each KV head of a part that scores has its own choice.
     capacities : tuple of tuples of int
         Slots of the decode engines for each length class, ascending by size; a cache has one of these sizes.
     weights : dict
@@ -77,6 +79,7 @@ class Contract:
     layout: CacheLayout
     leaders: tuple[int, ...]
     scored: tuple[int, ...]
+    heads_choose: bool
     capacities: tuple[Slots, ...]
     weights: dict[str, tuple[int, int]]
     block_tokens: int = 0
@@ -119,6 +122,7 @@ class Contract:
             layout=layout,
             leaders=fields.integers("leaders", high=len(layout.parts) - 1),
             scored=fields.integers("scored", high=len(layout.parts) - 1),
+            heads_choose=fields.flag("heads_choose"),
             capacities=capacities,
             weights=_weights(fields.section("weights"), folder / WEIGHTS_FILE),
             block_tokens=fields.integer("block_tokens", low=0, high=min(map(min, capacities)), default=0),

@@ -145,6 +145,7 @@ class Graphs:
             layout=self._plan.layout,
             leaders=tuple(part.number for part in self._plan.parts if settings is not None and part.leads),
             scored=tuple(part.number for part in self._plan.parts if part.scores),
+            heads_choose=settings is not None and settings.heads == "each",
             capacities=self.capacities,
             weights={place.name: (place.offset, place.nbytes) for place in self._matrices.values()},
             block_tokens=self.block_tokens,

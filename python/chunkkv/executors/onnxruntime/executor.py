@@ -101,8 +101,13 @@ class OnnxRuntimeExecutor(Executor[HostKVCache]):
         """Append a block of tokens to a cache of one row and return the logits after each; see Executor."""
         return self.step.append_scored_block(cache, ids, slot, position)
 
-    def layer_lengths_decoder(self, cache: HostKVCache) -> LayerLengthsDecoder:
-        """Return a decoder for a cache whose layers are filled to different lengths; for evaluation."""
+    def layer_lengths_decoder(self, cache: HostKVCache) -> OnnxRuntimeDecoder:
+        """Return a decoder for a cache whose layers are filled to different lengths; for evaluation.
+
+        An engine that ranks all layers together takes a length per layer itself. For others a graph is derived.
+        """
+        if self.step.layout.length_classes == len(self.step.layout.parts):
+            return OnnxRuntimeDecoder(self.step, cache)
         with self._lock:  # only evaluation needs this graph, so it is loaded when first asked for
             if self._layer_lengths_graph is None:
                 self._layer_lengths_graph = load_layer_lengths_graph(self.step.path, self.step.threads)

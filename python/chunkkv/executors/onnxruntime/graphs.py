@@ -182,11 +182,13 @@ class OnnxRuntimeCompress:
             binding.bind_output(name, "cpu")
         self.session.run_with_iobinding(binding)
         results = dict(zip((*outputs, *names), binding.get_outputs(), strict=True))
-        kept = {part: results[f"kept_indices.{part}"].numpy()[0] for part in self._chosen}
+        lengths, classes = results["kept_lengths"].numpy()[:, 0].tolist(), [p.length_class for p in full.layout.parts]
+        # Where layers keep unequal numbers, each is padded to the longest.
+        kept = {p: results[f"kept_indices.{p}"].numpy()[0][..., : lengths[classes[p]]] for p in self._chosen}
         return Choice(
             {part: self._choice_of(part, kept, full.layout) for part in leading_parts(self._settings, full.layout)},
             {part: results[f"token_scores.{part}"].numpy()[0] for part in self._scored},
-            tuple(results["kept_lengths"].numpy()[:, 0].tolist()),
+            tuple(lengths),
         )
 
     def _choice_of(self, part: int, kept: Mapping[int, np.ndarray], layout: CacheLayout) -> np.ndarray:

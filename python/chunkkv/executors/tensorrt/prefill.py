@@ -72,9 +72,9 @@ class TensorRTPrefiller(Prefiller[DeviceKVCache]):
         outputs: dict[str, np.ndarray] = {"logits": np.empty((rows, 1, self._contract.vocab_size), np.float32)}
         outputs["kept_lengths"] = np.empty((len(out.capacity), rows), np.int32)
         for part in sorted(set(self._contract.choices.values())):
-            outputs[f"kept_indices.{part}"] = np.empty((rows, padded), np.int32)
+            outputs[f"kept_indices.{part}"] = np.empty(self._choice_shape(part, rows, padded), np.int32)
         for part in self._contract.scored:
-            outputs[f"token_scores.{part}"] = np.empty((rows, padded), np.float32)
+            outputs[f"token_scores.{part}"] = np.empty(self._choice_shape(part, rows, padded), np.float32)
         if not self._contract.leaders:
             del inputs["keep_per_10k"], inputs["budget_tokens"]
         arrays = {**inputs, **outputs}
@@ -103,14 +103,20 @@ class TensorRTPrefiller(Prefiller[DeviceKVCache]):
                 )
         return outputs
 
+    def _choice_shape(self, part: int, rows: int, padded: int) -> tuple[int, ...]:
+        """Return the shape of what the engine tells of the choice of a part, [B,S] or [B,H,S]."""
+        if self._contract.heads_choose and part in self._contract.scored:
+            return rows, len(self._contract.layout.parts[part].kv_heads), padded
+        return rows, padded
+
     def _choice(self, row: int, request: Request, outputs: dict[str, np.ndarray]) -> Choice | None:
         contract, length, lengths = self._contract, len(request.ids), request.class_lengths
         if request.kept_tokens == length or not contract.leaders:
             return None
         kept = {part: lengths[contract.layout.parts[part].length_class] for part in contract.leaders}
         return Choice(
-            {part: outputs[f"kept_indices.{of}"][row, : kept[part]] for part, of in contract.choices.items()},
-            {part: outputs[f"token_scores.{part}"][row, :length] for part in contract.scored},
+            {part: outputs[f"kept_indices.{of}"][row][..., : kept[part]] for part, of in contract.choices.items()},
+            {part: outputs[f"token_scores.{part}"][row][..., :length] for part in contract.scored},
             lengths,
         )
 
