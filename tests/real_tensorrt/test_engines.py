@@ -220,15 +220,15 @@ def check_decoder(row: Row, built: Built, contract: Contract, capacity: Slots) -
     }
 
 
-def check_block(row: Row, built: Built, contract: Contract, capacity: int) -> None:
+def check_block(row: Row, built: Built, contract: Contract, capacity: Slots) -> None:
     """A block engine is a decode engine for one row, and for up to block_tokens tokens."""
     dtype, most = TYPES[row["dtype"]], contract.block_tokens
-    assert most == min(256, contract.capacities[0])
+    assert most == min(256, contract.capacities[0][0])
     assert built.layers["KV_CACHE_UPDATE"] == 2 * LAYERS and built.layers["PLUGIN_V3"] == 0
     assert built.layers["ATTENTION_INPUT"] == built.layers["ATTENTION_OUTPUT"] == LAYERS
     steps = dict.fromkeys(("input_ids", "position_ids"), ("INT64", (1, -1)))
     steps |= {"logit_indices": ("INT64", (1, 1)), "cache_lengths": ("INT32", (1, 1))}
-    shape = (1, KV_HEADS, capacity, HEAD_DIM)
+    shape = (1, KV_HEADS, capacity[0], HEAD_DIM)
     past, present = (
         {f"{time}_{kind}.{layer}": (dtype, shape) for kind in ("key", "value") for layer in range(LAYERS)}
         for time in ("past", "present")
