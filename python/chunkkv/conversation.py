@@ -13,12 +13,11 @@ from chunkkv.contexts.origin import Origin
 from chunkkv.errors import RequestError
 from chunkkv.executors.interface import PrefillProgress
 from chunkkv.limits import KEEP_SCALE
-from chunkkv.requests import Message
+from chunkkv.requests import Message, Prompt
 from chunkkv.results import GenerationResult, StreamEvent
 from chunkkv.sampling import SamplingParams
 from chunkkv.session import ChunkKVSession
 from chunkkv.settings import keep_ratio_to_per_10k
-from chunkkv.text.tokenizer import Tokenizer
 
 
 class Conversation:
@@ -125,7 +124,8 @@ class Conversation:
         if not text.strip():
             raise RequestError("the question is empty; give at least one word")
         self.compress_document(on_prefill)
-        ids = self._ids_of(text)
+        messages = self._messages_with(text)
+        ids = self._ids_of(text) if messages is None else np.array(self._tokenizer.encode_chat(messages), np.int64)
         room = self._session.limits.max_seq_len - len(ids)
         if room < 1:
             raise RequestError(
@@ -134,8 +134,9 @@ class Conversation:
         sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
         base = longest_prefix(self._held, ids)
         held: list[Context] = []
+        prompt: Prompt = ids if messages is None else messages  # with messages, the question alone observes
         events = self._session.generate(
-            ids if base is None else ids[len(base) :],
+            prompt if base is None else ids[len(base) :],
             sampling,
             keep_ratio=self._keep_ratio if base is None else None,
             context=base,
@@ -175,18 +176,19 @@ class Conversation:
         given = (("system", self._system), ("user", self._document))
         return [{"role": role, "content": text} for role, text in given if text is not None]
 
-    def _ids_of(self, text: str) -> np.ndarray:
-        """Return the token ids of the whole conversation with `text` as the next question."""
-        tokenizer: Tokenizer = self._tokenizer
+    def _messages_with(self, text: str) -> tuple[Message, ...] | None:
+        """Return the whole conversation with `text` as the next question; None without a template."""
         if not self.has_template:
-            before = self._transcript
-            if not before and self._document is not None:
-                before = Origin(text=self._document).begin(tokenizer, add_special_tokens=True)
-            ids = [*before, *tokenizer.encode("\n" + text, False)] if before else tokenizer.encode_prompt(text)
-            return np.array(ids, np.int64)
+            return None
         origin = Origin(messages=tuple(self._messages_before()))
         for question, answer in self.turns:
             origin = origin.followed_by(question).followed_by([{"role": "assistant", "content": answer}])
-        messages = origin.followed_by(text).messages
-        assert messages is not None
-        return np.array(tokenizer.encode_chat(messages), np.int64)
+        return origin.followed_by(text).messages
+
+    def _ids_of(self, text: str) -> np.ndarray:
+        """Return the token ids of the plain text with `text` at its end."""
+        before = self._transcript
+        if not before and self._document is not None:
+            before = Origin(text=self._document).begin(self._tokenizer, add_special_tokens=True)
+        ids = [*before, *self._tokenizer.encode("\n" + text, False)] if before else self._tokenizer.encode_prompt(text)
+        return np.array(ids, np.int64)

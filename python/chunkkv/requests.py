@@ -17,6 +17,7 @@ from chunkkv.settings import ChunkKVSettings, keep_ratio_to_per_10k
 
 Message = Mapping[str, Any]  # of a conversation: "role" and "content"
 Prompt = str | Sequence[int] | np.ndarray | Sequence[Message]
+SHORTEST_QUESTION = 8  # tokens; fewer observers judge by the template's own tokens
 _next_id = count(1).__next__
 
 
@@ -31,6 +32,9 @@ class TextEncoder(Protocol):
 
     def encode_chat(self, messages: Sequence[Message]) -> list[int]:
         """Return the token ids of a conversation in the model's chat template."""
+
+    def question_tokens(self, messages: Sequence[Message]) -> int | None:
+        """Return how many tokens stand from the user's last question to the end of the template, if that is known."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,8 @@ class Request:
         How many stay at most in each length class of the engine's cache. Where there is one, that is kept_tokens.
     request_id : int
         A number of its own within the process, by which profilers tell requests apart.
+    window : int, default 0
+        How many of the prompt's last tokens score the others, 1 to the engine's window; 0 for the engine's window.
     """
 
     ids: np.ndarray
@@ -84,6 +90,7 @@ class Request:
     kept_tokens: int
     class_lengths: Slots = ()
     request_id: int = field(default_factory=_next_id)
+    window: int = 0
 
     def __post_init__(self) -> None:
         if not self.class_lengths:
@@ -156,6 +163,7 @@ def make_requests(
     budget_tokens: int | Sequence[int | None] | None,
     max_new_tokens: int,
     add_special_tokens: bool = True,
+    window_per_request: bool = False,
 ) -> list[Request]:
     """Return the checked requests of `prompts`, with the budget of each.
 
@@ -180,25 +188,19 @@ def make_requests(
         Room that each answer needs.
     add_special_tokens : bool, default True
         Whether text gets the model's begin token, where it does not have it.
+    window_per_request : bool, default False
+        Whether the engine takes a window with each request: that of messages begins with the user's last question.
     """
     count = len(prompts)
-    if count == 0:
-        raise RequestError(
-            "0 prompts were given: the list is empty; give text, token ids, messages, or a list of 1 to "
-            f"{limits.max_batch_size} of them"
-        )
-    if count > limits.max_batch_size:
-        raise RequestError(
-            f"{count} prompts were given; this engine takes 1 to {limits.max_batch_size} at once: "
-            "give fewer, or build it with a larger --max_batch_size"
-        )
+    _check_count(count, limits)
     ratios = _per_prompt("keep_ratio", keep_ratio, count)
     budgets = _per_prompt("budget_tokens", budget_tokens, count)
     requests = []
     for number, (prompt, ratio, budget) in enumerate(zip(prompts, ratios, budgets, strict=True)):
         ids = check_token_ids(_encoded(prompt, number, tokenizer, add_special_tokens), number, limits.vocab_size)
         _check_length(len(ids), number, limits, max_new_tokens)
-        request = _request(ids, settings, *_budget(len(ids), settings, ratio, budget))
+        window = _window(prompt, settings, tokenizer) if window_per_request else 0
+        request = _request(ids, settings, window, *_budget(len(ids), settings, ratio, budget))
         if limits.budget_is_fixed and settings and request.kept_tokens != settings.kept_tokens(len(ids)):
             raise RequestError(
                 f"prompt {number} was to keep {request.kept_tokens} of {len(ids)} tokens; this engine keeps "
@@ -209,14 +211,44 @@ def make_requests(
     return requests
 
 
+def _check_count(count: int, limits: Limits) -> None:
+    if count == 0:
+        raise RequestError(
+            "0 prompts were given: the list is empty; give text, token ids, messages, or a list of 1 to "
+            f"{limits.max_batch_size} of them"
+        )
+    if count > limits.max_batch_size:
+        raise RequestError(
+            f"{count} prompts were given; this engine takes 1 to {limits.max_batch_size} at once: "
+            "give fewer, or build it with a larger --max_batch_size"
+        )
+
+
 def _request(
-    ids: np.ndarray, settings: ChunkKVSettings | None, keep_per_10k: int, budget_tokens: int, kept_tokens: int
+    ids: np.ndarray,
+    settings: ChunkKVSettings | None,
+    window: int,
+    keep_per_10k: int,
+    budget_tokens: int,
+    kept_tokens: int,
 ) -> Request:
     """Return a request with the lengths of its cache."""
     lengths: Slots = ()
     if settings is not None:
         lengths = settings.class_capacities(len(ids), keep_per_10k, budget_tokens)
-    return Request(ids, keep_per_10k, budget_tokens, kept_tokens, lengths)
+    return Request(ids, keep_per_10k, budget_tokens, kept_tokens, lengths, window=window)
+
+
+def _window(prompt: Prompt, settings: ChunkKVSettings | None, tokenizer: TextEncoder | None) -> int:
+    """Return how many last tokens observe: those of the question of messages, at least SHORTEST_QUESTION; else 0."""
+    if settings is None or tokenizer is None or not _is_chat(prompt):
+        return 0
+    tokens = tokenizer.question_tokens(cast("Sequence[Message]", prompt))
+    return 0 if tokens is None else min(max(tokens, SHORTEST_QUESTION), settings.window)
+
+
+def _is_chat(prompt: Prompt) -> bool:
+    return isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
 
 
 def _per_prompt(name: str, value: T | Sequence[T | None] | None, count: int) -> list[T | None]:
@@ -231,8 +263,7 @@ def _per_prompt(name: str, value: T | Sequence[T | None] | None, count: int) -> 
 
 def _encoded(prompt: Prompt, number: int, tokenizer: TextEncoder | None, add_special_tokens: bool) -> Prompt:
     """Return text and messages as token ids, anything else as it is."""
-    is_chat = isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
-    if not is_chat and not isinstance(prompt, str):
+    if not _is_chat(prompt) and not isinstance(prompt, str):
         return prompt
     if tokenizer is None:
         raise RequestError("this engine was built without a tokenizer; give token ids instead of text")

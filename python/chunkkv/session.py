@@ -196,7 +196,7 @@ class ChunkKVSession:
         ----------
         prompts : str, sequence of int, sequence of mappings, or a sequence of these
             Text, token ids, or the messages of a conversation, mappings with "role" and "content", which are put into
-            the model's chat template.
+            the model's chat template. Of messages, the user's last question alone observes, within the engine's window.
         sampling : SamplingParams or None, default None
             How tokens are chosen and what ends an answer; None takes SamplingParams().
         keep_ratio : float, or one per prompt, default None
@@ -258,6 +258,7 @@ class ChunkKVSession:
             budget_tokens,
             sampling.max_new_tokens,
             add_special_tokens,
+            self.executor.capabilities.window_per_request,
         )
 
     def compress(
@@ -303,7 +304,10 @@ class ChunkKVSession:
         Raises EngineMismatchError for an engine without ChunkKV, EngineRunError where the model's numbers overflow.
         """
         settings = check_inspects(self.settings)
-        (request,) = make_requests([prompt], self.tokenizer, self.limits, settings, keep_ratio, budget_tokens, 0)
+        own_window = self.executor.capabilities.window_per_request
+        (request,) = make_requests(
+            [prompt], self.tokenizer, self.limits, settings, keep_ratio, budget_tokens, 0, window_per_request=own_window
+        )
         progress = CallProgress([request], on_prefill or no_progress)
         inspection = inspect_prompt(self.executor, settings, self.limits.vocab_size, self.tokenizer, request, progress)
         progress.add([len(request.ids)])

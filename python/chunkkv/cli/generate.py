@@ -65,11 +65,11 @@ def run(args: argparse.Namespace) -> None:
     if args.context is not None and args.chat:
         raise UsageError("--chat has no effect with --context: behind messages, the prompt is a message of the user")
     sampling = sampling_params(args, args.logprobs)
-    prompt = read_prompt(args)
+    text = read_prompt(args)
     from chunkkv.contexts import Context
 
     session = open_session(args, args.max_tokens_in_paged_kv_cache)
-    prompt = in_chat_template(args, session, prompt)  # before the handler, so that the first Ctrl-C ends a template
+    prompt = in_chat_template(args, session, text)  # before the handler, so that the first Ctrl-C ends a template
     context = None if args.context is None else Context.load(args.context, session)
     with interrupt_as_cancel() as cancel, prefill_progress(args.log_level == "error") as on_prefill:
         events = session.generate(

@@ -48,10 +48,10 @@ def run(args: argparse.Namespace) -> None:
     """Write the page."""
     from chunkkv.evaluation.report.inspect_page import write_page
 
-    prompt = read_prompt(args)
+    text = read_prompt(args)
     check_output_file("output", args.output)
     session = open_session(args)
-    prompt = in_chat_template(args, session, prompt)
+    prompt = in_chat_template(args, session, text)
     with prefill_progress(args.log_level == "error") as on_prefill:
         inspection = session.inspect(prompt, args.keep_ratio, args.budget_tokens, on_prefill)
     write_page(inspection, args.output)

@@ -13,6 +13,7 @@ from chunkkv.errors import ConfigError, RequestError
 from chunkkv.settings import keep_ratio_to_per_10k
 
 if TYPE_CHECKING:
+    from chunkkv.requests import Prompt
     from chunkkv.session import ChunkKVSession
 
 ENGINE_DIR = {"engine_dir": "the directory that chunkkv-build wrote"}  # for CommandParser's `required`
@@ -107,11 +108,11 @@ def open_session(args: argparse.Namespace, paged_kv_cache_tokens: int | None = N
     return ChunkKVSession.from_dir(args.engine_dir, args.threads, paged_kv_cache_tokens)
 
 
-def in_chat_template(args: argparse.Namespace, session: ChunkKVSession, prompt: str | list[int]) -> str | list[int]:
-    """Return the prompt in the session's chat template where --chat was given, else as it is."""
-    from chunkkv.text.tokenizer import encode_chat_prompt
+def in_chat_template(args: argparse.Namespace, session: ChunkKVSession, prompt: str | list[int]) -> Prompt:
+    """Return the prompt as a message of the user where --chat was given, else as it is; the template is tried."""
+    from chunkkv.text.tokenizer import chat_prompt
 
-    return encode_chat_prompt(session.tokenizer, prompt) if args.chat else prompt
+    return chat_prompt(session.tokenizer, prompt) if args.chat else prompt
 
 
 def read_prompt(args: argparse.Namespace) -> str | list[int]:

@@ -40,6 +40,8 @@ class Capabilities:
         its own.
     continues_rows : bool, default False
         `continuer()` works: a row that is filled already goes on with a text, in blocks.
+    window_per_request : bool, default False
+        `Request.window` is obeyed; elsewhere every request has the engine's window.
     compresses_turns : bool, default False
         `Continuer.extend` may keep fewer tokens of that text than it has.
     """
@@ -51,6 +53,7 @@ class Capabilities:
     elastic_rows: bool = False
     pool_bytes: int | None = None
     continues_rows: bool = False
+    window_per_request: bool = False
     compresses_turns: bool = False
 
 
@@ -258,9 +261,11 @@ class BlockwisePrefiller(Protocol):
         keep_per_10k: int,
         budget_tokens: int,
         out: HostKVCache,
+        window: int = 0,
     ) -> Choice:
         """Choose what one row keeps and copy it to the first slots of `out`.
 
+        The last `window` queries score the tokens, 0 stands for all of the engine's window.
         `full` [1,Hkv,L,D] and `queries` come from fill(). Slots of `out` behind the kept tokens become meaningless.
         """
 

@@ -23,9 +23,10 @@ from chunkkv.errors import ChunkKVError, ProfileError, RequestError
 from chunkkv.files import write_whole
 from chunkkv.profile.nsys_export import read_export
 from chunkkv.profile.trace import Trace, from_recorder
+from chunkkv.requests import Prompt
 from chunkkv.sampling import SamplingParams
 from chunkkv.session import ChunkKVSession
-from chunkkv.text.tokenizer import encode_chat_prompt
+from chunkkv.text.tokenizer import chat_prompt
 
 # Ranges inside a replayed CUDA graph exist only node by node; sampling the CPU would slow what is measured.
 NSYS_FLAGS = (
@@ -82,7 +83,7 @@ class Job:
             raise RequestError(f"repeats is {self.repeats}; allowed is 1 to {MAX_REPEATS}")
         sampling = SamplingParams(max_new_tokens=self.max_new_tokens, ignore_eos=True)
         session = ChunkKVSession.from_dir(self.engine_dir, self.threads)
-        prompt = encode_chat_prompt(session.tokenizer, self.prompt) if self.chat else self.prompt
+        prompt: Prompt = chat_prompt(session.tokenizer, self.prompt) if self.chat else self.prompt
 
         def answer() -> None:
             session.generate(prompt, sampling, keep_ratio=self.keep_ratio, budget_tokens=self.budget_tokens)

@@ -15,6 +15,7 @@ from chunkkv.engine.json_files import read_text
 from chunkkv.errors import CheckpointError, RequestError
 from chunkkv.text.added_tokens import ADDED_TOKENS_FILE, add_stated_tokens
 from chunkkv.text.chat_template import ChatTemplate
+from chunkkv.text.question import question_start
 from chunkkv.text.tokenizer_settings import (
     GENERATION_FILE,
     SETTINGS_FILE,
@@ -233,6 +234,18 @@ class Tokenizer:
             raise RequestError("the chat template makes no text of these messages; give plain text instead")
         return ids
 
+    def question_tokens(self, messages: Sequence[Mapping[str, Any]]) -> int | None:
+        """Return how many tokens stand from the user's last question to the end of the template.
+
+        None where the last message of the user is no text, or the template does not write it as it is.
+        """
+        text = self.apply_chat_template(messages)
+        start = question_start(messages, text)
+        if start is None:
+            return None
+        offsets = self._backend.encode(text, add_special_tokens=False).offsets
+        return sum(end > start for _, end in offsets)
+
     def delimiter_token_table(self, vocab_size: int | None = None, delimiters: str = DELIMITERS) -> NDArray[np.bool_]:
         """Return which tokens end a clause or a line: bool [vocab_size].
 
@@ -300,14 +313,16 @@ class Tokenizer:
         return sides[0], sides[1]
 
 
-def encode_chat_prompt(tokenizer: Tokenizer | None, prompt: str | list[int]) -> list[int]:
-    """Return a text as one user message in the chat template, as token ids; what --chat does.
+def chat_prompt(tokenizer: Tokenizer | None, prompt: str | list[int]) -> list[dict[str, str]]:
+    """Return a text as one user message, which the chat template takes; what --chat does.
 
-    Raises RequestError for a prompt of token ids, and without a tokenizer.
+    Raises RequestError for a prompt of token ids, without a tokenizer, and as encode_chat does.
     """
     if not isinstance(prompt, str) or tokenizer is None:
         raise RequestError("chat needs a prompt of text and an engine with a tokenizer")
-    return tokenizer.encode_chat([{"role": "user", "content": prompt}])
+    messages = [{"role": "user", "content": prompt}]
+    tokenizer.encode_chat(messages)
+    return messages
 
 
 class StreamDecoder:

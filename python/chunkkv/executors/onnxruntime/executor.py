@@ -46,6 +46,7 @@ class OnnxRuntimeExecutor(Executor[HostKVCache]):
         block_scoring=True,
         layer_lengths=True,
         continues_rows=True,
+        window_per_request=True,
         compresses_turns=True,
         elastic_rows=os.name == "posix",
     )

@@ -158,6 +158,7 @@ class OnnxRuntimeCompress:
         keep_per_10k: int,
         budget_tokens: int,
         out: HostKVCache,
+        window: int = 0,
     ) -> Choice:
         """Choose what one row keeps and copy it to the first slots of `out`; see BlockwisePrefiller.compress."""
         binding = self.session.io_binding()
@@ -165,7 +166,7 @@ class OnnxRuntimeCompress:
             "lengths": np.array([len(ids)], np.int32),
             "keep_per_10k": np.array([keep_per_10k], np.int32),
             "budget_tokens": np.array([budget_tokens], np.int32),
-            "window": np.array([self._settings.window], np.int32),
+            "window": np.array([window or self._settings.window], np.int32),
             "capacity": np.array(out.capacity, np.int64),
             "input_ids": np.ascontiguousarray(ids, dtype=np.int64).reshape(1, -1),
             **{f"query.{leader}": query for leader, query in queries.items()},

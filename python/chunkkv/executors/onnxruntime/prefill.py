@@ -90,11 +90,12 @@ class OnnxRuntimePrefiller(Prefiller[HostKVCache]):
         keep_per_10k: int,
         budget_tokens: int,
         out: HostKVCache,
+        window: int = 0,
     ) -> Choice:
         """Choose what one row keeps and copy it to `out`; raises EngineMismatchError for an engine without ChunkKV."""
         if self._compress_graph is None:
             raise EngineMismatchError("this engine was built without ChunkKV and cannot compress: build with --chunkkv")
-        return self._compress_graph.run(full, queries, ids, keep_per_10k, budget_tokens, out)
+        return self._compress_graph.run(full, queries, ids, keep_per_10k, budget_tokens, out, window)
 
 
 class OnnxRuntimePrefillRun:
@@ -148,7 +149,9 @@ class OnnxRuntimePrefillRun:
         started, request = time.perf_counter(), self._request
         budget = request.keep_per_10k, request.budget_tokens
         with profiling.range_of("compress", (request,)):  # score, select and compact of all layers are one graph
-            choice = self._prefiller.compress(self._cache, self._queries, request.ids, *budget, self._compressed)
+            choice = self._prefiller.compress(
+                self._cache, self._queries, request.ids, *budget, self._compressed, request.window
+            )
         seconds = time.perf_counter() - started
         scratch, lengths = self._cache.nbytes, choice.kept_lengths
         return PrefillResult(self._logits, choice, self._prefill_s, seconds, scratch, lengths)
