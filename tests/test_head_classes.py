@@ -15,10 +15,14 @@ from support.checkpoints import random_tensors, variant_config
 from support.class_engines import CLASSES, KV_HEADS, LAYERS, READING, session, settings_of
 from support.forced_tokens import forced_logits
 from support.masked_forward import Kept, masked_forward
+from support.messages import naming
 from support.tensorrt_double import Double, machine_of
 
 from chunkkv import SamplingParams, reference_layers
 from chunkkv.batching import BatchingLimits, ContinuousBatcher
+from chunkkv.engine.backends import TRAITS
+from chunkkv.engine.recipe import write_recipe
+from chunkkv.errors import ConfigError
 from chunkkv.evaluation.lm_eval.continuations import CompressedPrompt
 from chunkkv.requests import make_requests
 from chunkkv.session import ChunkKVSession
@@ -277,3 +281,72 @@ def test_families_unlike_llama_have_head_classes_with_both_attentions(variant: s
         assert one.statistics.kept_tokens == other.statistics.kept_tokens
         assert one.token_ids == other.token_ids
         assert np.abs(np.array(one.logprobs) - np.array(other.logprobs)).max() <= TOLERANCE
+
+
+RECIPE: dict[str, Any] = {
+    "budget_split": "classes",
+    "reading_heads": [list(heads) for heads in READING],
+    "reading_share_per_10k": 18_000,
+    "local_share_per_10k": 6_000,
+    "boundaries": "fixed",
+}
+
+
+def build_from_recipe(tmp_path: Path, changes: dict[str, Any], *words: str) -> Path:
+    """Build an engine from a recipe with the command line and return its directory."""
+    write_recipe(tmp_path / "recipe.json", {**RECIPE, **changes}, LAYERS, {})
+    flags = {"checkpoint_dir": class_engines.checkpoint(), "output_dir": tmp_path / "engine", "log_level": "error"}
+    limits = {"max_batch_size": 4, "max_input_len": 192, "max_seq_len": 256, "max_num_tokens": 192}
+    recipe = {"chunkkv": True, "chunkkv_recipe": tmp_path / "recipe.json", **engines.SMALL_CHUNKKV}
+    build_engine.main([*engines.command_line({**flags, **limits, **recipe}), *words])
+    return tmp_path / "engine"
+
+
+def test_a_recipe_lists_the_reading_heads_of_an_engine(tmp_path: Path) -> None:
+    engine = ChunkKVSession.from_dir(build_from_recipe(tmp_path, {}), threads=1)
+    assert engine.settings is not None and engine.settings.reading_heads == READING
+    assert engine.executor.cache_layout == session(settings_for("recent local heads")).executor.cache_layout
+    assert engine.generate(tokens(90, 1), SamplingParams(4)).statistics.kept_tokens == 36
+
+
+@pytest.mark.parametrize(
+    ("changes", "words", "named"),
+    [
+        ({"reading_heads": [[0, 3], [], [1]]}, (), "reading_heads of layer 0 | (0, 3) | 0 to 2"),
+        ({"reading_heads": [[2, 0], [], [1]]}, (), "reading_heads of layer 0 | (2, 0) | ascending"),
+        ({"reading_heads": [[0, 0], [], [1]]}, (), "reading_heads of layer 0 | (0, 0) | once"),
+        ({"reading_heads": [[0], [1]]}, (), "reading_heads lists 2 layers | 3"),
+        ({"local_share_per_10k": 9_000}, (), "reading_share_per_10k 18000 | local_share_per_10k 9000 | 10000"),
+        ({"layer_reuse": "0-1,2"}, (), "(0, 1) | same reading_heads"),
+        (
+            {},
+            ("--backend", "tensorrt", "--dry_run", "--chunkkv_ops", "plugin"),
+            "--chunkkv_ops is plugin | budget_split is 'classes' | --chunkkv_ops functions",
+        ),
+    ],
+)
+def test_partitions_that_do_not_fit_are_refused_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], words: tuple[str, ...], named: str
+) -> None:
+    with pytest.raises(SystemExit):
+        build_from_recipe(tmp_path, changes, *words)
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and all(part in message for part in named.split(" | ")), message
+    assert not (tmp_path / "engine").exists()
+
+
+@pytest.mark.parametrize(
+    ("backend", "name", "changes"),
+    [
+        ("tensorrt", "budget_split", {"budget_split": "ranked"}),
+        ("tensorrt_llm", "budget_split", {"budget_split": "ranked"}),
+        ("tensorrt_llm", "budget_split", CLASSES),
+        ("tensorrt_llm", "heads", {"heads": "each"}),
+        ("tensorrt_llm", "value_norm", {"value_norm": "on"}),
+        ("tensorrt", "score", {"score": "given"}),
+    ],
+)
+def test_settings_that_no_engine_of_a_backend_takes_are_named(backend: str, name: str, changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=naming(name, repr(changes[name]), "onnxruntime")):
+        TRAITS[backend].check_settings(settings_of(**changes))
+    TRAITS["onnxruntime"].check_settings(settings_of(**changes))
