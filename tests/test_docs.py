@@ -44,7 +44,8 @@ ELSEWHERE = {
     "trtllm-build": """context_fmha fast_build gemm_plugin gpt_attention_plugin kv_cache_type lora_target_modules
         max_beam_width multiple_profiles remove_input_padding tokens_per_block workers""",
     "convert_checkpoint.py": "cp_size dtype model_dir output_dir tp_size",
-    "lm_eval": """batch_size include_path limit log_samples model model_args num_fewshot output_path tasks""",
+    "lm_eval": """apply_chat_template batch_size include_path limit log_samples model model_args num_fewshot
+        output_path tasks""",
     "scripts of this project": "check model nvtx_include only out output page_only seed work_dir",
     "other tools": "backend-config build cuda-graph-trace dry_run model-repository no-deps output shm-size trace type",
 }

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+import lm_eval.models  # noqa: F401  # the harness lists its own models only where none is registered before
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from chunkkv.errors import EngineMismatchError, RequestError
+from chunkkv.errors import CheckpointError, EngineMismatchError, RequestError
 from chunkkv.evaluation.lm_eval.continuations import CompressedPrompt
 from chunkkv.sampling import SamplingParams
 from chunkkv.session import ChunkKVSession
+from chunkkv.text.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # four names of one argument
+_OPEN_END = "END_OF_THE_OPEN_MESSAGE"  # marks where a message that the model continues ends
 _PASSED_ON = ("top_k", "top_p", "repetition_penalty", "seed")
 _IGNORED = {"num_beams": 1, "use_cache": True}  # accepted because they are the only supported behaviour
 
@@ -74,7 +77,7 @@ class ChunkKVLM(TemplateLM):
             raise RequestError(f"held_back is {held_back!r}; give a whole number of at least 0")
         self._session = ChunkKVSession.from_dir(engine_dir, threads)
         tokenizer = self._session.tokenizer
-        ends = [] if tokenizer is None else [*sorted(self._session.eos_token_ids), tokenizer.bos_token_id]
+        ends = [] if tokenizer is None else [*_end_ids(tokenizer, self._session.eos_token_ids), tokenizer.bos_token_id]
         end = next((token for token in ends if token is not None), None)
         if tokenizer is None or end is None:
             raise EngineMismatchError(f"{engine_dir} has no tokenizer with an end token; tasks of lm_eval are texts")
@@ -118,13 +121,24 @@ class ChunkKVLM(TemplateLM):
         return self._tokenizer.chat_template or ""
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Return messages as the prompt text the model was trained on."""
-        return self._tokenizer.apply_chat_template(chat_history, add_generation_prompt)
+        """Return messages as the prompt text that the model was trained on.
+
+        Without `add_generation_prompt` the text ends within the last message, which the model continues: so a task
+        begins the answer. Where a template takes no system message, it is left out, with a warning.
+        """
+        try:
+            return rendered_chat(self._tokenizer, chat_history, add_generation_prompt)
+        except (RequestError, CheckpointError):
+            others = [message for message in chat_history if message["role"] != "system"]
+            if len(others) in (0, len(chat_history)):
+                raise
+            _log.warning("the chat template takes no system message; it is left out")
+            return rendered_chat(self._tokenizer, others, add_generation_prompt)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Return token ids as a session makes them of a prompt; a begin token in the text is not put there again."""
-        bos = self._tokenizer.special_tokens.get("bos_token")
-        special = not (bos and string.startswith(bos)) if add_special_tokens is None else add_special_tokens
+        begin = self._tokenizer.decode([self.prefix_token_id], False)
+        special = not (begin and string.startswith(begin)) if add_special_tokens is None else add_special_tokens
         return self._tokenizer.encode(string, special)
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
@@ -172,7 +186,7 @@ class ChunkKVLM(TemplateLM):
         scores: dict[int, tuple[float, bool]] = {}
         with tqdm(total=len(pairs), disable=disable_tqdm, desc="loglikelihood") as bar:
             for numbers in _runs(order, lambda number: pairs[number][0]):
-                room = max(len(pairs[number][1]) for number in numbers)
+                room = max(len(pairs[number][1]) for number in numbers) - 1  # the last token is not fed
                 prompt = CompressedPrompt(
                     self._session, pairs[numbers[0]][0], room, self._keep_ratio, self._budget_tokens
                 )
@@ -189,7 +203,7 @@ class ChunkKVLM(TemplateLM):
         if not continuation:
             raise RequestError("a continuation has no token of its own behind its context; give it at least one word")
         limits = self._session.limits
-        room = min(limits.max_input_len, limits.max_seq_len - len(continuation))
+        room = min(limits.max_input_len, limits.max_seq_len + 1 - len(continuation))
         if room < 1:
             raise RequestError(
                 f"a continuation has {len(continuation)} tokens; this engine takes context and continuation of at most "
@@ -203,18 +217,38 @@ class ChunkKVLM(TemplateLM):
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood of whole texts; a text has no prompt, so nothing of it is compressed."""
         totals = []
-        window = min(self.max_length - 1, self._session.limits.max_seq_len - 1)
         for request in tqdm(requests, disable=disable_tqdm, desc="loglikelihood_rolling"):
-            ids = self.tok_encode(request.args[0], add_special_tokens=False)
+            ids = self.tok_encode(request.args[0])
             total = 0.0
-            for pair in get_rolling_token_windows(ids, self.prefix_token_id, window, context_len=1):
+            for pair in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1):
                 window_context, predicted = make_disjoint_window(pair)
                 first, *rest = window_context
-                prompt = CompressedPrompt(self._session, [first], len(rest) + len(predicted))
-                total += prompt.score([*rest, *predicted], skipped=len(rest))[0]
+                fed = [*rest, *predicted]
+                prompt = CompressedPrompt(self._session, [first], len(fed) - 1)  # the last token is not fed
+                total += prompt.score(fed, skipped=len(rest))[0]
             totals.append(total)
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
+
+
+def _end_ids(tokenizer: Tokenizer, ends: Collection[int]) -> list[int]:
+    """Return the end tokens of a session, the tokenizer's own first."""
+    own = tokenizer.special_tokens.get("eos_token")
+    return sorted(ends, key=lambda token: (tokenizer.decode([token], False) != own, token))
+
+
+def rendered_chat(tokenizer: Tokenizer, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
+    """Return messages in the chat template; without `add_generation_prompt` the last one stays open at its end."""
+    if add_generation_prompt:
+        return tokenizer.apply_chat_template(chat_history, True)
+    *others, last = chat_history
+    marked = {**last, "content": f"{last['content']}{_OPEN_END} "}
+    text = tokenizer.apply_chat_template([*others, marked], False)
+    before, mark, after = text.rpartition(_OPEN_END)
+    if not mark:
+        raise RequestError(f"the chat template leaves out the message {last['content'][:40]!r}; it cannot be continued")
+    # A template that strips its messages has taken the blank behind the mark.
+    return before if after.startswith(" ") else before.rstrip()
 
 
 def sampling_of(arguments: dict[str, Any], max_gen_toks: int) -> SamplingParams:
