@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from chunkkv.errors import RequestError
 from chunkkv.triton import logs
 from chunkkv.triton.models import inputs
 from chunkkv.triton.repository.write import write_repository
+from chunkkv.triton.server.health import canary_id
 
 TESTS = Path(__file__).parent
 PROMPT = "the quick brown fox"
@@ -119,11 +121,58 @@ def test_the_engine_model_takes_and_gives_token_ids(repositories: Path, session:
     )
     assert whole[0]["output_ids"] == [[list(own.token_ids)]] and whole[0]["chunkkv_text"] == [own.text]
     assert [token for part in stream for token in part["output_ids"][0][0]] == list(own.token_ids)
-    assert [part["num_output_tokens"] for part in stream][-1] == [[5]]
+    assert sum(part["num_output_tokens"][0][0] for part in stream) == 5, "clients add up what the responses count"
     assert echo[0]["output_ids"] == [[[*ids, *own.token_ids]]]
     assert echo[0]["chunkkv_text"] == [session.tokenizer.decode(ids) + own.text]
     assert stop == [], "a stop request for no running answer just ends"
     assert bad[0]["error"] == f"CHUNKKV_INVALID: input_lengths is {len(ids) + 1}; input_ids has {len(ids)}"
+
+
+def test_a_canary_is_answered_by_the_heartbeat_and_is_in_no_log(repositories: Path) -> None:
+    """Without a supervisor the prefix of its id is empty; one that asks for more than a token is a request like any."""
+    asked = {"text_input": [PROMPT], "ignore_eos": [True]}
+    (canary, more), lines = ask(
+        repositories / "single" / "chunkkv",
+        {"id": canary_id(""), "inputs": {**asked, "max_tokens": [1]}},
+        {"id": canary_id(""), "inputs": {**asked, "max_tokens": [2]}},
+    )
+    assert canary == [{"text_output": [""], "output_ids": [[]]}]
+    assert more[0]["num_output_tokens"] == [[2]]
+    assert [line["request_id"] for line in lines if line["event"] == "request_done"] == [canary_id("")]
+
+
+BENCHMARKS = {  # what the clients that measure servers send to a model of TensorRT-LLM, beside text and max_tokens
+    "vLLM": {"accumulate_tokens": [True], "temperature": [0.0], "top_p": [1.0], "stream": [True]},
+    "vLLM, ignore_eos": {"accumulate_tokens": [True], "temperature": [0.0], "stream": [True], "min_length": [6]},
+    "SGLang": {
+        "accumulate_tokens": [True], "temperature": [0.000001], "top_p": [1.0], "top_k": [1], "stream": [True],
+        "min_length": [1], "end_id": [1_048_576],
+    },
+    "genai-perf": {"stream": [True], "min_tokens": [6]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("client", BENCHMARKS)
+def test_benchmark_clients_are_served(repositories: Path, session: ChunkKVSession, client: str) -> None:
+    own = session.generate(PROMPT, SamplingParams(max_new_tokens=6, ignore_eos=True))
+    fields = BENCHMARKS[client]
+    (stream,), _ = ask(
+        repositories / "single" / "chunkkv", {"inputs": {"text_input": [PROMPT], "max_tokens": [6], **fields}}
+    )
+    texts = [part["text_output"][0] for part in stream]
+    if "accumulate_tokens" not in fields:
+        texts = ["".join(texts[: number + 1]) for number in range(len(texts))]
+    assert len(texts) > 1 and texts[-1] == own.text
+    assert all(later.startswith(text) for text, later in pairwise(texts))
+    assert stream[-1]["num_output_tokens"] == [[6]]
+
+
+def test_a_least_length_in_between_is_refused_by_name() -> None:
+    def read(name: str) -> np.ndarray | None:
+        return {"max_tokens": np.array([9]), "min_length": np.array([5])}.get(name)
+
+    with pytest.raises(RequestError, match=naming("min_tokens 5 0 1 max_tokens 9")):
+        inputs.parse_request(read, "a", (), frozenset(), 100)
 
 
 def test_stop_words_without_text_end_an_answer_by_their_id(repositories: Path, session: ChunkKVSession) -> None:
@@ -209,6 +258,7 @@ def test_log_lines_are_json_with_their_fields(capsys: pytest.CaptureFixture[str]
         logger = logging.getLogger("chunkkv.triton.models.test")
         logger.debug("unimportant")
         logger.info("request_done", extra=logs.fields(new_tokens=3, path=Path("a")))
+        logging.getLogger("chunkkv").handlers[0].flush()
     (line,) = [json.loads(text) for text in capsys.readouterr().err.splitlines()]
     assert line.pop("time").endswith("+00:00")
     assert line == {"level": "info", "event": "request_done", "model": "m", "new_tokens": 3, "path": "a"}
@@ -230,3 +280,30 @@ def test_a_log_that_cannot_be_written_stops_nothing(monkeypatch: pytest.MonkeyPa
         logs.configure()
         closed.close()
         logging.getLogger("chunkkv.triton.models.test").error("gave_up")
+        logging.getLogger("chunkkv").handlers[0].flush()
+
+
+def test_a_reader_that_stalls_holds_up_nobody_and_is_told_what_it_missed() -> None:
+    """A pipe that nobody reads for a while: 5,000 lines of 1 kB are logged at once, and written when somebody reads."""
+    program = (
+        "import logging, sys; from chunkkv.triton import logs; logs.configure(model='m'); log = logging.getLogger("
+        "'chunkkv.x')\nfor n in range(5000): log.info('event', extra=logs.fields(n=n, text='x' * 1000))\n"
+        "print('logged', flush=True); sys.stdin.readline()"
+    )
+    path = os.pathsep.join(sys.path)
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": path},
+    ) as process:
+        assert process.stdout.readline() == b"logged\n"
+        lines = []
+        while not lines or lines[-1]["event"] != "log_lines_dropped":
+            lines.append(json.loads(process.stderr.readline()))
+        process.stdin.close()
+        assert process.wait(10) == 0
+    events = [line for line in lines if line["event"] == "event"]
+    assert len(events) >= 1000 and lines[-1]["count"] == 5000 - len(events) > 0
+    assert lines[-1]["level"] == "warning" and lines[-1]["model"] == "m"

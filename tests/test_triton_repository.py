@@ -146,7 +146,6 @@ def test_nothing_is_overwritten_and_no_half_repository_stays(engine, tmp_path) -
         ({"options": ServeOptions(stream_interval_ms=-1)}, ConfigError, "stream_interval_ms -1"),
         ({"options": ServeOptions(threads=0)}, ConfigError, "threads 0 1 1024"),
         ({"options": ServeOptions(log_level="loud")}, ConfigError, "log_level 'loud' debug"),
-        ({"bls_instances": 0, "layout": "trtllm"}, ConfigError, "bls_instances 0"),
         ({"repository": tmp_path / "my models"}, ConfigError, "models' white space"),
         ({"python_env": tmp_path}, ConfigError, "python_env bin/python"),
     ):

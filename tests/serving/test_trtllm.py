@@ -29,7 +29,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def server(servers):
-    return servers("--layout", "trtllm", "--bls_instances", "2")
+    return servers("--layout", "trtllm")
 
 
 @pytest.mark.parametrize("model", TEXT_MODELS)
@@ -138,6 +138,42 @@ def test_a_client_of_bls_that_leaves_before_its_answer_is_noticed_and_no_other_w
     assert [event["finish_reason"] for event in events][-1] in ("length", "stop")
 
 
+# What the OpenAI frontend of Triton sends for a chat to a model that is not vLLM's (python/openai, r25.05).
+FRONTEND = {"frequency_penalty": 0.0, "presence_penalty": 0.0, "top_p": 1.0, "temperature": 0.0, "seed": 7}
+
+
+@pytest.mark.parametrize("model", TEXT_MODELS)
+def test_tritons_openai_frontend_is_served(server, session, short, model) -> None:
+    """Its usage is the sum of the counts of all responses, of which it reads the first value as INT32."""
+    own = own_answer(session, short, {"max_tokens": 10})
+    kinds = {"seed": "UINT64"}
+    inputs = [
+        *text_request(short, 10),
+        *(tensor(name, [value], kinds.get(name, "FP32")) for name, value in FRONTEND.items()),
+        *(tensor(name, [True], "BOOL") for name in ("exclude_input_in_output", "return_num_input_tokens")),
+        tensor("return_num_output_tokens", [True], "BOOL"),
+    ]
+    stream = GrpcStream(server, inputs, model)
+    results = [result for result in stream.all() if result.as_numpy("text_output") is not None]
+    stream.close()
+    assert "".join(result.as_numpy("text_output").reshape(-1)[0].decode() for result in results) == own.text
+    counts = [result.as_numpy("num_output_tokens") for result in results]
+    assert {count.dtype for count in counts} == {np.dtype(np.int32)} and len(counts) > 2
+    assert sum(int(count[0, 0]) for count in counts) == len(own.token_ids)
+    assert results[-1].as_numpy("num_input_tokens")[0, 0] == own.statistics.prompt_tokens
+
+
+def test_bls_serves_more_than_a_few_at_once(server) -> None:
+    """Twenty streams grow together through one process."""
+    streams = [GrpcStream(server, text_request("the access code", 3000), "tensorrt_llm_bls") for _ in range(20)]
+    for stream in streams:
+        stream.next()
+    wait_for(lambda: active(server) == 20)
+    for stream in streams:
+        stream.close(cancel=True)
+    wait_for(lambda: active(server) == 0)
+
+
 BAD = [
     ({"text_input": "a"}, "missing required input"),
     ({"text_input": "", "max_tokens": 4}, "prompt 0 is empty"),
@@ -145,10 +181,10 @@ BAD = [
     ({"text_input": "a", "max_tokens": 4, "temperature": -1}, "temperature is -1"),
     ({"text_input": "a", "max_tokens": 4, "keep_ratio": 7}, "keep_ratio is 7"),
     ({"text_input": "a", "max_tokens": 4, "beam_width": 2}, "beam_width is 2"),
-    ({"text_input": "a", "max_tokens": 4, "bad_words": ["b"]}, "bad_words_list"),
-    ({"text_input": "a", "max_tokens": 4, "end_id": 50256}, "end_id is 50256"),
+    ({"text_input": "a", "max_tokens": 4, "bad_words": ["b"]}, "bad_words"),
+    ({"text_input": "a", "max_tokens": 4, "end_id": 507}, "end_id is 507"),
     ({"text_input": "word " * 3000, "max_tokens": 1}, "this engine takes at most 2048"),
-    ({"text_input": "x" * 10_000_000, "max_tokens": 1}, "QUERY has 10000000 bytes"),
+    ({"text_input": "x" * 10_000_000, "max_tokens": 1}, "has 10000000 bytes"),
 ]
 
 
@@ -195,5 +231,5 @@ def test_the_ensemble_over_grpc(server, session, short) -> None:
 
 def test_all_five_stop_together(server) -> None:
     pids = [server.server_pid, *server.model_processes()]
-    assert len(pids) == 1 + 3 + 2
+    assert len(pids) == 1 + 4
     assert server.stop() == 0 and gone(pids)

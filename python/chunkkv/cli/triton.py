@@ -54,13 +54,6 @@ def _add_init(triton: CommandParser) -> None:
         metavar="NAME",
         help="single (one model) or trtllm (TensorRT-LLM's five models); default: single",
     )
-    repository.add_argument(
-        "--bls_instances",
-        type=whole_number,
-        default=4,
-        metavar="N",
-        help="layout trtllm: requests that the BLS model takes at once; default: 4",
-    )
     _add_python_env(repository)
     model = parser.add_argument_group("model")
     numbers = (
@@ -161,6 +154,7 @@ def _add_watching(parser: CommandParser) -> None:
 def run_init(args: argparse.Namespace) -> None:
     """Write the repository and print the names of its models."""
     from chunkkv.triton.repository.write import ServeOptions, write_repository
+    from chunkkv.triton.server.files import numpy_problem
 
     options = ServeOptions(
         slots=args.slots,
@@ -173,10 +167,15 @@ def run_init(args: argparse.Namespace) -> None:
         threads=args.threads,
         log_level=args.model_log_level,
     )
-    names = write_repository(
-        args.engine_dir, args.model_repository, args.layout, options, args.python_env, args.bls_instances
-    )
+    names = write_repository(args.engine_dir, args.model_repository, args.layout, options, args.python_env)
     print(f"{args.model_repository}: {', '.join(names)}")
+    if problem := numpy_problem(_python(args)):
+        print(f"warning: {problem}", file=sys.stderr)
+
+
+def _python(args: argparse.Namespace) -> Path:
+    """Return the interpreter that runs the models."""
+    return Path(sys.executable) if args.python_env is None else args.python_env / "bin" / "python"
 
 
 def run_patch(args: argparse.Namespace) -> None:
@@ -205,9 +204,8 @@ def run_serve(args: argparse.Namespace) -> None:
         restarts=args.restarts,
         server_arguments=args.server_arg,
     )
-    python = Path(sys.executable) if args.python_env is None else args.python_env / "bin" / "python"
     with new_folder() as folder:
-        files = ServerFiles.find(Path(os.path.abspath(folder)), python, args.server)
+        files = ServerFiles.find(Path(os.path.abspath(folder)), _python(args), args.server)
         configure(source="supervisor")
         supervisor = Supervisor(settings, files)
         supervisor.handle_signals()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,6 @@ from chunkkv.triton.models.backend import ReadTensor
 NEUTRAL_VALUES = {
     "beam_width": (1,),
     "num_return_sequences": (1,),
-    "min_tokens": (0, 1),
     "presence_penalty": (0.0,),
     "frequency_penalty": (0.0,),
     "length_penalty": (0.0, 1.0),
@@ -67,6 +66,7 @@ def parse_request(
     prompt: Prompt,
     stop_words: Sequence[str],
     eos_token_ids: frozenset[int],
+    vocab_size: int,
     *,
     stop_token_ids: Sequence[int] = (),
     excludes_input: bool = True,
@@ -80,6 +80,7 @@ def parse_request(
     prompt : text or token ids, read already.
     stop_words : texts that end the answer, read already.
     eos_token_ids : the engine's end tokens; a request may name one of them as `end_id`, which changes nothing.
+    vocab_size : number of tokens; an `end_id` that is none means that no token ends the answer.
     stop_token_ids : tokens that end the answer. Default: none but the end tokens.
     excludes_input : value of `exclude_input_in_output` for a request that does not give it. Default: True.
     tensor_names : tensors that this model has under another name: {name in layout `single`: name here}. Default: none.
@@ -91,16 +92,14 @@ def parse_request(
     def value(name: str, default: Any = None) -> Any:
         return scalar(read, renamed.get(name, name), default)
 
-    for name, allowed in NEUTRAL_VALUES.items():
-        asked = value(name)
-        if asked is not None and asked not in allowed:
-            raise RequestError(f"{name} is {asked}; this engine does not have it: leave it out or give {allowed[0]}")
-    end_id = value("end_id")
-    if end_id is not None and end_id >= 0 and end_id not in eos_token_ids:
+    _refuse_what_is_missing(value)
+    end_id, max_tokens = value("end_id", -1), value("max_tokens", SamplingParams.max_new_tokens)
+    if 0 <= end_id < vocab_size and end_id not in eos_token_ids:
         raise RequestError(f"end_id is {end_id}; this model's end tokens are {sorted(eos_token_ids)}: leave it out")
+    least = [value(name, 0) for name in ("min_tokens", "min_length")]
     top_p = value("top_p", 1.0)
     sampling = SamplingParams(
-        max_new_tokens=value("max_tokens", SamplingParams.max_new_tokens),
+        max_new_tokens=max_tokens,
         temperature=value("temperature", 0.0),
         top_k=value("top_k", 0),
         top_p=1.0 if top_p == 0 else top_p,  # 0 is TensorRT-LLM's way to say off
@@ -108,7 +107,7 @@ def parse_request(
         seed=value("seed"),
         stop=tuple(stop_words),
         stop_token_ids=tuple(stop_token_ids),
-        ignore_eos=value("ignore_eos", False),
+        ignore_eos=value("ignore_eos", False) or end_id >= vocab_size or _runs_to_its_end(least, max_tokens),
     )
     keep_ratio = value("keep_ratio")
     if keep_ratio is not None and math.isnan(keep_ratio):
@@ -122,6 +121,24 @@ def parse_request(
         stream=value("stream", False),
         echo=not value("exclude_input_in_output", excludes_input),
     )
+
+
+def _refuse_what_is_missing(value: Callable[[str], Any]) -> None:
+    """Raise RequestError for an input that asks for what the engine does not have; `value` reads one by name."""
+    for name, allowed in NEUTRAL_VALUES.items():
+        asked = value(name)
+        if asked is not None and asked not in allowed:
+            raise RequestError(f"{name} is {asked}; this engine does not have it: leave it out or give {allowed[0]}")
+
+
+def _runs_to_its_end(least: Sequence[int], max_tokens: int) -> bool:
+    """Return whether a least length asks for all of `max_tokens`; raises RequestError for one in between."""
+    for tokens in least:
+        if tokens > 1 and tokens != max_tokens:
+            raise RequestError(
+                f"min_tokens is {tokens}; this engine has a least length of 0, 1 or max_tokens, which is {max_tokens}"
+            )
+    return max_tokens > 1 and max_tokens in least
 
 
 def scalar(read: ReadTensor, name: str, default: Any = None) -> Any:

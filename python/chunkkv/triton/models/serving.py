@@ -19,7 +19,7 @@ from chunkkv.errors import ChunkKVError, ConfigError
 from chunkkv.session import ChunkKVSession
 from chunkkv.triton.logs import LEVELS, configure, fields
 from chunkkv.triton.models.answers import AnswerListener, Responder, triton_error
-from chunkkv.triton.models.backend import PbRequest, PbTensor, PythonBackend
+from chunkkv.triton.models.backend import PbRequest, PbTensor, PythonBackend, ReadTensor
 from chunkkv.triton.models.inputs import ParsedRequest
 from chunkkv.triton.models.metrics import Metrics
 from chunkkv.triton.server.health import canary_id
@@ -106,23 +106,36 @@ class Serving:
         watch_parent()
         _log.info("engine_loaded", extra=fields(seconds=round(time.perf_counter() - started, 3)))
 
-    def responder(self, request: PbRequest) -> Responder:
-        """Return what sends the responses of a request; one whose client gave no id gets one."""
-        request_id = request.request_id() or f"{os.getpid()}-{self._next_number()}"
-        return Responder(self._backend, request.get_response_sender(), request_id, self._metrics)
+    def responder(self, request: PbRequest, backend: PythonBackend | None = None) -> Responder:
+        """Return what sends the responses of a request; one whose client gave no id gets one.
 
-    def answer_canary(self, request: PbRequest, max_tokens: object, outputs: Callable[[], Sequence[PbTensor]]) -> bool:
+        `backend` makes its responses. Default: Triton's own.
+        """
+        request_id = request.request_id() or f"{os.getpid()}-{self._next_number()}"
+        return Responder(backend or self._backend, request.get_response_sender(), request_id, self._metrics)
+
+    def answer_canary(
+        self,
+        request: PbRequest,
+        read: ReadTensor,
+        max_tokens: str,
+        outputs: Callable[[], Sequence[PbTensor]],
+        backend: PythonBackend | None = None,
+    ) -> bool:
         """Answer a canary from the heartbeat of the batcher; returns whether the request was one.
 
         Parameters
         ----------
         request : the request; a canary has the supervisor's id.
-        max_tokens : what it asks for; a canary asks for 1.
+        read : reads its tensors.
+        max_tokens : name of the tensor that has its greatest length; a canary's is 1.
         outputs : makes the tensors of an answer without a token.
+        backend : makes the response. Default: Triton's own.
         """
-        if request.request_id() != self._canary_id or max_tokens != 1:
+        length = read(max_tokens) if request.request_id() == self._canary_id else None
+        if length is None or length.reshape(-1).tolist() != [1]:
             return False
-        backend = self._backend
+        backend = backend or self._backend
         try:
             self.batcher.check_alive()
             response = backend.InferenceResponse(output_tensors=outputs())

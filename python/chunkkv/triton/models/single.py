@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 import triton_python_backend_utils as pb_utils  # its classes exist only after this module was imported
 
-from chunkkv.errors import RequestError
 from chunkkv.results import GenerationResult
 from chunkkv.triton.models.answers import CANARY_PART, AnswerListener, ResponsePart
 from chunkkv.triton.models.backend import PbRequest, PbTensor, tensor_reader
-from chunkkv.triton.models.inputs import (
-    ParsedRequest,
-    parse_request,
-    prompt_text,
-    refuse_unknown_fields,
-    scalar,
-    strings,
-)
+from chunkkv.triton.models.inputs import refuse_unknown_fields
 from chunkkv.triton.models.serving import Serving
+from chunkkv.triton.models.text_requests import ShownText, parse_text_request
 from chunkkv.triton.repository.tensors import SINGLE_INPUTS
 
 _INPUT_NAMES = tuple(tensor.name for tensor in SINGLE_INPUTS)
@@ -35,37 +29,32 @@ class TritonPythonModel:
     def execute(self, requests: list[PbRequest]) -> None:
         """Queue the requests; answers are sent from the batcher's thread."""
         for request in requests:
-            max_tokens = scalar(tensor_reader(pb_utils, request), "max_tokens")
-            if self._serving.answer_canary(request, max_tokens, lambda: _output_tensors("", CANARY_PART)):
+            read = tensor_reader(pb_utils, request)
+            canary = partial(_output_tensors, lambda part: part.text, CANARY_PART)
+            if self._serving.answer_canary(request, read, "max_tokens", canary):
                 continue
             responder = self._serving.responder(request)
             try:
-                parsed = self._parse(request)
+                refuse_unknown_fields(request.parameters(), _INPUT_NAMES)
+                parsed = parse_text_request(read, self._serving)
             except Exception as error:
                 responder.fail(error)
                 continue
-            reply = partial(_output_tensors, str(parsed.prompt) if parsed.echo else "")
-            listener = AnswerListener(responder, reply, parsed.stream, self._serving.stream_interval_s)
+            shown = ShownText(read, parsed)
+            listener = AnswerListener(
+                responder, partial(_output_tensors, shown.of), parsed.stream, self._serving.stream_interval_s
+            )
             self._serving.submit(parsed, listener)
 
     def finalize(self) -> None:
         """End what is open."""
         self._serving.close()
 
-    def _parse(self, request: PbRequest) -> ParsedRequest:
-        read = tensor_reader(pb_utils, request)
-        refuse_unknown_fields(request.parameters(), _INPUT_NAMES)
-        prompt = prompt_text(read, "text_input", self._serving.max_prompt_bytes)
-        if bad_words := strings(read, "bad_words"):
-            raise RequestError(f"bad_words has {bad_words[0]!r}; this engine cannot forbid words: leave it out")
-        return parse_request(read, prompt, strings(read, "stop_words"), self._serving.session.eos_token_ids)
 
-
-def _output_tensors(echoed: str, part: ResponsePart) -> list[PbTensor]:
-    """Return the outputs of one response; `echoed` is what the first one repeats of the prompt."""
-    text = echoed + part.text if part.is_first else part.text
+def _output_tensors(shown: Callable[[ResponsePart], str], part: ResponsePart) -> list[PbTensor]:
+    """Return the outputs of one response; `shown` returns its text."""
     values = {
-        "text_output": np.array([[text.encode()]], dtype=object),
+        "text_output": np.array([[shown(part).encode()]], dtype=object),
         "output_ids": np.array([part.token_ids], np.int32),
     }
     if part.result is not None:

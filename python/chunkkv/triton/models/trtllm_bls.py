@@ -1,123 +1,116 @@
-"""The Triton model `tensorrt_llm_bls` of layout `trtllm`: the ensemble's work, with cancelling that reaches the engine.
+"""The Triton model `tensorrt_llm_bls` of layout `trtllm`: text in, streamed text out, with cancelling.
 
-Triton does not hand a cancelled ensemble request on to the step that runs; this model sends that step a stop request.
-BLS, business logic scripting, is Triton's name for a model that calls other models of its server.
+It hands each request to the process of the engine's model through its door (engine_door.py) and the responses back, so
+it serves any number at once and calls no other model through Triton. BLS, business logic scripting, is what Triton
+calls a model that uses other models; TensorRT-LLM's model of this name does.
 """
 
 from __future__ import annotations
 
+import json
+import socket
 import threading
-import uuid
+import time
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from chunkkv.triton.models.answers import ERROR_CODES
-from chunkkv.triton.models.backend import PbModelRequest, PbRequest, PbTensor, ResponseSender
-from chunkkv.triton.models.serving import Parameters
-from chunkkv.triton.repository.tensors import (
-    ENGINE_FROM_PREPROCESSING,
-    ENGINE_FROM_REQUEST,
-    ENGINE_TEXT,
-    PREPROCESSING_FROM_REQUEST,
-    REPORT_OUTPUTS,
-    TensorMap,
-)
+from chunkkv.triton.models.backend import PbRequest, PbTensor, ResponseSender, tensor_reader
+from chunkkv.triton.models.engine_door import NUMPY_TYPES, door_address, request_line
+from chunkkv.triton.models.serving import Parameters, watch_parent
+from chunkkv.triton.repository.tensors import BLS_INPUTS, TEXT_OUTPUTS
 
 CANCEL_POLL_S = 0.05
-_REPORT_NAMES = tuple(tensor.name for tensor in REPORT_OUTPUTS)
+CONNECT_S = 5.0  # the engine's model may still load
+_KINDS = {tensor.name: NUMPY_TYPES[tensor.data_type] for tensor in TEXT_OUTPUTS}
 
 
 class TritonPythonModel:
-    """What Triton's python backend calls; each instance serves one request at a time."""
+    """What Triton's python backend calls."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Read the parameters."""
         parameters = Parameters(args["model_config"])
         self._engine = parameters.text("tensorrt_llm_model_name", "tensorrt_llm")
         self._accumulates = parameters.text("accumulate_tokens", "false") == "true"
+        watch_parent()
 
     def execute(self, requests: list[PbRequest]) -> None:
-        """Serve the requests, one after the other."""
+        """Serve each request from a thread of its own."""
         for request in requests:
+            line = request_line(request.request_id(), BLS_INPUTS, tensor_reader(pb_utils, request))
             sender = request.get_response_sender()
-            try:
-                problem = self._serve(request, sender)
-            except Exception as error:
-                problem = f"{ERROR_CODES['error']}: {type(error).__name__}: {error}"
-            if problem is not None:
-                response = pb_utils.InferenceResponse(output_tensors=[], error=pb_utils.TritonError(problem))
-                sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-            else:
-                sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            threading.Thread(target=self._serve, args=(line, sender), name="chunkkv-bls", daemon=True).start()
 
-    def _serve(self, request: PbRequest, sender: ResponseSender) -> str | None:
-        """Stream the engine's answer to `sender`; returns what went wrong."""
-        preprocessed = pb_utils.InferenceRequest(
-            model_name="preprocessing",
-            requested_output_names=[source for _, source in ENGINE_FROM_PREPROCESSING],
-            inputs=_renamed_inputs(request, PREPROCESSING_FROM_REQUEST),
-        ).exec()
-        if preprocessed.has_error():
-            return preprocessed.error().message()
-        inputs = _renamed_inputs(request, ENGINE_FROM_REQUEST)
-        for name, source in ENGINE_FROM_PREPROCESSING:
-            inputs.append(pb_utils.Tensor(name, _output_array(preprocessed, source)))
-        # Two clients may choose the same id, and a stop request must end the answer of one of them only.
-        unique_id = f"{request.request_id()}-{uuid.uuid4().hex[:8]}".lstrip("-")
-        engine_id = unique_id
-        engine_request = pb_utils.InferenceRequest(
-            model_name=self._engine,
-            request_id=engine_id,
-            requested_output_names=[ENGINE_TEXT, *_REPORT_NAMES],
-            inputs=inputs,
-        )
-        ended = threading.Event()
-        threading.Thread(target=self._stop_when_cancelled, args=(sender, engine_id, ended), daemon=True).start()
+    def _serve(self, line: bytes, sender: ResponseSender) -> None:
+        """Send the engine's responses to `sender`; nothing uses it after its last response."""
+        final = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+        text = ""
         try:
-            return self._stream(engine_request, sender)
-        finally:
-            ended.set()
+            with _connection(door_address(self._engine)) as connection:
+                connection.sendall(line)
+                for answer in _answers(connection, sender):
+                    flags = final if answer["last"] else 0
+                    if "error" in answer:
+                        error = pb_utils.TritonError(answer["error"], getattr(pb_utils.TritonError, answer["code"]))
+                        sender.send(pb_utils.InferenceResponse(output_tensors=[], error=error), flags=flags)
+                    elif "outputs" in answer:
+                        text = text + answer["outputs"]["text_output"][0] if self._accumulates else ""
+                        response = pb_utils.InferenceResponse(output_tensors=_tensors(answer["outputs"], text))
+                        sender.send(response, flags=flags)
+                    else:
+                        sender.send(flags=flags)
+                    if answer["last"]:
+                        return
+            sender.send(flags=final)  # the client has gone
+        except (OSError, ValueError) as problem:
+            message = f"CHUNKKV_INTERNAL: model {self._engine} does not answer ({problem}); ask again later"
+            error = pb_utils.TritonError(message)
+            sender.send(pb_utils.InferenceResponse(output_tensors=[], error=error), flags=final)
 
-    def _stream(self, engine_request: PbModelRequest, sender: ResponseSender) -> str | None:
-        """Send each response of the engine's model on; returns what went wrong."""
-        text = b""
-        for response in engine_request.exec(decoupled=True):
-            if response.has_error():
-                return response.error().message()
-            if not response.output_tensors():
-                continue
-            new_text = _output_array(response, ENGINE_TEXT).reshape(-1)[0]
-            text = text + new_text if self._accumulates else new_text
-            outputs = [pb_utils.Tensor("text_output", np.array([[text]], dtype=object))]
-            outputs += [pb_utils.Tensor(name, _output_array(response, name)) for name in _REPORT_NAMES]
-            sender.send(pb_utils.InferenceResponse(output_tensors=outputs))
-        return None
 
-    def _stop_when_cancelled(self, sender: ResponseSender, engine_id: str, ended: threading.Event) -> None:
-        """Stop the engine's request once the client has gone; repeated, because it may not have reached the engine."""
-        while not ended.wait(CANCEL_POLL_S):
+def _connection(address: str) -> socket.socket:
+    """Return a connection to the engine's process; raises OSError where there is none after CONNECT_S seconds."""
+    until = time.monotonic() + CONNECT_S
+    while True:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            connection.connect(address)
+            return connection
+        except OSError:
+            connection.close()
+            if time.monotonic() > until:
+                raise
+            time.sleep(CANCEL_POLL_S)
+
+
+def _answers(connection: socket.socket, sender: ResponseSender) -> Iterator[dict[str, Any]]:
+    """Yield the engine's responses as they come; ends early where the client has gone."""
+    connection.settimeout(CANCEL_POLL_S)
+    received, asked_at = b"", time.monotonic()
+    while True:
+        try:
+            piece = connection.recv(1 << 16)
+        except TimeoutError:
+            piece = None
+        if (now := time.monotonic()) - asked_at >= CANCEL_POLL_S:
+            asked_at = now
             if sender.is_cancelled():
-                self._stop(engine_id)
-
-    def _stop(self, engine_id: str) -> None:
-        """Ask the engine's model to end the request of this id."""
-        # The engine's model requires these three inputs, but does not read them in a stop request.
-        unread = np.ones((1, 1), np.int32)
-        inputs = [pb_utils.Tensor(name, unread) for name in ("input_ids", "input_lengths", "request_output_len")]
-        inputs.append(pb_utils.Tensor("stop", np.array([[True]])))
-        request = pb_utils.InferenceRequest(
-            model_name=self._engine, request_id=engine_id, requested_output_names=[], inputs=inputs
-        )
-        for _ in request.exec(decoupled=True):
-            pass
+                return
+        if piece is None:
+            continue
+        if not piece:
+            raise ConnectionResetError("its process closed the connection")
+        *lines, received = (received + piece).split(b"\n")
+        for line in lines:
+            yield json.loads(line)
 
 
-def _renamed_inputs(request: PbRequest, names: TensorMap) -> list[PbTensor]:
-    """Return those inputs of a request that it has, under the names of the model they go to."""
-    tensors = [(name, pb_utils.get_input_tensor_by_name(request, source)) for name, source in names]
-    return [pb_utils.Tensor(name, tensor.as_numpy()) for name, tensor in tensors if tensor is not None]
-
-
-def _output_array(response: object, name: str) -> np.ndarray:
-    return pb_utils.get_output_tensor_by_name(response, name).as_numpy()
+def _tensors(outputs: dict[str, list[Any]], text: str) -> list[PbTensor]:
+    """Return the output tensors of a response; `text` takes the place of its own where it is not empty."""
+    arrays = {name: np.array([values], dtype=_KINDS[name]) for name, values in outputs.items() if name != "text_output"}
+    shown = text or outputs["text_output"][0]
+    arrays["text_output"] = np.array([[shown.encode(errors="surrogateescape")]], dtype=object)
+    return [pb_utils.Tensor(name, array) for name, array in arrays.items()]

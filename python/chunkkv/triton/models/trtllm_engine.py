@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from functools import partial
 from typing import cast
 
@@ -12,9 +13,11 @@ import triton_python_backend_utils as pb_utils
 from chunkkv.errors import RequestError
 from chunkkv.triton.models.answers import CANARY_PART, AnswerListener, ResponsePart
 from chunkkv.triton.models.backend import PbRequest, PbTensor, ReadTensor, tensor_reader
+from chunkkv.triton.models.engine_door import DoorBackend, DoorRequest, DoorTensor, EngineDoor, door_address
 from chunkkv.triton.models.inputs import ParsedRequest, parse_request, scalar, unpack_word_lists
 from chunkkv.triton.models.serving import Parameters, Serving
-from chunkkv.triton.repository.tensors import ENGINE_TEXT
+from chunkkv.triton.models.text_requests import ShownText, parse_text_request
+from chunkkv.triton.repository.tensors import BLS_INPUTS, ENGINE_TEXT
 
 _TENSOR_NAMES = {
     "max_tokens": "request_output_len",
@@ -35,6 +38,8 @@ class TritonPythonModel:
         # By the id that the client chose, for stop requests. The batcher's thread removes answers that have ended.
         self._running: dict[str, AnswerListener] = {}
         self._lock = threading.Lock()
+        self._door_backend = DoorBackend()
+        self._door = EngineDoor(door_address(args["model_name"]), BLS_INPUTS, self._queue_text)
 
     def execute(self, requests: list[PbRequest]) -> None:
         """Queue the requests; one with `stop` ends the running request of the same id."""
@@ -44,12 +49,13 @@ class TritonPythonModel:
                 self._stop(request.request_id())
                 request.get_response_sender().send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
             elif not self._serving.answer_canary(
-                request, scalar(read, "request_output_len"), lambda: _output_tensors([], "", CANARY_PART)
+                request, read, "request_output_len", partial(_output_tensors, [], "", CANARY_PART)
             ):
                 self._queue(request, read)
 
     def finalize(self) -> None:
         """End what is open."""
+        self._door.close()
         self._serving.close()
 
     def _queue(self, request: PbRequest, read: ReadTensor) -> None:
@@ -70,6 +76,22 @@ class TritonPythonModel:
             with self._lock:
                 self._running[request_id] = listener
         self._serving.submit(parsed, listener)
+
+    def _queue_text(self, request: DoorRequest) -> None:
+        """Queue a request of tensorrt_llm_bls, which has text instead of token ids."""
+        serving, backend = self._serving, self._door_backend
+        read = tensor_reader(backend, request)
+        canary = partial(_text_tensors, lambda part: part.text, CANARY_PART)
+        if serving.answer_canary(request, read, "max_tokens", canary, backend):
+            return
+        responder = serving.responder(request, backend)
+        try:
+            parsed = parse_text_request(read, serving, self._excludes_input)
+        except Exception as error:
+            responder.fail(error)
+            return
+        reply = partial(_text_tensors, ShownText(read, parsed).of)
+        serving.submit(parsed, AnswerListener(responder, reply, parsed.stream, serving.stream_interval_s))
 
     def _stop(self, request_id: str) -> None:
         with self._lock:
@@ -97,6 +119,7 @@ class TritonPythonModel:
             input_ids.reshape(-1)[:length].tolist(),
             self._stop_words([word for word in words if not self._is_stop_id(word)]),
             self._serving.session.eos_token_ids,
+            self._serving.session.limits.vocab_size,
             stop_token_ids=ids,
             excludes_input=self._excludes_input,
             tensor_names=_TENSOR_NAMES,
@@ -125,20 +148,36 @@ class TritonPythonModel:
 
 
 def _output_tensors(echoed_ids: list[int], echoed_text: str, part: ResponsePart) -> list[PbTensor]:
-    """Return the outputs of one response; the counts are those so far, `echoed` is what the first one repeats."""
+    """Return the outputs of one response; `echoed` is what the first one repeats of the prompt."""
     ids, text = part.token_ids, part.text
     if part.is_first:
         ids, text = [*echoed_ids, *ids], echoed_text + text
-    finish_reason = "" if part.result is None else part.result.finish_reason
     values = {
         "output_ids": np.array([[ids]], np.int32),
         ENGINE_TEXT: np.array([[text.encode()]], dtype=object),
-        "finish_reason": np.array([[finish_reason.encode()]], dtype=object),
         "sequence_length": np.array([[len(ids)]], np.int32),
-        "batch_index": np.zeros((1, 1), np.int32),
-        "sequence_index": np.zeros((1, 1), np.int32),
-        "num_input_tokens": np.array([[len(part.request.ids)]], np.int32),
-        "num_output_tokens": np.array([[part.sent_tokens]], np.int32),
-        "kept_tokens": np.array([[part.request.kept_tokens]], np.int32),
+        **_report(part),
     }
     return [pb_utils.Tensor(name, value) for name, value in values.items()]
+
+
+def _text_tensors(shown: Callable[[ResponsePart], str], part: ResponsePart) -> list[DoorTensor]:
+    """Return the outputs of one response of tensorrt_llm_bls; `shown` returns its text."""
+    values = {"text_output": np.array([[shown(part).encode()]], dtype=object), **_report(part)}
+    return [DoorTensor(name, value) for name, value in values.items()]
+
+
+def _report(part: ResponsePart) -> dict[str, np.ndarray]:
+    """Return the outputs that tell about a response; as in TensorRT-LLM, tokens are counted per response."""
+    finish_reason = "" if part.result is None else part.result.finish_reason
+    counts = {
+        "batch_index": 0,
+        "sequence_index": 0,
+        "num_input_tokens": part.request.prompt_tokens,
+        "num_output_tokens": len(part.token_ids),
+        "kept_tokens": part.request.kept_tokens,
+    }
+    return {
+        "finish_reason": np.array([[finish_reason.encode()]], dtype=object),
+        **{name: np.array([[count]], np.int32) for name, count in counts.items()},
+    }

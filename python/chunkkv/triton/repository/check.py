@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from chunkkv.triton.repository.cpp_backend import (
     is_speculative,
     whole_number,
 )
+from chunkkv.triton.server.files import numpy_problem
 
 _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 # Settings that must be false, and what happens where they are true.
@@ -74,6 +76,7 @@ def check_repository(repository: Path, files: EngineFiles, environment: Mapping[
         elif "engine_dir" in parameters:
             runs_engine = True
             findings += _check_path(model, "engine_dir", parameters["engine_dir"], files)
+            findings += _check_python(model, parameters.get("EXECUTION_ENV_PATH", ""))
     if not runs_engine:
         change = f"make one with chunkkv triton init, or add a model with backend {BACKEND}"
         findings.append(Finding.breaks("triton repository", f"{repository} has no model that runs an engine", change))
@@ -161,6 +164,13 @@ def _check_window(model: str, value: str, max_seq_len: int) -> Finding:
         problem = f"{value}, below max_seq_len {max_seq_len}: a window that slides overwrites kept tokens"
         return Finding.breaks(check, problem, f"leave it out, or at least {max_seq_len}")
     return Finding.ok(check, value if windows else "not set")
+
+
+def _check_python(model: str, environment: str) -> list[Finding]:
+    python = Path(environment) / "bin" / "python" if environment else Path(sys.executable)
+    problem = numpy_problem(python) if python.exists() else None
+    change = "install it in an environment of its own, and name that with --python_env"
+    return [Finding.breaks(f"{model}: numpy", problem, change)] if problem else []
 
 
 def _check_environment(model: str, files: EngineFiles, environment: Mapping[str, str]) -> list[Finding]:

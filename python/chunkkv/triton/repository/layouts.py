@@ -42,13 +42,10 @@ def single_layout(parameters: Mapping[str, object]) -> list[RepositoryModel]:
     return [RepositoryModel(config, f"{_MODELS}.single")]
 
 
-def trtllm_layout(parameters: Mapping[str, object], bls_instances: int) -> list[RepositoryModel]:
+def trtllm_layout(parameters: Mapping[str, object]) -> list[RepositoryModel]:
     """Return preprocessing, tensorrt_llm, postprocessing, tensorrt_llm_bls and ensemble.
 
-    Parameters
-    ----------
-    parameters : those of the engine's model; `engine_dir` is one of them.
-    bls_instances : number of processes of tensorrt_llm_bls, each of which serves one request at a time.
+    `parameters` are those of the engine's model; `engine_dir` is one of them.
     """
     preprocessing = _python_config(
         "preprocessing", tensors.PREPROCESSING_INPUTS, ("QUERY", "REQUEST_OUTPUT_LEN"), tensors.PREPROCESSING_OUTPUTS
@@ -66,7 +63,7 @@ def trtllm_layout(parameters: Mapping[str, object], bls_instances: int) -> list[
         RepositoryModel(preprocessing, f"{_MODELS}.trtllm_preprocessing"),
         RepositoryModel(_engine_config(parameters), f"{_MODELS}.trtllm_engine"),
         RepositoryModel(postprocessing, f"{_MODELS}.trtllm_postprocessing"),
-        RepositoryModel(_bls_config(bls_instances), f"{_MODELS}.trtllm_bls"),
+        RepositoryModel(_bls_config(), f"{_MODELS}.trtllm_bls"),
         RepositoryModel(_ensemble_config(), None),
     ]
 
@@ -78,14 +75,13 @@ def _python_config(
     outputs: tuple[TensorSpec, ...],
     *,
     decoupled: bool = False,
-    instances: int = 1,
 ) -> ModelConfig:
     """Return the configuration of a python model; a `decoupled` one may send any number of responses per request."""
     config = new_config(name, backend="python", max_batch_size=1)
     if decoupled:
         config.model_transaction_policy.decoupled = True
     add_tensors(config, inputs, required, outputs)
-    run_on_cpu(config, instances)
+    run_on_cpu(config)
     return config
 
 
@@ -103,19 +99,17 @@ def _engine_config(parameters: Mapping[str, object]) -> ModelConfig:
     return config
 
 
-def _bls_config(instances: int) -> ModelConfig:
-    inputs = (*tensors.TEXT_INPUTS, *tensors.COUNT_REQUEST_INPUTS)
+def _bls_config() -> ModelConfig:
     required = ("text_input", "max_tokens")
-    config = _python_config(
-        "tensorrt_llm_bls", inputs, required, tensors.TEXT_OUTPUTS, decoupled=True, instances=instances
-    )
+    config = _python_config("tensorrt_llm_bls", tensors.BLS_INPUTS, required, tensors.TEXT_OUTPUTS, decoupled=True)
     set_parameters(config, {"accumulate_tokens": "false", "tensorrt_llm_model_name": "tensorrt_llm"})
     return config
 
 
 def _ensemble_config() -> ModelConfig:
     config = new_config("ensemble", platform="ensemble", max_batch_size=1)
-    add_tensors(config, tensors.TEXT_INPUTS, ("text_input", "max_tokens"), tensors.TEXT_OUTPUTS)
+    inputs = (*tensors.TEXT_INPUTS, *tensors.COUNT_REQUEST_INPUTS)
+    add_tensors(config, inputs, ("text_input", "max_tokens"), tensors.TEXT_OUTPUTS)
     steps = config.ensemble_scheduling.step
     preprocessing = steps.add(model_name="preprocessing", model_version=-1)
     for name, source in tensors.PREPROCESSING_FROM_REQUEST:

@@ -57,6 +57,8 @@ TEXT_INPUTS = (
 )
 # Clients ask with these for counts that every answer has anyway.
 COUNT_REQUEST_INPUTS = (TensorSpec("return_num_input_tokens", "BOOL"), TensorSpec("return_num_output_tokens", "BOOL"))
+# Of clients that measure servers of TensorRT-LLM: each response repeats the text so far; the least length of an answer.
+BENCHMARK_INPUTS = (TensorSpec("accumulate_tokens", "BOOL"), TensorSpec("min_length", "INT32"))
 COUNT_OUTPUTS = (
     TensorSpec("num_input_tokens", "INT32"),
     TensorSpec("num_output_tokens", "INT32"),
@@ -64,7 +66,12 @@ COUNT_OUTPUTS = (
 )
 
 # Layout `single`: the model `chunkkv`.
-SINGLE_INPUTS = (*TEXT_INPUTS, TensorSpec("add_special_tokens", "BOOL"), *COUNT_REQUEST_INPUTS)
+SINGLE_INPUTS = (
+    *TEXT_INPUTS,
+    TensorSpec("add_special_tokens", "BOOL"),
+    *COUNT_REQUEST_INPUTS,
+    *BENCHMARK_INPUTS,
+)
 SINGLE_OUTPUTS = (
     TensorSpec("text_output", "STRING"),
     TensorSpec("output_ids", "INT32", (-1,)),
@@ -76,6 +83,9 @@ SINGLE_OUTPUTS = (
     TensorSpec("prefill_ms", "FP32"),
     TensorSpec("compress_ms", "FP32"),
 )
+
+# The model `tensorrt_llm_bls`: the same inputs, with TensorRT-LLM's outputs.
+BLS_INPUTS = SINGLE_INPUTS
 
 # Layout `trtllm`: preprocessing, tensorrt_llm, postprocessing, and the models that join them, ensemble and BLS.
 PREPROCESSING_INPUTS = (
@@ -124,6 +134,7 @@ ENGINE_SCALAR_INPUTS = (
     TensorSpec("ignore_eos", "BOOL"),
     TensorSpec("stop", "BOOL"),
     TensorSpec("streaming", "BOOL"),
+    *COUNT_REQUEST_INPUTS,
     *BUDGET_INPUTS,
 )
 ENGINE_LIST_INPUTS = (
@@ -172,6 +183,8 @@ ENGINE_FROM_REQUEST: TensorMap = (
     ("ignore_eos", "ignore_eos"),
     ("keep_ratio", "keep_ratio"),
     ("budget_tokens", "budget_tokens"),
+    ("return_num_input_tokens", "return_num_input_tokens"),
+    ("return_num_output_tokens", "return_num_output_tokens"),
 )
 
 POSTPROCESSING_INPUTS = (

@@ -81,7 +81,6 @@ def write_repository(
     layout: str = "single",
     options: ServeOptions | None = None,
     python_env: Path | None = None,
-    bls_instances: int = 4,
 ) -> list[str]:
     """Write the models of a layout and return their names.
 
@@ -92,7 +91,6 @@ def write_repository(
     layout : `single`, one model, or `trtllm`, five under TensorRT-LLM's names.
     options : parameters of the engine's model; None leaves the default of each.
     python_env : virtual environment that runs the models; None: the python3 that the server finds.
-    bls_instances : layout `trtllm`: number of processes of tensorrt_llm_bls, at least 1.
 
     Raises EngineError for a directory that holds no engine, ConfigError for a repository that exists, an unknown layout
     or an option out of range, BackendUnavailableError without the extra `triton`. Nothing is written then.
@@ -112,10 +110,8 @@ def write_repository(
             f"{engine_dir} has no tokenizer.json, and these models take text: build the engine from a checkpoint with "
             "its tokenizer"
         )
-    if bls_instances < 1:
-        raise ConfigError(f"bls_instances is {bls_instances}; give at least 1")
     parameters = {"engine_dir": os.path.abspath(engine_dir), **dataclasses.asdict(options)}
-    models = single_layout(parameters) if layout == "single" else trtllm_layout(parameters, bls_instances)
+    models = single_layout(parameters) if layout == "single" else trtllm_layout(parameters)
     with whole_directory(repository) as folder:
         for model in models:
             if python_env is not None and model.module is not None:

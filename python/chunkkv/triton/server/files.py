@@ -17,6 +17,8 @@ _PRINT_VERSION = (
     "import sys, sysconfig; print(f'{sys.version_info.major}.{sys.version_info.minor}'); "
     "print(sysconfig.get_config_var('LIBDIR') if sysconfig.get_config_var('Py_ENABLE_SHARED') else '')"
 )
+_PRINT_NUMPY = "import importlib.metadata as m; print(m.version('numpy'))"
+WHEEL_VERSION = "nvidia-pytriton==0.7.0"
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,26 @@ class ServerFiles:
         if not binary.is_file():
             raise BackendUnavailableError(
                 f"no tritonserver: {binary} does not exist, none is on PATH, and {python} has no nvidia-pytriton; run "
-                "in NVIDIA's Triton container, give --server, or pip install --no-deps nvidia-pytriton==0.7.0"
+                "in NVIDIA's Triton container, give --server, or pip install --no-deps {WHEEL_VERSION} 'numpy<2'"
             )
         return cls(binary, None, environment)
+
+
+def numpy_problem(python: Path) -> str | None:
+    """Return what keeps the wheel's python backend from running models with `python`, None where nothing does.
+
+    With NumPy 2 its model processes die when they start, and the server waits for them.
+    """
+    if _site_packages(python) is None:
+        return None
+    completed = subprocess.run([str(python), "-c", _PRINT_NUMPY], capture_output=True, text=True, check=False)
+    version = completed.stdout.strip()
+    if completed.returncode == 0 and version.split(".")[0] in ("0", "1"):
+        return None
+    return (
+        f"{python} has numpy {version or 'not at all'}, and the server of nvidia-pytriton takes numpy below 2: make an "
+        f"environment of its own with pip install --no-deps {WHEEL_VERSION} 'numpy<2', or serve from NVIDIA's container"
+    )
 
 
 def _site_packages(python: Path) -> Path | None:
@@ -82,6 +101,8 @@ def _from_wheel(site_packages: Path, python: Path, work_dir: Path, environment: 
     """
     completed = subprocess.run([str(python), "-c", _PRINT_VERSION], capture_output=True, text=True, check=True)
     version, library_dir = completed.stdout.split("\n")[:2]
+    if problem := numpy_problem(python):
+        raise BackendUnavailableError(problem)
     server = site_packages / "pytriton" / "tritonserver"
     stub = server / "python_backend_stubs" / version / "triton_python_backend_stub"
     if not stub.is_file():
