@@ -14,8 +14,8 @@ MODEL  := examples/needle/model
 # For tests in an environment of their own: what pyproject.toml leaves out of a plain pytest run is named on the line.
 ALONE  := -o addopts="-ra --strict-markers"
 
-.PHONY: demo install plugins wheel test test-deep test-slow test-triton test-peers test-tensorrt test-tensorrt-api
-.PHONY: bench results docs gpu-check lint clean
+.PHONY: demo install plugins wheel test test-deep test-slow test-triton test-soak test-peers test-tensorrt
+.PHONY: test-tensorrt-api bench results docs gpu-check lint clean
 # Two targets may fill the same environment, and the tests use both cores by themselves: make -j changes nothing.
 .NOTPARALLEL:
 
@@ -38,8 +38,8 @@ install: $(VENV)/.installed-test
 test: lint
 	$(BIN)/python -m pytest -n 2
 
-# What is worth having and not worth waiting for after each change: about 30 minutes on two cores, downloads 1.9 GB.
-test-deep: test-tensorrt-api test-tensorrt test-triton test-peers test-slow
+# What is worth having and not worth waiting for after each change: about 40 minutes on two cores, downloads 1.9 GB.
+test-deep: test-tensorrt-api test-tensorrt test-triton test-soak test-peers test-slow
 
 # Sanitizers, races, planted bugs and nvcc's table of the kernels; pages of the docs that are measured again.
 test-slow: $(VENV)/.installed-test
@@ -49,7 +49,12 @@ test-slow: $(VENV)/.installed-test
 # Against a real tritonserver, in an environment of its own; where none can be installed its tests are skipped by name.
 test-triton: $(TRITON)/.installed
 	@echo "== make $@"
-	$(TRITON)/bin/python -m pytest $(ALONE) -n 2 --dist loadfile tests/serving
+	$(TRITON)/bin/python -m pytest $(ALONE) -n 2 --dist loadfile -m 'not deep' tests/serving
+
+# 20,000 requests of mixed lengths for each model, for at most three minutes each.
+test-soak: $(TRITON)/.installed
+	@echo "== make $@"
+	$(TRITON)/bin/python -m pytest $(ALONE) -m deep tests/serving
 
 # Against torch, transformers and kvpress themselves.
 test-peers: $(PEERS)/.installed

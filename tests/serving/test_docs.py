@@ -17,10 +17,12 @@ from .conftest import ROOT
 from .server import Server, free_ports, wait_for
 
 PAGE = (ROOT / "docs" / "triton.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"^    (\S.+)$", PAGE, re.MULTILINE)
+COMMANDS = [line.replace(".venv-serve/bin/", "") for line in re.findall(r"^    (\S.+)$", PAGE, re.MULTILINE)]
 ELSEWHERE = {  # run by other tests, under another name or on another double
+    "python -m venv": "the environment of these tests is made so",
     "pip install '.[triton]'": "the environment of these tests is made so",
     "pip install --no-deps nvidia-pytriton==0.7.0 'numpy<2'": "the environment of these tests is made so",
+    "chunkkv-build": "the fixture engine_dir, with the same flags and more",
     "chunkkv triton patch": "tests/test_triton_repository.py",
     ".venv-triton/bin/python benchmarks/triton_load.py": "tests/serving/test_load.py",
 }
@@ -98,4 +100,4 @@ def test_defaults_are_those_of_the_code() -> None:
     assert {name: float(value) for name, value in defaults.items() if in_code[name] is not None} == {
         name: value for name, value in in_code.items() if value is not None
     }
-    assert {"slots", "waiting", "canary_s", "exit_timeout_s", "queue_timeout_s"} <= set(defaults)
+    assert {"waiting", "restarts", "canary_timeout_s", "canary_s", "exit_timeout_s", "queue_timeout_s"} <= set(defaults)
