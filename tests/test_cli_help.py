@@ -86,8 +86,13 @@ def test_the_defaults_of_serving_are_those_of_the_server() -> None:
 
 def test_the_help_of_a_model_has_the_defaults_of_the_batcher(run: CommandLine) -> None:
     text = " ".join(run("triton", "init", "--help").out.split())
-    for name in ("slots", "waiting", "queue_timeout_s", "request_timeout_s"):
-        assert re.search(rf"--{name} [NX] [^-]*default: {getattr(BatchingLimits(), name):g} ", text), name
+    defaults = {
+        "slots": MOST_SLOTS,
+        **{name: getattr(BatchingLimits(), name) for name in ("waiting", "queue_timeout_s")},
+    }
+    defaults["request_timeout_s"] = BatchingLimits().request_timeout_s
+    for name, default in defaults.items():
+        assert re.search(rf"--{name} [NX] [^-]*default: {default:g} ", text), name
 
 
 @pytest.mark.parametrize("name", ["lm_eval", "lm-eval"])

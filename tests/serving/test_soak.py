@@ -1,6 +1,6 @@
 """Requests of mixed lengths for minutes: no server ends, no client waits for ever, every whole answer is the library's.
 
-make test-soak runs it, which is part of make test-deep, with 20,000 requests for each model, for at most three minutes each.
+make test-soak runs it, a part of make test-deep: 20,000 requests for each model, at most three minutes each.
 """
 
 from __future__ import annotations
