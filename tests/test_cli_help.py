@@ -12,7 +12,7 @@ import pytest
 from support.builds import CommandLine, Outcome
 
 import chunkkv
-from chunkkv.batching.batcher import BatchingLimits
+from chunkkv.batching.batcher import MOST_SLOTS, BatchingLimits
 from chunkkv.cli.main import main, make_parser
 from chunkkv.triton.server.supervisor import ServeSettings
 
