@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 from pathlib import Path
 
 import pytest
 from rich.console import Console
-from support import engines
+from support import class_engines, engines
 from support.builds import CommandLine, tree
 
 from chunkkv.engine.layer_groups import layer_groups
@@ -30,7 +31,7 @@ def cli(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.
 
 def rows(text: str) -> list[list[str]]:
     """Return the cells of the table's rows, the line of totals included."""
-    return [re.split(r" {2,}", line.strip()) for line in text.splitlines() if re.match(r" (\d+|all) ", line)]
+    return [re.split(r" {2,}", line.strip()) for line in text.splitlines() if re.match(r" (\d+(-\d+)?|all) ", line)]
 
 
 def is_close(shown: str, count: int) -> bool:
@@ -69,8 +70,8 @@ def test_kept_tokens_and_saved_bytes(
 ) -> None:
     found = rows(dry_run(cli, variant, *flags.split()))
     *each, total = found
-    assert [row[0] for row in each] == [str(layer) for layer in range(layers)] and total[0] == "all"
-    for row, count in [(row[1:], 1) for row in each] + [(total, layers)]:
+    assert [row[0] for row in each] == [f"0-{layers - 1}"] and total[0] == "all"
+    for row, count in [(row[1:], layers) for row in each] + [(total, layers)]:
         assert tuple(map(int, row[1:4])) == kept
         saved = [(length - keep) * bytes_of_a_layer * count for length, keep in zip(LENGTHS, kept, strict=True)]
         assert len(row) == 7 and all(map(is_close, row[4:], saved)), (row, saved)
@@ -79,17 +80,46 @@ def test_kept_tokens_and_saved_bytes(
 @pytest.mark.parametrize(
     ("flags", "roles"),
     [
-        ("", ["keeps all"] * 3),
-        ("--chunkkv", ["chooses"] * 3),
-        ("--chunkkv --chunkkv_layer_reuse 2 --chunkkv_leader last", ["follows 1", "chooses for 0-1", "chooses"]),
-        ("--chunkkv --chunkkv_layer_reuse 3 --chunkkv_leader last", ["follows 2", "follows 2", "chooses for 0-2"]),
-        ("--chunkkv --chunkkv_layer_reuse 3 --chunkkv_leader first", ["chooses for 0-2", "follows 0", "follows 0"]),
-        ("--chunkkv --chunkkv_layer_reuse 0,1-2 --chunkkv_leader first", ["chooses", "chooses for 1-2", "follows 1"]),
+        ("", ["keeps all"]),
+        ("--chunkkv", ["chooses"]),
+        ("--chunkkv --chunkkv_heads each", ["chooses per head"]),
+        ("--chunkkv --chunkkv_budget_split ranked", ["is ranked"]),
+        ("--chunkkv --chunkkv_layer_reuse 2 --chunkkv_leader last", ["follows 1", "leads 0-1", "chooses"]),
+        ("--chunkkv --chunkkv_layer_reuse 3 --chunkkv_leader last", ["follows 2", "leads 0-2"]),
+        ("--chunkkv --chunkkv_layer_reuse 3 --chunkkv_leader first", ["leads 0-2", "follows 0"]),
+        ("--chunkkv --chunkkv_layer_reuse 0,1-2 --chunkkv_leader first", ["chooses", "leads 1-2", "follows 1"]),
     ],
 )
 def test_groups_and_their_leaders_are_shown(flags: str, roles: list[str], cli: CommandLine) -> None:
     found = rows(dry_run(cli, "llama3", *flags.split()))
     assert [row[1] for row in found[:-1]] == roles
+
+
+def test_every_class_of_heads_has_a_row_and_the_total_is_their_sum() -> None:
+    settings = class_engines.settings_of(**class_engines.CLASSES)
+    screen = Console(file=(page := io.StringIO()), width=120)
+    print_plan(class_engines.plan_of(settings), BuildConfig(40_000, 40_000), screen)
+    shown = page.getvalue()
+    words = " ".join(shown.split())
+    assert "3 of 9 KV heads read and keep 1.8 times as much, the others 0.6 times" in words
+    *each, total = rows(shown)
+    assert [row[:2] for row in each] == [
+        ["0", "2 reading: chooses"],
+        ["0", "1 local: keeps recent"],
+        ["1", "3 local: keeps recent"],
+        ["2", "1 reading: chooses"],
+        ["2", "2 local: keeps recent"],
+    ]
+    head_bytes = 2 * 16 * 4
+    saved = [0] * 3
+    for row in each:
+        heads, word = int(row[1][0]), row[1].split()[1].rstrip(":")
+        for place, length in enumerate(LENGTHS):
+            kept = settings.class_lengths(length)[word == "local"]
+            assert int(row[2 + place]) == kept and is_close(row[5 + place], (length - kept) * heads * head_bytes)
+            saved[place] += (length - kept) * heads * head_bytes
+    assert tuple(map(int, total[1:4])) == tuple(map(settings.kept_tokens, LENGTHS))
+    assert all(map(is_close, total[4:], saved))
 
 
 def test_the_lines_above_the_table_say_what_would_be_built(cli: CommandLine) -> None:
@@ -127,10 +157,11 @@ def test_a_big_models_table_fits_eighty_columns_unbroken() -> None:
     with console.capture() as shown:
         print_plan(plan, BuildConfig.for_model(big), console)
     lines = [re.sub(r"\x1b\[\d*m", "", line) for line in shown.get().splitlines()]
-    table = [line for line in lines if re.match(r" (\d+|all) ", line)]
-    assert len(table) == 81 and max(map(len, lines)) <= 80
-    assert " ".join(table[79].split()) == "79 chooses for 10-79 1024 4096 16384 8.0 MiB 32.0 MiB 128.0 MiB"
-    assert " ".join(table[80].split()) == "all 1024 4096 16384 640.0 MiB 2.5 GiB 10.0 GiB"
+    table = [line for line in lines if re.match(r" (\d+(-\d+)?|all) ", line)]
+    assert len(table) == 5 and max(map(len, lines)) <= 80
+    assert " ".join(table[2].split()) == "10-78 follows 79 1024 4096 16384 552.0 MiB 2.2 GiB 8.6 GiB"
+    assert " ".join(table[3].split()) == "79 leads 10-79 1024 4096 16384 8.0 MiB 32.0 MiB 128.0 MiB"
+    assert " ".join(table[4].split()) == "all 1024 4096 16384 640.0 MiB 2.5 GiB 10.0 GiB"
 
 
 @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
@@ -169,4 +200,4 @@ def test_engines_for_tensorrt_are_planned_without_a_tensorrt(cli: CommandLine, m
 def test_the_table_goes_to_standard_output_and_stages_to_standard_error(cli: CommandLine) -> None:
     done = cli("--checkpoint_dir", engines.checkpoint_dir("llama3"), "--dry_run")
     assert re.fullmatch(r"checkpoint +\d+\.\d s\n", done.err)
-    assert len(rows(done.out)) == 4 and "checkpoint " not in done.out
+    assert len(rows(done.out)) == 2 and "checkpoint " not in done.out

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+from typing import NamedTuple
+
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from chunkkv.cache_layout import ALL_HEADS
+from chunkkv.limits import KEEP_SCALE
 from chunkkv.settings import ChunkKVSettings
 from chunkkv_builder.config import BuildConfig
-from chunkkv_builder.plan import GraphPlan, LayerPlan
+from chunkkv_builder.plan import GraphPlan, PartPlan
 from chunkkv_builder.progress import human_bytes
 
 LENGTHS = {"2k": 2048, "8k": 8192, "32k": 32768}
@@ -17,6 +22,8 @@ _PIPE_WIDTH = 120  # wide enough for the table where there is no terminal to ask
 
 def print_plan(plan: GraphPlan, build: BuildConfig, console: Console | None = None) -> None:
     """Print the engine's limits and, for every layer, its role and what it keeps of prompts of 2k, 8k and 32k tokens.
+
+    Neighbouring layers that are alike share their rows; a layer with heads of two classes has one row for each.
 
     Parameters
     ----------
@@ -47,33 +54,70 @@ def print_plan(plan: GraphPlan, build: BuildConfig, console: Console | None = No
         console.print(f"Prompts of {', '.join(beyond)} are above max_input_len; shown for comparison.")
 
 
+class _Row(NamedTuple):
+    """What the heads of one part of a layer do: role, kept tokens and saved bytes of a prompt of each length."""
+
+    role: str
+    kept: tuple[int, ...]
+    saved: tuple[int, ...]
+
+
 def _table(plan: GraphPlan, per_token: int) -> Table:
-    table = Table(box=box.SIMPLE, show_footer=True, collapse_padding=True, pad_edge=False)  # fits 80 columns
+    table = Table(box=box.SIMPLE, show_footer=True, padding=(0, 0, 0, 1), pad_edge=False)  # fits 80 columns
+    layers = [tuple(_row(plan, part, per_token) for part in plan.parts_of(layer.index)) for layer in plan.layers]
+    saved = [sum(amounts) for amounts in zip(*(row.saved for rows in layers for row in rows), strict=True)]
     table.add_column("layer", footer="all", no_wrap=True)
-    table.add_column("role", no_wrap=True)
-    kept = {name: _kept(plan.settings, length) for name, length in LENGTHS.items()}
-    saved = {name: (LENGTHS[name] - kept[name]) * per_token for name in LENGTHS}
-    for name in LENGTHS:
-        table.add_column(f"kept\nat {name}", justify="right", footer=str(kept[name]), no_wrap=True)
-    for name in LENGTHS:
-        table.add_column(f"KV saved\nat {name}", justify="right", footer=human_bytes(saved[name]), no_wrap=True)
-    for layer in plan.layers:
-        amounts = [human_bytes(saved[name] // len(plan.layers)) for name in LENGTHS]
-        table.add_row(str(layer.index), _role(plan, layer), *map(str, kept.values()), *amounts)
+    table.add_column("role")  # gives way on a narrow terminal
+    for name, length in LENGTHS.items():
+        kept = length if plan.settings is None else plan.settings.kept_tokens(length)
+        table.add_column(f"kept\nat {name}", justify="right", footer=str(kept), no_wrap=True)
+    for name, amount in zip(LENGTHS, saved, strict=True):
+        table.add_column(f"KV saved\nat {name}", justify="right", footer=human_bytes(amount), no_wrap=True)
+    first = 0
+    for rows, equal in groupby(layers):
+        count = len(list(equal))
+        name = str(first) if count == 1 else f"{first}-{first + count - 1}"
+        for row in rows:
+            table.add_row(name, row.role, *map(str, row.kept), *(human_bytes(count * amount) for amount in row.saved))
+        first += count
     return table
 
 
-def _kept(settings: ChunkKVSettings | None, length: int) -> int:
-    return length if settings is None else settings.kept_tokens(length)
+def _row(plan: GraphPlan, part: PartPlan, per_token: int) -> _Row:
+    kept = tuple(_kept(plan.settings, part, length) for length in LENGTHS.values())
+    head_bytes = per_token // sum(plan.layout.heads)
+    saved = (
+        (length - count) * len(part.kv_heads) * head_bytes for length, count in zip(LENGTHS.values(), kept, strict=True)
+    )
+    return _Row(_role(plan, part), kept, tuple(saved))
 
 
-def _role(plan: GraphPlan, layer: LayerPlan) -> str:
-    if plan.settings is None:
+def _kept(settings: ChunkKVSettings | None, part: PartPlan, length: int) -> int:
+    """Return the tokens that a part keeps of a prompt; where layers are ranked together, what they keep on average."""
+    if settings is None:
+        return length
+    if settings.budget_split == "ranked":
+        return settings.kept_tokens(length)
+    return settings.class_lengths(length)[part.length_class]
+
+
+def _role(plan: GraphPlan, part: PartPlan) -> str:
+    settings = plan.settings
+    if settings is None:
         return "keeps all"
-    group = plan.settings.layer_groups[layer.group]
-    if len(group) == 1:
-        return "chooses"
-    return f"chooses for {group[0]}-{group[-1]}" if layer.is_leader else f"follows {layer.leader}"
+    group = settings.layer_groups[plan.layers[part.layer].group]
+    leader = plan.parts[part.leader]
+    if not leader.scores:
+        role = "keeps recent"
+    elif settings.budget_split == "ranked":
+        role = "is ranked"
+    elif len(group) == 1:
+        role = "chooses"
+    else:
+        role = f"leads {group[0]}-{group[-1]}" if part.leads else f"follows {leader.layer}"
+    if settings.heads == "each" and leader.scores:
+        role += " per head"
+    return role if part.head_class == ALL_HEADS else f"{len(part.kv_heads)} {part.head_class}: {role}"
 
 
 def plan_console(console: Console | None = None) -> Console:
@@ -94,4 +138,18 @@ def described(settings: ChunkKVSettings | None) -> str:
     return (
         f"{amount}, chunk_size {settings.chunk_size}, boundaries {settings.boundaries}, window {settings.window}, "
         f"sinks {settings.sinks}, pooling {settings.pooling}, score {settings.score}, min_tokens {settings.min_tokens}"
+        f"{_split(settings)}"
+    )
+
+
+def _split(settings: ChunkKVSettings) -> str:
+    """Return who keeps how many tokens, where it is not the same everywhere."""
+    if settings.budget_split == "ranked":
+        return ", one ranking of all layers"
+    if settings.budget_split != "classes":
+        return ""
+    reading, heads = sum(map(len, settings.reading_heads)), settings.num_kv_heads * len(settings.reading_heads)
+    return (
+        f", {reading} of {heads} KV heads read and keep {settings.reading_share_per_10k / KEEP_SCALE:g} times as much, "
+        f"the others {settings.local_share_per_10k / KEEP_SCALE:g} times"
     )
