@@ -12,14 +12,15 @@ from hypothesis import strategies as st
 from support.messages import naming
 
 from chunkkv.errors import EngineRunError, RequestError
-from chunkkv.sampling import Sampler, SamplingParams, StopText
+from chunkkv.sampling import Sampler, SamplingParams, check_bias
+from chunkkv.stop_text import StopText
 
 LOGITS = np.array([1.0, 3.0, 2.0, -1.0, 3.0], np.float32)
 
 
 def draws(count: int, **params) -> list[int]:
     sampler = Sampler(SamplingParams(**params), np.array([], np.int64), len(LOGITS))
-    return [sampler.choose(LOGITS)[0] for _ in range(count)]
+    return [sampler.choose(LOGITS).token for _ in range(count)]
 
 
 def test_greedy_takes_the_lowest_id_of_equal_logits():
@@ -51,19 +52,52 @@ def test_seed_makes_a_prompt_repeatable():
 
 def test_repetition_penalty_counts_prompt_and_answer():
     sampler = Sampler(SamplingParams(repetition_penalty=4.0), np.array([1]), len(LOGITS))
-    assert [sampler.choose(LOGITS)[0] for _ in range(3)] == [4, 2, 0]
+    assert [sampler.choose(LOGITS).token for _ in range(3)] == [4, 2, 0]
 
 
 def test_repetition_penalty_lowers_negative_logits_too():
     logits = np.array([-1.0, -1.5], np.float32)
-    assert Sampler(SamplingParams(repetition_penalty=2.0), np.array([0]), 2).choose(logits)[0] == 1
+    assert Sampler(SamplingParams(repetition_penalty=2.0), np.array([0]), 2).choose(logits).token == 1
 
 
 def test_logprob_is_of_the_model_not_of_the_filtered_distribution():
     sampler = Sampler(SamplingParams(temperature=1.0, top_k=1, seed=0, logprobs=True), np.array([]).astype(int), 5)
-    token, logprob = sampler.choose(LOGITS)
-    expected = float(LOGITS[token]) - math.log(np.exp(LOGITS.astype(np.float64)).sum())
-    assert logprob == pytest.approx(expected, abs=1e-6)
+    choice = sampler.choose(LOGITS)
+    expected = float(LOGITS[choice.token]) - math.log(np.exp(LOGITS.astype(np.float64)).sum())
+    assert choice.logprob == pytest.approx(expected, abs=1e-6)
+
+
+def test_penalties_count_the_tokens_of_the_answer_alone():
+    logits = np.array([1.0, 3.0, 2.5, 0.0], np.float32)
+    presence = Sampler(SamplingParams(presence_penalty=1.0), np.array([1, 2]), 4)
+    assert [presence.choose(logits).token for _ in range(5)] == [1, 2, 1, 1, 1]
+    frequency = Sampler(SamplingParams(frequency_penalty=1.0), np.array([1, 2]), 4)
+    assert [frequency.choose(logits).token for _ in range(5)] == [1, 2, 1, 2, 0]
+
+
+def test_a_bias_is_added_to_the_logits_and_not_to_log_probabilities():
+    sampler = Sampler(SamplingParams(logit_bias={0: 2.5, 1: -100}, logprobs=True), np.array([], np.int64), 5)
+    choice = sampler.choose(LOGITS)
+    assert choice.token == 0
+    assert choice.logprob == pytest.approx(1.0 - math.log(np.exp(LOGITS.astype(np.float64)).sum()), abs=1e-6)
+    with pytest.raises(RequestError, match=naming("logit_bias 5 4")):
+        check_bias(SamplingParams(logit_bias={5: 1.0}), 5)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.3])
+def test_end_tokens_are_not_chosen_within_min_tokens(temperature: float) -> None:
+    params = SamplingParams(min_tokens=3, temperature=temperature, seed=0)
+    sampler = Sampler(params, np.array([], np.int64), 5, end_ids=[1, 4])
+    tokens = [sampler.choose(LOGITS * 9).token for _ in range(4)]
+    assert tokens[:3] == [2, 2, 2] and tokens[3] in (1, 4)
+
+
+def test_the_likeliest_tokens_come_with_their_log_probabilities() -> None:
+    sampler = Sampler(SamplingParams(logprobs=True, top_logprobs=3), np.array([], np.int64), 5)
+    choice = sampler.choose(LOGITS)
+    exact = LOGITS.astype(np.float64) - math.log(np.exp(LOGITS.astype(np.float64)).sum())
+    assert [token for token, _ in choice.top] == [1, 4, 2]
+    np.testing.assert_allclose([logprob for _, logprob in choice.top], exact[[1, 4, 2]], atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +127,19 @@ def test_logprob_is_of_the_model_not_of_the_filtered_distribution():
         ("stop_token_ids", "1"),
         ("ignore_eos", "no"),
         ("logprobs", 3),
+        ("min_p", 1.1),
+        ("min_p", -0.1),
+        ("presence_penalty", 101),
+        ("frequency_penalty", math.nan),
+        ("logit_bias", [1]),
+        ("logit_bias", {"1": 1.0}),
+        ("logit_bias", {-1: 1.0}),
+        ("logit_bias", {1: 101}),
+        ("logit_bias", {1: True}),
+        ("min_tokens", -1),
+        ("min_tokens", 129),
+        ("top_logprobs", 2),
+        ("top_logprobs", 101),
     ],
 )
 def test_bad_parameters_are_named(name, value):
@@ -102,7 +149,9 @@ def test_bad_parameters_are_named(name, value):
 
 def by_full_sort(scores: np.ndarray, params: SamplingParams, uniform: float) -> int:
     """Draw the plain way: rank the whole vocabulary, cut it, and look `uniform` up in the sums of the probabilities."""
-    order = np.argsort(-scores, kind="stable")[: params.top_k or None]
+    order = np.argsort(-scores, kind="stable")
+    ratios = np.exp((scores[order].astype(np.float64) - scores.max()) / params.temperature)
+    order = order[ratios >= params.min_p][: params.top_k or None]
     ranked = scores[order].astype(np.float64) / params.temperature
     weights = np.exp(ranked - ranked[0])
     weights /= weights.sum()
@@ -122,7 +171,17 @@ SHAPES = {
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
-    "filters", [{}, {"top_k": 50}, {"top_p": 0.9}, {"top_k": 20_000, "top_p": 0.5}, {"top_p": 1e-9}], ids=str
+    "filters",
+    [
+        {},
+        {"top_k": 50},
+        {"top_p": 0.9},
+        {"top_k": 20_000, "top_p": 0.5},
+        {"top_p": 1e-9},
+        {"min_p": 0.2},
+        {"min_p": 0.01, "top_k": 9, "top_p": 0.8},
+    ],
+    ids=str,
 )
 def test_tokens_of_a_seed_equal_those_of_a_full_sort(shape: str, filters: dict) -> None:
     logits = SHAPES[shape](np.random.default_rng(3)).astype(np.float32)
@@ -130,7 +189,7 @@ def test_tokens_of_a_seed_equal_those_of_a_full_sort(shape: str, filters: dict) 
     sampler = Sampler(params, np.array([], np.int64), len(logits))
     uniforms = np.random.default_rng(5)
     expected = [by_full_sort(logits, params, uniforms.random()) for _ in range(20)]
-    assert [sampler.choose(logits)[0] for _ in range(20)] == expected
+    assert [sampler.choose(logits).token for _ in range(20)] == expected
 
 
 def test_no_more_than_a_part_of_a_vocabulary_is_sorted(monkeypatch) -> None:
@@ -166,8 +225,9 @@ def test_extreme_values_are_right_and_silent(settings: dict, size: float) -> Non
     logits = np.resize(LOGITS, 5000) * np.float32(size)
     sampler = Sampler(SamplingParams(seed=0, logprobs=True, **settings), np.array([0, 3]), len(logits))
     for _ in range(5):
-        token, logprob = sampler.choose(logits)
-        assert 0 <= token < len(logits) and math.isfinite(logprob)
+        choice = sampler.choose(logits)
+        token, logprob = choice.token, choice.logprob
+        assert 0 <= token < len(logits) and logprob is not None and math.isfinite(logprob)
         if settings.get("temperature", 1.0) < 1e-30 and "repetition_penalty" not in settings:
             assert logits[token] == logits.max()
 

@@ -18,7 +18,7 @@ from support.messages import naming
 from chunkkv import ChunkKVSession, SamplingParams
 from chunkkv.errors import EngineMismatchError, EngineRunError, RequestError
 from chunkkv.executors.onnxruntime.prefill import block_sizes
-from chunkkv.sampling import Sampler
+from chunkkv.sampling import Sampler, TokenChoice
 from chunkkv_builder import build as build_engine
 
 GREEDY = SamplingParams(max_new_tokens=12, ignore_eos=True)
@@ -323,7 +323,7 @@ def test_overflow_in_the_model_is_an_error_at_the_first_token(overflowing_sessio
 def test_a_special_token_as_stop_string_ends_the_answer(session, monkeypatch, stop, ignore_eos: bool) -> None:
     planned = [session.tokenizer.encode("the", False)[0], 2, 40, 41]
     steps = iter(planned)
-    monkeypatch.setattr(Sampler, "choose", lambda self, logits: (next(steps), None))
+    monkeypatch.setattr(Sampler, "choose", lambda self, logits: TokenChoice(next(steps)))
     result = session.generate(prompt(20), SamplingParams(max_new_tokens=4, stop=stop, ignore_eos=ignore_eos))
     assert result.token_ids == tuple(planned[:2]) and result.finish_reason == "stop"
     assert result.text == session.tokenizer.decode(planned[:1])

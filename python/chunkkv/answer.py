@@ -13,7 +13,8 @@ from chunkkv.cache_layout import Slots
 from chunkkv.executors.interface import Decoder, PrefillResult
 from chunkkv.requests import Request
 from chunkkv.results import GenerationResult, RequestStatistics, StreamEvent
-from chunkkv.sampling import Sampler, SamplingParams, StopText
+from chunkkv.sampling import Sampler, SamplingParams, TokenChoice
+from chunkkv.stop_text import StopText
 from chunkkv.text.tokenizer import StreamDecoder, Tokenizer
 
 
@@ -64,12 +65,13 @@ class Answer:
     ) -> None:
         self.row, self.request = row, request
         self._sampling, self._capacity, self._model = sampling, capacity, model
-        self._sampler = Sampler(sampling, request.prompt_ids, model.vocab_size)
+        ends = () if sampling.ignore_eos else model.eos_token_ids
+        self._sampler = Sampler(sampling, request.prompt_ids, model.vocab_size, {*ends, *sampling.stop_token_ids})
         self._decoder = StreamDecoder(model.tokenizer) if model.tokenizer else None
         special_texts = model.tokenizer.special_texts if model.tokenizer and sampling.stop else None
         self._stop = StopText(sampling.stop, special_texts)
         self.tokens: list[int] = []
-        self._logprobs: list[float] = []
+        self._choices: list[TokenChoice] = []  # where log probabilities were asked for
         self._text = ""
         self.finished = False
         self._prefilled = PrefillResult(None)
@@ -95,37 +97,46 @@ class Answer:
         self._prefilled = prefilled
         if prefilled.logits is None:
             return self.cancelled()
-        token, logprob = self._choose(prefilled.logits)
+        choice = self._choose(prefilled.logits)
         self._ttft_s = time.perf_counter() - began
-        return self._append(token, logprob)
+        return self._append(choice)
 
     def accept(self, logits: np.ndarray) -> StreamEvent:
         """Choose the next token from logits [vocab] float32."""
-        return self._append(*self._choose(logits))
+        return self._append(self._choose(logits))
 
     def cancelled(self) -> StreamEvent:
         """End the answer with what there is."""
         return self._finish("", "cancelled", None)
 
-    def _choose(self, logits: np.ndarray) -> tuple[int, float | None]:
+    def _choose(self, logits: np.ndarray) -> TokenChoice:
         with profiling.range_of("sample", (self.request,)):
             return self._sampler.choose(logits)
 
-    def _append(self, token: int, logprob: float | None) -> StreamEvent:
+    def _append(self, choice: TokenChoice) -> StreamEvent:
+        token = choice.token
         self.tokens.append(token)
-        if logprob is not None:
-            self._logprobs.append(logprob)
+        if self._sampling.logprobs:
+            self._choices.append(choice)
         ended = token in self._model.eos_token_ids and not self._sampling.ignore_eos
         ended = ended or token in self._sampling.stop_token_ids
-        text = "" if ended or self._decoder is None else self._stop.push(self._decoder.push(token))
-        if not ended and self._model.tokenizer is not None and token in self._model.tokenizer.special_ids:
-            text += self._stop.push_special(token)
+        text = "" if ended else self._shown(token)
         if ended or self._stop.found:
-            return self._finish(text, "stop", token)
+            return self._finish(text, "stop", choice)
         if len(self.tokens) >= self._sampling.max_new_tokens:
-            return self._finish(text, "length", token)
+            return self._finish(text, "length", choice)
         self._text += text
-        return StreamEvent(self.row, text, (token,))
+        return StreamEvent(self.row, text, (token,), choices=tuple(self._choices[-1:]))
+
+    def _shown(self, token: int) -> str:
+        """Return the text that may be shown now; stop strings do not count within `min_tokens`."""
+        text = "" if self._decoder is None else self._decoder.push(token)
+        if len(self.tokens) < self._sampling.min_tokens:
+            return text
+        text = "" if self._decoder is None else self._stop.push(text)
+        if self._model.tokenizer is not None and token in self._model.tokenizer.special_ids:
+            text += self._stop.push_special(token)
+        return text
 
     def _held_back_text(self) -> str:
         """Return the text that was held back because it might have become a character or a stop string."""
@@ -133,7 +144,7 @@ class Answer:
             return ""
         return self._stop.push(self._decoder.finish()) + self._stop.flush()
 
-    def _finish(self, text: str, reason: str, token: int | None) -> StreamEvent:
+    def _finish(self, text: str, reason: str, last: TokenChoice | None) -> StreamEvent:
         self.finished = True
         text += self._held_back_text()
         if self._stop.found:
@@ -143,7 +154,8 @@ class Answer:
             text=self._text,
             token_ids=tuple(self.tokens),
             finish_reason=reason,
-            logprobs=tuple(self._logprobs) if self._sampling.logprobs else None,
+            logprobs=self._logprobs(),
+            top_logprobs=tuple(choice.top for choice in self._choices) if self._sampling.top_logprobs else None,
             statistics=_statistics(
                 self.request,
                 self._model.kv_bytes_per_token,
@@ -155,7 +167,15 @@ class Answer:
                 self.decode_s,
             ),
         )
-        return StreamEvent(self.row, text, () if token is None else (token,), result)
+        if last is None:
+            return StreamEvent(self.row, text, (), result)
+        choices = (last,) if self._sampling.logprobs else ()
+        return StreamEvent(self.row, text, (last.token,), result, choices)
+
+    def _logprobs(self) -> tuple[float, ...] | None:
+        if not self._sampling.logprobs:
+            return None
+        return tuple(choice.logprob for choice in self._choices if choice.logprob is not None)
 
 
 def cancelled_in_queue(request: Request, sampling: SamplingParams, kv_bytes_per_token: int) -> StreamEvent:

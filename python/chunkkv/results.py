@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from chunkkv.sampling import TokenChoice
 from chunkkv.settings import ChunkKVSettings
 
 
@@ -74,6 +75,8 @@ class GenerationResult:
         Natural logarithm of each token's probability; None unless SamplingParams asked for it.
     statistics : RequestStatistics
         Counts and times.
+    top_logprobs : tuple of tuple of (int, float) or None, default None
+        For each token the likeliest ones at its place with their log probabilities; None unless SamplingParams asked.
     """
 
     text: str
@@ -81,6 +84,7 @@ class GenerationResult:
     finish_reason: str
     logprobs: tuple[float, ...] | None
     statistics: RequestStatistics
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -101,12 +105,15 @@ class StreamEvent:
         New tokens.
     finished : GenerationResult or None, default None
         The whole answer, in the last event of a row.
+    choices : tuple of TokenChoice, default ()
+        The new tokens with their log probabilities, where SamplingParams asked for them.
     """
 
     row: int
     text: str
     token_ids: tuple[int, ...]
     finished: GenerationResult | None = None
+    choices: tuple[TokenChoice, ...] = ()
 
 
 @dataclass(frozen=True)

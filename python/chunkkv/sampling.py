@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, Literal
 
@@ -15,7 +15,9 @@ from chunkkv.errors import EngineRunError, RequestError
 _WHOLE = "a whole number"
 _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 _MIN_PENALTY, _MAX_PENALTY = 1e-3, 1e3
-_FIRST_MARK, _MAX_MARKS = 0xD800, 0x800  # the surrogates
+_MAX_BIAS = 100
+_BIAS_RANGE = f"a number from -{_MAX_BIAS} to {_MAX_BIAS}"
+MAX_TOP = 100  # top_logprobs
 _INTERVALS = 2048  # enough that one of them holds few tokens of a large vocabulary, whatever the distribution
 _NEGLIGIBLE = 50.0  # exp(-50) of a vocabulary's size does not change a sum of float64 that holds exp(0)
 _SMALLEST_DIVISOR = 1e-300
@@ -35,9 +37,21 @@ class SamplingParams:
         Draw from this many likeliest tokens; 0 is off.
     top_p : float, default 1.0
         Draw from the smallest set of likeliest tokens that holds this probability, in (0, 1]; 1 is off.
+    min_p : float, default 0.0
+        Draw only from tokens whose probability is at least this share of the likeliest one's, in [0, 1]; 0 is off. It
+        comes before top_k and top_p.
     repetition_penalty : float, default 1.0
         Divides the positive logits of tokens that prompt or answer hold already, and multiplies negative ones
         (Keskar et al., arXiv 1909.05858), from 0.001 to 1000; 1 is off.
+    presence_penalty : float, default 0.0
+        Is taken from the logits of all tokens that the answer holds already, from -100 to 100; 0 is off.
+    frequency_penalty : float, default 0.0
+        The same, once for every time that the token stands in the answer.
+    logit_bias : mapping of int to float, default {}
+        Is added to the logits of these token ids, each from -100 to 100.
+    min_tokens : int, default 0
+        The answer does not end before it has this many tokens: its end tokens cannot be chosen, and stop strings do not
+        count. At most max_new_tokens.
     seed : int or None, default None
         Starts each prompt's own generator, so a prompt gives the same tokens alone and in a batch. None draws a fresh
         seed.
@@ -49,18 +63,26 @@ class SamplingParams:
         Do not end at an end token, unless it is in `stop` or `stop_token_ids`.
     logprobs : bool, default False
         Return the natural logarithm of each chosen token's probability under the model, before temperature and filters.
+    top_logprobs : int, default 0
+        Return that of this many likeliest tokens, too, at each place; needs `logprobs`.
     """
 
     max_new_tokens: int = 128
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    min_tokens: int = 0
     seed: int | None = None
     stop: str | Sequence[str] = ()  # a tuple once it is checked
     stop_token_ids: Sequence[int] = ()  # a tuple once it is checked
     ignore_eos: bool = False
     logprobs: bool = False
+    top_logprobs: int = 0
 
     def __post_init__(self) -> None:
         for name in ("ignore_eos", "logprobs"):
@@ -73,6 +95,17 @@ class SamplingParams:
         self._check("temperature", Real, lambda v: 0 <= v < math.inf, "a number of at least 0 (0 = greedy)")
         self._check("top_k", Integral, lambda v: v >= 0, f"{_WHOLE} of at least 0 (0 = off)")
         self._check("top_p", Real, lambda v: 0 < v <= 1, "a number in (0, 1] (1 = off)")
+        self._check("min_p", Real, lambda v: 0 <= v <= 1, "a number in [0, 1] (0 = off)")
+        for name in ("presence_penalty", "frequency_penalty"):
+            self._check(
+                name, Real, lambda v: abs(v) <= _MAX_BIAS, f"a number from -{_MAX_BIAS} to {_MAX_BIAS} (0 = off)"
+            )
+        most = self.max_new_tokens
+        self._check("min_tokens", Integral, lambda v: 0 <= v <= most, f"{_WHOLE} from 0 to max_new_tokens, {most}")
+        self._check("top_logprobs", Integral, lambda v: 0 <= v <= MAX_TOP, f"{_WHOLE} from 0 to {MAX_TOP}")
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError(f"top_logprobs is {self.top_logprobs} without logprobs; give logprobs=True as well")
+        object.__setattr__(self, "logit_bias", _logit_bias(self.logit_bias))
         penalty_rule = f"a number from {_MIN_PENALTY:g} to {_MAX_PENALTY:g} (1 = off)"
         self._check("repetition_penalty", Real, lambda v: _MIN_PENALTY <= v <= _MAX_PENALTY, penalty_rule)
         if self.seed is not None:
@@ -103,30 +136,84 @@ def _stop_strings(stop: object) -> tuple[str, ...]:
     return tuple(stop)
 
 
+@dataclass(frozen=True)
+class TokenChoice:
+    """A token that was chosen.
+
+    Parameters
+    ----------
+    token : int
+        Its id.
+    logprob : float or None, default None
+        Natural logarithm of its probability under the model; None where nobody asked.
+    top : tuple of (int, float), default ()
+        Ids of the likeliest tokens at this place with their log probabilities, the likeliest first.
+    """
+
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
 class Sampler:
     """Chooses the tokens of one prompt; holds its random generator and the tokens seen so far.
 
-    `seen` lists the prompt's token ids, which the repetition penalty counts in.
+    Parameters
+    ----------
+    params : SamplingParams
+        How tokens are chosen.
+    seen : numpy.ndarray
+        The prompt's token ids, which the repetition penalty counts in.
+    vocab_size : int
+        Length of the logits.
+    end_ids : iterable of int, default ()
+        Tokens that would end the answer, which are not chosen within `min_tokens`.
     """
 
-    def __init__(self, params: SamplingParams, seen: np.ndarray, vocab_size: int) -> None:
+    def __init__(self, params: SamplingParams, seen: np.ndarray, vocab_size: int, end_ids: Iterable[int] = ()) -> None:
         self._params = params
         self._random = np.random.default_rng(params.seed)
         self._seen = np.zeros(vocab_size, dtype=bool)
         self._seen[seen] = True
+        self._counts: dict[int, int] = {}  # of the answer's tokens
+        self._chosen = 0
+        self._biased = np.fromiter(params.logit_bias, np.int64)
+        self._bias = np.fromiter(params.logit_bias.values(), np.float32)
+        self._ends = np.array(sorted(token for token in end_ids if token < vocab_size), np.int64)
         self._memory: _Memory | None = None  # made when it is needed: greedy answers need none
 
-    def choose(self, logits: np.ndarray) -> tuple[int, float | None]:
-        """Return the next token id for logits [vocab] float32, and its log probability where asked for.
+    def choose(self, logits: np.ndarray) -> TokenChoice:
+        """Return the next token for logits [vocab] float32, with its log probability where asked for.
 
         Raises EngineRunError where a logit is infinite or NaN: no token would mean anything.
         """
         check_finite(logits)
         params = self._params
-        scores = logits if params.repetition_penalty == 1.0 else self._penalised(logits)
+        scores = self._adjusted(logits)
         token = int(scores.argmax()) if params.temperature == 0 else self._sample(scores)
         self._seen[token] = True
-        return token, (log_softmax_at(logits, token) if params.logprobs else None)
+        self._counts[token] = self._counts.get(token, 0) + 1
+        self._chosen += 1
+        if not params.logprobs:
+            return TokenChoice(token)
+        return TokenChoice(token, log_softmax_at(logits, token), _top(logits, params.top_logprobs))
+
+    def _adjusted(self, logits: np.ndarray) -> np.ndarray:
+        """Return the logits with bias and penalties, and without end tokens where the answer must go on."""
+        params, scores = self._params, logits
+        if params.repetition_penalty != 1.0:
+            scores = self._penalised(scores)
+        if len(self._biased) or ((params.presence_penalty or params.frequency_penalty) and self._counts):
+            scores = scores.copy()
+            tokens = np.fromiter(self._counts, np.int64)
+            counts = np.fromiter(self._counts.values(), np.float64)
+            scores[tokens] -= (params.presence_penalty + params.frequency_penalty * counts).astype(np.float32)
+            scores[self._biased] += self._bias
+            np.clip(scores, -_LARGEST_FLOAT32, _LARGEST_FLOAT32, out=scores)
+        if self._chosen < params.min_tokens and len(self._ends):
+            scores = scores.copy()
+            scores[self._ends] = -np.inf
+        return scores
 
     def _penalised(self, logits: np.ndarray) -> np.ndarray:
         penalty = float(np.float32(self._params.repetition_penalty))
@@ -138,15 +225,22 @@ class Sampler:
         return scores
 
     def _sample(self, scores: np.ndarray) -> int:
-        """Draw from softmax(scores / temperature) cut to the top_k, then to the smallest set that holds top_p."""
-        params, count = self._params, len(scores)
+        """Draw from softmax(scores / temperature), cut by min_p, top_k, then to the smallest set with top_p."""
+        params = self._params
         tokens = None
-        if 0 < params.top_k < count:
-            lowest = np.partition(scores, count - params.top_k)[count - params.top_k]
-            tokens = np.flatnonzero(scores >= lowest)  # with ties more than top_k
-            tokens = np.sort(tokens[np.argsort(-scores[tokens], kind="stable")[: params.top_k]])
+        if params.min_p > 0:
+            # A float64 takes what temperature * log(min_p) adds up to; a float32 could overflow.
+            lowest = float(scores.max()) + params.temperature * math.log(params.min_p)
+            tokens = np.flatnonzero(scores >= lowest)
             scores = scores[tokens]
-        self._memory = self._memory or _Memory(len(scores))
+        if 0 < params.top_k < len(scores):
+            count = len(scores)
+            lowest = np.partition(scores, count - params.top_k)[count - params.top_k]
+            likely = np.flatnonzero(scores >= lowest)  # with ties more than top_k
+            likely = np.sort(likely[np.argsort(-scores[likely], kind="stable")[: params.top_k]])
+            tokens, scores = likely if tokens is None else tokens[likely], scores[likely]
+        if self._memory is None or self._memory.size < len(scores):
+            self._memory = _Memory(len(scores))
         ranking = _Ranking(scores, params.temperature, self._memory)
         mass = ranking.mass
         if params.top_p < 1.0:
@@ -155,6 +249,43 @@ class Sampler:
         drawn = min(self._random.random() * mass, float(np.nextafter(mass, 0.0)))
         token = ranking.first_reaching(drawn, strictly=True)[0]
         return token if tokens is None else int(tokens[token])
+
+
+def _logit_bias(bias: object) -> dict[int, float]:
+    if not isinstance(bias, Mapping):
+        raise RequestError(f"logit_bias is {bias!r}; give a mapping of token ids to numbers")
+    checked = {}
+    for token, value in bias.items():
+        if isinstance(token, bool) or not isinstance(token, Integral) or token < 0:
+            raise RequestError(f"logit_bias has token id {token!r}; give {_WHOLE}s of at least 0")
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+        if not is_number or not abs(value) <= _MAX_BIAS:
+            raise RequestError(
+                f"logit_bias is {value!r} for token {token}; give a number from -{_MAX_BIAS} to {_MAX_BIAS}"
+            )
+        checked[int(token)] = float(value)
+    return checked
+
+
+def check_bias(params: SamplingParams, vocab_size: int) -> None:
+    """Raise RequestError for a logit_bias on a token that the model does not have."""
+    beyond = next((token for token in params.logit_bias if token >= vocab_size), None)
+    if beyond is not None:
+        raise RequestError(f"logit_bias has token id {beyond}; allowed is 0 to {vocab_size - 1}")
+
+
+def _top(logits: np.ndarray, count: int) -> tuple[tuple[int, float], ...]:
+    """Return the likeliest tokens with their log probabilities in float64, equals by their id."""
+    count = min(count, len(logits))
+    if count == 0:
+        return ()
+    values = logits.astype(np.float64)
+    lowest = np.partition(values, len(values) - count)[len(values) - count]
+    tokens = np.flatnonzero(values >= lowest)
+    tokens = tokens[np.argsort(-values[tokens], kind="stable")[:count]]
+    top = values.max()
+    total = top + np.log(np.exp(values - top).sum())
+    return tuple((int(token), float(values[token] - total)) for token in tokens)
 
 
 def _stop_token_ids(ids: object) -> tuple[int, ...]:
@@ -170,6 +301,7 @@ class _Memory:
     """Arrays as long as the vocabulary, kept from token to token: fresh memory costs more than what is computed."""
 
     def __init__(self, vocab_size: int) -> None:
+        self.size = vocab_size
         self.weights = np.empty(vocab_size, np.float64)
         self.places = np.empty(vocab_size, np.float32)
         self.intervals = np.empty(vocab_size, np.intp)
@@ -243,60 +375,3 @@ def log_softmax_at(logits: np.ndarray, token: int) -> float:
     values = logits.astype(np.float64)
     top = values.max()
     return float(values[token] - top - np.log(np.exp(values - top).sum()))
-
-
-class StopText:
-    """Cuts a stream of text before the first stop string; holds back what may yet become one.
-
-    Parameters
-    ----------
-    stop : sequence of str
-        The strings.
-    special_texts : mapping of str to int, optional
-        Text and id of the special tokens. They have no text in the stream, so they are told by push_special.
-    """
-
-    def __init__(self, stop: Sequence[str], special_texts: Mapping[str, int] | None = None) -> None:
-        # A special token stands in stop strings and in the stream as one lone surrogate, which no text can hold.
-        self._marks: dict[int, str] = {}
-        marked = list(stop)
-        used = sorted((text for text in special_texts or () if any(text in string for string in stop)), key=len)
-        for text in reversed(used):  # the longest first, because one may be part of another
-            if special_texts is not None and len(self._marks) < _MAX_MARKS:
-                mark = self._marks.setdefault(special_texts[text], chr(_FIRST_MARK + len(self._marks)))
-                marked = [string.replace(text, mark) for string in marked]
-        self._stop = [*stop, *(string for string in marked if string not in stop)]
-        self._held_back = ""
-        self.found = False
-
-    def push_special(self, token: int) -> str:
-        """Take a special token and return the text that may be shown now."""
-        return self.push(self._marks.get(token, ""))
-
-    def push(self, text: str) -> str:
-        """Take new text and return what may be shown now."""
-        if self.found:
-            return ""
-        pending = self._held_back + text
-        starts = [start for start in (pending.find(stop) for stop in self._stop) if start >= 0]
-        if starts:
-            self.found = True
-            self._held_back = ""
-            return _without_marks(pending[: min(starts)])
-        shown = len(pending) - max((_overlap(pending, stop) for stop in self._stop), default=0)
-        self._held_back = pending[shown:]
-        return _without_marks(pending[:shown])
-
-    def flush(self) -> str:
-        """Return what is still held back; called at the end of the answer."""
-        text, self._held_back = self._held_back, ""
-        return _without_marks(text)
-
-
-def _without_marks(text: str) -> str:
-    return "".join(letter for letter in text if not _FIRST_MARK <= ord(letter) < _FIRST_MARK + _MAX_MARKS)
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest end of `text` that begins `stop`."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -21,7 +21,7 @@ from chunkkv.generation import ContextListener, Generation
 from chunkkv.inspection import check_inspects, inspect_prompt
 from chunkkv.requests import CallProgress, Limits, Prompt, Request, as_batch, make_requests
 from chunkkv.results import GenerationResult, Inspection, StreamEvent
-from chunkkv.sampling import SamplingParams
+from chunkkv.sampling import SamplingParams, check_bias
 from chunkkv.settings import ChunkKVSettings
 from chunkkv.text.tokenizer import Tokenizer
 
@@ -245,6 +245,7 @@ class ChunkKVSession:
         """Return the checked requests of `prompts`; raises as generate does, before any work."""
         if sampling.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer; this engine was built without one")
+        check_bias(sampling, self.limits.vocab_size)
         if context is not None:
             if keep_ratio is not None or budget_tokens is not None:
                 raise RequestError("a question behind a context is kept whole: give the budget to compress()")

@@ -26,12 +26,13 @@ GROUND = {
     "results",
     "sampling",
     "settings",
+    "stop_text",
 }
 # From the roof to the ground: a room imports from the floors below its own. On the ground floor, which holds single
 # modules, they may import each other. The package itself only names what users import.
 FLOORS = (
     {"cli"},
-    {"evaluation", "profile", "triton"},
+    {"evaluation", "profile", "serve", "triton"},
     {"batching", "conversation"},
     {"chunkkv"},
     {"session"},

@@ -21,7 +21,7 @@ from chunkkv.batching.limits import BatchingLimits, Load
 from chunkkv.batching.listener import Listener, QueueListener
 from chunkkv.batching.schedule import PIECE_TOKENS, Turns, admissible, count_overtaken
 from chunkkv.batching.seats import Batch, Needs, Pool
-from chunkkv.contexts import Context
+from chunkkv.contexts import Context, check_continues
 from chunkkv.errors import ChunkKVError, ConfigError, EngineRunError, OverloadedError, RequestError
 from chunkkv.requests import Prompt
 from chunkkv.results import StreamEvent
@@ -89,6 +89,7 @@ class ContinuousBatcher:
         budget_tokens: int | None = None,
         add_special_tokens: bool = True,
         context: Context | None = None,
+        on_context: Callable[[Context], None] | None = None,
     ) -> None:
         """Queue one prompt; its tokens are those that session.generate gives for the same seed.
 
@@ -105,9 +106,14 @@ class ContinuousBatcher:
             Who waits for the answer.
         keep_ratio, budget_tokens, add_special_tokens, context : optional
             As for ChunkKVSession.generate.
+        on_context : callable or None, default None
+            Called on the batcher's thread before the last event of an answer that was not cancelled, with a Context
+            that holds the prompt and the answer, without its last token, which no step has read.
         """
+        if on_context is not None:
+            check_continues(self.session)
         (request,) = self.session.requests([prompt], sampling, keep_ratio, budget_tokens, add_special_tokens, context)
-        job = AnswerJob(request, sampling, listener, self.limits)
+        job = AnswerJob(request, sampling, listener, self.limits, on_context)
         if not self._pool.could_hold(job.needs):
             raise RequestError(
                 f"a prompt of {request.prompt_tokens} tokens of which {request.kept_tokens} stay, with "
@@ -305,6 +311,7 @@ class ContinuousBatcher:
             return
         job.new_tokens += len(event.token_ids)
         if event.finished is not None:
+            self._tell(job, lambda: job.tell_context(self.session))
             self._release(job)
         if event.finished is not None and event.finished.finish_reason == "cancelled" and (late := job.timeout()):
             self._tell(job, lambda: job.listener.on_error(late))

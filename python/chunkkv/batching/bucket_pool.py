@@ -72,6 +72,10 @@ class CacheBucket:
             self._decoders[rows] = self._executor.decoder(self.cache.rows(0, rows))
         return self._decoders[rows]
 
+    def row_cache(self, row: int) -> KVCache:
+        """Return a row as a cache of its own that shares the memory."""
+        return self.cache.rows(row, 1)
+
     def compact(self) -> Sequence[tuple[int, int]]:
         """Return no moves: rows stay where they are."""
         return []

@@ -71,6 +71,10 @@ class ElasticBatch:
             self._decoder = rows, self._executor.decoder(self.cache.rows(0, rows))
         return self._decoder[1]
 
+    def row_cache(self, row: int) -> KVCache:
+        """Return a row as a cache of its own that shares the memory."""
+        return self.cache.rows(row, 1)
+
     def compact(self) -> Sequence[tuple[int, int]]:
         """Return the last row and the first free one where a step computes as many idle rows as taken ones."""
         last = max(self._taken)

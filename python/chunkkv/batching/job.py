@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from itertools import count
+
+import numpy as np
 
 from chunkkv import profiling
 from chunkkv.answer import Answer
 from chunkkv.batching.limits import BatchingLimits
 from chunkkv.batching.listener import Listener
 from chunkkv.batching.seats import Needs, Seat
+from chunkkv.contexts import Context, context_of_row
 from chunkkv.errors import RequestTimeoutError
 from chunkkv.executors.interface import PrefillRun
 from chunkkv.requests import Request
@@ -34,10 +38,20 @@ class AnswerJob:
         Who waits for the answer.
     limits : BatchingLimits
         Bounds the time it may take.
+    on_context : callable or None, default None
+        Is told what the row holds at the end.
     """
 
-    def __init__(self, request: Request, sampling: SamplingParams, listener: Listener, limits: BatchingLimits) -> None:
+    def __init__(
+        self,
+        request: Request,
+        sampling: SamplingParams,
+        listener: Listener,
+        limits: BatchingLimits,
+        on_context: Callable[[Context], None] | None = None,
+    ) -> None:
         self.request, self.sampling, self.listener, self._limits = request, sampling, listener, limits
+        self._on_context = on_context
         self.number = _next_number()
         self.needs = Needs.of(request, sampling.max_new_tokens)
         self.submitted = time.perf_counter()
@@ -108,6 +122,15 @@ class AnswerJob:
         self.seat.settle(results[0].kept_lengths or self.request.class_lengths)
         self.answer = session.start_answer(self.seat.row, self.request, self.sampling, self.seat.capacity)
         return self.answer.begin(results[0], self.submitted)
+
+    def tell_context(self, session: ChunkKVSession) -> None:
+        """Tell who asked what the row holds; the answer has ended and its seat is still taken."""
+        if self._on_context is None or self.seat is None or not self.open_answer.tokens:
+            return
+        answer = self.open_answer
+        ids = np.concatenate([self.request.prompt_ids, np.array(answer.tokens[:-1], np.int64)])
+        row = self.seat.batch.row_cache(self.seat.row)
+        self._on_context(context_of_row(session, row, ids, answer.next_slots))
 
     def move_to(self, row: int) -> None:
         """Take another row of the batch, to which the cache was moved."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from chunkkv.cache_layout import Slots
-from chunkkv.executors.interface import Decoder, PrefillRun
+from chunkkv.executors.interface import Decoder, KVCache, PrefillRun
 from chunkkv.requests import Request
 
 
@@ -38,6 +38,9 @@ class Needs:
 
 class Batch(Protocol):
     """Rows of one cache, which decode together."""
+
+    def row_cache(self, row: int) -> KVCache:
+        """Return a row as a cache of its own that shares the memory."""
 
     def decoder(self) -> Decoder:
         """Return a decoder over the rows that are taken."""
