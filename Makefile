@@ -15,7 +15,7 @@ MODEL  := examples/needle/model
 ALONE  := -o addopts="-ra --strict-markers"
 
 .PHONY: demo install plugins wheel test test-deep test-slow test-triton test-soak test-peers test-tensorrt
-.PHONY: test-tensorrt-api bench results docs gpu-check lint clean
+.PHONY: test-tensorrt-api bench results results-real docs gpu-check lint clean
 # Two targets may fill the same environment, and the tests use both cores by themselves: make -j changes nothing.
 .NOTPARALLEL:
 
@@ -87,6 +87,11 @@ bench: $(PEERS)/.installed
 
 results: $(VENV)/.installed-demo
 	$(BIN)/python -m benchmarks.results
+
+# The same on SmolLM2-135M-Instruct with real text, beside kvpress's methods: hours, and it goes on where it stopped.
+results-real: $(PEERS)/.installed
+	PYTHONPATH=tests $(PEERS)/bin/python -c "from support.smollm2 import smollm2; smollm2()"
+	$(PEERS)/bin/python -m benchmarks.real --output docs/benchmarks/results-real.json
 
 # docs/api.md from the docstrings; a test fails where it is out of date.
 docs: $(VENV)/.installed-test

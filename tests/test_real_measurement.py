@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,10 +10,13 @@ import numpy as np
 import pytest
 from support import engines
 
+from benchmarks.real import tables
+from benchmarks.real.__main__ import compact
 from benchmarks.real.choices import Attention, Rule
 from benchmarks.real.contexts import Asked, Context
 from benchmarks.real.full_cache import Engine, FullCache
 from benchmarks.real.measure import AFTER, FOLLOWS, IN, Wanted, measure_context, measured, wanted
+from benchmarks.real.page import render
 from benchmarks.real.policies import (
     FULL,
     KEEPS,
@@ -26,6 +30,7 @@ from benchmarks.real.policies import (
     random_chunks,
     streaming,
 )
+from benchmarks.real.tables import Outcomes
 from chunkkv import reference
 from chunkkv.settings import ChunkKVSettings
 
@@ -175,3 +180,73 @@ def test_all_policies_are_measured_in_both_places():
     for name in OWN:
         assert {one.keep for one in everything if (one.mode, one.task, one.policy) == (IN, "code", name)} == {*KEEPS}
     assert set(RULES) < set(OWN)
+
+
+def values() -> dict:
+    """Three contexts in which policy A is right everywhere, B in half of the tokens, and C was measured once."""
+    outcomes = {}
+    for mode, tasks in ((IN, ("code", "keeper", "copy")), (AFTER, ("code", "keeper", "copy")), (FOLLOWS, (FOLLOWS,))):
+        for task in tasks:
+            outcomes[f"{mode}|{task}|{FULL}|10000"] = [[200, "1111", -0.4]] * 3
+            outcomes[f"{mode}|{task}|ChunkKV|2000"] = [[64, "1111", -0.8]] * 3
+            outcomes[f"{mode}|{task}|B|2000"] = [[64, "1100", -1.2], [64, "1010", -1.2], [64, "0011", -1.2]]
+            outcomes[f"{mode}|{task}|C|2000"] = [None, [64, "0000", -4.0], None]
+    contexts = [
+        {"context": f"200-{n}", "kind": "novel", "length": 200, "tokens": 199, "seconds": 1.0} for n in range(3)
+    ]
+    return {"contexts": contexts, "outcomes": outcomes}
+
+
+def test_tables_say_what_was_measured():
+    outcomes = Outcomes(values())
+    lines = tables.methods(outcomes, IN).splitlines()
+    assert lines[0] == "| question in the prompt | keep 20 % |"
+    assert lines[2:5] == [
+        f"| {FULL} | 100 (100) / 100 (100) / 100 (100) |",
+        "| ChunkKV | 100 (100) / 100 (100) / 100 (100) |",
+        "| B | 50 (0) / 50 (0) / 50 (0) |",
+    ]
+    against = tables.differences(outcomes, AFTER, "ChunkKV").splitlines()
+    assert f"| {FULL} | +0.0 (+0.0 to +0.0) |" in against
+    assert "| B | **−50.0 (−50.0 to −50.0)** |" in against and "| C |  |" in against
+    assert "| B | +22.1 % |" in tables.perplexities(outcomes)  # exp(0.2)
+    assert tables.kept_note(outcomes) == "3 contexts: 3 of about 200 tokens"
+
+
+def test_an_interval_of_a_bootstrap_holds_the_mean_and_narrows_with_contexts():
+    random = np.random.default_rng(0)
+    few, many = (tables.bootstrap(random.normal(1, 1, count)) for count in (10, 1_000))
+    for mean, low, high in (few, many):
+        assert low < mean < high
+    assert many[2] - many[1] < 0.2 < few[2] - few[1]
+
+
+def test_the_page_fills_its_template_and_the_json_goes_round(tmp_path: Path):
+    page = render(values())
+    assert "{{" not in page and "| B | 50 (0) / 50 (0) / 50 (0) |" in page
+    heads = {one["context"]: one for one in values()["contexts"]}
+    contexts = {
+        name: {**head, "outcomes": {key: row[n] for key, row in values()["outcomes"].items() if row[n] is not None}}
+        for n, (name, head) in enumerate(heads.items())
+    }
+    assert json.loads(compact(contexts)) == values()
+
+
+@pytest.mark.deep
+def test_a_slice_on_the_real_model_has_its_known_order(tmp_path: Path):
+    """One context of 1,000 tokens: chunks hold the code at 10 %, and recency alone does not."""
+    from support.smollm2 import smollm2
+
+    from benchmarks.real.__main__ import engine as real_engine
+    from benchmarks.real.contexts import make_context
+    from benchmarks.real.measure import Measurement
+
+    run = Measurement(real_engine(tmp_path / "engine", smollm2()))
+    one = make_context(run.engine.tokenizer, 1_000, 0)
+    names = ("ChunkKV", STREAMING)
+    everything = [Wanted(IN, "code", FULL, 10_000), *(Wanted(IN, "code", name, 1_000) for name in names)]
+    measure_context(run, one, everything, tmp_path / "outcomes.jsonl", lambda count: None)
+    found = measured(tmp_path / "outcomes.jsonl")[one.name]["outcomes"]
+    assert found[everything[0].key][1] == "11111" == found["in|code|ChunkKV|1000"][1]
+    assert found[f"in|code|{STREAMING}|1000"][1].count("1") < 3
+    assert found["in|code|ChunkKV|1000"][0] == found[f"in|code|{STREAMING}|1000"][0]

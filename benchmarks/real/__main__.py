@@ -2,6 +2,7 @@
 
 python -m benchmarks.real                           # everything; hours on one core; a run that was cut off goes on
 python -m benchmarks.real --lengths 1000 --contexts 1 --keep_out peers    # a small slice, without torch
+python -m benchmarks.real --page docs/results-real.md                     # the page from the JSON there is
 
 It shows how far it is. With torch, transformers and kvpress (the extra "peers") their methods are measured as well.
 """
@@ -73,7 +74,13 @@ def main() -> None:
     parser.add_argument("--recipe", type=Path, help="measure the head classes of this recipe, too")
     parser.add_argument("--keep_out", default="", help='"peers" leaves out what needs torch')
     parser.add_argument("--output", type=Path, help="also write the JSON of all outcomes here")
+    parser.add_argument("--page", type=Path, help="write the page to this file, from the JSON of --output alone")
     arguments = parser.parse_args()
+    if arguments.page:
+        from benchmarks.real.page import render_file
+
+        write_whole(arguments.page, render_file(arguments.output or JSON_FILE))
+        return
     peers, names = None, tuple[str, ...]()
     if arguments.keep_out != "peers":
         from benchmarks.real.peers import PEERS, Peers

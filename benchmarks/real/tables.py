@@ -1,0 +1,158 @@
+"""Tables of the measurement on the real model, computed from the outcomes of every single question."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from benchmarks.real.measure import AFTER, FOLLOWS, IN
+from benchmarks.real.policies import FULL
+
+TASKS = ("code", "keeper", "copy")
+RESAMPLES = 4_000
+_MODES = {IN: "question in the prompt", AFTER: "asked afterwards"}
+Interval = tuple[float, float, float]  # mean, and the ends of its 95 % interval
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one policy made of one question: kept tokens per head, share of right tokens, all right, mean log p."""
+
+    kept: int
+    right: float
+    exact: bool
+    log_probability: float
+
+
+class Outcomes:
+    """The outcomes in results-real.json, by context."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self.contexts: list[dict[str, Any]] = values["contexts"]
+        self._rows: dict[tuple[str, str, str, int], list[Outcome | None]] = {}
+        for key, entries in values["outcomes"].items():
+            mode, task, policy, keep = key.split("|")
+            self._rows[mode, task, policy, int(keep)] = [_outcome(entry) for entry in entries]
+
+    def policies(self, mode: str) -> list[str]:
+        """Return the policies that were measured in a mode, the full cache first."""
+        names = dict.fromkeys(policy for at, _, policy, _ in self._rows if at == mode)
+        return sorted(names, key=lambda name: name != FULL)
+
+    def keeps(self) -> list[int]:
+        """Return the shares kept, per 10,000, falling; without the full cache's."""
+        return sorted({keep for *_, keep in self._rows if keep < 10_000}, reverse=True)
+
+    def of(self, mode: str, task: str, policy: str, keep: int) -> list[Outcome | None]:
+        """Return the outcomes per context; those of the full cache at every share."""
+        return self._rows.get((mode, task, policy, 10_000 if policy == FULL else keep), [None] * len(self.contexts))
+
+    def mean(self, mode: str, task: str, policy: str, keep: int, value: Callable[[Outcome], float]) -> float | None:
+        """Return the mean of a value over the contexts; None where nothing was measured."""
+        values = [value(one) for one in self.of(mode, task, policy, keep) if one is not None]
+        return float(np.mean(values)) if values else None
+
+    def difference(
+        self, mode: str, policy: str, other: str, keep: int, value: Callable[[Outcome], float], tasks: Sequence[str]
+    ) -> tuple[Interval, int] | None:
+        """Return `policy` minus `other` on the same contexts, averaged over tasks, and the number of contexts.
+
+        The interval is a bootstrap over contexts. None where fewer than two contexts have both.
+        """
+        pairs = [
+            list(zip(self.of(mode, task, policy, keep), self.of(mode, task, other, keep), strict=True))
+            for task in tasks
+        ]
+        differences: list[float] = []
+        for context in zip(*pairs, strict=True):
+            known = [value(first) - value(second) for first, second in context if first and second]
+            if len(known) == len(tasks):
+                differences.append(float(np.mean(known)))
+        if len(differences) < 2:
+            return None
+        return bootstrap(differences), len(differences)
+
+
+def _outcome(entry: list[Any] | None) -> Outcome | None:
+    if entry is None:
+        return None
+    kept, right, log_probability = entry
+    return Outcome(kept, right.count("1") / len(right), "0" not in right, log_probability / len(right))
+
+
+def bootstrap(values: Sequence[float], seed: int = 0) -> Interval:
+    """Return the mean of values, one per context, and the ends of its 95 % bootstrap interval."""
+    array = np.asarray(values, np.float64)
+    draws = np.random.default_rng(seed).integers(len(array), size=(RESAMPLES, len(array)))
+    low, high = np.percentile(array[draws].mean(axis=1), [2.5, 97.5])
+    return float(array.mean()), float(low), float(high)
+
+
+def right_tokens(outcome: Outcome) -> float:
+    """Return the share of right answer tokens in points."""
+    return 100 * outcome.right
+
+
+def methods(outcomes: Outcomes, mode: str) -> str:
+    """Return right tokens (exact answers) in % by task and share kept."""
+    keeps = outcomes.keeps()
+    lines = [f"| {_MODES[mode]} | {' | '.join(f'keep {keep / 100:g} %' for keep in keeps)} |"]
+    lines.append("| --- |" + " ---: |" * len(keeps))
+    for policy in outcomes.policies(mode):
+        cells = []
+        for keep in keeps:
+            parts = [_cell(outcomes, mode, task, policy, keep) for task in TASKS]
+            cells.append(" / ".join(parts) if all(parts) else "")
+        lines.append(f"| {policy} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(outcomes: Outcomes, mode: str, task: str, policy: str, keep: int) -> str:
+    right = outcomes.mean(mode, task, policy, keep, right_tokens)
+    exact = outcomes.mean(mode, task, policy, keep, lambda one: 100.0 * one.exact)
+    return "" if right is None or exact is None else f"{right:.0f} ({exact:.0f})"
+
+
+def differences(outcomes: Outcomes, mode: str, other: str) -> str:
+    """Return every policy minus `other` in points of right tokens; bold where the interval leaves out zero."""
+    keeps = outcomes.keeps()
+    lines = [f"| {_MODES[mode]}, against {other} | {' | '.join(f'keep {keep / 100:g} %' for keep in keeps)} |"]
+    lines.append("| --- |" + " ---: |" * len(keeps))
+    for policy in outcomes.policies(mode):
+        if policy != other:
+            cells = [outcomes.difference(mode, policy, other, keep, right_tokens, TASKS) for keep in keeps]
+            lines.append(f"| {policy} | {' | '.join(interval(cell[0]) if cell else '' for cell in cells)} |")
+    return "\n".join(lines)
+
+
+def perplexities(outcomes: Outcomes) -> str:
+    """Return how much the perplexity of the text that follows grows over the full cache's, in %."""
+    keeps = outcomes.keeps()
+    lines = [f"| text that follows | {' | '.join(f'keep {keep / 100:g} %' for keep in keeps)} |"]
+    lines.append("| --- |" + " ---: |" * len(keeps))
+    for policy in outcomes.policies(FOLLOWS)[1:]:
+        cells = []
+        for keep in keeps:
+            found = outcomes.difference(FOLLOWS, FULL, policy, keep, lambda one: one.log_probability, (FOLLOWS,))
+            cells.append("" if found is None else f"{100 * np.expm1(found[0][0]):+.1f} %".replace("-", "−"))
+        lines.append(f"| {policy} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def interval(values: Interval) -> str:
+    """Return a mean with its interval; bold where the interval leaves out zero."""
+    mean, low, high = values
+    text = f"{mean:+.1f} ({low:+.1f} to {high:+.1f})".replace("-", "−")
+    return f"**{text}**" if low > 0 or high < 0 else text
+
+
+def kept_note(outcomes: Outcomes) -> str:
+    """Return how many contexts of which length were measured."""
+    counts: dict[int, int] = {}
+    for context in outcomes.contexts:
+        counts[context["length"]] = counts.get(context["length"], 0) + 1
+    listed = [f"{count} of about {length:,} tokens" for length, count in sorted(counts.items())]
+    return f"{len(outcomes.contexts)} contexts: {', '.join(listed)}"
