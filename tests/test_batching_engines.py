@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import test_head_classes as head_classes
 import test_tensorrt_executor as tensorrt
 import test_tensorrt_llm_executor as tensorrt_llm
 from support import engines
@@ -72,3 +73,16 @@ def test_caches_are_dropped_only_when_idle() -> None:
     small[1].leave()
     assert pool.fits(large) and pool.take(large).capacity == (256,)
     assert not pool.fits(Needs((60,), (61,)))
+
+
+@pytest.mark.parametrize("name", ["recent local heads", "no reading heads", "no local heads", "ranked"])
+def test_rows_whose_heads_hold_different_numbers_of_tokens(name: str) -> None:
+    """Each length class of a row has its own slots in the shared cache, also while rows move."""
+    session = head_classes.session(head_classes.settings_for(name))
+    sampling = [SamplingParams(max_new_tokens=cap, ignore_eos=True) for cap in (30, 3, 4, 5, 6, 25)]
+    prompts = [head_classes.tokens(length, length) for length in (90, 40, 61, 15, 77, 83)]
+    expected = [session.generate(ids, params).token_ids for ids, params in zip(prompts, sampling, strict=True)]
+    with ContinuousBatcher(session, BatchingLimits(slots=6)) as batcher:
+        streams = [batcher.stream(ids, params) for ids, params in zip(prompts, sampling, strict=True)]
+        found = [list(stream)[-1].finished.token_ids for stream in streams]
+        assert found == expected and batcher.load().kv_bytes_allocated == 0

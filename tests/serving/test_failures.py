@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 from tritonclient.utils import InferenceServerException
 
+from chunkkv.triton.models.serving import LOCK_TIMEOUT_S
+
 from .conftest import make_repository
-from .server import CHUNKKV, GrpcStream, Server, gone, sse, tensor, text_request, wait_for
+from .server import CHUNKKV, GrpcStream, Server, free_ports, gone, sse, tensor, text_request, wait_for
 
 LONG = {"text_input": "the access code", "max_tokens": 30_000, "ignore_eos": True}
 LOST = (OSError, http.client.HTTPException)  # what a client of a broken connection sees
@@ -132,6 +134,45 @@ def test_a_killed_supervisor_leaves_nothing(servers) -> None:
     wait_for(lambda: gone(pids), 15)
 
 
+def test_the_next_start_removes_what_a_killed_supervisor_left(servers) -> None:
+    """A request is open when everything is killed at once, so that nobody can clean up."""
+    server = servers()
+    response = server.open_stream(LONG)
+    next(sse(response))
+    prefix, server_pid = server.shm_prefix, server.server_pid
+    server.stop(signal.SIGKILL)
+    os.killpg(server_pid, signal.SIGKILL)
+    assert list(Path("/dev/shm").glob(f"{prefix}*")), "there is something to remove"
+    other = servers()
+    assert list(Path("/dev/shm").glob(f"{prefix}*")) == []
+    assert other.generate({"text_input": "a", "max_tokens": 2})[0] == 200
+
+
+def test_a_reader_of_the_log_that_stalls_stops_nothing(servers, engine_dir, tmp_path) -> None:
+    """Standard error is a pipe that nobody reads; it holds 64 kB, and 400 requests log more than that."""
+    repository = make_repository(engine_dir, tmp_path / "repository")
+    http_port, grpc_port, metrics_port = free_ports(3)
+    ports = ["--http_port", str(http_port), "--grpc_port", str(grpc_port), "--metrics_port", str(metrics_port)]
+    command = [*CHUNKKV, "triton", "serve", "--model_repository", str(repository), *ports, "--exit_timeout_s", "2"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        server = Server.__new__(Server)
+        server.http = http_port
+
+        def answers() -> bool:
+            try:
+                return server.generate({"text_input": "a", "max_tokens": 1}, timeout=10)[0] == 200
+            except LOST:
+                return False
+
+        try:
+            wait_for(answers, 60)
+            assert all(answers() for _ in range(400))
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+
+
 def test_a_server_killed_without_a_supervisor_takes_its_models_along(servers) -> None:
     """The model's own watch on its parent: the supervisor is stopped, so only the model can notice."""
     server = servers()
@@ -140,7 +181,7 @@ def test_a_server_killed_without_a_supervisor_takes_its_models_along(servers) ->
     models = server.model_processes()
     os.kill(server.process.pid, signal.SIGSTOP)
     os.kill(server.server_pid, signal.SIGKILL)
-    wait_for(lambda: gone(models), 20)
+    wait_for(lambda: gone(models), LOCK_TIMEOUT_S + 15)
     os.kill(server.process.pid, signal.SIGCONT)
     server.wait_ready(2)
 

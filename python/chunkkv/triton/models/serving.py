@@ -24,7 +24,7 @@ from chunkkv.triton.models.inputs import ParsedRequest
 from chunkkv.triton.models.metrics import Metrics
 from chunkkv.triton.server.health import canary_id
 
-LOCK_TIMEOUT_S = 60  # without the interpreter lock for so long, a model process ends itself
+LOCK_TIMEOUT_S = 30  # without the interpreter lock for so long, a model process ends itself
 _BYTES_PER_TOKEN = 32  # default bound of a prompt's bytes; no tokenizer needs so many for one token of prose
 _LEAST_PROMPT_BYTES = 1 << 16
 STANDARD_ERROR = 2  # the file number
