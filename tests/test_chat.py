@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -123,6 +124,27 @@ def test_each_turn_prefills_what_is_new(session) -> None:
         assert len(conversation.context) == statistics.prompt_tokens + statistics.new_tokens - 1
     conversation.reset()
     assert conversation.turns == [] and conversation.context is held
+
+
+def test_a_template_that_rewrites_answers_goes_on_from_the_document(session, monkeypatch: pytest.MonkeyPatch) -> None:
+    shouting = (
+        "{% for m in messages %}[{{ m.role }}] {{ m.content | upper if m.role == 'assistant' else m.content }}\n"
+        "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    monkeypatch.setattr(session.tokenizer, "_template", None)
+    monkeypatch.setattr(session.tokenizer, "_template_text", (shouting, "chat_template.jinja"))
+    questions = ["What colour is the door?", "And the key?", "Where?"]
+    expected = plain_answers(session, questions, DOCUMENT)
+    assert any(answer != answer.upper() for answer in expected[:2])
+    conversation = Conversation(session, DOCUMENT, keep_ratio=1.0)
+    conversation.compress_document()
+    document = conversation.context
+    assert document is not None
+    for question, answer in zip(questions, expected, strict=True):
+        assert answered(conversation, question) == answer
+        assert conversation.last is not None
+        assert conversation.last.statistics.context_tokens == len(document)
+    monkeypatch.undo()
 
 
 def test_a_long_turn_is_compressed_where_a_ratio_was_given(session) -> None:
@@ -286,7 +308,8 @@ class Terminal:
         """Read until what was not matched before has `pattern`; return it up to there."""
         end = time.monotonic() + 60
         while not (match := re.search(pattern, self.shown)):
-            assert time.monotonic() < end, self.shown
+            ready, _, _ = select.select([self._here], [], [], max(end - time.monotonic(), 0))
+            assert ready, f"nothing more comes behind {self.shown!r}"
             try:
                 piece = os.read(self._here, 65_536)
             except OSError:  # how Linux says that the other side has closed
@@ -308,8 +331,9 @@ class Terminal:
 
 
 def test_a_terminal_conversation_survives_errors_and_ctrl_c(document: Path) -> None:
-    terminal = Terminal("--threads", 1, "--ignore_eos", "--max_new_tokens", "900", "--prompt_file", document)
-    terminal.wait_for(r"document: \d+ tokens, \d+ kept")
+    """Without bars and notes, which would stand between the question and the first word of the answer."""
+    flags = ("--threads", 1, "--ignore_eos", "--max_new_tokens", 900, "--log_level", "error")
+    terminal = Terminal(*flags, "--prompt_file", document)
     terminal.wait_for(r"> ")
     terminal.type("/nothing\n")
     terminal.wait_for(r"error: /nothing is no command")
@@ -317,13 +341,12 @@ def test_a_terminal_conversation_survives_errors_and_ctrl_c(document: Path) -> N
     terminal.type("half a question\x03")
     terminal.wait_for(r"> $")
     terminal.type("What colour is the door?\n")
-    terminal.wait_for(r"door\?\r\n[^>]")
+    terminal.wait_for(r"door\?\r\n.")
     terminal.type("\x03")
-    terminal.wait_for(r"\[stopped\]")
-    terminal.wait_for(r"> ")
+    terminal.wait_for(r"> $")
     terminal.type("/stats\n")
     new = re.search(r"; (\d+) new;", terminal.wait_for(r"held for the next question"))
-    assert new is not None and int(new.group(1)) < 900
+    assert new is not None and 0 < int(new.group(1)) < 900
     terminal.wait_for(r"> ")
     terminal.type("\x04")
     assert terminal.close() == 0

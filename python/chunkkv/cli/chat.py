@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from chunkkv.cli.options import (
@@ -95,7 +96,8 @@ class Chat:
         self._conversation, self._sampling = conversation, sampling
         self._on_terminal, self._quiet = on_terminal, quiet
         if on_terminal:
-            import readline  # noqa: F401 - lets input() edit lines, with those before at the arrow keys
+            with suppress(ImportError):  # Windows has none
+                import readline  # noqa: F401 - lets input() edit lines, with those before at the arrow keys
 
     def greet(self) -> None:
         """Compress the document, and say how the conversation goes."""
