@@ -7,11 +7,14 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 from support import engines
+from support.class_engines import CLASSES, KV_HEADS, LAYERS, READING, settings_of
+from support.class_engines import session as class_session
 from support.messages import naming
 
 from chunkkv.cli.main import main
@@ -92,6 +95,46 @@ def test_the_command_writes_the_page(session: ChunkKVSession, tmp_path: Path, ca
     assert not (tmp_path / "pipe").is_file()
 
 
+HEADS = {
+    "uniform": {},
+    "each head": {"heads": "each"},
+    "classes": CLASSES,
+    "classes, each head": {**CLASSES, "heads": "each"},
+    "classes, local by chunks": {**CLASSES, "local_policy": "chunks"},
+    "ranked": {"budget_split": "ranked"},
+}
+
+
+@cache
+def inspected(name: str, keep_ratio: float = 0.4) -> Inspection:
+    """Return what an engine of these settings keeps of a prompt of 60 tokens."""
+    return class_session(settings_of(**HEADS[name])).inspect([int(i) for i in range(3, 63)], keep_ratio)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_every_head_of_every_layer_is_told_once(name: str) -> None:
+    """The entries together are the choice of every head, each with as many tokens as its class keeps."""
+    found = inspected(name)
+    lengths = None if name == "ranked" else found.settings.class_lengths(60, 4_000)
+    seen = []
+    for group in found.groups:
+        (layer,) = group.layers
+        seen += [(layer, head) for head in group.kv_heads]
+        if lengths is not None:
+            assert len(group.kept_indices) == lengths[-1 if group.head_class == "local" else 0]
+        if group.head_class != "all":
+            is_reading = [head in READING[layer] for head in group.kv_heads]
+            assert set(is_reading) == {group.head_class == "reading"}
+        recent = group.head_class == "local" and found.settings.local_policy == "recent"
+        assert (len(group.chunk_starts) == 0) == recent
+        if recent:
+            assert group.kept_indices.tolist() == [0, 1, *range(60 - len(group.kept_indices) + 2, 60)]
+    assert sorted(seen) == [(layer, head) for layer in range(LAYERS) for head in range(KV_HEADS)]
+    shares = found.keeping_shares()
+    assert shares.shape == (60,) and shares[0] == shares[-1] == 1 and shares.min() < 1
+    assert shares.sum() == pytest.approx(found.kept_tokens, abs=1)
+
+
 def test_an_engine_without_chunkkv_has_nothing_to_show() -> None:
     with pytest.raises(EngineMismatchError, match=naming("without ChunkKV")):
         engines.session("llama3", chunkkv=False).inspect([5, 6, 7])
@@ -155,10 +198,50 @@ def test_every_group_highlights_what_the_engine_kept(browser, session: ChunkKVSe
     assert f"{found.kept_tokens} of {len(found.tokens)}" in browser.find_element("tag name", "h1").text
 
 
+def heats(browser) -> list[float]:
+    return browser.execute_script("return spans.map(s => parseFloat(s.style.getPropertyValue('--heat')) / 60)")
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("name", HEADS)
+def test_it_opens_on_all_layers(browser, name: str, tmp_path: Path) -> None:
+    found = inspected(name)
+    show(browser, found, tmp_path)
+    lines = browser.find_elements("css selector", ".line")
+    assert lines[0].get_attribute("aria-current") == "true" and "all layers" in lines[0].text
+    shares = found.keeping_shares()
+    assert heats(browser) == pytest.approx(shares.tolist(), abs=2e-3)
+    assert highlighted(browser) == np.flatnonzero(shares).tolist()
+    browser.find_elements("css selector", "#text .token")[1].click()
+    heads = 1 if name in ("uniform", "ranked") else KV_HEADS
+    assert f"kept by {LAYERS * heads} of {LAYERS * heads} " in browser.find_element("id", "facts").text
+    rows = browser.find_elements("css selector", ".group")
+    assert len(rows) == len(found.groups)
+    for row, group in zip(rows, found.groups, strict=True):
+        row.find_element("tag name", "button").click()
+        assert highlighted(browser) == group.kept_indices.tolist()
+        assert f"{len(group.kept_indices)} tokens" in row.find_element("tag name", "output").text
+    classes = [line.text for line in lines if line.text.startswith(("reading heads", "local heads"))]
+    assert len(classes) == (2 if "classes" in name else 0)
+
+
+@pytest.mark.browser
+def test_one_slider_moves_all_layers(browser, session: ChunkKVSession, tmp_path: Path) -> None:
+    show(browser, session.inspect(PROMPT), tmp_path)
+    slider = browser.find_element("css selector", ".several input")
+    browser.execute_script("arguments[0].value = 40; arguments[0].dispatchEvent(new Event('input'))", slider)
+    expected = session.inspect(PROMPT, budget_tokens=40)
+    assert heats(browser) == pytest.approx(expected.keeping_shares().tolist(), abs=2e-3)
+    for row, group in zip(browser.find_elements("css selector", ".group"), expected.groups, strict=True):
+        assert row.find_element("tag name", "input").get_attribute("value") == "40"
+        row.find_element("tag name", "button").click()
+        assert highlighted(browser) == group.kept_indices.tolist()
+
+
 @pytest.mark.browser
 def test_sliders_choose_as_the_engine_would(browser, session: ChunkKVSession, tmp_path: Path) -> None:
     show(browser, session.inspect(PROMPT), tmp_path)
-    sliders = browser.find_elements("css selector", "input[type=range]")
+    sliders = browser.find_elements("css selector", ".group input[type=range]")
     for budget in (10, 11, 19, 40, 57):
         expected = session.inspect(PROMPT, budget_tokens=budget)
         for slider, group in zip(sliders, expected.groups, strict=True):
@@ -177,6 +260,7 @@ def test_hovering_shows_the_scores(browser, session: ChunkKVSession, tmp_path: P
 
     found = session.inspect(PROMPT)
     show(browser, found, tmp_path)
+    browser.find_element("css selector", ".group button").click()
     group = found.groups[0]
     position = int(group.chunk_starts[1]) + 1
     spans = browser.find_elements("css selector", "#text .token")
@@ -200,7 +284,7 @@ def test_it_is_legible_on_a_phone(browser, session: ChunkKVSession, tmp_path: Pa
     )
     assert (width, scroll) == (PHONE[0], PHONE[0]), "nothing is wider than the screen"
     assert size >= 16
-    for element in browser.find_elements("css selector", ".group button, .group input, .group output, h1"):
+    for element in browser.find_elements("css selector", ".line button, .line input, .line output, h1"):
         box = element.rect
         assert box["x"] >= 0 and box["x"] + box["width"] <= PHONE[0] and box["height"] >= 16
     browser.find_elements("css selector", "#text .token")[8].click()
@@ -226,4 +310,6 @@ def test_a_prompt_that_is_kept_whole_says_so(browser, session: ChunkKVSession, t
     show(browser, found, tmp_path, PHONE)
     assert len(highlighted(browser)) == len(found.tokens)
     browser.find_elements("css selector", "#text .token")[3].click()
+    assert "kept by 3 of 3 layers" in browser.find_element("id", "facts").text
+    browser.find_element("css selector", ".group button").click()
     assert "nothing was scored" in browser.find_element("id", "facts").text

@@ -75,8 +75,9 @@ def _choices(
                 yield made(every, nothing, starts, kv_heads=part.kv_heads)
                 continue
             kept, scores = choice.kept_indices[number], choice.token_scores.get(number)
+            chunks = starts if scores is not None else np.zeros(0, np.int64)
             if kept.ndim == 1:
-                yield made(kept, nothing if scores is None else scores, starts, kv_heads=part.kv_heads)
+                yield made(kept, nothing if scores is None else scores, chunks, kv_heads=part.kv_heads)
                 continue
             for place, head in enumerate(part.kv_heads):
-                yield made(kept[place], nothing if scores is None else scores[place], starts, kv_heads=(head,))
+                yield made(kept[place], nothing if scores is None else scores[place], chunks, kv_heads=(head,))

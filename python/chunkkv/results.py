@@ -131,7 +131,7 @@ class GroupChoice:
     token_scores : numpy.ndarray
         Score of every token [L] float32; zeros for heads that keep recent tokens.
     chunk_starts : numpy.ndarray
-        Position of each chunk's first token, ascending.
+        Position of each chunk's first token, ascending; empty where nothing was scored.
     head_class : {"all", "reading", "local"}, default "all"
         The class of these heads.
     kv_heads : tuple of int, default ()
@@ -158,11 +158,11 @@ class Inspection:
     token_ids : tuple of int
         The prompt's token ids.
     kept_tokens : int
-        How many of them stay.
+        How many of them stay; the mean over all heads where the budget is split.
     settings : ChunkKVSettings
         What the engine was built with.
     groups : tuple of GroupChoice
-        The choice of every layer-reuse group.
+        The choice of every layer-reuse group; one entry for each class of heads and for each head that has its own.
     """
 
     tokens: tuple[str, ...]
@@ -170,3 +170,17 @@ class Inspection:
     kept_tokens: int
     settings: ChunkKVSettings
     groups: tuple[GroupChoice, ...]
+
+    def keeping_shares(self) -> np.ndarray:
+        """Return for every token the share of the KV heads of all layers that keep it.
+
+        Returns
+        -------
+        numpy.ndarray
+            Shares [L] float64 in [0, 1].
+        """
+        weights = [len(group.layers) * max(len(group.kv_heads), 1) for group in self.groups]
+        shares = np.zeros(len(self.token_ids))
+        for group, weight in zip(self.groups, weights, strict=True):
+            shares[group.kept_indices] += weight
+        return shares / sum(weights)

@@ -1,4 +1,4 @@
-"""One self-contained HTML page that shows what every layer-reuse group keeps of a prompt, and why."""
+"""One self-contained HTML page that shows what all layers keep of a prompt, and each group, class and head, and why."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from chunkkv.results import GroupChoice, Inspection
 
 PAGE = "inspect_page.html"
 _DATA = "__DATA__"
+_LISTS = ("layer_groups", "leaders", "reading_heads")  # long, and told by the groups
 
 
 def write_page(inspection: Inspection, path: str | os.PathLike[str]) -> None:
@@ -28,7 +29,7 @@ def render_page(inspection: Inspection) -> str:
         "tokens": list(inspection.tokens),
         "ids": list(inspection.token_ids),
         "kept_tokens": inspection.kept_tokens,
-        "settings": {name: value for name, value in settings.items() if name != "layer_groups"},
+        "settings": {name: value for name, value in settings.items() if name not in _LISTS},
         "groups": [_group(group) for group in inspection.groups],
     }
     data = json.dumps(values, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
@@ -42,6 +43,8 @@ def _group(group: GroupChoice) -> dict[str, object]:
     return {
         "layers": list(group.layers),
         "leader": group.leader,
+        "head_class": group.head_class,
+        "kv_heads": list(group.kv_heads),
         "kept": [int(position) for position in group.kept_indices],
         "chunk_starts": [int(position) for position in group.chunk_starts],
         "scores": base64.b64encode(scores.tobytes()).decode("ascii"),
