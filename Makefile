@@ -10,7 +10,6 @@ TENSORRT_BINDINGS := $(addprefix build/tensorrt-bindings/,10.15.1.29 10.16.1.11 
 # Lean runtimes: real plugin registries of the standard TensorRT.
 TENSORRT_LEAN := $(addprefix build/tensorrt-lean/,10.16.1.11 11.4.0.106)
 BIN    := $(VENV)/bin
-MODEL  := examples/needle/model
 # For tests in an environment of their own: what pyproject.toml leaves out of a plain pytest run is named on the line.
 ALONE  := -o addopts="-ra --strict-markers"
 
@@ -19,8 +18,9 @@ ALONE  := -o addopts="-ra --strict-markers"
 # Two targets may fill the same environment, and the tests use both cores by themselves: make -j changes nothing.
 .NOTPARALLEL:
 
+# A real model, fetched once (93 MB), or MODEL=path: your own GGUF file or Hugging Face directory.
 demo: $(VENV)/.installed-demo
-	$(BIN)/python examples/demo.py
+	$(BIN)/python -m examples.demo $(if $(MODEL),--model "$(MODEL)")
 
 # libchunkkv and the TensorRT plugins for every supported GPU, or for ARCHITECTURES=89-real alone; with a CUDA compiler
 # from pip where the machine has none.

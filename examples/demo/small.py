@@ -1,4 +1,4 @@
-"""The whole path in one command: build engines for the shipped model, ask it a question, see what ChunkKV saves.
+"""The shipped model of 1 M parameters answers a question about a made-up document: what the demo shows offline.
 
 Prints a table (answer, prompt and kept tokens, KV bytes, time to first token, time per token) for the full cache and
 for keep 50, 20 and 10 %, and writes a picture and an HTML page of what was kept.
@@ -6,11 +6,8 @@ for keep 50, 20 and 10 %, and writes a picture and an HTML page of what was kept
 
 from __future__ import annotations
 
-import argparse
 import json
-import subprocess
-import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
@@ -22,7 +19,7 @@ from chunkkv.evaluation.report.inspect_page import write_page
 from chunkkv.files import write_whole
 from chunkkv.results import GenerationResult, Inspection
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "examples" / "needle" / "model"
 PROMPT = ROOT / "examples" / "needle" / "prompts" / "demo.json"
 KEEP_RATIOS = (0.5, 0.2, 0.1)
@@ -36,13 +33,6 @@ CHOICE = {
 REPEATS = 3  # the best of three, because a laptop does other things too
 
 
-def build(output: Path, *flags: str) -> None:
-    """Build an engine of the shipped model with the project's own command line."""
-    command = [sys.executable, str(ROOT / "builder" / "build_engine.py"), "--checkpoint_dir", str(MODEL)]
-    command += ["--output_dir", str(output), "--overwrite", "--log_level", "warning", *flags]
-    subprocess.run(command, check=True)
-
-
 def ask(session: ChunkKVSession, prompt: str, keep_ratio: float | None = None) -> GenerationResult:
     """Answer the prompt; of several runs, report the one with the fastest decode."""
     sampling = SamplingParams(max_new_tokens=24)
@@ -50,7 +40,7 @@ def ask(session: ChunkKVSession, prompt: str, keep_ratio: float | None = None) -
     return min(runs, key=lambda run: run.statistics.tpot_s or 0.0)
 
 
-def show(console: Console, rows: list[tuple[str, GenerationResult]], expected: str) -> None:
+def print_table(console: Console, rows: list[tuple[str, GenerationResult]], expected: str) -> None:
     """Print each answer, whether it is right, and what it cost."""
     table = Table(title="One question, one long document, one thread", title_justify="left")
     for column in ("cache", "answer", "prompt tokens", "kept tokens", "KV cache", "first token", "per token"):
@@ -68,11 +58,6 @@ def show(console: Console, rows: list[tuple[str, GenerationResult]], expected: s
             f"{(costs.tpot_s or 0) * 1e3:.2f} ms",
         )
     console.print(table)
-
-
-def relative(path: Path) -> str:
-    """Return a path relative to the working directory where it lies below that."""
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def draw(
@@ -105,34 +90,24 @@ def draw(
     write_whole(path, png(figure, dpi=130))
 
 
-def main() -> None:
-    """Build, ask, print, draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=ROOT / "engines", help="for engines, picture and page")
-    folder = parser.parse_args().output_dir
-    console = Console()
-    started = time.perf_counter()
+def show(console: Console, folder: Path, build: Callable[..., None]) -> None:
+    """Build, ask, print, draw; `build` is called with checkpoint, output and flags."""
     full_engine, chunk_engine = folder / "needle-full", folder / "needle-chunkkv"
     console.print("Building two engines of the shipped model: without and with ChunkKV …")
-    build(full_engine)
-    build(chunk_engine, "--chunkkv", *(part for name, value in CHOICE.items() for part in (f"--{name}", value)))
+    build(MODEL, full_engine)
+    build(MODEL, chunk_engine, "--chunkkv", *(f"--{name}={value}" for name, value in CHOICE.items()))
     prompt = json.loads(PROMPT.read_text(encoding="utf-8"))
     console.print(f"Question: {prompt['question']}\nRight answer: {prompt['expected']}\n")
     # One thread: enough for a model this small, and its times do not jump when the machine is busy.
     full, chunked = (ChunkKVSession.from_dir(engine, threads=1) for engine in (full_engine, chunk_engine))
     rows = [("full", ask(full, prompt["text"]))]
     rows += [(f"keep {ratio:.0%}", ask(chunked, prompt["text"], ratio)) for ratio in KEEP_RATIOS]
-    show(console, rows, prompt["expected"])
+    print_table(console, rows, prompt["expected"])
     choice = chunked.inspect(prompt["text"], keep_ratio=0.2)
-    picture, page = folder / "demo.png", folder / "demo.html"
+    picture, page = folder / "needle.png", folder / "needle.html"
     draw(picture, rows, choice, tuple(prompt["answer_span"]))
     write_page(choice, page)
-    console.print(f"\nPicture: {relative(picture)}\nWhat was kept, token by token: {relative(page)}", soft_wrap=True)
-    console.print(f"Took {time.perf_counter() - started:.0f} s.")
+    console.print(f"\nPicture: {picture}\nWhat was kept, token by token: {page}", soft_wrap=True)
     at_20 = dict(rows)["keep 20%"]
     if at_20.text.strip() != prompt["expected"]:
         raise SystemExit("the answer was not found at keep 20 %")
-
-
-if __name__ == "__main__":
-    main()
