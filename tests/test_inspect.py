@@ -120,6 +120,7 @@ def test_every_head_of_every_layer_is_told_once(name: str) -> None:
     for group in found.groups:
         (layer,) = group.layers
         seen += [(layer, head) for head in group.kv_heads]
+        assert group.kept_indices[0] == 0 and (np.diff(group.kept_indices) > 0).all()
         if lengths is not None:
             assert len(group.kept_indices) == lengths[-1 if group.head_class == "local" else 0]
         if group.head_class != "all":

@@ -21,7 +21,7 @@ from chunkkv.files import write_whole
 from chunkkv.results import Inspection
 from examples.demo import reading
 
-ANSWER_CHARACTERS = 90
+ANSWER_CHARACTERS = 100
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def show_half(console: Console, half: reading.Half) -> None:
     console.print()
     console.print(table)
     for number, question in enumerate(half.questions):
-        console.print(f"{number + 1}. {escape(question.text)}", style="bold")
+        console.print(f"{number + 1}. {escape(question.text)}", style="bold", soft_wrap=True)
         for outcome in half.outcomes:
             mark = "[green]✓[/]" if outcome.is_right[number] else "[red]✗[/]"
             console.print(f"   {outcome.name:<19} {mark} {escape(shortened(outcome.answers[number]))}", soft_wrap=True)

@@ -74,7 +74,8 @@ def _choices(
                 every = np.arange(length, dtype=np.int32)
                 yield made(every, nothing, starts, kv_heads=part.kv_heads)
                 continue
-            kept, scores = choice.kept_indices[number], choice.token_scores.get(number)
+            scores = choice.token_scores.get(number)
+            kept = choice.kept_indices[number][..., : choice.kept_lengths[part.length_class]]  # padding stands behind
             chunks = starts if scores is not None else np.zeros(0, np.int64)
             if kept.ndim == 1:
                 yield made(kept, nothing if scores is None else scores, chunks, kv_heads=part.kv_heads)
