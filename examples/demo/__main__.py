@@ -27,8 +27,6 @@ from chunkkv.errors import ChunkKVError  # noqa: E402
 from examples.demo import fetch, reading, report, small  # noqa: E402
 
 TEXT = Path(__file__).parent / "whaling.json"
-# What measured best on the real model (docs/results.md).
-CHOICE = ("--chunkkv_boundaries=delimiter", "--chunkkv_chunk_size=20", "--chunkkv_window=16", "--chunkkv_leader=first")
 WEIGHTS = {"float32": (), "int8": ("--use_weight_only",), "int4": ("--use_weight_only", "--weight_only_precision=int4")}
 
 
@@ -108,7 +106,7 @@ def read(console: Console, model: Path, weights: str | None, folder: Path, asked
     with stage(console, f"Building an engine of {model.name} without ChunkKV"):
         build(model, full_engine, *WEIGHTS[weights])
     with stage(console, "Building an engine with ChunkKV"):
-        build(model, chunk_engine, "--chunkkv", *CHOICE, *WEIGHTS[weights])
+        build(model, chunk_engine, "--chunkkv", *WEIGHTS[weights])
     full, chunked = (ChunkKVSession.from_dir(engine) for engine in (full_engine, chunk_engine))
     console.print(f"Text: {asked.about}.", soft_wrap=True)
     halves = [reading.ask_in_prompt(full, chunked, asked, lambda text: stage(console, text))]
