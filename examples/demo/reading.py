@@ -22,7 +22,7 @@ from chunkkv.text.tokenizer import Tokenizer, encode_chat_prompt
 KEEP_RATIOS = (0.2, 0.1)
 NEW_TOKENS = 32
 FULL, OURS = "full cache", "ChunkKV"
-PEERS = {"snapkv": "SnapKV-style", "streaming_llm": "StreamingLLM"}  # policies of chunkkv eval, and what they are called
+PEERS = {"snapkv": "SnapKV-style", "streaming_llm": "StreamingLLM"}  # policies of chunkkv eval, and their names here
 
 Stage = Callable[[str], AbstractContextManager[None]]  # announces a stage and says how long it took
 
