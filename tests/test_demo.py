@@ -147,14 +147,15 @@ def test_every_method_keeps_the_same_and_is_shown_with_every_answer(shown: tuple
 
 
 def test_the_answers_are_those_of_the_engine(shown: tuple[Path, str]) -> None:
-    chunked = demo.ChunkKVSession.from_dir(shown[0] / "demo-chunkkv")
+    """The full engine is given the ids that the policies see; a window of the user's question needs messages."""
+    full, chunked = (demo.ChunkKVSession.from_dir(shown[0] / name) for name in ("demo-full", "demo-chunkkv"))
     asked = tiny_reading()
     prompt = asked.prompt(asked.questions[1])
     greedy = SamplingParams(max_new_tokens=reading.NEW_TOKENS, temperature=0.0)
-    ids = reading.token_ids(chunked, prompt)
-    for keep in (None, 0.1):
-        expected = chunked.generate([int(token) for token in ids], greedy, keep_ratio=keep)
-        assert reading.answer(chunked, prompt, keep).token_ids == expected.token_ids
+    ids = [int(token) for token in reading.token_ids(full, prompt)]
+    assert reading.answer(full, prompt).token_ids == full.generate(ids, greedy).token_ids
+    expected = chunked.generate([{"role": "user", "content": prompt}], greedy, keep_ratio=0.1)
+    assert reading.answer(chunked, prompt, 0.1).token_ids == expected.token_ids
 
 
 def test_the_pages_hold_everything_and_load_nothing(shown: tuple[Path, str]) -> None:

@@ -17,7 +17,7 @@ from chunkkv.evaluation.runner import PromptRunner
 from chunkkv.evaluation.texts import questions as judged
 from chunkkv.results import GenerationResult, Inspection
 from chunkkv.settings import keep_ratio_to_per_10k
-from chunkkv.text.tokenizer import Tokenizer, encode_chat_prompt
+from chunkkv.text.tokenizer import Tokenizer
 
 KEEP_RATIOS = (0.2, 0.1)
 NEW_TOKENS = 32
@@ -182,7 +182,8 @@ def token_ids(session: ChunkKVSession, prompt: str) -> np.ndarray:
     """Return the token ids [L] int64 of a message of the user, as the session makes them."""
     tokenizer = tokenizer_of(session)
     has_template = tokenizer.chat_template is not None
-    ids = encode_chat_prompt(tokenizer, prompt) if has_template else tokenizer.encode_prompt(prompt)
+    messages = [{"role": "user", "content": prompt}]
+    ids = tokenizer.encode_chat(messages) if has_template else tokenizer.encode_prompt(prompt)
     return np.array(ids, np.int64)
 
 
