@@ -100,7 +100,7 @@ class Peers:
         cache = DynamicCache()
         for layer, (key, value) in enumerate(zip(full.keys, full.values, strict=True)):
             cache.update(torch.from_numpy(key)[None], torch.from_numpy(value)[None], layer)
-            self._modules[layer].kept_by_head = torch.from_numpy(kept[layer])
+            self._modules[layer].kept_by_head = torch.tensor(kept[layer])
         block = torch.tensor([[*fed, *answer[:-1]]])
         positions = torch.arange(len(full), len(full) + block.shape[1])[None]
         before = self.model.config._attn_implementation
