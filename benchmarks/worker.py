@@ -47,7 +47,8 @@ def run_ours(case: dict[str, Any], ids: np.ndarray) -> dict[str, Any]:
     prefills, compressions, decodes = [], [], []
     for _ in range(case["repeats"]):
         cache = executor.new_cache(1, request.kept_tokens + case["steps"])
-        prefiller = OnnxRuntimePrefiller(executor.step, executor.compress, case["block"], case["window"])
+        sizes = case["block"], case["window"]
+        prefiller = OnnxRuntimePrefiller(executor.step, executor.compress, *sizes, executor.reread)
         (prefilled,) = prefiller.run([request], cache, Event())
         prefills.append(prefilled.prefill_s)
         compressions.append(prefilled.compress_s)

@@ -32,7 +32,7 @@ SECTIONS: dict[str, dict[str, tuple[str, ...]]] = {
         "chunkkv.contexts.context": ("Context", "longest_prefix"),
         "chunkkv.contexts.make": ("context_of_row",),
         "chunkkv.contexts.continuation": (),
-        "chunkkv.contexts.scorers": ("Scorer", "scorer_of"),
+        "chunkkv.contexts.scorers": ("Scorer", "with_scorer"),
         "chunkkv.conversation": (),
     },
     "Settings": {"chunkkv.settings": ()},

@@ -66,7 +66,10 @@ def answer(engine: Path) -> list[int]:
     return list(ChunkKVSession.from_dir(engine, threads=1).generate(PROMPT, GREEDY).token_ids)
 
 
-@pytest.mark.parametrize(("flags", "extra"), [([], set()), (["--chunkkv", "--chunkkv_window", 8], {"compress.onnx"})])
+@pytest.mark.parametrize(
+    ("flags", "extra"),
+    [([], set()), (["--chunkkv", "--chunkkv_window", 8], {"compress.onnx", "compress_given.onnx", "reread.onnx"})],
+)
 def test_an_engine_has_its_graphs_weights_tokenizer_and_lists(build, tmp_path, flags, extra) -> None:
     output = tmp_path / "new" / "engine"
     assert build(output, *flags) == Outcome(0, "", "")

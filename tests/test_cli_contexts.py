@@ -69,11 +69,14 @@ def test_json_says_what_was_written(run: CommandLine, engine: Path, tmp_path: Pa
         (["compress", "--output", "OUT.bin", "text"], "OUT.bin does not end in .safetensors"),
         (["compress", "--output", "missing/OUT.safetensors", "text"], "cannot be written"),
         (["compress", "text"], "--output"),
-        (["compress", "--output", "OUT.safetensors", "--scorer", "nobody", "text"], "--scorer is 'nobody'"),
+        (
+            ["compress", "--output", "OUT.safetensors", "--scorer", "nobody", "text"],
+            "--scorer: 'nobody' is not offered",
+        ),
         (["compress", "--output", "OUT.safetensors", "--chat", "--token_ids", "5"], "chat needs a prompt of text"),
         (["generate", "--context", "OUT.safetensors", "text"], "OUT.safetensors cannot be read"),
         (["generate", "--context", "OUT.safetensors", "--chat", "text"], "--chat has no effect with --context"),
-        (["generate", "--context", "IDS", "--keep_ratio", "0.5", "text"], "give the budget to compress()"),
+        (["generate", "--context", "IDS", "--keep_ratio", "0.5", "text"], "give budget and scorer to compress()"),
     ],
 )
 def test_wrong_calls_are_refused_in_one_line(

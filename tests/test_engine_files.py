@@ -19,7 +19,15 @@ from chunkkv.engine.directory import EngineFiles, FileRecord, hash_file
 from chunkkv.errors import EngineError, EngineMismatchError
 from chunkkv.session import ChunkKVSession
 
-FILES = ("compress.onnx", "config.json", "step.onnx", "tokenizer.json", "weights.safetensors")
+FILES = (
+    "compress.onnx",
+    "compress_given.onnx",
+    "config.json",
+    "reread.onnx",
+    "step.onnx",
+    "tokenizer.json",
+    "weights.safetensors",
+)
 Values = dict[str, Any]
 
 

@@ -99,7 +99,7 @@ class Generation:
             while results is None:
                 results = [PrefillResult(None) for _ in group] if self._cancel.is_set() else run.step()
             del run  # frees what it holds beside the rows before they decode
-            progress.add(len(request.ids) for request in group)
+            progress.add(request.read_tokens for request in group)
             yield from zip(range(first, first + len(group)), group, results, strict=True)
 
     def _told(self, answer: Answer, event: StreamEvent, cache: KVCache) -> StreamEvent:

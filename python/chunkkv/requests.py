@@ -13,6 +13,7 @@ import numpy as np
 from chunkkv.cache_layout import Slots
 from chunkkv.errors import ConfigError, EngineMismatchError, RequestError
 from chunkkv.limits import KEEP_SCALE
+from chunkkv.rereading import Piece
 from chunkkv.settings import ChunkKVSettings, keep_ratio_to_per_10k
 
 Message = Mapping[str, Any]  # of a conversation: "role" and "content"
@@ -82,6 +83,8 @@ class Request:
         A number of its own within the process, by which profilers tell requests apart.
     window : int, default 0
         How many of the prompt's last tokens score the others, 1 to the engine's window; 0 for the engine's window.
+    reread : tuple of Piece, default ()
+        What is read again behind the prompt to score its tokens; empty where its last tokens score.
     """
 
     ids: np.ndarray
@@ -91,6 +94,7 @@ class Request:
     class_lengths: Slots = ()
     request_id: int = field(default_factory=_next_id)
     window: int = 0
+    reread: tuple[Piece, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.class_lengths:
@@ -111,6 +115,11 @@ class Request:
         return len(self.ids)
 
     @property
+    def read_tokens(self) -> int:
+        """How many tokens the prefill runs, those that are read a second time among them."""
+        return len(self.ids) + sum(len(piece.ids) for piece in self.reread)
+
+    @property
     def context_tokens(self) -> int:
         """How many of them lie in a cache already, so that they are not prefilled."""
         return 0
@@ -129,7 +138,7 @@ class CallProgress:
 
     def __init__(self, requests: Sequence[Request], tell: Callable[[int, int], None]) -> None:
         self._tell, self._done = tell, 0
-        self._total = sum(len(request.ids) for request in requests)
+        self._total = sum(request.read_tokens for request in requests)
         self._tell(0, self._total)
 
     def __call__(self, done: int, total: int) -> None:

@@ -13,6 +13,7 @@ from chunkkv.answer import Answer, ModelOutput
 from chunkkv.cache_layout import Slots
 from chunkkv.contexts import Context, continue_requests, make_context
 from chunkkv.contexts.context import check_continues
+from chunkkv.contexts.scorers import with_scorer
 from chunkkv.engine.directory import EngineFiles
 from chunkkv.errors import RequestError
 from chunkkv.executors.interface import Executor, KVCache, PrefillProgress, no_progress
@@ -118,6 +119,7 @@ class ChunkKVSession:
         budget_tokens: int | Sequence[int | None] | None = None,
         add_special_tokens: bool = True,
         context: Context | None = None,
+        scorer: str | None = None,
         stream: Literal[False] = False,
         cancel: threading.Event | None = None,
         on_prefill: PrefillProgress | None = None,
@@ -134,6 +136,7 @@ class ChunkKVSession:
         budget_tokens: int | Sequence[int | None] | None = None,
         add_special_tokens: bool = True,
         context: Context | None = None,
+        scorer: str | None = None,
         stream: Literal[False] = False,
         cancel: threading.Event | None = None,
         on_prefill: PrefillProgress | None = None,
@@ -150,6 +153,7 @@ class ChunkKVSession:
         budget_tokens: int | Sequence[int | None] | None = None,
         add_special_tokens: bool = True,
         context: Context | None = None,
+        scorer: str | None = None,
         stream: Literal[True],
         cancel: threading.Event | None = None,
         on_prefill: PrefillProgress | None = None,
@@ -166,6 +170,7 @@ class ChunkKVSession:
         budget_tokens: int | Sequence[int | None] | None = None,
         add_special_tokens: bool = True,
         context: Context | None = None,
+        scorer: str | None = None,
         stream: bool,
         cancel: threading.Event | None = None,
         on_prefill: PrefillProgress | None = None,
@@ -181,14 +186,14 @@ class ChunkKVSession:
         budget_tokens: int | Sequence[int | None] | None = None,
         add_special_tokens: bool = True,
         context: Context | None = None,
+        scorer: str | None = None,
         stream: bool = False,
         cancel: threading.Event | None = None,
         on_prefill: PrefillProgress | None = None,
         on_context: ContextListener | None = None,
     ) -> GenerationResult | list[GenerationResult] | Iterator[StreamEvent]:
-        """Answer one prompt or a list of them.
+        """Return one GenerationResult for one prompt, a list for a list, an iterator of StreamEvent with stream=True.
 
-        Returns one GenerationResult for one prompt, a list for a list, or with stream=True an iterator of StreamEvent.
         Raises RequestError before any work for a request that the engine cannot serve, EngineRunError at the first
         token for which the model's logits are infinite or NaN.
 
@@ -209,6 +214,8 @@ class ChunkKVSession:
         context : Context or None, default None
             What stands before every prompt, from `compress`: only the prompts themselves are prefilled, and all of
             their tokens stay, so it goes without a budget. Text behind messages is a message of the user.
+        scorer : {"window", "reread"} or None, default None
+            Whether the prompt's last tokens choose what stays, or a second reading of it. None is what fits the engine.
         stream : bool, default False
             Return text as it comes.
         cancel : threading.Event or None, default None
@@ -221,17 +228,14 @@ class ChunkKVSession:
             answer, without its last token, which no step has read.
         """
         sampling = SamplingParams() if sampling is None else sampling
-        _check_types(sampling, cancel)
-        if on_context is not None:
-            check_continues(self)
+        self._check_call(sampling, cancel, on_context)
         batch, is_single = as_batch(prompts)
-        requests = self.requests(batch, sampling, keep_ratio, budget_tokens, add_special_tokens, context)
+        requests = self.requests(batch, sampling, keep_ratio, budget_tokens, add_special_tokens, context, scorer)
         generation = Generation(self, requests, sampling, cancel or threading.Event(), on_prefill, on_context)
-        events = generation.events()
         if stream:
-            return events
-        results = {event.row: event.finished for event in events if event.finished is not None}
-        return results[0] if is_single else [results[row] for row in range(len(requests))]
+            return generation.events()
+        results = {event.row: event.finished for event in generation.events() if event.finished is not None}
+        return results[0] if is_single else [results[row] for row in sorted(results)]
 
     def requests(
         self,
@@ -241,16 +245,17 @@ class ChunkKVSession:
         budget_tokens: int | Sequence[int | None] | None = None,
         add_special_tokens: bool = True,
         context: Context | None = None,
+        scorer: str | None = None,
     ) -> list[Request]:
         """Return the checked requests of `prompts`; raises as generate does, before any work."""
         if sampling.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer; this engine was built without one")
         check_bias(sampling, self.limits.vocab_size)
         if context is not None:
-            if keep_ratio is not None or budget_tokens is not None:
-                raise RequestError("a question behind a context is kept whole: give the budget to compress()")
+            if keep_ratio is not None or budget_tokens is not None or scorer is not None:
+                raise RequestError("a question behind a context is kept whole: give budget and scorer to compress()")
             return [*continue_requests(self, prompts, context, sampling.max_new_tokens)]
-        return make_requests(
+        requests = make_requests(
             prompts,
             self.tokenizer,
             self.limits,
@@ -261,6 +266,7 @@ class ChunkKVSession:
             add_special_tokens,
             self.executor.capabilities.window_per_request,
         )
+        return [with_scorer(self, request, scorer)[0] for request in requests]
 
     def compress(
         self,
@@ -284,8 +290,9 @@ class ChunkKVSession:
             user may go on.
         keep_ratio, budget_tokens : optional
             As for generate.
-        scorer : str or None, default None
-            What chooses the tokens that stay, one of chunkkv.contexts.scorers.SCORERS; None takes its default.
+        scorer : {"window", "reread"} or None, default None
+            As for generate. None is "reread" where layers or heads keep unequal numbers of tokens, because then it
+            serves later questions best and the engine can run it.
         add_special_tokens, on_prefill : optional
             As for generate.
         """
@@ -325,9 +332,10 @@ class ChunkKVSession:
         )
         return Answer(row, request, sampling, capacity, model)
 
-
-def _check_types(sampling: object, cancel: object) -> None:
-    if not isinstance(sampling, SamplingParams):
-        raise RequestError(f"sampling is {type(sampling).__name__}; give SamplingParams")
-    if cancel is not None and not isinstance(cancel, threading.Event):
-        raise RequestError(f"cancel is {type(cancel).__name__}; give a threading.Event")
+    def _check_call(self, sampling: object, cancel: object, on_context: ContextListener | None) -> None:
+        if not isinstance(sampling, SamplingParams):
+            raise RequestError(f"sampling is {type(sampling).__name__}; give SamplingParams")
+        if cancel is not None and not isinstance(cancel, threading.Event):
+            raise RequestError(f"cancel is {type(cancel).__name__}; give a threading.Event")
+        if on_context is not None:
+            check_continues(self)

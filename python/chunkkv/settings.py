@@ -291,6 +291,10 @@ class ChunkKVSettings:
                     f"{' or '.join(words)}, or use what runs without them (backend onnxruntime, chunkkv.reference)"
                 )
 
+    def for_given_scores(self) -> ChunkKVSettings:
+        """Return settings that choose in the same way by scores from outside."""
+        return dataclasses.replace(self, score="given", window_reduce="mean", head_reduce="mean", value_norm="off")
+
     def leader_of(self, group: tuple[int, ...]) -> int:
         """Return the layer of `group` whose attention decides what the whole group keeps."""
         if self.leaders:

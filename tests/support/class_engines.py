@@ -9,14 +9,13 @@ from typing import Any
 
 import onnx
 
-from chunkkv.engine.directory import COMPRESS_FILE, STEP_FILE
+from chunkkv.engine.directory import STEP_FILE
 from chunkkv.executors.onnxruntime.executor import OnnxRuntimeExecutor
 from chunkkv.requests import Limits
 from chunkkv.session import ChunkKVSession
 from chunkkv.settings import ChunkKVSettings
-from chunkkv_builder.backends.onnxruntime import WEIGHTS_FILE
+from chunkkv_builder.backends.onnxruntime import WEIGHTS_FILE, compression_graphs
 from chunkkv_builder.checkpoint.hugging_face import HuggingFaceCheckpoint
-from chunkkv_builder.onnx_graph.compress import compress_graph
 from chunkkv_builder.onnx_graph.packed_weights import weight_sources
 from chunkkv_builder.onnx_graph.transformer import StepGraph
 from chunkkv_builder.onnx_graph.weights import WeightLocation, write_weights
@@ -71,6 +70,7 @@ def session(settings: ChunkKVSettings | None, attention: str = "fused", variant:
     plan = plan_of(settings, variant)
     onnx.save_model(StepGraph(plan, locations, attention=attention).build(), folder / STEP_FILE)
     if settings is not None:
-        onnx.save_model(compress_graph(plan), folder / COMPRESS_FILE)
+        for name, graph in compression_graphs(plan).items():
+            onnx.save_model(graph, folder / name)
     executor = OnnxRuntimeExecutor(folder, BLOCK, settings, threads=1)
     return ChunkKVSession(executor, settings, LIMITS)

@@ -23,6 +23,7 @@ GROUND = {
     "reference_layers",
     "reference_scores",
     "requests",
+    "rereading",
     "results",
     "sampling",
     "settings",

@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
 from argparse import Namespace
 from pathlib import Path
 
 import onnx
 
 from chunkkv.engine.backends import ONNXRUNTIME
-from chunkkv.engine.directory import COMPRESS_FILE, STEP_FILE
+from chunkkv.engine.directory import COMPRESS_FILE, GIVEN_FILE, REREAD_FILE, STEP_FILE
 from chunkkv.errors import ConfigError
 from chunkkv_builder.backends.graph_build import GraphBuild, plan_graphs
 from chunkkv_builder.backends.interface import Built
 from chunkkv_builder.onnx_graph.compress import compress_graph
 from chunkkv_builder.onnx_graph.packed_weights import packing_report, weight_sources
+from chunkkv_builder.onnx_graph.reread import reread_graph
 from chunkkv_builder.onnx_graph.transformer import StepGraph
 from chunkkv_builder.onnx_graph.weights import write_weights
+from chunkkv_builder.plan import GraphPlan
 from chunkkv_builder.progress import Progress
 
 WEIGHTS_FILE = "weights.safetensors"
 HEAD_DIM_STEP = 8  # of GroupQueryAttention
+
+
+def compression_graphs(plan: GraphPlan) -> dict[str, onnx.ModelProto]:
+    """Return the graphs that score, choose and compact, by file name: with attention, and with a second reading."""
+    assert plan.settings is not None
+    graphs = {COMPRESS_FILE: compress_graph(plan), REREAD_FILE: reread_graph(plan)}
+    if plan.settings.score != "given":
+        graphs[GIVEN_FILE] = compress_graph(dataclasses.replace(plan, settings=plan.settings.for_given_scores()))
+    return graphs
 
 
 class OnnxRuntimeBackend:
@@ -55,7 +67,7 @@ class OnnxRuntimeBackend:
         activations = planned.limits.weight_only_activations
         graphs = {STEP_FILE: StepGraph(planned.plan, locations, packed_activations=activations).build()}
         if planned.plan.settings is not None:
-            graphs[COMPRESS_FILE] = compress_graph(planned.plan)
+            graphs |= compression_graphs(planned.plan)
         progress.stage("graphs", len(graphs))
         for file, model in graphs.items():
             onnx.save_model(model, folder / file)

@@ -80,16 +80,19 @@ class StepGraph:
         """Return the model.
 
         Inputs: input_ids [B,S], position_ids [B,S] int64, cache_lengths [length_classes,B] int32 (slots filled before
-        this block), logit_indices [B,P] int64 (places in the block), past_key.p and past_value.p [B,H,C,D] for each
-        part p of the cache with its H KV heads. Outputs: logits [B,P,V], present_key.p and present_value.p (the same
-        buffers), and for each part p that scores query.p [B,g*H,w,D], the block's last w rotated queries (fewer where
-        the block is shorter). A part is a layer where the budget is not split by heads.
+        this block), logit_indices [B,P] int64 (places in the block), query_count [1] int64 where a part scores, and
+        past_key.p and past_value.p [B,H,C,D] for each part p of the cache with its H KV heads. Outputs: logits [B,P,V],
+        present_key.p and present_value.p (the same buffers), and for each part p that scores query.p [B,g*H,w,D], the
+        block's last query_count rotated queries (fewer where the block is shorter). A part is a layer where the budget
+        is not split by heads.
         """
         e = self.e
         ids = e.input("input_ids", "int64", ["batch", "block"])
         positions = e.input("position_ids", "int64", ["batch", "block"])
         lengths = e.input("cache_lengths", "int32", [self.plan.layout.length_classes, "batch"])
         places = e.input("logit_indices", "int64", ["batch", "logit_count"])
+        if self._keeps_queries and any(part.scores for part in self.plan.parts):
+            self._first_query = e.op("Neg", [e.input("query_count", "int64", [1])])
         self.rows = e.op("Concat", [e.dim("input_ids", 0), e.dim("input_ids", 1), e.ints(-1)], axis=0)
         self._cache_inputs(lengths)
         self._rotation(positions)
@@ -262,15 +265,14 @@ class StepGraph:
         return self.e.op("RotaryEmbedding", [heads, *self.rotations[kind]], **attributes)
 
     def _window_queries(self, part: PartPlan, query: str) -> None:
-        e, settings, heads, size = self.e, self.plan.settings, self._query_heads(part), self.model.head_dim
-        assert settings is not None
+        e, heads, size = self.e, self._query_heads(part), self.model.head_dim
         name, end = f"query.{part.number}", e.ints(np.iinfo(np.int64).max)
         if self.attention == "fused":
-            last = e.op("Slice", [query, e.ints(-settings.window), end, e.ints(1)])
+            last = e.op("Slice", [query, self._first_query, end, e.ints(1)])
             shape = e.op("Concat", [e.dim("input_ids", 0), e.ints(-1, heads, size)], axis=0)
             e.op("Transpose", [e.op("Reshape", [last, shape])], [name], perm=[0, 2, 1, 3])
         else:
-            e.op("Slice", [query, e.ints(-settings.window), end, e.ints(2)], [name])
+            e.op("Slice", [query, self._first_query, end, e.ints(2)], [name])
         e.output(name, self.dtype, ["batch", heads, "window", size])
 
     def _fused_attention(self, part: PartPlan, qkv: list[str], past: list[str], present: list[str]) -> str:

@@ -154,7 +154,7 @@ class ContinuousBatcher:
         with self._wake:
             prefilling, jobs, waiting = list(self._prefilling), list(self._open), len(self._queue)
         tokens = sum(job.request.kept_tokens + job.new_tokens for job in jobs)
-        tokens += sum(len(job.request.ids) - job.tokens_left for job in prefilling)
+        tokens += sum(job.request.read_tokens - job.tokens_left for job in prefilling)
         return Load(
             active=len(prefilling) + len(jobs),
             waiting=waiting,

@@ -75,7 +75,7 @@ class AnswerJob:
     @property
     def tokens_left(self) -> int:
         """Prompt tokens that are not prefilled."""
-        return len(self.request.ids) if self.run is None else self.run.tokens_left
+        return self.request.read_tokens if self.run is None else self.run.tokens_left
 
     @property
     def open_answer(self) -> Answer:

@@ -14,13 +14,14 @@ from chunkkv.cli.options import (
     add_json,
     add_log_level,
     add_prompt_flags,
+    add_scorer,
     check_output_file,
     open_session,
     path_argument,
     read_prompt,
 )
 from chunkkv.cli.progress import prefill_progress
-from chunkkv.command_line import CommandParser, TextAction
+from chunkkv.command_line import CommandParser
 from chunkkv.errors import RequestError
 
 if TYPE_CHECKING:
@@ -41,9 +42,7 @@ def add_parser(program: CommandParser) -> None:
     add_prompt_flags(parser)
     add_engine_flags(parser)
     add_budget_flags(parser)
-    parser.add_argument(
-        "--scorer", action=TextAction, metavar="NAME", help="what chooses the tokens that stay; default: window"
-    )
+    add_scorer(parser, "what serves later questions best")
     output = parser.add_argument_group("output")
     output.add_argument(
         "--output", type=path_argument, metavar="FILE", help=f"required: the file to write, which ends in {_SUFFIX}"

@@ -15,6 +15,7 @@ from chunkkv.cli.options import (
     add_json,
     add_log_level,
     add_prompt_flags,
+    add_scorer,
     in_chat_template,
     open_session,
     path_argument,
@@ -49,6 +50,7 @@ def add_parser(program: CommandParser) -> None:
     )
     add_engine_flags(parser, paged_kv_cache=True)
     add_budget_flags(parser)
+    add_scorer(parser, "window")
     add_sampling_flags(parser)
     output = parser.add_argument_group("output")
     add_json(output, "text, token ids, timings and kept tokens")
@@ -78,6 +80,7 @@ def run(args: argparse.Namespace) -> None:
             keep_ratio=args.keep_ratio,
             budget_tokens=args.budget_tokens,
             context=context,
+            scorer=args.scorer,
             stream=True,
             cancel=cancel,
             on_prefill=on_prefill,

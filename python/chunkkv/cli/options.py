@@ -84,6 +84,16 @@ def add_budget_flags(parser: CommandParser) -> None:
     group.add_argument("--budget_tokens", type=whole_number, metavar="N", help="number of tokens kept, not a share")
 
 
+def add_scorer(parser: CommandParser, default: str) -> None:
+    """Add --scorer; `default` says what leaving it out means."""
+    parser.add_argument(
+        "--scorer",
+        choices=("window", "reread"),
+        help="what chooses the tokens that stay: attention of the prompt's last tokens, or of a second reading of it, "
+        f"which takes up to twice as long as the first; default: {default}",
+    )
+
+
 def add_log_level(group: argparse._ActionsContainer) -> None:
     """Add --log_level to a parser or to one of its groups."""
     group.add_argument(

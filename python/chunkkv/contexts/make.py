@@ -9,7 +9,7 @@ import numpy as np
 
 from chunkkv.contexts.context import Context, Engine, check_continues, check_prefilled
 from chunkkv.contexts.origin import Origin, origin_of
-from chunkkv.contexts.scorers import scorer_of
+from chunkkv.contexts.scorers import with_scorer
 from chunkkv.executors.interface import KVCache, PrefillProgress, no_progress
 from chunkkv.requests import CallProgress, Prompt, make_requests
 
@@ -25,18 +25,18 @@ def make_context(
 ) -> Context:
     """Return `prompt` as a context; see ChunkKVSession.compress."""
     check_continues(engine)
-    name = scorer_of(scorer).name
     origin = origin_of(prompt)
     ids: Prompt = prompt if origin == Origin() else origin.begin(engine.tokenizer, add_special_tokens)
     (request,) = make_requests([ids], None, engine.limits, engine.settings, keep_ratio, budget_tokens, 0)
+    request, by = with_scorer(engine, request, scorer, of_context=True)
     executor = engine.executor
     cache = executor.new_cache(1, executor.capacity_for(request.class_lengths))
     progress = CallProgress([request], on_prefill or no_progress)
     (prefilled,) = executor.prefiller().run([request], cache, threading.Event(), progress)
     check_prefilled(prefilled)
-    progress.add([len(request.ids)])
+    progress.add([request.read_tokens])
     slots = prefilled.kept_lengths or request.class_lengths
-    return Context(request.ids, slots, cache, origin, engine, name)
+    return Context(request.ids, slots, cache, origin, engine, by.name)
 
 
 def context_of_row(

@@ -22,7 +22,8 @@ from chunkkv.settings import ChunkKVSettings
 
 CONFIG_FILE = "config.json"
 MANIFEST_FILE = "manifest.json"
-STEP_FILE, COMPRESS_FILE = "step.onnx", "compress.onnx"  # of an engine for ONNX Runtime
+# Of an engine for ONNX Runtime: the model, the op, the op by scores from outside, and what scores a second reading.
+STEP_FILE, COMPRESS_FILE, GIVEN_FILE, REREAD_FILE = "step.onnx", "compress.onnx", "compress_given.onnx", "reread.onnx"
 FORMAT = "chunkkv-engine"
 FORMAT_VERSION = 2
 PARTIAL_MARK = ".partial-"  # a build writes to <output_dir>.partial-<process id> until it is complete

@@ -44,6 +44,8 @@ class Capabilities:
         `Request.window` is obeyed; elsewhere every request has the engine's window.
     compresses_turns : bool, default False
         `Continuer.extend` may keep fewer tokens of that text than it has.
+    rereads : bool, default False
+        Prompts are scored by a second reading where requests ask for it (`Request.reread`).
     """
 
     reports_choice: bool
@@ -55,6 +57,7 @@ class Capabilities:
     continues_rows: bool = False
     window_per_request: bool = False
     compresses_turns: bool = False
+    rereads: bool = False
 
 
 @dataclass(frozen=True)

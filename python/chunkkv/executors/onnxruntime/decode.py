@@ -48,6 +48,8 @@ class OnnxRuntimeDecoder:
             "cache_lengths": self._arrays.cache_lengths,
             "logit_indices": self._logit_indices,
         }
+        if self._queries:
+            inputs["query_count"] = self._query_count = np.ones(1, np.int64)
         bind_arrays(self._binding, inputs, {"logits": self._logits, **self._queries})
 
     def step(

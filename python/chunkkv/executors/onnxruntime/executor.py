@@ -12,6 +12,7 @@ import onnxruntime as ort
 
 from chunkkv.cache_layout import CacheLayout, Slots
 from chunkkv.engine.directory import COMPRESS_FILE, STEP_FILE
+from chunkkv.errors import EngineMismatchError
 from chunkkv.executors.elastic_cache import ElasticHostKVCache, elastic_cache
 from chunkkv.executors.host_cache import HostKVCache
 from chunkkv.executors.interface import Capabilities, Executor
@@ -20,6 +21,7 @@ from chunkkv.executors.onnxruntime.decode import OnnxRuntimeDecoder
 from chunkkv.executors.onnxruntime.graphs import OnnxRuntimeCompress, OnnxRuntimeStep
 from chunkkv.executors.onnxruntime.layer_lengths import LayerLengthsDecoder, load_layer_lengths_graph
 from chunkkv.executors.onnxruntime.prefill import OnnxRuntimePrefiller
+from chunkkv.executors.onnxruntime.rereading import OnnxRuntimeReread
 from chunkkv.settings import ChunkKVSettings
 
 
@@ -49,14 +51,17 @@ class OnnxRuntimeExecutor(Executor[HostKVCache]):
         window_per_request=True,
         compresses_turns=True,
         elastic_rows=os.name == "posix",
+        rereads=True,
     )
 
     def __init__(
         self, engine_dir: Path, block: int, settings: ChunkKVSettings | None = None, threads: int | None = None
     ) -> None:
-        self._block, self._window = block, settings.window if settings else 0
+        self._engine_dir, self._settings, self._block = engine_dir, settings, block
+        self._window = settings.window if settings else 0
         self.step = OnnxRuntimeStep(engine_dir / STEP_FILE, settings, threads or 0)
         self.compress = OnnxRuntimeCompress(engine_dir / COMPRESS_FILE, settings, threads or 0) if settings else None
+        self._reread: OnnxRuntimeReread | None = None
         self._layer_lengths_graph: ort.InferenceSession | None = None
         self._lock = threading.Lock()
 
@@ -84,7 +89,16 @@ class OnnxRuntimeExecutor(Executor[HostKVCache]):
 
     def prefiller(self) -> OnnxRuntimePrefiller:
         """Return what prefills the prompts of one call, block by block."""
-        return OnnxRuntimePrefiller(self.step, self.compress, self._block, self._window or 1)
+        return OnnxRuntimePrefiller(self.step, self.compress, self._block, self._window or 1, self.reread)
+
+    def reread(self) -> OnnxRuntimeReread:
+        """Return what scores prompts by reading them again; raises EngineMismatchError for engines without ChunkKV."""
+        if self._settings is None:
+            raise EngineMismatchError("this engine was built without ChunkKV and scores nothing: build with --chunkkv")
+        with self._lock:  # most sessions never need these graphs
+            if self._reread is None:
+                self._reread = OnnxRuntimeReread(self._engine_dir, self.step, self._settings, self._block)
+        return self._reread
 
     def blockwise_prefiller(self) -> OnnxRuntimePrefiller:
         """Return prefill and compression as two calls."""

@@ -46,6 +46,8 @@ class OnnxRuntimeStep:
         if not {"past_key.0", "logits"} <= set(shapes):
             raise EngineError(f"{path} is no step graph; build the engine again")
         self.head_dim, self.vocab_size = int(shapes["past_key.0"][3]), int(shapes["logits"][2])
+        if "query.0" in shapes and "query_count" not in shapes:
+            raise EngineError(f"{path} is of an earlier version, without the input query_count; build the engine again")
         heads = [int(shape[1]) for name, shape in shapes.items() if name.startswith("past_key.")]
         self.num_layers = sum(map(len, settings.layer_groups)) if settings else len(heads)
         self.num_kv_heads = sum(heads) // self.num_layers
@@ -72,14 +74,19 @@ class OnnxRuntimeStep:
         return self.append_block(cache, ids, filled, filled)
 
     def append_block(
-        self, cache: HostKVCache, ids: np.ndarray, slot: int | Sequence[int], position: int
+        self,
+        cache: HostKVCache,
+        ids: np.ndarray,
+        slot: int | Sequence[int],
+        position: int,
+        query_count: int | None = None,
     ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
         """Append the tokens ids [S] int64 of one row at slots from `slot` and positions from `position`.
 
-        Returns the logits [vocab] after the last token and, for each part of the cache that scores, the block's last w
-        rotated queries [1,Hq,min(w,S),D].
+        Returns the logits [vocab] after the last token and, for each part of the cache that scores, the block's last
+        rotated queries [1,Hq,min(w,S),D]; `query_count` is w, by default that of the engine's window.
         """
-        logits, queries = self._append(cache, ids, slot, position, np.array([len(ids) - 1]))
+        logits, queries = self._append(cache, ids, slot, position, np.array([len(ids) - 1]), query_count)
         return logits[0], queries
 
     def append_scored_block(
@@ -99,9 +106,10 @@ class OnnxRuntimeStep:
         slot: int | Sequence[int],
         position: int,
         logit_indices: np.ndarray,
+        query_count: int | None = None,
     ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
         """Append a block of one row; return the logits [P,vocab] after its tokens at logit_indices [P], and queries."""
-        size = len(ids)
+        size, observed = len(ids), query_count or self._window
         binding = bind_cache(self.session, cache)
         logits = np.empty((1, len(logit_indices), self.vocab_size), np.float32)
         inputs: dict[str, np.ndarray] = {
@@ -111,9 +119,11 @@ class OnnxRuntimeStep:
             "logit_indices": np.ascontiguousarray(logit_indices, dtype=np.int64).reshape(1, -1),
         }
         queries: dict[int, np.ndarray] = {
-            leader: np.empty((1, heads, min(self._window, size), self.head_dim), np.float32)
+            leader: np.empty((1, heads, min(observed, size), self.head_dim), np.float32)
             for leader, heads in self.query_heads.items()
         }
+        if queries:
+            inputs["query_count"] = np.array([observed], np.int64)
         outputs = {"logits": logits, **{f"query.{leader}": array for leader, array in queries.items()}}
         bind_arrays(binding, inputs, outputs)
         self.session.run_with_iobinding(binding)
@@ -130,7 +140,8 @@ class OnnxRuntimeCompress:
     path : Path
         The graph's file.
     settings : ChunkKVSettings
-        The settings in the engine's config.json, which the graph must agree with.
+        The settings that the graph must agree with: those in the engine's config.json, or what they become where scores
+        are given.
     threads : int
         Intra-op threads; 0 leaves the number to ONNX Runtime.
     """
@@ -150,6 +161,11 @@ class OnnxRuntimeCompress:
         self._scored = [int(part[0]) for name, *part in outputs if name == "token_scores"]
         self._settings = settings
 
+    @property
+    def takes_scores(self) -> bool:
+        """Whether scores come from outside."""
+        return self._settings.score == "given"
+
     def run(
         self,
         full: HostKVCache,
@@ -160,16 +176,22 @@ class OnnxRuntimeCompress:
         out: HostKVCache,
         window: int = 0,
     ) -> Choice:
-        """Choose what one row keeps and copy it to the first slots of `out`; see BlockwisePrefiller.compress."""
-        binding = self.session.io_binding()
+        """Choose what one row keeps and copy it to the first slots of `out`; see BlockwisePrefiller.compress.
+
+        `full` may have slots behind the prompt. Where scores are given, `queries` are per part the scores of all slots
+        of `full`, [1,C] float32 or [1,H,C].
+        """
+        binding, observed = self.session.io_binding(), "scores" if self.takes_scores else "query"
+        padded = np.zeros((1, full.keys[0].shape[2]), np.int64)
+        padded[0, : len(ids)] = ids
         inputs: dict[str, np.ndarray] = {
             "lengths": np.array([len(ids)], np.int32),
             "keep_per_10k": np.array([keep_per_10k], np.int32),
             "budget_tokens": np.array([budget_tokens], np.int32),
             "window": np.array([window or self._settings.window], np.int32),
             "capacity": np.array(out.capacity, np.int64),
-            "input_ids": np.ascontiguousarray(ids, dtype=np.int64).reshape(1, -1),
-            **{f"query.{leader}": query for leader, query in queries.items()},
+            "input_ids": padded,
+            **{f"{observed}.{part}": array for part, array in queries.items()},
         }
         outputs: dict[str, np.ndarray] = {}
         for part in range(len(full.keys)):
@@ -188,7 +210,7 @@ class OnnxRuntimeCompress:
         kept = {p: results[f"kept_indices.{p}"].numpy()[0][..., : lengths[classes[p]]] for p in self._chosen}
         return Choice(
             {part: self._choice_of(part, kept, full.layout) for part in leading_parts(self._settings, full.layout)},
-            {part: results[f"token_scores.{part}"].numpy()[0] for part in self._scored},
+            {part: results[f"token_scores.{part}"].numpy()[0][..., : len(ids)] for part in self._scored},
             tuple(lengths),
         )
 

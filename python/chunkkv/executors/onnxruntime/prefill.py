@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from chunkkv.errors import EngineMismatchError
 from chunkkv.executors.host_cache import HostKVCache
 from chunkkv.executors.interface import CancelSignal, Choice, Prefiller, PrefillProgress, PrefillResult, no_progress
 from chunkkv.executors.onnxruntime.graphs import OnnxRuntimeCompress, OnnxRuntimeStep
+from chunkkv.executors.onnxruntime.rereading import OnnxRuntimeReread
 from chunkkv.requests import Request
 
 
@@ -28,14 +29,22 @@ class OnnxRuntimePrefiller(Prefiller[HostKVCache]):
         The largest block, in tokens.
     window : int
         The observation window in tokens, at most `block`: the last block of a prompt holds at least as many.
+    reread : callable
+        Returns what scores by a second reading; called where a request asks for it.
     """
 
     max_rows = 1
 
     def __init__(
-        self, step: OnnxRuntimeStep, compress_graph: OnnxRuntimeCompress | None, block: int, window: int
+        self,
+        step: OnnxRuntimeStep,
+        compress_graph: OnnxRuntimeCompress | None,
+        block: int,
+        window: int,
+        reread: Callable[[], OnnxRuntimeReread],
     ) -> None:
         self._step, self._compress_graph, self._block, self._window = step, compress_graph, block, window
+        self._reread = reread
         self._full: HostKVCache | None = None
 
     def start(
@@ -43,15 +52,16 @@ class OnnxRuntimePrefiller(Prefiller[HostKVCache]):
     ) -> OnnxRuntimePrefillRun:
         """Return the prefill of the one prompt in `requests`, a block per step and then compression as a step.
 
-        A prompt of which every token stays is written straight to `out`.
+        A second reading comes between them. A prompt of which every token stays is written straight to `out`.
         """
         (request,) = requests
         length = len(request.ids)
         if request.kept_tokens == length:
             return OnnxRuntimePrefillRun(self, request, out, None, progress)
-        if self._full is None or max(self._full.capacity) != length:
+        needed = length + max((len(piece.ids) for piece in request.reread), default=0)
+        if self._full is None or max(self._full.capacity) != needed:
             self._full = None  # frees the old one before the new one is allocated
-            self._full = self.new_cache(1, length)
+            self._full = self.new_cache(1, needed)
         return OnnxRuntimePrefillRun(self, request, self._full, out, progress)
 
     def new_cache(self, rows: int, capacity: int | Sequence[int]) -> HostKVCache:
@@ -95,7 +105,14 @@ class OnnxRuntimePrefiller(Prefiller[HostKVCache]):
         """Choose what one row keeps and copy it to `out`; raises EngineMismatchError for an engine without ChunkKV."""
         if self._compress_graph is None:
             raise EngineMismatchError("this engine was built without ChunkKV and cannot compress: build with --chunkkv")
+        if self._compress_graph.takes_scores:
+            raise EngineMismatchError("this engine was built with score 'given' and needs scorer 'reread'")
         return self._compress_graph.run(full, queries, ids, keep_per_10k, budget_tokens, out, window)
+
+    @property
+    def reread(self) -> OnnxRuntimeReread:
+        """What scores by a second reading."""
+        return self._reread()
 
 
 class OnnxRuntimePrefillRun:
@@ -124,13 +141,28 @@ class OnnxRuntimePrefillRun:
         progress: PrefillProgress,
     ) -> None:
         self._prefiller, self._request, self._cache, self._compressed = prefiller, request, cache, compressed
-        self._progress, self._prefill_s = progress, 0.0
-        self.tokens_left = len(request.ids)
-        self._blocks = prefiller.blocks(request.ids, cache, self._count)
+        self._progress, self._prefill_s, self._total = progress, 0.0, request.read_tokens
+        self.tokens_left = self._total
+        self._scores: dict[int, np.ndarray] = {}
+        self._blocks = self._read()
+
+    def _read(self) -> Iterator[None]:
+        """Run the prompt and then its second reading, a block per item."""
+        request, cache = self._request, self._cache
+        for made in self._prefiller.blocks(request.ids, cache, self._count):
+            self._logits, self._queries = made
+            yield
+        if request.reread:
+            reread, length = self._prefiller.reread, len(request.ids)
+            self._scores = reread.no_scores(length)
+            for size in reread.read(cache, length, request.reread, self._scores):
+                self._count(self._total - self.tokens_left + size, self._total)
+                yield
 
     def _count(self, done: int, total: int) -> None:
-        self.tokens_left = total - done
-        self._progress(done, total)
+        """Take the tokens that were run; `total` counts those of one reading."""
+        self.tokens_left = self._total - done
+        self._progress(done, self._total)
 
     def step(self) -> list[PrefillResult] | None:
         """Run the next block, or after the last one the compression."""
@@ -138,7 +170,7 @@ class OnnxRuntimePrefillRun:
             return [self._compress()]
         started = time.perf_counter()
         with profiling.range_of("prefill", (self._request,)):
-            self._logits, self._queries = next(self._blocks)
+            next(self._blocks)
         self._prefill_s += time.perf_counter() - started
         if self.tokens_left or self._compressed is not None:
             return None
@@ -147,11 +179,14 @@ class OnnxRuntimePrefillRun:
     def _compress(self) -> PrefillResult:
         assert self._compressed is not None, "a run that compresses nothing ends with its last block"
         started, request = time.perf_counter(), self._request
-        budget = request.keep_per_10k, request.budget_tokens
+        rest = request.ids, request.keep_per_10k, request.budget_tokens, self._compressed, request.window
         with profiling.range_of("compress", (request,)):  # score, select and compact of all layers are one graph
-            choice = self._prefiller.compress(
-                self._cache, self._queries, request.ids, *budget, self._compressed, request.window
-            )
+            if self._scores:
+                reread = self._prefiller.reread
+                given = reread.for_compress(self._scores, max(self._cache.capacity))
+                choice = reread.compress.run(self._cache, given, *rest)
+            else:
+                choice = self._prefiller.compress(self._cache, self._queries, *rest)
         seconds = time.perf_counter() - started
         scratch, lengths = self._cache.nbytes, choice.kept_lengths
         return PrefillResult(self._logits, choice, self._prefill_s, seconds, scratch, lengths)
