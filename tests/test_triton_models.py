@@ -167,12 +167,16 @@ def test_benchmark_clients_are_served(repositories: Path, session: ChunkKVSessio
     assert stream[-1]["num_output_tokens"] == [[6]]
 
 
-def test_a_least_length_in_between_is_refused_by_name() -> None:
-    def read(name: str) -> np.ndarray | None:
-        return {"max_tokens": np.array([9]), "min_length": np.array([5])}.get(name)
-
-    with pytest.raises(RequestError, match=naming("min_tokens 5 0 1 max_tokens 9")):
-        inputs.parse_request(read, "a", (), frozenset(), 100)
+def test_penalties_and_a_least_length_are_the_librarys(repositories: Path, session: ChunkKVSession) -> None:
+    params = SamplingParams(max_new_tokens=9, min_tokens=7, presence_penalty=0.5, frequency_penalty=1.5)
+    fields = {"max_tokens": [9], "min_tokens": [7], "presence_penalty": [0.5], "frequency_penalty": [1.5]}
+    (answer, refused), _ = ask(
+        repositories / "single" / "chunkkv",
+        {"inputs": {"text_input": [PROMPT], **fields}},
+        {"inputs": {"text_input": [PROMPT], "max_tokens": [9], "min_length": [10]}},
+    )
+    assert answer[0]["output_ids"] == [list(session.generate(PROMPT, params).token_ids)]
+    assert refused[0]["error"].startswith("CHUNKKV_INVALID: min_tokens is 10")
 
 
 def test_stop_words_without_text_end_an_answer_by_their_id(repositories: Path, session: ChunkKVSession) -> None:

@@ -116,7 +116,7 @@ BAD = [
     ({"text_input": "a", "budget_tokens": -1}, 400, "budget_tokens is -1"),
     ({"text_input": "a", "seed": -1}, 500, "Unable to parse 'data'"),
     ({"text_input": "a", "beam_width": 4}, 400, "beam_width is 4; this engine does not have it"),
-    ({"text_input": "a", "presence_penalty": 0.5}, 400, "presence_penalty is 0.5"),
+    ({"text_input": "a", "presence_penalty": 500.0}, 400, "presence_penalty is 500"),
     ({"text_input": "a", "bad_words": ["b"]}, 400, "cannot forbid words"),
     ({"text_input": "a", "end_id": 77}, 400, "end_id is 77"),
     ({"text_input": "a", "keep_ration": 0.5}, 400, "there is no input 'keep_ration'; known are"),

@@ -19,8 +19,6 @@ from chunkkv.triton.models.backend import ReadTensor
 NEUTRAL_VALUES = {
     "beam_width": (1,),
     "num_return_sequences": (1,),
-    "presence_penalty": (0.0,),
-    "frequency_penalty": (0.0,),
     "length_penalty": (0.0, 1.0),
     "len_penalty": (0.0, 1.0),
     "return_log_probs": (False,),
@@ -93,22 +91,11 @@ def parse_request(
         return scalar(read, renamed.get(name, name), default)
 
     _refuse_what_is_missing(value)
-    end_id, max_tokens = value("end_id", -1), value("max_tokens", SamplingParams.max_new_tokens)
+    end_id = value("end_id", -1)
     if 0 <= end_id < vocab_size and end_id not in eos_token_ids:
         raise RequestError(f"end_id is {end_id}; this model's end tokens are {sorted(eos_token_ids)}: leave it out")
-    least = [value(name, 0) for name in ("min_tokens", "min_length")]
-    top_p = value("top_p", 1.0)
-    sampling = SamplingParams(
-        max_new_tokens=max_tokens,
-        temperature=value("temperature", 0.0),
-        top_k=value("top_k", 0),
-        top_p=1.0 if top_p == 0 else top_p,  # 0 is TensorRT-LLM's way to say off
-        repetition_penalty=value("repetition_penalty", 1.0),
-        seed=value("seed"),
-        stop=tuple(stop_words),
-        stop_token_ids=tuple(stop_token_ids),
-        ignore_eos=value("ignore_eos", False) or end_id >= vocab_size or _runs_to_its_end(least, max_tokens),
-    )
+    ends_nowhere = value("ignore_eos", False) or end_id >= vocab_size
+    sampling = _sampling(value, tuple(stop_words), tuple(stop_token_ids), ends_nowhere)
     keep_ratio = value("keep_ratio")
     if keep_ratio is not None and math.isnan(keep_ratio):
         raise RequestError("keep_ratio is nan; give a number in (0, 1]")
@@ -123,22 +110,33 @@ def parse_request(
     )
 
 
+def _sampling(
+    value: Callable[..., Any], stop_words: tuple[str, ...], stop_token_ids: tuple[int, ...], ignore_eos: bool
+) -> SamplingParams:
+    """Return how tokens are chosen; `value` reads an input by name, with its default."""
+    top_p = value("top_p", 1.0)
+    return SamplingParams(
+        max_new_tokens=value("max_tokens", SamplingParams.max_new_tokens),
+        temperature=value("temperature", 0.0),
+        top_k=value("top_k", 0),
+        top_p=1.0 if top_p == 0 else top_p,  # 0 is TensorRT-LLM's way to say off
+        repetition_penalty=value("repetition_penalty", 1.0),
+        presence_penalty=value("presence_penalty", 0.0),
+        frequency_penalty=value("frequency_penalty", 0.0),
+        min_tokens=value("min_tokens", value("min_length", 0)),
+        seed=value("seed"),
+        stop=stop_words,
+        stop_token_ids=stop_token_ids,
+        ignore_eos=ignore_eos,
+    )
+
+
 def _refuse_what_is_missing(value: Callable[[str], Any]) -> None:
     """Raise RequestError for an input that asks for what the engine does not have; `value` reads one by name."""
     for name, allowed in NEUTRAL_VALUES.items():
         asked = value(name)
         if asked is not None and asked not in allowed:
             raise RequestError(f"{name} is {asked}; this engine does not have it: leave it out or give {allowed[0]}")
-
-
-def _runs_to_its_end(least: Sequence[int], max_tokens: int) -> bool:
-    """Return whether a least length asks for all of `max_tokens`; raises RequestError for one in between."""
-    for tokens in least:
-        if tokens > 1 and tokens != max_tokens:
-            raise RequestError(
-                f"min_tokens is {tokens}; this engine has a least length of 0, 1 or max_tokens, which is {max_tokens}"
-            )
-    return max_tokens > 1 and max_tokens in least
 
 
 def scalar(read: ReadTensor, name: str, default: Any = None) -> Any:

@@ -36,12 +36,12 @@ SAMPLING_INPUTS = (
     TensorSpec("seed", "UINT64"),
     TensorSpec("end_id", "INT32"),
     TensorSpec("pad_id", "INT32"),
-    # Accepted at the value that means "off", so that clients which always send them work.
-    TensorSpec("beam_width", "INT32"),
-    TensorSpec("num_return_sequences", "INT32"),
     TensorSpec("min_tokens", "INT32"),
     TensorSpec("presence_penalty", "FP32"),
     TensorSpec("frequency_penalty", "FP32"),
+    # Accepted at the value that means "off", so that clients which always send them work.
+    TensorSpec("beam_width", "INT32"),
+    TensorSpec("num_return_sequences", "INT32"),
     TensorSpec("length_penalty", "FP32"),
 )
 TEXT_INPUTS = (
