@@ -342,20 +342,3 @@ def test_questions_behind_a_context_are_batched_beside_other_prompts(session, ba
     streams = [batcher.stream(ids, GREEDY, context=context) for ids in questions]
     beside = batcher.stream(prompt(70), GREEDY)
     assert [last(stream).token_ids for stream in streams] == expected and last(beside).token_ids == other
-
-
-def test_what_an_answer_leaves_in_its_row_is_handed_over_as_a_context(session, batcher) -> None:
-    contexts, listener = [], QueueListener()
-    ids = prompt(150, 3)
-    batcher.submit(ids, GREEDY, listener, keep_ratio=0.3, on_context=contexts.append)
-    answer = last(listener.events())
-    (context,) = contexts
-    assert context.token_ids.tolist() == [*ids, *answer.token_ids[:-1]]
-    assert context.kept_tokens == answer.statistics.kept_tokens + len(answer.token_ids) - 1
-    more = [answer.token_ids[-1], *prompt(20, 4)]
-    held = []
-    session.generate(ids, GREEDY, keep_ratio=0.3, on_context=lambda row, made: held.append(made))
-    expected = session.generate(more, GREEDY, context=held[0])
-    continued = last(batcher.stream(more, GREEDY, context=context))
-    assert continued.token_ids == expected.token_ids
-    assert continued.statistics.context_tokens == len(context)

@@ -16,7 +16,19 @@ from chunkkv.batching.batcher import MOST_SLOTS, BatchingLimits
 from chunkkv.cli.main import main, make_parser
 from chunkkv.triton.server.supervisor import ServeSettings
 
-COMMANDS = ("generate", "chat", "compress", "inspect", "eval", "calibrate", "doctor", "profile", "triton", "version")
+COMMANDS = (
+    "generate",
+    "chat",
+    "compress",
+    "inspect",
+    "eval",
+    "calibrate",
+    "doctor",
+    "profile",
+    "serve",
+    "triton",
+    "version",
+)
 SUBCOMMANDS = ("profile report", "triton init", "triton patch", "triton serve")
 
 

@@ -35,6 +35,7 @@ COMMANDS = (
     "calibrate",
     "lm-eval",
     "profile",
+    "serve",
     "triton",
     "doctor",
     "version",

@@ -21,9 +21,8 @@ from hypothesis import strategies as st
 from support import engines
 from support.messages import naming
 
-from chunkkv import ChunkKVSession, SamplingParams
+from chunkkv import ChunkKVSession, SamplingParams, logs
 from chunkkv.errors import RequestError
-from chunkkv.triton import logs
 from chunkkv.triton.models import inputs
 from chunkkv.triton.repository.write import write_repository
 from chunkkv.triton.server.health import canary_id
@@ -290,7 +289,7 @@ def test_a_log_that_cannot_be_written_stops_nothing(monkeypatch: pytest.MonkeyPa
 def test_a_reader_that_stalls_holds_up_nobody_and_is_told_what_it_missed() -> None:
     """A pipe that nobody reads for a while: 5,000 lines of 1 kB are logged at once, and written when somebody reads."""
     program = (
-        "import logging, sys; from chunkkv.triton import logs; logs.configure(model='m'); log = logging.getLogger("
+        "import logging, sys; from chunkkv import logs; logs.configure(model='m'); log = logging.getLogger("
         "'chunkkv.x')\nfor n in range(5000): log.info('event', extra=logs.fields(n=n, text='x' * 1000))\n"
         "print('logged', flush=True); sys.stdin.readline()"
     )

@@ -17,6 +17,7 @@ GROUND = {
     "files",
     "findings",
     "limits",
+    "logs",
     "native_files",
     "profiling",
     "reference",
@@ -57,8 +58,10 @@ ONLY_IN = {
     "nvtx": ("chunkkv.profile", "chunkkv.profiling"),
     "onnxruntime": ("chunkkv.executors.onnxruntime",),
     "pickle": (),
+    "prometheus_client": ("chunkkv.serve",),
     "psutil": ("chunkkv.triton.server", "chunkkv.batching"),
     "safetensors": (),
+    "starlette": ("chunkkv.serve",),
     "tensorrt": ("chunkkv.gpu", "chunkkv_builder.backends"),
     "tensorrt_llm": ("chunkkv.executors.tensorrt_llm", "chunkkv_builder.backends.tensorrt_llm"),
     "tensorrt_rtx": ("chunkkv.gpu", "chunkkv_builder.backends"),
@@ -66,6 +69,7 @@ ONLY_IN = {
     "transformers": (),
     "triton_python_backend_utils": ("chunkkv.triton.models",),
     "tritonclient": ("chunkkv.triton",),
+    "uvicorn": ("chunkkv.serve",),
 }
 LAZY = {"matplotlib", "nvtx"}  # extras of commands that work without them
 NATIVE_FLOORS = {"tensorrt": 3, "": 2, "kernels": 1, "include": 0}  # "": what lies in plugins/ itself, the C ABI

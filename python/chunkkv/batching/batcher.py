@@ -89,6 +89,7 @@ class ContinuousBatcher:
         budget_tokens: int | None = None,
         add_special_tokens: bool = True,
         context: Context | None = None,
+        scorer: str | None = None,
         on_context: Callable[[Context], None] | None = None,
     ) -> None:
         """Queue one prompt; its tokens are those that session.generate gives for the same seed.
@@ -104,7 +105,7 @@ class ContinuousBatcher:
             How tokens are chosen.
         listener : Listener
             Who waits for the answer.
-        keep_ratio, budget_tokens, add_special_tokens, context : optional
+        keep_ratio, budget_tokens, add_special_tokens, context, scorer : optional
             As for ChunkKVSession.generate.
         on_context : callable or None, default None
             Called on the batcher's thread before the last event of an answer that was not cancelled, with a Context
@@ -112,7 +113,9 @@ class ContinuousBatcher:
         """
         if on_context is not None:
             check_continues(self.session)
-        (request,) = self.session.requests([prompt], sampling, keep_ratio, budget_tokens, add_special_tokens, context)
+        (request,) = self.session.requests(
+            [prompt], sampling, keep_ratio, budget_tokens, add_special_tokens, context, scorer
+        )
         job = AnswerJob(request, sampling, listener, self.limits, on_context)
         if not self._pool.could_hold(job.needs):
             raise RequestError(

@@ -16,6 +16,7 @@ from chunkkv.cli import (
     inspect,
     lm_eval,
     profile,
+    serve,
     triton,
     version,
 )
@@ -33,6 +34,7 @@ _ADD_PARSERS = (
     lm_eval.add_parser,
     doctor.add_parser,
     profile.add_parser,
+    serve.add_parser,
     triton.add_parser,
     version.add_parser,
 )

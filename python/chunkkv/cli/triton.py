@@ -9,7 +9,7 @@ from pathlib import Path
 
 from chunkkv.cli.options import ENGINE_DIR, add_engine_dir, path_argument
 from chunkkv.command_line import CommandParser, TextListAction, number, whole_number
-from chunkkv.triton.logs import LEVELS, configure
+from chunkkv.logs import LEVELS, configure
 
 _REPOSITORY = {"model_repository": "the directory of Triton's model repository"}
 

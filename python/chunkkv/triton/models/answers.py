@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from chunkkv.errors import ChunkKVError, EngineMismatchError, OverloadedError, RequestError, RequestTimeoutError
+from chunkkv.logs import fields
 from chunkkv.requests import Request
 from chunkkv.results import GenerationResult, StreamEvent
-from chunkkv.triton.logs import fields
 from chunkkv.triton.models.backend import PbError, PbTensor, PythonBackend, ResponseSender
 from chunkkv.triton.models.metrics import Metrics
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from chunkkv.errors import RequestError
-from chunkkv.triton.logs import fields
+from chunkkv.logs import fields
 from chunkkv.triton.models.backend import PbMetricFamilies, ReadTensor
 from chunkkv.triton.repository.tensors import TensorSpec
 

@@ -16,8 +16,8 @@ from typing import TypeVar
 
 from chunkkv.batching import BatchingLimits, ContinuousBatcher
 from chunkkv.errors import ChunkKVError, ConfigError
+from chunkkv.logs import LEVELS, configure, fields
 from chunkkv.session import ChunkKVSession
-from chunkkv.triton.logs import LEVELS, configure, fields
 from chunkkv.triton.models.answers import AnswerListener, Responder, triton_error
 from chunkkv.triton.models.backend import PbRequest, PbTensor, PythonBackend, ReadTensor
 from chunkkv.triton.models.inputs import ParsedRequest

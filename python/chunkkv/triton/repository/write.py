@@ -14,8 +14,8 @@ from chunkkv.engine.backends import ONNXRUNTIME
 from chunkkv.engine.directory import EngineFiles
 from chunkkv.errors import ConfigError
 from chunkkv.files import whole_directory
+from chunkkv.logs import LEVELS
 from chunkkv.session import MAX_THREADS
-from chunkkv.triton.logs import LEVELS
 from chunkkv.triton.repository.config_text import CONFIG_FILE, parse, set_parameters, to_text
 from chunkkv.triton.repository.layouts import LAYOUTS, RepositoryModel, single_layout, trtllm_layout
 

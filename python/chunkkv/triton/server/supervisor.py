@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from chunkkv.errors import ConfigError
-from chunkkv.triton.logs import fields
+from chunkkv.logs import fields
 from chunkkv.triton.repository.write import check_path
 from chunkkv.triton.server.files import ServerFiles
 from chunkkv.triton.server.health import SHM_PREFIX_ARGUMENT, Canary, Health, canary_id

@@ -1,6 +1,6 @@
 """Structured logs through the standard library: loggers under `chunkkv`, one JSON object per line on standard error.
 
-The modules of chunkkv.triton log an event's name, with its fields in `extra={"fields": {...}}`; fields() makes that
+Servers log an event's name, with its fields in `extra={"fields": {...}}`; fields() makes that
 argument. Who hosts them can configure the loggers as any others: configure() then leaves them alone.
 
 Whoever logs never waits for the reader of the log: a thread writes the lines. Where the reader is so slow that
@@ -37,8 +37,10 @@ def configure(level: str = "info", **common: object) -> None:
 
     Parameters
     ----------
-    level : least important level that is written: one of LEVELS.
-    common : fields of every line, such as the model's name.
+    level : str, default "info"
+        Least important level that is written, one of LEVELS.
+    **common : object
+        Fields of every line, such as the model's name.
     """
     logger = logging.getLogger(_ROOT)
     if logger.hasHandlers():
