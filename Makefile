@@ -13,7 +13,7 @@ BIN    := $(VENV)/bin
 # For tests in an environment of their own: what pyproject.toml leaves out of a plain pytest run is named on the line.
 ALONE  := -o addopts="-ra --strict-markers"
 
-.PHONY: demo install plugins wheel test test-deep test-slow test-triton test-soak test-peers test-tensorrt
+.PHONY: demo install plugins wheel test test-deep test-slow sass test-triton test-soak test-peers test-tensorrt
 .PHONY: test-tensorrt-api bench results results-real docs gpu-check lint clean
 # Two targets may fill the same environment, and the tests use both cores by themselves: make -j changes nothing.
 .NOTPARALLEL:
@@ -39,12 +39,20 @@ test: lint
 	$(BIN)/python -m pytest -n 2
 
 # What is worth having and not worth waiting for after each change: about 40 minutes on two cores, downloads 1.9 GB.
-test-deep: test-tensorrt-api test-tensorrt test-triton test-soak test-peers test-slow
+test-deep: test-tensorrt-api test-tensorrt test-triton test-soak test-peers test-slow sass
 
 # Sanitizers, races, planted bugs and nvcc's table of the kernels; pages of the docs that are measured again.
 test-slow: $(VENV)/.installed-test
 	@echo "== make $@"
 	$(BIN)/python -m pytest -n 2 -m deep
+
+# The machine code of the main kernels beside the committed table; compiler and disassembler come from pip where the
+# machine has none.
+sass: $(NATIVE)/.created
+	@echo "== make $@"
+	command -v nvdisasm >/dev/null || $(NATIVE)/bin/python -m pip install --quiet 'nvidia-cuda-nvdisasm>=13,<14'
+	command -v nvcc >/dev/null || $(NATIVE)/bin/python -m pip install --quiet --requirement plugins/nvcc.txt
+	$(NATIVE)/bin/python tests/native/machine_code.py
 
 # Against a real tritonserver, in an environment of its own; where none can be installed its tests are skipped by name.
 test-triton: $(TRITON)/.installed

@@ -1,15 +1,18 @@
-"""Everything that needs a GPU, in one run of at most nine minutes: build, tests, sanitizer, benchmarks, one JSON.
+"""Everything that needs a GPU, in one run of at most nine minutes: build, smoke test, benchmarks, tests, sanitizers.
 
-    python benchmarks/gpu_check.py                        needs a GPU, nvcc and torch; no network
+    python benchmarks/gpu_check.py --output result.json   needs a GPU, nvcc and torch; no network
     python benchmarks/gpu_check.py --dry_run              the same steps on the host: emulated kernels, tiny sizes
 
-Every step is a process with its own share of the time; what a step could not do is in the JSON with its reason. The
-last line is the JSON. The exit status is 0 only if the library was built and every step that ran succeeded.
+Every step is a process with its own share of the time. Every measurement is in the JSON as soon as it exists, so a step
+that fails or takes too long costs only what it had not measured yet; what it could not do is there with its reason. The
+last line says what was measured beside the aims. The exit status is 0 only if the library was built and every step that
+ran succeeded.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -18,6 +21,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from datetime import datetime, timezone
 from pathlib import Path
@@ -38,13 +43,20 @@ NETWORK_MODULES = ("onnx", "safetensors", "tokenizers", "jinja2", "rich")
 TEST_MODULES = ("pytest", "hypothesis", "ml_dtypes")
 # A sample: the whole is `make test`.
 DRY_TESTS = "garbage or page or partial or reference_and or two_contexts or beside_their"
-PROBES = ("score", "select", "compact", "packed", "prepare")
-SANITIZERS = ("memcheck", "racecheck")
+PROBES = ("score", "select", "compact", "packed", "prepare", "choices")
+SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
+# The most seconds of every step; together less than the limit. What a step leaves over is there for the last ones.
+SHARES = {
+    **{"build": 60, "smoke": 20, "ops": 130, "peers": 45, "decode": 45},
+    **{"op tests": 90, "plugin tests": 30, "network tests": 25, "sanitizer": 20},
+}
 AIMS = {
-    "score_percent_of_copy": "at least 75 at 32k and more",
-    "all_layers_32k": "keep 0.1, reuse 2: at most 2 times the byte floor and 0.1 percent of a prefill",
-    "faster_than_kvpress": "at least 20",
+    "score_percent_of_copy": "K counted once, though it is read twice: at least 33 at 32k and more",
+    "all_layers_32k": "keep 0.1, reuse 2: at most 3 times the byte floor and 0.15 percent of a prefill",
+    "faster_than_kvpress_vectorised": "at least 5",
+    "faster_than_torch_plain": "at least 3",
     "decode_16x32k": "keep 0.1 at least 3 times faster than full",
+    "percent_above_prediction": "score and select: within 30 either way",
 }
 
 
@@ -71,54 +83,83 @@ class Run:
         """Seconds until the run must end."""
         return LIMIT_SECONDS - MARGIN_SECONDS - (time.monotonic() - self.begin)
 
-    def record(self, step: str, outcome: dict[str, Any]) -> None:
-        """Keep and print the outcome of a step."""
+    def keep(self, step: str, outcome: dict[str, Any]) -> None:
+        """Write the result with what a step has measured so far."""
         self.result["steps"][step] = outcome
         self.result["seconds"] = round(time.monotonic() - self.begin, 1)
         self.output.parent.mkdir(parents=True, exist_ok=True)
         write_whole(self.output, json.dumps(self.result, indent=1) + "\n")
+
+    def record(self, step: str, outcome: dict[str, Any]) -> None:
+        """Keep and print the outcome of a step."""
+        self.keep(step, outcome)
         words = outcome.get("skipped") or outcome.get("error") or "ok"
         print(f"{step:<24}{outcome.get('seconds', 0):>7.1f} s  {str(words).splitlines()[-1][:120]}", flush=True)
 
-    def child(
-        self, step: str, command: list[str], share: float, parse: bool = False, more: dict[str, str] | None = None
-    ) -> None:
-        """Run one step as a process; `share` is the most seconds it may take, `more` is added to its environment."""
+    def child(self, step: str, command: list[str], share: float, more: dict[str, str] | None = None) -> None:
+        """Run one step as a process; `share` is the most seconds it may take, `more` is added to its environment.
+
+        Lines of JSON that it prints are kept as they come, whatever becomes of it afterwards.
+        """
         limit, begin = min(share, self.left), time.monotonic()
         if limit <= 1:
             return self.record(step, {"error": "no time was left"})
-        try:
-            done = run_group(command, self.environment | (more or {}), limit)
-        except subprocess.TimeoutExpired:
-            return self.record(step, {"error": f"took longer than {limit:.0f} s", "seconds": round(limit, 1)})
-        outcome: dict[str, Any] = {"seconds": round(time.monotonic() - begin, 1)}
-        if done.returncode:
-            outcome["error"] = (done.stdout[-2000:] + done.stderr[-2000:]).strip() or f"status {done.returncode}"
-        elif parse:
-            outcome |= json.loads(done.stdout.strip().splitlines()[-1])
-        else:
-            outcome["last_line"] = (done.stdout.strip().splitlines() or [""])[-1]
+        outcome: dict[str, Any] = {"lines": []}
+        other: list[str] = []
+        with tempfile.TemporaryFile("w+") as errors:
+            process = subprocess.Popen(
+                command,
+                env=self.environment | (more or {}),
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                start_new_session=True,
+            )
+            timer = threading.Timer(limit, kill_group, [process])
+            timer.start()
+            try:
+                assert process.stdout is not None
+                for text in process.stdout:
+                    if (line := json_line(text)) is None:
+                        other.append(text)
+                    else:
+                        outcome["lines"].append(line)
+                        self.keep(step, outcome)
+                status = process.wait()
+            except BaseException:
+                kill_group(process)
+                raise
+            finally:
+                timer.cancel()
+            errors.seek(0)
+            said = errors.read()
+        seconds = time.monotonic() - begin
+        outcome["seconds"] = round(seconds, 1)
+        if status and seconds >= limit:
+            outcome["error"] = f"took longer than {limit:.0f} s"
+        elif status:
+            outcome["error"] = ("".join(other)[-2000:] + said[-2000:]).strip() or f"status {status}"
+        elif not outcome["lines"]:
+            outcome["last_line"] = other[-1].strip() if other else ""
+        if reasons := [line["skipped"] for line in outcome["lines"] if "skipped" in line]:
+            outcome["skipped"] = reasons[0]
         return self.record(step, outcome)
 
 
-def run_group(command: list[str], environment: dict[str, str], limit: float) -> subprocess.CompletedProcess[str]:
-    """Run a command; where it takes longer than `limit` seconds, end it with everything it started."""
-    process = subprocess.Popen(
-        command,
-        env=environment,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+def json_line(text: str) -> dict[str, Any] | None:
+    """Return the JSON object that a line holds, None for any other text."""
     try:
-        output, errors = process.communicate(timeout=limit)
-    except BaseException:
+        line = json.loads(text)
+    except json.JSONDecodeError:
+        return None
+    return line if isinstance(line, dict) else None
+
+
+def kill_group(process: subprocess.Popen[str]) -> None:
+    """End a process with everything it started."""
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        raise
-    return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
 def commit() -> dict[str, Any]:
@@ -160,29 +201,37 @@ def build(run: Run) -> None:
     run.record("build", {"seconds": round(time.monotonic() - begin, 1)})
 
 
+def smoke(run: Run) -> None:
+    """Every op once against the reference: whether the numbers that follow are of kernels that are right."""
+    if reason := missing_modules():
+        return run.record("smoke", {"skipped": f"{reason}; the benchmarks check their results too"})
+    command = [sys.executable, "-m", "native.probe", *(PROBES[:3] if run.dry_run else PROBES)]
+    return run.child("smoke", command, SHARES["smoke"] * (3 if run.dry_run else 1))
+
+
 def op_tests(run: Run) -> None:
     """Every op test, on the library that was built."""
     if reason := missing_modules():
         return run.record("op tests", {"skipped": f"{reason}; the benchmarks check their results too"})
-    return run.child("op tests", pytest_command(run, OP_TESTS), share=180)
+    return run.child("op tests", pytest_command(run, OP_TESTS), SHARES["op tests"])
 
 
 def plugin_tests(run: Run) -> None:
     """The TensorRT plugins over that library, in the plugin host, which hands them the addresses of its memory."""
-    host_tests(run, "plugin tests", PLUGIN_TESTS, ("onnx",), share=60)
+    host_tests(run, "plugin tests", PLUGIN_TESTS, ("onnx",))
 
 
 def network_tests(run: Run) -> None:
     """Whole TensorRT-LLM networks: the plugins on that memory, the rest of the network in NumPy."""
-    host_tests(run, "network tests", NETWORK_TESTS, NETWORK_MODULES, share=90)
+    host_tests(run, "network tests", NETWORK_TESTS, NETWORK_MODULES)
 
 
-def host_tests(run: Run, step: str, files: list[str], modules: tuple[str, ...], share: float) -> None:
+def host_tests(run: Run, step: str, files: list[str], modules: tuple[str, ...]) -> None:
     """Run tests that build the plugin host and import the builder."""
     compiler = () if shutil.which(os.environ.get("CXX", "g++")) else ("a C++ compiler",)
     if reason := missing_modules(*modules, also=compiler):
         return run.record(step, {"skipped": reason})
-    return run.child(step, pytest_command(run, files), share=share)
+    return run.child(step, pytest_command(run, files), SHARES[step])
 
 
 def pytest_command(run: Run, files: list[str]) -> list[str]:
@@ -211,29 +260,35 @@ def sanitizers(run: Run) -> None:
             continue
         command = [tool, "--tool", name, "--error-exitcode", "9", sys.executable, "-m", "native.probe", *PROBES]
         # Every buffer an allocation of its own: in torch's pool the tool would take a whole segment for one.
-        run.child(step, command, share=50, more={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+        run.child(step, command, SHARES["sanitizer"], more={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
 
 
-def summarize(run: Run) -> None:
-    """Say beside the aims what was measured."""
-    steps = run.result["steps"]
-    summary: dict[str, Any] = {}
-    lines = steps.get("ops", {}).get("lines", [])
-    prefill = steps.get("peers", {}).get("prefill_microseconds", {})
-    long_enough = [line for line in lines if line["op"] == "score" and line["length"] >= 32768]
-    summary["score_percent_of_copy"] = [line["percent_of_copy"] for line in long_enough]
-    for line in lines:
+def summarize(run: Run) -> dict[str, Any]:
+    """Return what was measured of the aims, and write it beside them."""
+    lines = {name: run.result["steps"].get(name, {}).get("lines", []) for name in ("ops", "peers", "decode")}
+    prefill = {line["length"]: line["microseconds"] for line in lines["peers"] if line.get("op") == "prefill"}
+    plain = [line for line in lines["ops"] if "variant" not in line]
+    summary: dict[str, Any] = {
+        "score_percent_of_copy": [
+            line["percent_of_copy"] for line in plain if line["op"] == "score" and line["length"] >= 32768
+        ],
+        "percent_above_prediction": [
+            line["percent_above_prediction"] for line in lines["ops"] if "percent_above_prediction" in line
+        ],
+    }
+    for line in plain:
         if line["op"] == "all layers":
-            whole = prefill.get(str(line["length"]))
+            whole = prefill.get(line["length"])
             line["percent_of_prefill"] = None if whole is None else round(100 * line["microseconds"] / whole, 3)
             if (line["length"], line["keep_per_10k"], line["reuse"]) == (32768, 1000, 2):
                 summary["all_layers_32k"] = {key: line[key] for key in ("times_byte_floor", "percent_of_prefill")}
-    peers = steps.get("peers", {}).get("one_layer", [])
-    summary["faster_than_kvpress"] = [line["faster_than_kvpress"] for line in peers]
-    for line in steps.get("decode", {}).get("lines", []):
-        if (line["batch"], line["length"], line["keep_per_10k"]) == (16, 32768, 1000):
+    for name in ("faster_than_kvpress_vectorised", "faster_than_torch_plain"):
+        summary[name] = [line[name] for line in lines["peers"] if name in line]
+    for line in lines["decode"]:
+        if (line.get("batch"), line.get("length"), line.get("keep_per_10k")) == (16, 32768, 1000):
             summary["decode_16x32k"] = line["faster_than_full"]
     run.result["measured"] = None if run.dry_run else summary  # times of an emulator say nothing
+    return summary
 
 
 def main() -> int:
@@ -245,16 +300,17 @@ def main() -> int:
     default = ROOT / "build" / "gpu-check-dry-run.json" if args.dry_run else ROOT / "docs" / "benchmarks" / "gpu.json"
     run = Run(args.dry_run, args.output or default)
     build(run)
+    smoke(run)
+    flags = ["--dry_run"] if args.dry_run else []
+    for step in ("ops", "peers", "decode"):
+        run.child(step, [sys.executable, "-m", f"benchmarks.gpu.{step}", *flags], SHARES[step])
     op_tests(run)
     plugin_tests(run)
     network_tests(run)
     sanitizers(run)
-    flags = ["--dry_run"] if args.dry_run else []
-    for step, share in (("ops", 120), ("peers", 75), ("decode", 75)):
-        run.child(step, [sys.executable, "-m", f"benchmarks.gpu.{step}", *flags], share, parse=True)
-    summarize(run)
+    summary = summarize(run)
     run.record("summary", {})
-    print(json.dumps(run.result))
+    print(json.dumps({"output": str(run.output), "measured": None if run.dry_run else summary}))
     return 1 if any("error" in outcome for outcome in run.result["steps"].values()) else 0
 
 

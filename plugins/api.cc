@@ -56,7 +56,7 @@ int64_t chunkkv_kept_tokens(const chunkkv_settings* settings, int64_t length) {
     if (!(begin("chunkkv_kept_tokens", settings) && checkSettings(*settings) &&
           inRange("length", length, 0, CHUNKKV_MAX_LENGTH)))
         return -1;
-    return keptTokens(length, settings->keep_per_10k, settings->budget_tokens, settings->min_tokens);
+    return keptTokens(*settings, length, settings->keep_per_10k, settings->budget_tokens);
 }
 
 int64_t chunkkv_max_chunks(const chunkkv_settings* settings, int64_t length) {

@@ -50,18 +50,39 @@ inline bool atLeast(const char* name, int64_t value, int64_t least, const char* 
                 static_cast<long long>(value), static_cast<long long>(least), why);
 }
 
-// The kernels tell exactly these words apart: boundaries.cu and chunks.cuh those of boundaries, score.cu, score_tiles.cuh
-// and score_reduce.cuh those of score. A word is added to limits.py's KERNEL_CHOICES together with its branches there.
+// The kernels tell exactly these words apart: boundaries.cu and chunks.cuh those of boundaries, budget.h and select.cu
+// those of classes, score*.cu and score*.cuh those of scores. A word is added to limits.py's KERNEL_CHOICES together
+// with its branches there.
 static_assert(limits::kMaxLength == CHUNKKV_MAX_LENGTH, "the C ABI says the same");
-static_assert(std::size(limits::kBoundariesWords) == 2 && std::size(limits::kScoreWords) == 2,
+static_assert(std::size(limits::kBoundariesWords) == 2 && std::size(limits::kScoreWords) == 3 &&
+                  std::size(limits::kWindowReduceWords) == 2 && std::size(limits::kHeadReduceWords) == 2 &&
+                  std::size(limits::kValueNormWords) == 2 && std::size(limits::kHeadsWords) == 2 &&
+                  std::size(limits::kBudgetSplitWords) == 2 && std::size(limits::kLocalPolicyWords) == 2,
               "write the kernels' branches for a new word first");
+
+inline bool checkClasses(const Settings& s) {
+    if (s.budget_split == CHUNKKV_SPLIT_UNIFORM) return true;
+    return inRange("head_class", s.head_class, CHUNKKV_CLASS_READING, CHUNKKV_CLASS_LOCAL) &&
+           isAllowed(limits::kLocalPolicy, s.local_policy) &&
+           isAllowed(limits::kReadingSharePer10k, s.reading_share_per_10k) &&
+           inRange("all_heads", s.all_heads, 1, 1 << 24) &&
+           inRange("all_reading_heads", s.all_reading_heads, 0, s.all_heads);
+}
 
 inline bool checkSettings(const Settings& s) {
     if (!(isAllowed(limits::kWindow, s.window) && isAllowed(limits::kSinks, s.sinks) &&
           isAllowed(limits::kChunkSize, s.chunk_size) && isAllowed(limits::kBoundaries, s.boundaries) &&
           isAllowed(limits::kPooling, s.pooling) && isAllowed(limits::kScore, s.score) &&
-          isAllowed(limits::kKeepPer10k, s.keep_per_10k) && isAllowed(limits::kBudgetTokens, s.budget_tokens)))
+          isAllowed(limits::kWindowReduce, s.window_reduce) && isAllowed(limits::kHeadReduce, s.head_reduce) &&
+          isAllowed(limits::kValueNorm, s.value_norm) && isAllowed(limits::kHeads, s.heads) &&
+          isAllowed(limits::kKeepPer10k, s.keep_per_10k) && isAllowed(limits::kBudgetTokens, s.budget_tokens) &&
+          isAllowed(limits::kBudgetSplit, s.budget_split) && checkClasses(s)))
         return false;
+    if (s.score != CHUNKKV_SCORE_SOFTMAX && (s.window_reduce || s.head_reduce || s.value_norm))
+        return fail(CHUNKKV_INVALID_ARGUMENT,
+                    "window_reduce, head_reduce and value_norm are %d, %d and %d with score %s; they act on attention "
+                    "weights: leave them 0, or use score softmax",
+                    s.window_reduce, s.head_reduce, s.value_norm, limits::kScoreWords[s.score]);
     if (s.pooling % 2 == 0)
         return fail(CHUNKKV_INVALID_ARGUMENT, "pooling is %d; allowed are odd values (1 = off)", s.pooling);
     return atLeast("min_tokens", s.min_tokens, int64_t{s.window} + s.sinks + s.chunk_size,
@@ -176,8 +197,11 @@ inline bool checkScoreShape(const ScoreParams& p) {
     if (p.heads % p.kv_heads != 0)
         return fail(CHUNKKV_INVALID_ARGUMENT, "heads is %d, kv_heads is %d; heads must be a multiple of kv_heads",
                     p.heads, p.kv_heads);
-    return atLeast("max_chunks", p.max_chunks, maxChunks(p.settings, p.rows.max_length),
-                   "chunkkv_max_chunks() of max_length") &&
+    if (p.kv_head_numbers && !inRange("all_kv_heads", p.all_kv_heads, 1, CHUNKKV_MAX_HEADS)) return false;
+    if (!atLeast("max_chunks", p.max_chunks, maxChunks(p.settings, p.rows.max_length),
+                 "chunkkv_max_chunks() of max_length"))
+        return false;
+    return p.settings.score == CHUNKKV_SCORE_GIVEN ||
            isScoreKernel(p.query_dtype, p.key_dtype, p.head_dim, p.heads / p.kv_heads);
 }
 
@@ -185,12 +209,24 @@ inline bool checkScore(const ScoreParams& p) {
     if (!(checkScoreShape(p) && checkRows(p.rows) &&
           checkChunks(p.settings, p.rows, p.max_chunks, p.chunk_starts, p.num_chunks)))
         return false;
+    const bool given = p.settings.score == CHUNKKV_SCORE_GIVEN, norms = p.settings.value_norm != 0;
+    if (!given && p.given_scores)
+        return fail(CHUNKKV_INVALID_ARGUMENT, "given_scores is given, but score is %s; pass NULL, or use score given",
+                    limits::kScoreWords[p.settings.score]);
+    if (!norms && p.value)
+        return fail(CHUNKKV_INVALID_ARGUMENT, "value is given, but value_norm is 0; pass NULL, or use value_norm 1");
     if (p.rows.batch == 0) return true;
+    if (p.max_chunks > 0 && !isGiven("chunk_scores", p.chunk_scores)) return false;
+    if (given) return p.rows.max_length == 0 || isGiven("given_scores", p.given_scores);
     if (p.query_layout.block_offsets)
         return fail(CHUNKKV_INVALID_ARGUMENT, "query_layout is paged; queries lie in a contiguous or packed tensor");
+    if (norms && !(isGiven("value", p.value) &&
+                   checkLayout("value_layout", p.value_layout, p.rows.max_length,
+                               p.head_dim * elementBytes(p.key_dtype)) &&
+                   isAligned("value", p.value, p.value_layout)))
+        return false;
     const int64_t queries = p.query_is_window ? p.settings.window : p.rows.max_length;
     return isGiven("query", p.query) && isGiven("key", p.key) &&
-           (p.max_chunks == 0 || isGiven("chunk_scores", p.chunk_scores)) &&
            checkLayout("query_layout", p.query_layout, queries, p.head_dim * elementBytes(p.query_dtype)) &&
            checkLayout("key_layout", p.key_layout, p.rows.max_length, p.head_dim * elementBytes(p.key_dtype)) &&
            isAligned("query", p.query, p.query_layout) && isAligned("key", p.key, p.key_layout);
@@ -208,17 +244,18 @@ inline bool checkBoundaries(const BoundariesParams& p) {
 
 inline bool checkSelect(const SelectParams& p) {
     if (!(checkSettings(p.settings) && checkRows(p.rows) &&
-          checkChunks(p.settings, p.rows, p.max_chunks, p.chunk_starts, p.num_chunks)))
+          (keepsRecent(p.settings) || checkChunks(p.settings, p.rows, p.max_chunks, p.chunk_starts, p.num_chunks))))
         return false;
     // N grows with L, so N of max_length is the largest. Budgets per row lie in device memory, which the host cannot
     // read: then it is for the caller to pass a max_kept that suffices.
     const bool same_budget = !p.rows.keep_per_10k && !p.rows.budget_tokens;
     const Settings& s = p.settings;
-    const int64_t most = same_budget ? keptTokens(p.rows.max_length, s.keep_per_10k, s.budget_tokens, s.min_tokens) : 0;
+    if (!inRange("choices", p.choices, 1, s.heads == CHUNKKV_HEADS_EACH ? CHUNKKV_MAX_HEADS : 1)) return false;
+    const int64_t most = same_budget ? keptTokens(s, p.rows.max_length, s.keep_per_10k, s.budget_tokens) : 0;
     return atLeast("max_kept", p.max_kept, most, "N of max_length") &&
            (p.rows.batch == 0 ||
             (isGiven("kept_lengths", p.kept_lengths) && (p.max_kept == 0 || isGiven("kept_indices", p.kept_indices)) &&
-             (p.max_chunks == 0 || isGiven("chunk_scores", p.chunk_scores))));
+             (p.max_chunks == 0 || keepsRecent(s) || isGiven("chunk_scores", p.chunk_scores))));
 }
 
 inline bool checkCompact(const CompactParams& p) {
@@ -227,6 +264,10 @@ inline bool checkCompact(const CompactParams& p) {
           inRange("num_layers", p.num_layers, 1, INT32_MAX) && inRange("kv_heads", p.kv_heads, 1, CHUNKKV_MAX_HEADS) &&
           inRange("row_bytes", p.row_bytes, 1, 4096) && inRange("max_kept", p.max_kept, 0, INT32_MAX)))
         return false;
+    if (p.kv_head_numbers && !inRange("all_kv_heads", p.all_kv_heads, 1, CHUNKKV_MAX_HEADS)) return false;
+    if (p.choices != 1 && p.choices != p.kv_heads)
+        return fail(CHUNKKV_INVALID_ARGUMENT,
+                    "choices is %d with kv_heads %d; pass 1, or kv_heads for indices per head", p.choices, p.kv_heads);
     if (!p.layers) return fail(CHUNKKV_INVALID_ARGUMENT, "layers is NULL; pass a host array of num_layers entries");
     if (p.rows.batch == 0) return true;
     const bool in_place = p.layers[0].key_out == nullptr;

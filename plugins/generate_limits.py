@@ -19,9 +19,16 @@ NATIVE_SETTINGS = (
     "boundaries",
     "pooling",
     "score",
+    "window_reduce",
+    "head_reduce",
+    "value_norm",
+    "heads",
     "keep_per_10k",
     "budget_tokens",
     "min_tokens",
+    "budget_split",
+    "local_policy",
+    "reading_share_per_10k",
 )
 _HEAD = """\
 // The values that settings may have, and the shapes that the score kernel is compiled for.

@@ -42,7 +42,7 @@ namespace chunkkv {
 /// The most that the rows keep by the settings' own budget.
 inline int64_t mostKept(const Rows& rows, const Settings& settings) {
     return int64_t{rows.batch} *
-           keptTokens(rows.max_length, settings.keep_per_10k, settings.budget_tokens, settings.min_tokens);
+           keptTokens(settings, rows.max_length, settings.keep_per_10k, settings.budget_tokens);
 }
 
 }  // namespace chunkkv

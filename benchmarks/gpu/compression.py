@@ -2,33 +2,72 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from benchmarks.gpu.device import Device
 from chunkkv import reference
-from chunkkv.native import BatchRows, KVView, NativeLibrary, contiguous_kv, paged_kv
+from chunkkv.native import BatchRows, Chunks, KVView, NativeLibrary, contiguous_kv, paged_kv
 from chunkkv.settings import ChunkKVSettings
 
 
-class Compression:
-    """Buffers for rows of one length; all of them belong to this object."""
+@dataclass(frozen=True)
+class Variant:
+    """What is unlike plain bfloat16 keys, equal lengths, fixed chunks and shared choices."""
 
-    def __init__(self, device: Device, library: NativeLibrary, settings: ChunkKVSettings, batch: int, length: int):
+    name: str
+    key: str = "bfloat16"  # or int8, fp8
+    paged: bool = False
+    heads: tuple[int, int, int] | None = None  # Hq, Hkv, D
+    lengths: tuple[int, ...] = ()
+    settings: tuple[tuple[str, Any], ...] = ()
+    delimiter_rate: float = 0.0
+
+
+class Compression:
+    """Buffers for rows of one length, or of the lengths of a variant; all of them belong to this object."""
+
+    def __init__(
+        self,
+        device: Device,
+        library: NativeLibrary,
+        settings: ChunkKVSettings,
+        batch: int,
+        length: int,
+        variant: Variant | None = None,
+    ):
         self.device, self.library, self.settings = device, library, settings
         self.length, self.kept = length, settings.kept_tokens(length)
-        self.rows = BatchRows(device.int32([length] * batch), length)
+        lengths = list(variant.lengths) if variant and variant.lengths else [length] * batch
+        self.rows = BatchRows(device.int32(lengths), length)
         shapes = device.shapes
-        self.query = device.random(batch, shapes.heads, settings.window, shapes.head_dim, seed=1)
-        self.chunk_scores = device.empty(batch, library.max_chunks(settings, length), dtype="float32")
-        self.indices = device.empty(batch, self.kept, dtype="int32")
+        heads, kv_heads, head_dim = (variant and variant.heads) or (shapes.heads, shapes.kv_heads, shapes.head_dim)
+        each = (kv_heads,) if settings.heads == "each" else ()
+        self.query = device.random(batch, heads, settings.window, head_dim, seed=1)
+        self.max_chunks = library.max_chunks(settings, length)
+        self.chunk_scores = device.empty(batch, *each, self.max_chunks, dtype="float32")
+        self.indices = device.empty(batch, *each, self.kept, dtype="int32")
         self.lengths = device.empty(batch, dtype="int32")
         self.space: Any = None
+        self.chunks: Chunks | None = None
+        if settings.boundaries == "delimiter":
+            flags = np.random.default_rng(0).random((batch, length)) < (variant.delimiter_rate if variant else 0.1)
+            self.flags = device.int32(flags)
+            starts = device.empty(batch, self.max_chunks + 1, dtype="int32")
+            self.chunks = Chunks(starts, device.empty(batch, dtype="int32"))
+            self.boundaries()
+
+    def boundaries(self) -> None:
+        """Find the chunks of every row."""
+        assert self.chunks is not None
+        options = {"stream": self.device.stream}
+        self.library.boundaries(self.settings, self.rows, self.flags, None, 0, self.chunks, **options)
 
     def score(self, cache: KVView) -> None:
         """Score the chunks of one layer."""
-        options = {"chunk_scores": self.chunk_scores}
+        options = {"chunk_scores": self.chunk_scores, "chunks": self.chunks}
         if self.space is None:
             size = self.library.score_workspace(self.settings, self.rows, self.query, cache, **options)
             self.space = self.device.workspace(size)
@@ -38,7 +77,8 @@ class Compression:
     def select(self) -> None:
         """Choose the kept tokens from the scores."""
         outputs = (self.chunk_scores, self.indices, self.lengths)
-        self.library.select(self.settings, self.rows, *outputs, stream=self.device.stream)
+        options = {"chunks": self.chunks, "stream": self.device.stream}
+        self.library.select(self.settings, self.rows, *outputs, **options)
 
     def compact(self, layers: list[KVView], outputs: list[KVView] | None = None) -> None:
         """Move the kept rows of the layers, in place where no outputs are given."""
@@ -58,6 +98,22 @@ class Compression:
         near = reference.near_cut(scores, self.length, self.kept, self.settings)
         assert len(chosen) == len(expected) and near[differing].all(), f"wrong choice at {differing[~near[differing]]}"
         return len(differing)
+
+
+def caches_of(device: Device, variant: Variant, batch: int, length: int) -> list[KVView]:
+    """Return as many caches as do not fit in the second-level cache together."""
+    shapes = device.shapes
+    _, kv_heads, head_dim = variant.heads or (shapes.heads, shapes.kv_heads, shapes.head_dim)
+    item = 2 if variant.key == "bfloat16" else 1
+
+    def noise(*shape: int, seed: int = 0) -> Any:
+        return device.random(*shape, seed=seed) if item == 2 else device.bytes(*shape, dtype=variant.key, seed=seed)
+
+    count = device.copies(2 * batch * length * kv_heads * head_dim * item)
+    if variant.paged:
+        return pool(device, batch, length, count)
+    shape = (batch, kv_heads, length, head_dim)
+    return [contiguous_kv(noise(*shape, seed=2 * i), noise(*shape, seed=2 * i + 1)) for i in range(count)]
 
 
 def contiguous(device: Device, batch: int, length: int, seed: int = 2) -> tuple[Any, Any, KVView]:

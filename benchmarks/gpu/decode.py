@@ -6,10 +6,11 @@ memory, layers take turns on as many as do; each is far larger than the second-l
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from benchmarks.gpu.device import Device, measure
+from benchmarks.gpu.device import Device, Line, measure
 
 KEEPS = (10_000, 3_000, 1_000)
 MEMORY_SHARE = 0.8
@@ -58,11 +59,12 @@ class Decoder:
         return hidden @ self.head
 
 
-def run(device: Device) -> dict[str, Any]:
-    """Return one line per batch, length and keep ratio."""
+def run(device: Device) -> Iterator[Line]:
+    """Yield one line per batch, length and keep ratio."""
     if device.torch is None:
-        return {"skipped": "torch is not installed; the decoder is written in it"}
-    copy_gbps, lines = device.copy_gbps(), []
+        yield {"skipped": "torch is not installed; the decoder is written in it"}
+        return
+    copy_gbps = device.copy_gbps()
     with device.torch.no_grad():
         decoder = Decoder(device)
         for batch, length in device.shapes.decode:
@@ -74,21 +76,18 @@ def run(device: Device) -> dict[str, Any]:
                 taken = device.microseconds([partial(decoder.step, hidden, caches)])
                 full = full or taken
                 moved = decoder.weight_bytes + 2 * batch * kept * device.shapes.row_bytes * device.shapes.layers
-                lines.append(
-                    {
-                        "batch": batch,
-                        "length": length,
-                        "keep_per_10k": keep,
-                        "layers_with_own_cache": len(caches),
-                        "milliseconds_per_token": round(taken / 1e3, 3),
-                        "floor_milliseconds": round(moved / copy_gbps / 1e6, 3),
-                        "faster_than_full": round(full / taken, 2),
-                    }
-                )
+                yield {
+                    "batch": batch,
+                    "length": length,
+                    "keep_per_10k": keep,
+                    "layers_with_own_cache": len(caches),
+                    "milliseconds_per_token": round(taken / 1e3, 3),
+                    "floor_milliseconds": round(moved / copy_gbps / 1e6, 3),
+                    "faster_than_full": round(full / taken, 2),
+                }
                 del caches
                 if not device.dry_run:
                     device.torch.cuda.empty_cache()
-    return {"copy_gbps": round(copy_gbps, 1), "lines": lines}
 
 
 if __name__ == "__main__":

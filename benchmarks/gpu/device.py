@@ -7,7 +7,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,6 +60,14 @@ class Device:
         whole = self.empty(size + 256, dtype="uint8")
         address = whole.ctypes.data if torch is None else whole.data_ptr()
         return whole[-address % 256 :][:size]
+
+    def bytes(self, *shape: int, dtype: str, seed: int = 0) -> Any:
+        """Return noise as int8, or as fp8 (float8_e4m3fn)."""
+        if torch is None:
+            content = np.random.default_rng(seed).integers(-64, 64, shape).astype(np.int8)
+            return content if dtype == "int8" else content.view(ml_dtypes.float8_e4m3fn)
+        content = torch.randint(-64, 64, shape, dtype=torch.int8, device=self.name)
+        return content if dtype == "int8" else content.view(torch.float8_e4m3fn)
 
     def int32(self, values: Any) -> Any:
         """Return int32 values on the device."""
@@ -130,6 +138,21 @@ class Device:
         if not self.dry_run:
             torch.cuda.synchronize()
 
+    def kernels(self, call: Call) -> dict[str, float]:
+        """Return the microseconds of every kernel of a call, by name, as torch's profiler sees them."""
+        if self.dry_run:
+            return {}
+        call()
+        self.wait()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            call()
+            self.wait()
+        times: dict[str, float] = {}
+        for event in profile.events():
+            name = event.name.partition("<")[0].partition("(")[0].rpartition("::")[2].removeprefix("void ")
+            times[name] = round(times.get(name, 0.0) + event.device_time, 2)
+        return times
+
     def copy_gbps(self) -> float:
         """Return the bandwidth of a large copy, read plus written."""
         size = (1 << 20) if self.dry_run else (1 << 30)
@@ -144,11 +167,15 @@ class Device:
         return 2 if self.dry_run else max(1, min(64, -(-(256 << 20) // bytes_each)))
 
 
-def measure(step: Callable[[Device], dict[str, Any]]) -> None:
-    """Run a step as its own process: read --dry_run, print the result as the last line."""
+Line = dict[str, Any]
+
+
+def measure(step: Callable[[Device], Iterator[Line]]) -> None:
+    """Run a step as its own process: read --dry_run, print every line of its result when it is there, as JSON."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--dry_run", action="store_true")
     device = Device(parser.parse_args().dry_run)
     if os.environ.get("CHUNKKV_LIB") is None:
         raise SystemExit("CHUNKKV_LIB names no library; run benchmarks/gpu_check.py, which builds it")
-    print(json.dumps(step(device)), flush=True)
+    for line in step(device):
+        print(json.dumps(line), flush=True)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import cycle
 from types import SimpleNamespace
 from typing import Any
 
 from benchmarks.gpu.compression import Compression, contiguous
-from benchmarks.gpu.device import Device, measure
-from chunkkv.native import NativeLibrary, contiguous_kv
-
-POOLING = 5
+from benchmarks.gpu.device import Device, Line, measure
+from benchmarks.gpu.shapes import POOLING
+from chunkkv.native import KVView, NativeLibrary, contiguous_kv
 
 
 def scores_as_kvpress(torch: Any, query: Any, key: Any) -> Any:
@@ -26,6 +28,19 @@ def scores_as_kvpress(torch: Any, query: Any, key: Any) -> Any:
     smooth = torch.nn.functional.avg_pool1d(mean, POOLING, stride=1, padding=POOLING // 2)
     scores = smooth.view(batch, kv_heads, group, -1).mean(dim=2)
     return torch.nn.functional.pad(scores, (0, window), value=scores.max().item() + 1)
+
+
+def scores_plainly(torch: Any, query: Any, key: Any) -> Any:
+    """Return the same scores as a careful torch user writes them: no repeated heads, no mask over all columns."""
+    batch, heads, window, head_dim = query.shape
+    kv_heads, length = key.shape[1:3]
+    grouped = query.reshape(batch, kv_heads, heads // kv_heads * window, head_dim)
+    logits = torch.matmul(grouped, key.transpose(2, 3)).float().mul_(head_dim**-0.5)
+    tail = logits.view(batch, kv_heads, -1, window, length)[..., -window:]
+    tail.masked_fill_(torch.ones(window, window, dtype=torch.bool, device=key.device).triu(1), float("-inf"))
+    mean = torch.softmax(logits, dim=-1)[..., :-window].mean(dim=2)
+    smooth = torch.nn.functional.avg_pool1d(mean, POOLING, stride=1, padding=POOLING // 2)
+    return torch.nn.functional.pad(smooth, (0, window), value=float(window * heads))
 
 
 def best_chunks(torch: Any, scores: Any, chunk: int, keep: float) -> Any:
@@ -75,45 +90,49 @@ def kvpress_itself(torch: Any, query: Any, key: Any, value: Any, chunk: int, kee
     return lambda: press.compress(module, hidden, key, value, None, unrotated)
 
 
-def against_kvpress(device: Device, library: NativeLibrary, length: int) -> dict[str, Any]:
-    """Compare one layer: score, choose, gather."""
+def against_kvpress(device: Device, library: NativeLibrary, length: int) -> Line:
+    """Compare one layer: score, choose, gather; all of them rotate through caches that do not fit in the L2 cache."""
     shapes = device.shapes
     window, keep = shapes.windows[0], shapes.keeps[0]
     settings = shapes.settings(window, keep)
-    key, value, cache = contiguous(device, 1, length)
+    caches = [contiguous(device, 1, length, seed=2 * i) for i in range(device.copies(2 * length * shapes.row_bytes))]
     work = Compression(device, library, settings, 1, length)
     out_shape = (1, shapes.kv_heads, work.kept, shapes.head_dim)
     out = contiguous_kv(*(device.empty(*out_shape, dtype=shapes.dtype) for _ in range(2)))
+    torch, share = device.torch, keep / 10_000
 
-    def ours() -> None:
+    def ours(cache: KVView) -> None:
         work.score(cache)
         work.select()
         work.compact([cache], [out])
 
-    def gather(kept: Any) -> tuple[Any, Any]:
-        return key.index_select(2, kept), value.index_select(2, kept)
+    def torch_way(choose: Callable[..., Any], key: Any, value: Any) -> None:
+        kept = choose(torch, scores_as_kvpress(torch, work.query, key), settings.chunk_size, share)
+        key.index_select(2, kept), value.index_select(2, kept)
 
-    torch, share = device.torch, keep / 10_000
+    def plain(key: Any, value: Any) -> None:
+        kept = kept_vectorised(torch, scores_plainly(torch, work.query, key), settings.chunk_size, share)
+        key.index_select(2, kept), value.index_select(2, kept)
 
-    def published() -> None:
-        gather(kept_as_kvpress(torch, scores_as_kvpress(torch, work.query, key), settings.chunk_size, share))
-
-    def vectorised() -> None:
-        gather(kept_vectorised(torch, scores_as_kvpress(torch, work.query, key), settings.chunk_size, share))
-
-    times = {"ours": device.microseconds([ours])}
+    times = {"ours": device.microseconds([partial(ours, cache) for _, _, cache in caches])}
     kept = device.int32(device.host(work.indices)[0])
-    times["compact_alone"] = device.microseconds([lambda: work.compact([cache], [out])])
-    times["torch_gather"] = device.microseconds([lambda: gather(kept)])
-    vectorised()
-    times["kvpress_vectorised"] = device.eager_microseconds(vectorised)
+    times["compact_alone"] = device.microseconds([partial(work.compact, [cache], [out]) for _, _, cache in caches])
+    times["torch_gather"] = device.microseconds(
+        [partial(lambda k, v: (k.index_select(2, kept), v.index_select(2, kept)), k, v) for k, v, _ in caches]
+    )
+    for name, way in (("kvpress_vectorised", partial(torch_way, kept_vectorised)), ("torch_plain", plain)):
+        way(*caches[0][:2])
+        rotated = cycle([partial(way, key, value) for key, value, _ in caches])
+        times[name] = device.eager_microseconds(lambda calls=rotated: next(calls)())  # type: ignore[misc]
+    published = partial(torch_way, kept_as_kvpress, *caches[0][:2])
     times["kvpress_arithmetic"] = device.eager_microseconds(published, repeats=1)
-    installed = kvpress_itself(torch, work.query, key, value, settings.chunk_size, share)
+    installed = kvpress_itself(torch, work.query, *caches[0][:2], settings.chunk_size, share)
     if installed is not None:
         times["kvpress_itself"] = device.eager_microseconds(installed, repeats=1)
     line = {f"{name}_microseconds": round(taken, 1) for name, taken in times.items()}
-    speedup = {"faster_than_kvpress": round(times["kvpress_arithmetic"] / times["ours"], 1)}
-    return {"length": length, "window": window, "keep_per_10k": keep, **line, **speedup}
+    for name in ("kvpress_arithmetic", "kvpress_vectorised", "torch_plain"):
+        line[f"faster_than_{name}"] = round(times[name] / times["ours"], 1)
+    return {"op": "one layer", "length": length, "window": window, "keep_per_10k": keep, **line}
 
 
 def prefill_microseconds(device: Device, length: int) -> float:
@@ -145,14 +164,16 @@ def prefill_microseconds(device: Device, length: int) -> float:
     return device.eager_microseconds(layer, repeats=2) * shapes.layers
 
 
-def run(device: Device) -> dict[str, Any]:
-    """Return what torch takes for the same work, and for a prefill."""
+def run(device: Device) -> Iterator[Line]:
+    """Yield what torch takes for the same work, and for a prefill."""
     if device.torch is None:
-        return {"skipped": "torch is not installed, and there is nothing else to compare with"}
+        yield {"skipped": "torch is not installed, and there is nothing else to compare with"}
+        return
     library = NativeLibrary()
-    lines = [against_kvpress(device, library, length) for length in device.shapes.lengths[:2]]
-    prefill = {str(length): round(prefill_microseconds(device, length), 1) for length in device.shapes.lengths}
-    return {"one_layer": lines, "prefill_microseconds": prefill}
+    for length in device.shapes.lengths[:2]:
+        yield against_kvpress(device, library, length)
+    for length in device.shapes.lengths:
+        yield {"op": "prefill", "length": length, "microseconds": round(prefill_microseconds(device, length), 1)}
 
 
 if __name__ == "__main__":

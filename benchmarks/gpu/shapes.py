@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from chunkkv.settings import ChunkKVSettings
 
-CHUNK_SIZE, SINKS = 10, 4
+CHUNK_SIZE, SINKS, POOLING = 10, 4, 5
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,12 @@ class Shapes:
         """Bytes of K (or of V) of one token in one layer, all heads."""
         return self.kv_heads * self.head_dim * 2
 
-    def settings(self, window: int, keep: int) -> ChunkKVSettings:
-        """Return the settings of one measurement."""
+    def settings(self, window: int, keep: int, **others: Any) -> ChunkKVSettings:
+        """Return the settings of one measurement; `others` are settings that differ from version 1 of the method."""
+        values = {"chunk_size": CHUNK_SIZE, "boundaries": "fixed", **others}
+        least = window + SINKS + values["chunk_size"]
         return ChunkKVSettings(
-            window=window,
-            chunk_size=CHUNK_SIZE,
-            sinks=SINKS,
-            keep_per_10k=keep,
-            min_tokens=window + SINKS + CHUNK_SIZE,
+            window=window, sinks=SINKS, pooling=POOLING, keep_per_10k=keep, min_tokens=least, **values
         )
 
 
@@ -58,7 +57,7 @@ LLAMA_3_8B = Shapes(
     layers=32,
     vocabulary=128256,
     lengths=(8192, 32768, 131072),
-    windows=(32, 64),
+    windows=(16, 32, 64),
     batches=(1, 16),
     keeps=(1000, 3000),
     decode=((1, 32768), (16, 8192), (16, 32768)),

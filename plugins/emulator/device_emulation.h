@@ -31,6 +31,9 @@ using emulator::dim3;
 struct alignas(16) uint4 {
     uint32_t x, y, z, w;
 };
+struct alignas(8) float2 {
+    float x, y;
+};
 struct __half {
     uint16_t bits;
 };
@@ -49,6 +52,13 @@ inline float __uint_as_float(uint32_t bits) {
     return x;
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
+inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
+    const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
+    uint32_t word = 0;
+    for (int i = 0; i < 4; ++i) word |= static_cast<uint32_t>(bytes >> 8 * (selector >> 4 * i & 7u) & 0xFFu) << 8 * i;
+    return word;
+}
 
 inline int atomicAdd(int* at, int value) { return __atomic_fetch_add(at, value, __ATOMIC_RELAXED); }
 inline unsigned atomicAdd(unsigned* at, unsigned value) { return __atomic_fetch_add(at, value, __ATOMIC_RELAXED); }
@@ -167,20 +177,35 @@ inline __half fromFloat<__half>(float x) {
     return {static_cast<uint16_t>(bits | sign >> 16)};
 }
 
-/// Few, so that a block of a small test has several tiles to walk over.
-inline int multiprocessors() { return 2; }
+inline int multiprocessors() { return emulator::multiprocessors(); }
 
 inline float exp2Fast(float x) { return std::exp2(x); }
+inline float multiplyAdd(float a, float b, float c) { return a * b + c; }
+inline float maxOrNan(float a, float b) { return a != a || a > b ? a : b; }
 
 template <class T>
 uint32_t packPair(float low, float high) {
     return fromFloat<T>(low).bits | static_cast<uint32_t>(fromFloat<T>(high).bits) << 16;
 }
 
+namespace emulated {
 inline float lowHalf(uint32_t word) { return toFloat(__half{static_cast<uint16_t>(word)}); }
 inline float highHalf(uint32_t word) { return toFloat(__half{static_cast<uint16_t>(word >> 16)}); }
+}  // namespace emulated
+
+inline uint32_t multiplyHalves(uint32_t a, uint32_t b) {
+    return packPair<__half>(emulated::lowHalf(a) * emulated::lowHalf(b), emulated::highHalf(a) * emulated::highHalf(b));
+}
+inline uint32_t addHalves(uint32_t a, uint32_t b) {
+    return packPair<__half>(emulated::lowHalf(a) + emulated::lowHalf(b), emulated::highHalf(a) + emulated::highHalf(b));
+}
 
 inline void storeScalar(float* to, float value) { *to = value; }
+inline void storeScalar(uint32_t* to, uint32_t value) { *to = value; }
+inline void storeScalar(float2* to, float2 value) {
+    to->x = value.x;
+    to->y = value.y;
+}
 template <class T>
 void storeScalar(T* to, T value) {
     to->bits = value.bits;
@@ -191,6 +216,9 @@ inline void cpAsync16(void* to, const void* from, int bytes) {
     if (bytes > 0) emulator::checkAligned(from, 16, "cp.async");
     emulator::issueCopy({to, from, bytes, 0}, emulator::copy16);
 }
+using CachePolicy = uint64_t;
+inline CachePolicy evictFirst() { return 0; }
+inline void cpAsync16(void* to, const void* from, int bytes, CachePolicy) { cpAsync16(to, from, bytes); }
 inline void cpAsyncCommit() { emulator::commitCopies(); }
 template <int kPending>
 void cpAsyncWait() {
@@ -252,5 +280,16 @@ void mma16816(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, c
     emulator::meet(emulator::kAllLanes, &mine, file, line, emulated::multiply<T>);
     for (int i = 0; i < 4; ++i) d[i] = mine.d[i];
 }
+
+template <class T>
+void mma16816First(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const char* file = __builtin_FILE(),
+                   int line = __builtin_LINE()) {
+    for (float& sum : d) sum = 0.0f;
+    mma16816<T>(d, a, b0, b1, file, line);
+}
+
+/// Launches run one after the other.
+inline void waitForPrevious() {}
+inline void letNextStart() {}
 
 }  // namespace chunkkv

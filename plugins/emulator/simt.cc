@@ -98,6 +98,7 @@ struct Block {
 std::mutex launch_mutex;
 int order = kForward;
 bool async_early = false;
+int multiprocessor_count = 2;
 uint32_t random_state = 1;
 char failure_text[512] = "";
 bool failed = false;
@@ -326,6 +327,8 @@ int run(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& 
 
 const char* failureText() { return failure_text; }
 
+int multiprocessors() { return multiprocessor_count; }
+
 }  // namespace emulator
 
 void chunkkv_emulator_configure(int order, unsigned seed, int async_early) {
@@ -333,4 +336,9 @@ void chunkkv_emulator_configure(int order, unsigned seed, int async_early) {
     emulator::order = order;
     emulator::random_state = seed ? seed : 1;
     emulator::async_early = async_early != 0;
+}
+
+void chunkkv_emulator_multiprocessors(int count) {
+    const std::lock_guard<std::mutex> lock(emulator::launch_mutex);
+    emulator::multiprocessor_count = count > 0 ? count : 1;
 }

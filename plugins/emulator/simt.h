@@ -54,6 +54,10 @@ void issueCopy(const Copy& copy, void (*perform)(const Copy&));
 void commitCopies();
 void waitCopies(int pending_groups, void (*perform)(const Copy&));
 
+/// Multiprocessors that the next launches are sized for: 2, so that a block of a small test has several tiles to walk
+/// over, unless chunkkv_emulator_multiprocessors() has said otherwise.
+int multiprocessors();
+
 /// Run body() on every thread of the grid. Returns 0, or 1 with a text in failureText().
 int run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);
 const char* failureText();
@@ -69,4 +73,6 @@ extern "C" {
 /// How the next launches run. order: 0 forward, 1 reverse (blocks as well), 2 random by `seed`, 3 greedy (a warp runs
 /// as far ahead as it can). async_early: cp.async writes when it is issued, else when it is waited for.
 __attribute__((visibility("default"))) void chunkkv_emulator_configure(int order, unsigned seed, int async_early);
+/// How many multiprocessors the emulated device has.
+__attribute__((visibility("default"))) void chunkkv_emulator_multiprocessors(int count);
 }

@@ -7,12 +7,12 @@
 namespace chunkkv {
 
 /// Chunk i of a row spans [start(i), start(i) + length(i)), for i in [0, count). Whatever the table of a delimiter row
-/// holds, every span lies in [s, L-w) and has at most c tokens.
+/// holds, every span lies in [s, L-W) and has at most c tokens.
 struct ChunkSpans {
     const int32_t* starts;  // null for fixed chunks
     int32_t count;
     int32_t first;  // s
-    int32_t end;    // L - w
+    int32_t end;    // L - W
     int32_t size;   // c
 
     __device__ int32_t start(int32_t chunk) const {
@@ -22,9 +22,23 @@ struct ChunkSpans {
         const int32_t behind = starts ? starts[chunk + 1] : first + (chunk + 1) * size;
         return static_cast<int32_t>(clampTo(static_cast<int64_t>(behind < end ? behind : end) - start(chunk), 0, size));
     }
+
+    /// The first chunk that starts at `token` or behind it, or count: starts ascend.
+    __device__ int32_t firstFrom(int32_t token) const {
+        int32_t low = 0, behind = count;
+        while (low < behind) {
+            const int32_t middle = low + (behind - low) / 2;
+            if (start(middle) < token)
+                low = middle + 1;
+            else
+                behind = middle;
+        }
+        return low;
+    }
 };
 
-/// `part` is the row's part of chunk_scores; `starts` and `num_chunks` [B] are null for fixed chunks.
+/// `part` is the row's part of a table with one entry per chunk; `starts` and `num_chunks` [B] are null for fixed
+/// chunks.
 __device__ inline ChunkSpans chunkSpans(const Settings& settings, const int32_t* starts, const int32_t* num_chunks,
                                         const RowPart& part, int32_t row, int32_t length) {
     ChunkSpans spans;

@@ -23,7 +23,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kInFlight = 8;                 // independent loads per thread
 constexpr int kSliceBytes = 64;              // a DRAM access; narrower slices would read bytes they do not move
-constexpr int kBlocksPerMultiprocessor = 4;  // from here on slicing rows gains nothing
+constexpr int kBlocksPerMultiprocessor = 4;  // rows are cut into slices while fewer blocks would run
 
 struct CompactArgs {
     Rows rows;
@@ -31,6 +31,9 @@ struct CompactArgs {
     Layout out;
     const int32_t* kept_indices;
     const int32_t* kept_lengths;
+    const int32_t* kv_head_numbers;
+    int32_t all_kv_heads;
+    int32_t choices;
     int32_t max_kept;
     int32_t row_vectors;    // vectors in the D elements of a token
     int32_t slice_vectors;  // vectors of a column slice; the last one may be narrower
@@ -41,25 +44,28 @@ struct CompactArgs {
 };
 static_assert(isPlain<CompactArgs> && sizeof(CompactArgs) <= 4096, "kernel parameters end at 4 KB before CUDA 12.1");
 
-/// grid: x = (head, slice, split), y = row, z = (layer, K or V).
-template <class Vector>
-__global__ void compactKernel(const __grid_constant__ CompactArgs args) {
+/// grid: x = (head, slice, split), y = row, z = (layer, K or V). Out of place there are two layouts to hold, which
+/// takes registers, and more blocks than run at a time.
+template <class Vector, bool kInPlace>
+__global__ void __launch_bounds__(kThreads, kInPlace ? blocksThatFit(kBlocksPerMultiprocessor) : 3)
+    compactKernel(const __grid_constant__ CompactArgs args) {
     const int32_t split = blockIdx.x % args.splits;
     const int32_t slice = blockIdx.x / args.splits % args.slices;
     const int32_t head = blockIdx.x / args.splits / args.slices;
     const int32_t row = blockIdx.y, kv = blockIdx.z % 2;
     const Layer& layer = args.layers[blockIdx.z / 2];
-    const bool in_place = layer.key_out == nullptr;
-    const TokenRows from = tokenRows(args.in, kv ? layer.value : layer.key, kv, row, head);
-    const TokenRows to = in_place ? from : tokenRows(args.out, kv ? layer.value_out : layer.key_out, kv, row, head);
+    const int32_t number = headNumber(args.kv_head_numbers, head, args.all_kv_heads);
+    const TokenRows from = tokenRows(args.in, kv ? layer.value : layer.key, kv, row, number);
+    const TokenRows to = kInPlace ? from : tokenRows(args.out, kv ? layer.value_out : layer.key_out, kv, row, head);
 
     const int32_t length = args.rows.lengths ? rowLength(args.rows, row) : args.rows.max_length;
-    const RowPart slots = rowPart(args.rows, row, length, args.max_kept);
+    const int32_t choice = args.choices > 1 ? head : 0;
+    const RowPart slots = rowPart(args.rows, row, length, args.max_kept, choice, args.choices);
     const int32_t most = slots.count < length ? slots.count : length;
     const bool every_slot = args.kept_lengths == nullptr;
     const int32_t kept = every_slot ? args.max_kept : static_cast<int32_t>(clampTo(args.kept_lengths[row], 0, most));
     const int32_t* indices = args.kept_indices + slots.first;
-    if (in_place && kept == length) return;  // every token is where it belongs
+    if (kInPlace && kept == length) return;  // every token is where it belongs
 
     const int32_t first_column = slice * args.slice_vectors;
     const int32_t left = args.row_vectors - first_column;
@@ -73,22 +79,26 @@ __global__ void compactKernel(const __grid_constant__ CompactArgs args) {
     for (int32_t first = split * tile; first < kept; first += args.splits * tile) {
         Vector held[kInFlight];
         int32_t source[kInFlight];
+        uint32_t moves = 0;  // one bit for each; sources need not be kept for it
 #pragma unroll
         for (int i = 0; i < kInFlight; ++i) {
             const int32_t slot = first + own_slot + i * slots_per_pass;
             source[i] = slot < kept ? indices[slot] : -1;
             if (every_slot && slot < kept && source[i] < 0) source[i] = 0;
-            if (in_place && source[i] == slot) source[i] = -1;
+            if (kInPlace && source[i] == slot) source[i] = -1;
         }
 #pragma unroll
         for (int i = 0; i < kInFlight; ++i) {
-            if (source[i] >= 0) held[i] = *reinterpret_cast<const Vector*>(from.at(source[i]) + column);
+            if (source[i] < 0) continue;
+            moves |= 1u << i;
+            held[i] = *reinterpret_cast<const Vector*>(from.at(source[i]) + column);
         }
         __syncthreads();
 #pragma unroll
         for (int i = 0; i < kInFlight; ++i) {
             const int32_t slot = first + own_slot + i * slots_per_pass;
-            if (source[i] >= 0) *reinterpret_cast<Vector*>(to.at(slot) + column) = held[i];
+            char* target = moves >> i & 1u ? to.writable(slot) : nullptr;
+            if (target != nullptr) *reinterpret_cast<Vector*>(target + column) = held[i];
         }
     }
 }
@@ -98,10 +108,11 @@ LaunchStatus launchWith(const CompactParams& params, CompactArgs args, int32_t n
     const bool in_place = args.layers[0].key_out == nullptr;
     const int64_t blocks = int64_t{params.kv_heads} * params.rows.batch * num_layers * 2;
     args.row_vectors = params.row_bytes / static_cast<int32_t>(sizeof(Vector));
-    const bool sliced =
-        args.row_vectors > kThreads || (in_place && blocks < kBlocksPerMultiprocessor * multiprocessors());
-    const int32_t slice = sliced ? kSliceBytes / static_cast<int32_t>(sizeof(Vector)) : args.row_vectors;
-    args.slice_vectors = slice < args.row_vectors ? slice : args.row_vectors;
+    const int64_t enough = int64_t{kBlocksPerMultiprocessor} * multiprocessors();
+    const int64_t slices = in_place && blocks > 0 ? clampTo(enough / blocks, 1, args.row_vectors) : 1;
+    const int32_t narrowest = kSliceBytes / static_cast<int32_t>(sizeof(Vector));
+    const int64_t width = clampTo(ceilDiv(ceilDiv(args.row_vectors, slices), narrowest) * narrowest, 1, kThreads);
+    args.slice_vectors = static_cast<int32_t>(width < args.row_vectors ? width : args.row_vectors);
     args.slices = static_cast<int32_t>(ceilDiv(args.row_vectors, args.slice_vectors));
     const bool all_slots = params.kept_lengths == nullptr || params.max_kept < params.rows.max_length;
     const int64_t most = all_slots && params.rows.max_length > 0 ? params.max_kept : params.rows.max_length;
@@ -109,7 +120,8 @@ LaunchStatus launchWith(const CompactParams& params, CompactArgs args, int32_t n
     const int32_t strips = params.kv_heads * args.slices;
     args.splits = in_place ? 1 : static_cast<int32_t>(clampTo(tiles, 1, INT32_MAX / strips));
     const dim3 grid(strips * args.splits, most > 0 ? params.rows.batch : 0, num_layers * 2);
-    return launch(compactKernel<Vector>, grid, dim3(kThreads), 0, stream, args);
+    const auto kernel = in_place ? compactKernel<Vector, true> : compactKernel<Vector, false>;
+    return launch(kernel, grid, dim3(kThreads), 0, stream, args);
 }
 
 /// All addresses and strides of the call, combined by OR: its lowest bits tell the largest alignment that all share.
@@ -139,6 +151,9 @@ LaunchStatus launchCompact(const CompactParams& params, void* stream) {
     args.out = params.layout_out;
     args.kept_indices = params.kept_indices;
     args.kept_lengths = params.kept_lengths;
+    args.kv_head_numbers = params.kv_head_numbers;
+    args.all_kv_heads = params.all_kv_heads;
+    args.choices = params.choices;
     args.max_kept = params.max_kept;
     for (int32_t first = 0; first < params.num_layers; first += CHUNKKV_MAX_LAYERS) {
         const int32_t left = params.num_layers - first;

@@ -2,9 +2,9 @@
 // CUDA and PTX; under any other compiler plugins/emulator supplies the same names and runs the same kernels on the
 // host. Kernels include this file and hold no #if of their own.
 //
-// Shared by both: threadIdx, blockIdx, blockDim, gridDim, dim3, uint4, __half, __nv_bfloat16, __syncthreads(),
-// __shfl_sync, __shfl_up_sync, __shfl_xor_sync, __ballot_sync, atomicAdd(int*), __float_as_uint, __uint_as_float, and
-// what is declared below.
+// Shared by both: threadIdx, blockIdx, blockDim, gridDim, dim3, uint4, float2, __half, __nv_bfloat16, __syncthreads(),
+// __shfl_sync, __shfl_up_sync, __shfl_xor_sync, __ballot_sync, __ffs, __byte_perm, atomicAdd(int*), __float_as_uint,
+// __uint_as_float, and what is declared below.
 #pragma once
 
 #include <cmath>
@@ -60,6 +60,16 @@ inline int multiprocessors() {
     return known ? count : 1;
 }
 
+/// Blocks of a multiprocessor to ask for in a launch bound: for compute capability 12.0 the compiler takes more
+/// registers than for others, so only half as many fit without spills.
+constexpr int blocksThatFit(int blocks) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+    return blocks / 2;
+#else
+    return blocks;
+#endif
+}
+
 /// Two values rounded to T, `low` in the low half of the word.
 template <class T>
 __device__ uint32_t packPair(float low, float high);
@@ -76,9 +86,27 @@ __device__ __forceinline__ uint32_t packPair<__nv_bfloat16>(float low, float hig
     return word;
 }
 
-/// The two halves of a word of float16.
-__device__ __forceinline__ float lowHalf(uint32_t word) { return __half2float(__ushort_as_half(word & 0xFFFFu)); }
-__device__ __forceinline__ float highHalf(uint32_t word) { return __half2float(__ushort_as_half(word >> 16)); }
+/// Two float16 in a word: their products with, and their sums with, the same float16 pair.
+__device__ __forceinline__ uint32_t multiplyHalves(uint32_t a, uint32_t b) {
+    uint32_t word;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
+    return word;
+}
+__device__ __forceinline__ uint32_t addHalves(uint32_t a, uint32_t b) {
+    uint32_t word;
+    asm("add.rn.f16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
+    return word;
+}
+
+/// a * b + c, rounded once; the emulator rounds twice.
+__device__ __forceinline__ float multiplyAdd(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+
+/// The larger value; NaN where one is NaN.
+__device__ __forceinline__ float maxOrNan(float a, float b) {
+    float y;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+    return y;
+}
 
 /// *to = value. The emulator stores it so that ThreadSanitizer sees the access.
 template <class T>
@@ -90,6 +118,19 @@ __device__ __forceinline__ void storeScalar(T* to, T value) {
 __device__ __forceinline__ void cpAsync16(void* to, const void* from, int bytes) {
     const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
+}
+/// What the second-level cache does with bytes that are read: evictFirst() for those that nobody reads again soon.
+using CachePolicy = uint64_t;
+__device__ __forceinline__ CachePolicy evictFirst() {
+    CachePolicy policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+__device__ __forceinline__ void cpAsync16(void* to, const void* from, int bytes, CachePolicy policy) {
+    const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(address), "l"(from),
+                 "r"(bytes), "l"(policy)
+                 : "memory");
 }
 /// Close a group of copies of this thread; cpAsyncWait<n> waits for all but the last n groups.
 __device__ __forceinline__ void cpAsyncCommit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -126,6 +167,39 @@ __device__ __forceinline__ void mma16816<__nv_bfloat16>(float (&d)[4], const uin
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+/// The same with sums of zero to begin with.
+template <class T>
+__device__ void mma16816First(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+template <>
+__device__ __forceinline__ void mma16816First<__half>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%10, %10, %10, %10};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
+}
+template <>
+__device__ __forceinline__ void mma16816First<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                                             uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%10, %10, %10, %10};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
+}
+
+/// Programmatic dependent launch: a kernel that is launched so may start before the one before it has ended, and waits
+/// here for the end of that one and for its writes. letNextStart() lets the next kernel start as soon as all blocks
+/// have called it. Both do nothing where a kernel is launched the plain way, and before compute capability 9.0.
+__device__ __forceinline__ void waitForPrevious() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void letNextStart() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 }  // namespace chunkkv
 
 #else
@@ -148,6 +222,37 @@ __device__ inline float e4m3ToFloat(uint32_t byte) {
 /// An int8 byte as float: the low mantissa bits of 2^23 count in ones.
 __device__ inline float int8ToFloat(uint32_t byte) {
     return __uint_as_float(0x4B000000u | (byte ^ 0x80u)) - (0x1p23f + 128.0f);
+}
+
+/// Four int8 of a word as two words of float16: 0x6400 and a byte are 1024 and more.
+__device__ inline void int8ToHalves(uint32_t four, uint32_t (&halves)[2]) {
+    constexpr uint32_t kThousands = 0x64646464u, kMinus1152 = 0xE480E480u;
+    const uint32_t shifted = four ^ 0x80808080u;
+    halves[0] = addHalves(__byte_perm(shifted, kThousands, 0x4140), kMinus1152);
+    halves[1] = addHalves(__byte_perm(shifted, kThousands, 0x4342), kMinus1152);
+}
+
+/// Two e4m3 bytes, each the upper one of a 16-bit half, as float16. The bits one place down have the bias of e4m3 in
+/// the place of float16's: a product with 2^8 makes up for it. 0x7F is NaN.
+__device__ inline uint32_t e4m3PairToHalves(uint32_t pair) {
+    const uint32_t magnitude = pair & 0x7F007F00u;
+    const uint32_t is_nan = (magnitude + 0x01000100u) & 0x80008000u;
+    const uint32_t nan_bits = is_nan - (is_nan >> 6);  // 0x7E00 where it is
+    const uint32_t scaled = multiplyHalves(magnitude >> 1 | (pair & 0x80008000u), 0x5C005C00u);
+    return scaled | nan_bits;
+}
+
+/// Four e4m3 of a word as two words of float16.
+__device__ inline void e4m3ToHalves(uint32_t four, uint32_t (&halves)[2]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+    asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.rn.f16x2.e4m3x2 %0, low;\n"
+        "cvt.rn.f16x2.e4m3x2 %1, high;\n}"
+        : "=r"(halves[0]), "=r"(halves[1])
+        : "r"(four));
+#else
+    halves[0] = e4m3PairToHalves(__byte_perm(four, 0u, 0x1404));
+    halves[1] = e4m3PairToHalves(__byte_perm(four, 0u, 0x3424));
+#endif
 }
 
 }  // namespace chunkkv

@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kRowThreads) prepareRowsKernel(const __grid_co
         int32_t tokens = 0;
         if (exists) {
             const int32_t length = promptLength(params, row);
-            const int32_t kept = keptTokens(length, settings.keep_per_10k, settings.budget_tokens, settings.min_tokens);
+            const int32_t kept = keptTokens(settings, length, settings.keep_per_10k, settings.budget_tokens);
             const int32_t sequence = params.sequence_lengths[row];
             const int64_t compacted = static_cast<int64_t>(sequence) - (length - kept);
             tokens = isContext(params, row) ? length : 1;

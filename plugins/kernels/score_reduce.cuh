@@ -1,15 +1,17 @@
-// score, the part that does not read K: adds up the sums of tiles, heads and query rows, always in the same order.
-// Memory-bound; all of it is small compared with K.
+// score, the part that does not read K: adds up what the two passes have left, always in the same order.
 #pragma once
 
 #include "chunks.cuh"
-#include "score_args.h"
+#include "score_keys.cuh"
 
 namespace chunkkv {
 
 constexpr int kStatRows = 16;
 constexpr int kStatLanes = 32;
 constexpr int kReduceThreads = 256;
+constexpr int kSpan = 256;  // tokens of a block of finishKernel
+constexpr int kMostReach = 31, kMostChunk = 256;
+static_assert(limits::kPooling.high / 2 == kMostReach && limits::kChunkSize.high == kMostChunk, "arrays have room");
 
 __device__ inline Statistic merged(const Statistic& a, const Statistic& b) {
     const float maximum = fmaxf(a.maximum, b.maximum);
@@ -17,150 +19,203 @@ __device__ inline Statistic merged(const Statistic& a, const Statistic& b) {
     return {maximum, a.sum * exp2Fast(a.maximum - maximum) + b.sum * exp2Fast(b.maximum - maximum)};
 }
 
-/// row_stats: the softmax denominator of every query row, from its tiles. grid: x = (KV head, 16 query rows), y = row.
+/// row_stats: the softmax denominator of every query row, from its pieces. grid: x = (KV head, 16 query rows), y = row.
 __global__ void __launch_bounds__(kStatRows* kStatLanes) rowStatsKernel(const __grid_constant__ ScoreArgs args) {
     SHARED(Statistic, parts, kStatRows * kStatLanes);
-    const int32_t row = args.first_row + blockIdx.y;
-    const int32_t length = rowLength(args.params.rows, row);
-    if (skipsRow(args, row, length)) return;
-    const int32_t groups = (args.query_rows + kStatRows - 1) / kStatRows;
+    waitForPrevious();
+    letNextStart();
+    const RowWork work = rowWork<Pass::kStatistics>(args, args.first_row + static_cast<int32_t>(blockIdx.y));
+    if (work.tiles == 0) return;
+    const int32_t groups = ceilDivide(args.query_rows, kStatRows);
     const int32_t kv_head = blockIdx.x / groups;
     const int32_t lane = threadIdx.x / kStatRows;
     const int32_t number = blockIdx.x % groups * kStatRows + threadIdx.x % kStatRows;
     const int64_t head = static_cast<int64_t>(blockIdx.y) * args.params.kv_heads + kv_head;
-    const int32_t tiles = (length + kTileTokens - 1) / kTileTokens;
+    const int32_t count = ceilDivide(work.tiles, segmentTiles(args, work.tiles)) * args.token_groups;
+    const bool exists = number < work.query_rows && number % work.head_pitch < work.window;
 
     Statistic own{-INFINITY, 0.0f};
-    if (number < args.query_rows) {
-        const Statistic* of_tile = args.tile_stats + head * args.tiles * args.query_rows + number;
+    if (exists) {
+        const Statistic* of_part = args.tile_stats + head * args.parts * args.query_rows + number;
 #pragma unroll 4
-        for (int32_t tile = lane; tile < tiles; tile += kStatLanes)
-            own = merged(own, of_tile[static_cast<int64_t>(tile) * args.query_rows]);
+        for (int32_t part = lane; part < count; part += kStatLanes)
+            own = merged(own, of_part[static_cast<int64_t>(part) * args.query_rows]);
     }
     parts[threadIdx.x].maximum = own.maximum;
     parts[threadIdx.x].sum = own.sum;
-    __syncthreads();
-    if (lane != 0 || number >= args.query_rows) return;
-    for (int other = 1; other < kStatLanes; ++other) own = merged(own, parts[other * kStatRows + threadIdx.x]);
+    for (int half = kStatLanes / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if (lane >= half) continue;
+        own = merged(own, parts[threadIdx.x + half * kStatRows]);
+        parts[threadIdx.x].maximum = own.maximum;
+        parts[threadIdx.x].sum = own.sum;
+    }
+    if (lane != 0 || !exists) return;
     Statistic& out = args.row_stats[head * args.query_rows + number];
     out.maximum = own.maximum;
     out.sum = 1.0f / own.sum;  // the row sees its own token, so the sum is not 0
 }
 
-/// slot_sums: the partials of a tile, weighted by their rows' denominators. grid: x = tile, y = row.
-__global__ void __launch_bounds__(kReduceThreads) slotSumsKernel(const __grid_constant__ ScoreArgs args) {
-    SHARED(float, parts, kReduceThreads);
-    const int32_t row = args.first_row + blockIdx.y, tile = blockIdx.x;
-    const int32_t length = rowLength(args.params.rows, row);
-    if (skipsRow(args, row, length) || tile * kTileTokens >= length - args.params.settings.window) return;
-    const int32_t lanes = kReduceThreads / args.slot_pitch;
-    const int32_t slot = threadIdx.x % args.slot_pitch, lane = threadIdx.x / args.slot_pitch;
+__device__ inline float elementOf(const char* vector, int32_t dtype, int i) {
+    if (dtype == CHUNKKV_FLOAT32) return reinterpret_cast<const float*>(vector)[i];
+    if (dtype == CHUNKKV_FLOAT16) return toFloat(reinterpret_cast<const __half*>(vector)[i]);
+    if (dtype == CHUNKKV_BFLOAT16) return toFloat(reinterpret_cast<const __nv_bfloat16*>(vector)[i]);
+    const uint32_t byte = reinterpret_cast<const uint8_t*>(vector)[i];
+    return dtype == CHUNKKV_INT8 ? int8ToFloat(byte) : e4m3ToFloat(byte);
+}
+
+/// norms: the length of every value vector. 8 lanes share a token. grid: x = 32 tokens, y = row, z = KV head.
+__global__ void __launch_bounds__(kReduceThreads) valueNormsKernel(const __grid_constant__ ScoreArgs args) {
+    constexpr int kLanes = 8, kBytes = 16;
+    const ScoreParams& params = args.params;
+    const int32_t row = args.first_row + static_cast<int32_t>(blockIdx.y);
+    const RowWork work = rowWork<Pass::kColumns>(args, row);
+    const int32_t token = static_cast<int32_t>(blockIdx.x * kReduceThreads + threadIdx.x) / kLanes;
+    const int32_t lane = static_cast<int32_t>(threadIdx.x) % kLanes;
+    const bool exists = work.tiles > 0 && token < work.ranked_end;
+    const int32_t number = headNumber(params.kv_head_numbers, static_cast<int32_t>(blockIdx.z), params.all_kv_heads);
+    const int32_t dtype = params.key_dtype;
+    const int32_t size = dtype == CHUNKKV_FLOAT32 ? 4 : dtype <= CHUNKKV_BFLOAT16 ? 2 : 1;
     float sum = 0.0f;
-    if (slot < args.slots && lane < lanes) {
-        for (int32_t kv_head = 0; kv_head < args.params.kv_heads; ++kv_head) {
-            const int64_t head = static_cast<int64_t>(blockIdx.y) * args.params.kv_heads + kv_head;
-            const int64_t first = (head * args.tiles + tile) * args.query_rows;
-            for (int32_t number = lane; number < args.query_rows; number += lanes) {
-                const Statistic of_row = args.row_stats[head * args.query_rows + number];
-                const float weight = exp2Fast(args.tile_stats[first + number].maximum - of_row.maximum) * of_row.sum;
-                sum += weight * args.partials[(first + number) * args.slot_pitch + slot];
+    if (exists) {
+        const char* value = tokenRows(params.value_layout, params.value, 1, row, number).at(token);
+        for (int32_t at = lane * kBytes; at < params.head_dim * size; at += kLanes * kBytes) {
+            const uint4 words = *reinterpret_cast<const uint4*>(value + at);
+            const char* vector = reinterpret_cast<const char*>(&words);
+            for (int i = 0; i < kBytes / size; ++i) {
+                const float element = elementOf(vector, dtype, i);
+                sum += element * element;
             }
         }
     }
-    parts[threadIdx.x] = sum;
+    for (int distance = 1; distance < kLanes; distance *= 2) sum += __shfl_xor_sync(kFullWarp, sum, distance);
+    if (!exists || lane != 0) return;
+    const float scale = size == 1 && params.value_scale ? fabsf(*params.value_scale) : 1.0f;
+    const int64_t head = static_cast<int64_t>(blockIdx.y) * params.kv_heads + blockIdx.z;
+    args.norms[head * args.token_pitch + token] = sqrtf(sum) * scale;
+}
+
+/// What a block of finishKernel works on: a choice of a row.
+struct Finish {
+    const ScoreArgs& args;
+    RowWork work;
+    int32_t row;  // of the wave
+    int32_t choice;
+    int32_t first_head, heads;  // the KV heads of the choice
+
+    __device__ float reduced(float a, float b, int32_t rule) const {
+        return rule == CHUNKKV_REDUCE_MAX ? maxOrNan(a, b) : a + b;
+    }
+
+    /// What the query heads of a KV head give a token: over its groups of query rows.
+    __device__ float ofKvHead(int32_t kv_head, int32_t token) const {
+        const Settings& settings = args.params.settings;
+        const int64_t head = static_cast<int64_t>(row) * args.params.kv_heads + kv_head;
+        const float* column = args.columns + head * args.column_rows * args.token_pitch + token;
+        const auto sumOf = [&](int32_t first, int32_t count, int32_t rule) {
+            float all = 0.0f;
+#pragma unroll 4
+            for (int32_t i = 0; i < count; ++i)
+                all = reduced(all, column[static_cast<int64_t>(first + i) * args.token_pitch], rule);
+            return all;
+        };
+        const int32_t warp_rows = args.block_rows / args.row_warps;
+        if (!args.by_head) return sumOf(0, ceilDivide(work.query_rows, warp_rows), CHUNKKV_REDUCE_MEAN);
+        const int32_t groups = work.head_pitch / 8;
+        float all = 0.0f;
+        for (int32_t i = 0; i < args.params.heads / args.params.kv_heads; ++i) {
+            const float own = sumOf(i * groups, groups, settings.window_reduce);
+            all = reduced(all, own, settings.head_reduce);
+        }
+        return all;
+    }
+
+    /// a[t] before pooling, from the columns.
+    __device__ float tokenScore(int32_t token) const {
+        const Settings& settings = args.params.settings;
+        float all = 0.0f;
+        for (int32_t i = 0; i < heads; ++i) {
+            float own = ofKvHead(first_head + i, token);
+            const int64_t head = static_cast<int64_t>(row) * args.params.kv_heads + first_head + i;
+            if (args.norms) own *= args.norms[head * args.token_pitch + token];
+            all = reduced(all, own, settings.head_reduce);
+        }
+        if (settings.score == CHUNKKV_SCORE_LOGITS) return all;
+        float count = 1.0f;
+        if (settings.window_reduce == CHUNKKV_REDUCE_MEAN) count *= static_cast<float>(work.window);
+        if (settings.head_reduce == CHUNKKV_REDUCE_MEAN)
+            count *= static_cast<float>(heads * (args.params.heads / args.params.kv_heads));
+        return all / count;
+    }
+
+    __device__ float rawScore(const RowPart& tokens, int32_t token) const {
+        if (args.params.settings.score != CHUNKKV_SCORE_GIVEN) return tokenScore(token);
+        return token < tokens.count ? args.params.given_scores[tokens.first + token] : 0.0f;
+    }
+
+    __device__ RowPart tokens() const {
+        return rowPart(args.params.rows, args.first_row + row, work.length, args.params.rows.max_length, choice,
+                       choicesOf(args.params.settings, args.params.kv_heads));
+    }
+};
+
+/// token_scores and chunk_scores: scores of tokens over all heads of a choice, pooled, and their means per chunk. A
+/// block writes the tokens of its span, and the chunks that begin in it. grid: x = spans of S, y = row, z = choice.
+__global__ void __launch_bounds__(kReduceThreads, 4) finishKernel(const __grid_constant__ ScoreArgs args) {
+    SHARED(float, raw, kSpan + kMostChunk + 2 * kMostReach);
+    SHARED(float, smooth, kSpan + kMostChunk);
+    waitForPrevious();
+    const ScoreParams& params = args.params;
+    const Settings& settings = params.settings;
+    const int32_t row = args.first_row + static_cast<int32_t>(blockIdx.y), thread = static_cast<int32_t>(threadIdx.x);
+    const bool each = settings.heads == CHUNKKV_HEADS_EACH;
+    const auto choice = static_cast<int32_t>(blockIdx.z);
+    const Finish finish{args,
+                        rowWork<Pass::kColumns>(args, row),
+                        static_cast<int32_t>(blockIdx.y),
+                        choice,
+                        each ? choice : 0,
+                        each ? 1 : params.kv_heads};
+    const int32_t end = finish.work.tiles > 0 ? finish.work.ranked_end : 0;  // nothing behind it is ranked
+    const int32_t first = static_cast<int32_t>(blockIdx.x) * kSpan, reach = settings.pooling / 2;
+    const RowPart tokens = finish.tokens();
+    const int32_t width = kSpan + settings.chunk_size - 1;  // a chunk that begins in the span ends there at the latest
+
+    const int32_t low = first - reach;
+    for (int32_t i = thread; i < width + 2 * reach && low + i < end; i += kReduceThreads) {
+        const int32_t token = low + i;
+        raw[i] = token < 0 ? 0.0f : finish.rawScore(tokens, token);
+    }
     __syncthreads();
-    if (lane != 0 || slot >= args.slots) return;
-    for (int other = 1; other < lanes; ++other) sum += parts[other * args.slot_pitch + slot];
-    args.slot_sums[(static_cast<int64_t>(blockIdx.y) * args.tiles + tile) * args.slot_pitch + slot] = sum;
-}
-
-/// chunk_scores from slot_sums: a chunk and its neighbourhood lie in one tile or a few. grid: x = chunks, y = row.
-__global__ void __launch_bounds__(kReduceThreads) slotMeansKernel(const __grid_constant__ ScoreArgs args) {
-    const ScoreParams& params = args.params;
-    const int32_t row = args.first_row + blockIdx.y;
-    const int32_t length = rowLength(params.rows, row);
-    if (skipsRow(args, row, length)) return;
-    const RowPart part = rowPart(params.rows, row, length, params.max_chunks);
-    const ChunkSpans spans = chunkSpans(params.settings, nullptr, nullptr, part, row, length);
-    const int32_t chunk = blockIdx.x * kReduceThreads + threadIdx.x;
-    if (chunk >= spans.count) return;
-    const int32_t reach = params.settings.pooling / 2;
-    const int32_t first = spans.start(chunk) - reach, last = spans.start(chunk) + spans.length(chunk) - 1 + reach;
-    const int32_t first_tile = (first > 0 ? first : 0) / kTileTokens;
-    const int32_t last_tile = (last < spans.end ? last : spans.end - 1) / kTileTokens;
-    float sum = 0.0f;
-    for (int32_t tile = first_tile; tile <= last_tile; ++tile) {
-        const int64_t slots = (static_cast<int64_t>(blockIdx.y) * args.tiles + tile) * args.slot_pitch;
-        sum += args.slot_sums[slots + chunk - firstChunkOf(params.settings, tile)];
+    for (int32_t i = thread; i < width; i += kReduceThreads) {
+        const int32_t token = first + i;
+        float sum = 0.0f;
+        if (token < end) {
+            const int32_t behind = token + reach < end ? i + 2 * reach : end - 1 - low;
+            for (int32_t other = i; other <= behind; ++other) sum += raw[other];
+        }
+        const float score = reach > 0 ? sum / static_cast<float>(settings.pooling) : sum;
+        smooth[i] = score;
+        if (params.token_scores != nullptr && i < kSpan && token < tokens.count)
+            params.token_scores[tokens.first + token] = score;
     }
-    const float weight = static_cast<float>(params.settings.window) * params.heads * params.settings.pooling;
-    params.chunk_scores[part.first + chunk] = sum / weight / spans.length(chunk);
-}
+    __syncthreads();
+    if (end == 0) return;
 
-/// Write a[t] if the caller has passed token_scores.
-__device__ inline void giveTokenScore(const ScoreParams& params, int32_t row, int32_t length, int32_t token,
-                                      float score) {
-    if (params.token_scores == nullptr) return;
-    const RowPart part = rowPart(params.rows, row, length, params.rows.max_length);
-    if (token < part.count) params.token_scores[part.first + token] = score;
-}
-
-/// raw_scores: a[t] before pooling, 0 where nothing is ranked. grid: x = tokens, y = row.
-__global__ void __launch_bounds__(kReduceThreads) rawScoresKernel(const __grid_constant__ ScoreArgs args) {
-    const ScoreParams& params = args.params;
-    const int32_t row = args.first_row + blockIdx.y;
-    const int32_t length = rowLength(params.rows, row);
-    const int32_t token = blockIdx.x * kReduceThreads + threadIdx.x;
-    if (token >= params.rows.max_length) return;
-    float sum = 0.0f;
-    if (token < length - params.settings.window && !skipsRow(args, row, length)) {
-        const int64_t groups = static_cast<int64_t>(params.kv_heads) * args.row_groups;
-        const float* column = args.columns + blockIdx.y * groups * params.rows.max_length + token;
-        for (int32_t group = 0; group < groups; ++group)
-            sum += column[static_cast<int64_t>(group) * params.rows.max_length];
-        if (params.settings.score == CHUNKKV_SCORE_SOFTMAX)
-            sum /= static_cast<float>(params.settings.window) * params.heads;
+    const RowPart table = rowPart(params.rows, row, finish.work.length, params.max_chunks);
+    const ChunkSpans spans =
+        chunkSpans(settings, params.chunk_starts, params.num_chunks, table, row, finish.work.length);
+    float* scores = params.chunk_scores + rowPart(params.rows, row, finish.work.length, params.max_chunks, choice,
+                                                  choicesOf(settings, params.kv_heads))
+                                              .first;
+    const int32_t behind = spans.firstFrom(first + kSpan);
+    for (int32_t chunk = spans.firstFrom(first) + thread; chunk < behind; chunk += kReduceThreads) {
+        const int32_t start = spans.start(chunk) - first, size = spans.length(chunk);
+        if (start < 0 || start >= kSpan) continue;  // a chunk table of garbage
+        float sum = 0.0f;
+        for (int32_t i = 0; i < size; ++i) sum += smooth[start + i];
+        scores[chunk] = size > 0 ? sum / static_cast<float>(size) : 0.0f;
     }
-    args.raw_scores[static_cast<int64_t>(blockIdx.y) * params.rows.max_length + token] = sum;
-    if (params.settings.pooling == 1) giveTokenScore(params, row, length, token, sum);
-}
-
-/// smooth_scores: the average over the neighbourhood in [0, L-w), the divisor always `pooling`.
-__global__ void __launch_bounds__(kReduceThreads) smoothKernel(const __grid_constant__ ScoreArgs args) {
-    const ScoreParams& params = args.params;
-    const int32_t row = args.first_row + blockIdx.y;
-    const int32_t length = rowLength(params.rows, row);
-    const int32_t token = blockIdx.x * kReduceThreads + threadIdx.x;
-    if (token >= params.rows.max_length) return;
-    const int32_t ranked_end = length - params.settings.window, reach = params.settings.pooling / 2;
-    const int64_t first = static_cast<int64_t>(blockIdx.y) * params.rows.max_length;
-    float sum = 0.0f;
-    if (token < ranked_end) {
-        const int32_t low = token > reach ? token - reach : 0;
-        const int32_t high = token + reach < ranked_end ? token + reach : ranked_end - 1;
-        for (int32_t other = low; other <= high; ++other) sum += args.raw_scores[first + other];
-    }
-    const float score = sum / static_cast<float>(params.settings.pooling);
-    args.smooth_scores[first + token] = score;
-    giveTokenScore(params, row, length, token, score);
-}
-
-/// chunk_scores from smooth_scores, for any boundaries. grid: x = chunks, y = row.
-__global__ void __launch_bounds__(kReduceThreads) tokenMeansKernel(const __grid_constant__ ScoreArgs args) {
-    const ScoreParams& params = args.params;
-    const int32_t row = args.first_row + blockIdx.y;
-    const int32_t length = rowLength(params.rows, row);
-    if (skipsRow(args, row, length)) return;
-    const RowPart part = rowPart(params.rows, row, length, params.max_chunks);
-    const ChunkSpans spans = chunkSpans(params.settings, params.chunk_starts, params.num_chunks, part, row, length);
-    const int32_t chunk = blockIdx.x * kReduceThreads + threadIdx.x;
-    if (chunk >= spans.count) return;
-    const int32_t tokens = spans.length(chunk);
-    const float* scores =
-        args.smooth_scores + static_cast<int64_t>(blockIdx.y) * params.rows.max_length + spans.start(chunk);
-    float sum = 0.0f;
-    for (int32_t i = 0; i < tokens; ++i) sum += scores[i];
-    params.chunk_scores[part.first + chunk] = tokens > 0 ? sum / tokens : 0.0f;
 }
 
 }  // namespace chunkkv

@@ -1,6 +1,6 @@
-// select: rank the chunks of a row and keep exactly N tokens. One block per row.
+// select: rank the chunks of a choice and keep exactly N tokens.
 //
-// R = N - w - s tokens are left for chunks, best chunk first. No sort is needed: a radix search finds T, the score of
+// R = N - W - s tokens are left for chunks, best chunk first. No sort is needed: a radix search finds T, the score of
 // the chunk in which the budget runs out. For that, every chunk adds its length, not 1, to the bin of its digit. Chunks
 // above T are taken whole. Chunks equal to T share what is left, lower position first, so that the last one may be cut.
 // Prefix sums in position order give every chunk its slots, so that the output is ascending.
@@ -9,7 +9,9 @@
 //   score     .3   .9   .5   .5   .1        T = .5: chunk 1 is above, 7 tokens are left for the two that equal T
 //   taken      0    5    5    2    0        slots  s+0  s+5  s+10
 //
-// Only integers are added, so atomics do not disturb the order: the result is the same on every run.
+// Keys and lengths are read once, into shared memory where they fit. Several blocks may share a long row: each searches
+// T for itself, and they divide what is written. Only integers are added, so atomics do not disturb the order: the
+// result is the same on every run and for every number of blocks.
 #include "chunks.cuh"
 #include "launch.cuh"
 #include "scan.cuh"
@@ -21,6 +23,16 @@ constexpr int kThreads = 1024;
 constexpr int kBins = 2048;  // 11 bits of the key: sign, exponent and two bits of the mantissa, which spreads scores
 constexpr int kBinsPerThread = kBins / kThreads;
 constexpr int kPasses = 3;
+constexpr int kMostStaged = 14 * 1024;  // chunks whose keys and lengths fit in shared memory on every architecture
+constexpr int kMostShares = 8;          // blocks of one choice
+constexpr int kChunksPerShare = 1024;
+constexpr size_t kStagedBytes = sizeof(uint32_t) + sizeof(uint16_t);
+
+struct SelectArgs {
+    SelectParams params;
+    int32_t shares;
+    int32_t staged;  // chunks that shared memory has room for
+};
 
 /// Unsigned order of keys = order of scores; -0 equals +0, NaN is lowest of all.
 __device__ uint32_t rankingKey(float score) {
@@ -29,12 +41,33 @@ __device__ uint32_t rankingKey(float score) {
     return bits ^ (bits >> 31 ? 0xFFFFFFFFu : 0x80000000u);
 }
 
-/// The chunks of one row, each with the score it is ranked by.
-struct Ranked {
+/// The chunks of one choice, each with the score it is ranked by.
+class Ranked {
+  public:
     ChunkSpans spans;
-    const float* scores;
 
-    __device__ uint32_t key(int32_t chunk) const { return rankingKey(scores[chunk]); }
+    __device__ Ranked(const ChunkSpans& spans_, const float* scores, int32_t staged, uint32_t* room)
+        : spans(spans_), scores_(scores), keys_(spans_.count <= staged ? room : nullptr) {
+        lengths_ = reinterpret_cast<uint16_t*>(room + staged);
+    }
+
+    /// Copy keys and lengths to shared memory; a barrier must follow.
+    __device__ void stage() {
+        if (keys_ == nullptr) return;
+#pragma unroll 4
+        for (int32_t chunk = threadIdx.x; chunk < spans.count; chunk += kThreads) {
+            keys_[chunk] = rankingKey(scores_[chunk]);
+            lengths_[chunk] = static_cast<uint16_t>(spans.length(chunk));
+        }
+    }
+
+    __device__ uint32_t key(int32_t chunk) const { return keys_ ? keys_[chunk] : rankingKey(scores_[chunk]); }
+    __device__ int32_t length(int32_t chunk) const { return keys_ ? lengths_[chunk] : spans.length(chunk); }
+
+  private:
+    const float* scores_;
+    uint32_t* keys_;  // null where the chunks do not fit
+    uint16_t* lengths_;
 };
 
 struct Cut {
@@ -56,7 +89,7 @@ __device__ Cut findCut(const Ranked& ranked, int32_t budget, int32_t* bins, int3
         __syncthreads();
         for (int32_t chunk = threadIdx.x; chunk < ranked.spans.count; chunk += kThreads) {
             const uint32_t key = ranked.key(chunk);
-            if (((key ^ cut.key) & known) == 0) atomicAdd(&bins[(key & ~known) >> shift], ranked.spans.length(chunk));
+            if (((key ^ cut.key) & known) == 0) atomicAdd(&bins[(key & ~known) >> shift], ranked.length(chunk));
         }
         __syncthreads();
         const int highest = kBins - 1 - static_cast<int>(threadIdx.x) * kBinsPerThread;  // thread 0 holds the top bins
@@ -81,44 +114,61 @@ __device__ Cut findCut(const Ranked& ranked, int32_t budget, int32_t* bins, int3
     return cut;
 }
 
-/// Write the tokens of the chosen chunks, ascending, to the slots [s, end_slot).
-__device__ void writeChosen(const Ranked& ranked, const Cut& cut, int32_t* kept, int32_t end_slot,
-                            ScanWord* warp_totals) {
-    int32_t above = 0, equal = 0;  // tokens of the chunks of earlier tiles
-    for (int32_t tile = 0; tile < ranked.spans.count; tile += kThreads) {
-        const int32_t chunk = tile + static_cast<int32_t>(threadIdx.x);
-        const bool exists = chunk < ranked.spans.count;
-        const uint32_t key = exists ? ranked.key(chunk) : 0;
-        const int32_t length = exists ? ranked.spans.length(chunk) : 0;
-        const int32_t own_above = key > cut.key ? length : 0, own_equal = key == cut.key ? length : 0;
-        ScanWord total;
-        const ScanWord before = exclusiveScan<kThreads>(packed(own_above, own_equal), warp_totals, total, Sum());
-        const int32_t equal_before = equal + lowOf(before);
-        const int32_t given = static_cast<int32_t>(clampTo(equal_before, 0, cut.to_give));
-        const int32_t taken = own_above + static_cast<int32_t>(clampTo(cut.to_give - given, 0, own_equal));
-        const int32_t slot = ranked.spans.first + above + highOf(before) + given;
-        const int32_t start = exists ? ranked.spans.start(chunk) : 0;
-        for (int32_t i = 0; i < taken && slot + i < end_slot; ++i) kept[slot + i] = start + i;
-        above += highOf(total);
-        equal += lowOf(total);
+/// Write the tokens of the chosen chunks, ascending, to the slots [s, end_slot). A thread owns neighbouring chunks, an
+/// odd number of them, so that the threads of a warp read different banks of shared memory. Of these, this block writes
+/// every shares-th.
+__device__ void writeChosen(const Ranked& ranked, const Cut& cut, int32_t* kept, int32_t end_slot, int32_t share,
+                            int32_t shares, ScanWord* warp_totals) {
+    const int32_t count = ranked.spans.count, each = (count + kThreads - 1) / kThreads | 1;
+    const int64_t begin = static_cast<int64_t>(threadIdx.x) * each;
+    const int32_t first = static_cast<int32_t>(begin < count ? begin : count);
+    const int32_t behind = first + each < count ? first + each : count;
+    int32_t above = 0, equal = 0;
+    for (int32_t chunk = first; chunk < behind; ++chunk) {
+        const uint32_t key = ranked.key(chunk);
+        above += key > cut.key ? ranked.length(chunk) : 0;
+        equal += key == cut.key ? ranked.length(chunk) : 0;
+    }
+    ScanWord total;
+    const ScanWord before = exclusiveScan<kThreads>(packed(above, equal), warp_totals, total, Sum());
+    above = highOf(before);
+    equal = lowOf(before);
+    for (int32_t chunk = first; chunk < behind; ++chunk) {
+        const uint32_t key = ranked.key(chunk);
+        if (key < cut.key) continue;
+        const int32_t length = ranked.length(chunk);
+        const int32_t given = static_cast<int32_t>(clampTo(equal, 0, cut.to_give));
+        const int32_t taken = key > cut.key ? length : static_cast<int32_t>(clampTo(cut.to_give - given, 0, length));
+        const int32_t slot = ranked.spans.first + above + given, start = ranked.spans.start(chunk);
+        if ((chunk - first) % shares == share)
+            for (int32_t i = 0; i < taken && slot + i < end_slot; ++i) kept[slot + i] = start + i;
+        above += key > cut.key ? length : 0;
+        equal += key == cut.key ? length : 0;
     }
 }
 
-__global__ void __launch_bounds__(kThreads) selectKernel(const __grid_constant__ SelectParams params) {
+/// grid: x = row, y = share, z = choice.
+__global__ void __launch_bounds__(kThreads, 1) selectKernel(const __grid_constant__ SelectArgs args) {
     SHARED(int32_t, bins, kBins);
     SHARED(int32_t, found, 2);
     SHARED(ScanWord, warp_totals, kThreads / 32);
-    const int32_t row = blockIdx.x, thread = threadIdx.x;
+    DYNAMIC_SHARED(uint32_t, room);
+    const SelectParams& params = args.params;
+    const auto row = static_cast<int32_t>(blockIdx.x), share = static_cast<int32_t>(blockIdx.y);
+    const auto choice = static_cast<int32_t>(blockIdx.z);
     const int32_t length = rowLength(params.rows, row);
     const int32_t wanted = rowKept(params.rows, params.settings, row, length);
-    const RowPart slots = rowPart(params.rows, row, length, params.max_kept);
+    const RowPart slots = rowPart(params.rows, row, length, params.max_kept, choice, params.choices);
     const int32_t stored = wanted < slots.count ? wanted : slots.count;
     int32_t* kept = params.kept_indices + slots.first;
 
-    // What does not depend on scores: sinks, window and the entries after N; or the whole row.
+    // What does not depend on scores: sinks, window and the entries after N; or the whole row. A class that keeps
+    // recent tokens has no chunks: all that is not a sink counts as its window.
+    const bool recent = keepsRecent(params.settings);
     const int32_t head = wanted == length ? length : params.settings.sinks;
-    const int32_t tail = wanted == length ? length : wanted - params.settings.window;
-    for (int32_t slot = thread; slot < slots.count; slot += kThreads) {
+    const int32_t tail = wanted == length ? length : recent ? head : wanted - params.settings.window;
+    for (int32_t slot = share * kThreads + static_cast<int32_t>(threadIdx.x); slot < slots.count;
+         slot += args.shares * kThreads) {
         if (slot >= stored)
             kept[slot] = -1;
         else if (slot < head)
@@ -126,23 +176,30 @@ __global__ void __launch_bounds__(kThreads) selectKernel(const __grid_constant__
         else if (slot >= tail)
             kept[slot] = length - wanted + slot;
     }
-    if (thread == 0) params.kept_lengths[row] = stored;
-    if (wanted == length) return;
+    if (threadIdx.x == 0 && share == 0 && choice == 0) params.kept_lengths[row] = stored;
+    if (wanted == length || recent) return;
 
-    // min_tokens >= w + s + c, so at least c tokens are left to give, and fewer than there are.
-    const RowPart chunks = rowPart(params.rows, row, length, params.max_chunks);
-    const Ranked ranked{
-        chunkSpans(params.settings, params.chunk_starts, params.num_chunks, chunks, row, length),
-        params.chunk_scores + chunks.first,
-    };
+    // min_tokens >= W + s + c, so at least c tokens are left to give, and fewer than there are.
+    const RowPart table = rowPart(params.rows, row, length, params.max_chunks);
+    const RowPart chunks = rowPart(params.rows, row, length, params.max_chunks, choice, params.choices);
+    Ranked ranked(chunkSpans(params.settings, params.chunk_starts, params.num_chunks, table, row, length),
+                  params.chunk_scores + chunks.first, args.staged, room);
+    ranked.stage();
+    __syncthreads();
     const Cut cut = findCut(ranked, tail - head, bins, found, warp_totals);
-    writeChosen(ranked, cut, kept, tail < slots.count ? tail : slots.count, warp_totals);
+    writeChosen(ranked, cut, kept, tail < slots.count ? tail : slots.count, share, args.shares, warp_totals);
 }
 
 }  // namespace
 
 LaunchStatus launchSelect(const SelectParams& params, void* stream) {
-    return launch(selectKernel, dim3(params.rows.batch), dim3(kThreads), 0, stream, params);
+    SelectArgs args{};
+    args.params = params;
+    args.staged = params.max_chunks < kMostStaged ? (params.max_chunks + 1) / 2 * 2 : kMostStaged;
+    args.shares = static_cast<int32_t>(clampTo(params.max_chunks / kChunksPerShare, 1, kMostShares));
+    const dim3 grid(static_cast<unsigned>(params.rows.batch), static_cast<unsigned>(args.shares),
+                    static_cast<unsigned>(params.choices));
+    return launch(selectKernel, grid, dim3(kThreads), args.staged * kStagedBytes, stream, args);
 }
 
 }  // namespace chunkkv

@@ -1,5 +1,6 @@
 // ChunkKVCompact: move the kept rows of one cache tensor, bytes unchanged.
-//   in   x [B,Hkv,S,D] float32, float16, bfloat16, int8 or fp8; kept_indices [B,K] int32
+//   in   x [B,Hkv,S,D] float32, float16, bfloat16, int8 or fp8; kept_indices [B,K] int32, or with heads = each
+//        [B,Hkv,K]
 //   out  y [B,Hkv,K,D] of x's type; where an index is negative, the row's first token
 #include <algorithm>
 
@@ -10,10 +11,11 @@ using namespace nvinfer1;
 namespace chunkkv::trt {
 namespace {
 
-constexpr Table kTable{"ChunkKVCompact", nullptr, 0};
+constexpr Field kFields[] = {fieldOf(limits::kHeads, CHUNKKV_HEADS_SHARED)};
+enum { kHeads };
+constexpr Table kTable{"ChunkKVCompact", kFields, 1};
 
 enum { kX, kIndices };
-constexpr int32_t kRanks[] = {4, 2};
 constexpr int32_t kMaxHeadSize = 2048;
 
 class Compact final : public Plugin {
@@ -25,7 +27,9 @@ class Compact final : public Plugin {
     Plugin* copy() const override { return new Compact(*this); }
     int32_t inputs() const noexcept override { return 2; }
     int32_t outputs() const noexcept override { return 1; }
-    int32_t rank(int32_t input) const noexcept override { return kRanks[input]; }
+    bool isEach() const noexcept { return value(kHeads) == CHUNKKV_HEADS_EACH; }
+    int32_t slotAxis() const noexcept { return isEach() ? 2 : 1; }
+    int32_t rank(int32_t input) const noexcept override { return input == kX ? 4 : slotAxis() + 1; }
     bool checkFields() const override { return true; }
 
     bool isInputType(int32_t index, const DataType* types) const override {
@@ -36,25 +40,27 @@ class Compact final : public Plugin {
 
     bool shapeExpressions(const DimsExprs* in, DimsExprs* out, IExprBuilder&) const override {
         *out = in[kX];
-        out->d[2] = in[kIndices].d[1];
+        out->d[2] = in[kIndices].d[slotAxis()];
         return true;
     }
 
     void outputDims(const PluginTensorDesc* in, Dims* out) const override {
         *out = in[kX].dims;
-        out->d[2] = in[kIndices].dims.d[1];
+        out->d[2] = in[kIndices].dims.d[slotAxis()];
     }
 
     bool check(const PluginTensorDesc* in) const override {
         if (!hasShape("x", in[kX], {-1, -1, -1, -1})) return false;
         const int64_t* size = in[kX].dims.d;
-        if (!hasShape("kept_indices", in[kIndices], {size[0], -1})) return false;
+        const bool fits = isEach() ? hasShape("kept_indices", in[kIndices], {size[0], size[1], -1})
+                                   : hasShape("kept_indices", in[kIndices], {size[0], -1});
+        if (!fits) return false;
         if (size[1] > CHUNKKV_MAX_HEADS || size[2] > CHUNKKV_MAX_LENGTH || size[3] > kMaxHeadSize)
             return report("%s: x is [.., %lld, %lld, %lld]; allowed are at most %d heads, %d tokens and head size %d",
                           getPluginName(), static_cast<long long>(size[1]), static_cast<long long>(size[2]),
                           static_cast<long long>(size[3]), CHUNKKV_MAX_HEADS, CHUNKKV_MAX_LENGTH, kMaxHeadSize);
         if (size[3] * elementBytes(in[kX].type) % 2 != 0) return fail("a token of x has an odd number of bytes");
-        if (size[2] > 0 || in[kIndices].dims.d[1] == 0) return true;
+        if (size[2] > 0 || in[kIndices].dims.d[slotAxis()] == 0) return true;
         return fail("x holds no tokens, but kept_indices has entries");
     }
 
@@ -78,6 +84,7 @@ class Compact final : public Plugin {
         params.num_layers = 1;
         params.max_kept = static_cast<int32_t>(size[2]);
         params.kv_heads = static_cast<int32_t>(size[1]);
+        params.choices = isEach() ? params.kv_heads : 1;
         params.row_bytes = static_cast<int32_t>(half);
         return done(chunkkv_compact(&params, buffers.stream));
     }

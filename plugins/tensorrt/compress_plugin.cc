@@ -205,6 +205,7 @@ class Compress final : public PackedPlugin {
         }
         params.kept_indices = kept_indices;
         params.kept_lengths = at.kept_lengths;  // select writes N again; the input of that name is read-only
+        params.choices = 1;
         params.max_chunks = maxChunks(params.settings, rows.max_length);
         params.max_kept = batch.longest;
         return done(chunkkv_select(&params, buffers.stream));
@@ -230,6 +231,7 @@ class Compress final : public PackedPlugin {
         params.kept_lengths = static_cast<const int32_t*>(buffers.inputs[kKeptLengths]);
         params.max_kept = batch.longest;
         params.kv_heads = value(kNumKvHeads);
+        params.choices = 1;
         params.row_bytes = static_cast<int32_t>(tokenBytes());
         for (int64_t pool = 0; pool < pools; ++pool) {
             Layer layers[kMaxLayers];

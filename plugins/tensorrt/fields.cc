@@ -1,5 +1,7 @@
 #include "fields.h"
 
+#include <algorithm>
+
 #include <cstdio>
 #include <cstring>
 #include <utility>
@@ -44,7 +46,12 @@ int32_t FieldValues::find(const char* name) const noexcept {
 }
 
 bool FieldValues::parse(const PluginFieldCollection* attributes, TensorRTPhase phase) {
-    if (!attributes && table_->count == 0) return true;
+    const Field *begin = table_->fields, *end = begin + table_->count;
+    const auto hasDefault = [](const Field& field) { return field.by_default != kRequired; };
+    if (!attributes && std::all_of(begin, end, hasDefault)) {
+        std::transform(begin, end, values_.begin(), [](const Field& field) { return field.by_default; });
+        return true;
+    }
     if (!attributes || attributes->nbFields < 0 || (attributes->nbFields > 0 && !attributes->fields))
         return report("%s: no fields are given; create it from a node or an engine", table_->plugin);
     uint32_t seen = 0;

@@ -12,7 +12,7 @@
 
 namespace chunkkv::trt {
 
-constexpr int32_t kMaxFields = 19;        // of one plugin
+constexpr int32_t kMaxFields = 24;        // of one plugin
 constexpr int32_t kRequired = INT32_MIN;  // as the default of a field: there is none
 
 /// One attribute of a plugin, of one of three kinds:
@@ -32,6 +32,11 @@ struct Field {
 /// The required field of a ChunkKV setting, with the setting's name and range.
 constexpr Field fieldOf(const limits::Setting& setting) {
     return {setting.name, setting.low, setting.high, kRequired, setting.words};
+}
+
+/// The same for a setting that nodes may leave out.
+constexpr Field fieldOf(const limits::Setting& setting, int32_t by_default) {
+    return {setting.name, setting.low, setting.high, by_default, setting.words};
 }
 
 struct Table {

@@ -14,6 +14,9 @@ Settings PackedPlugin::settings() const noexcept {
     settings.boundaries = value(kBoundaries);
     settings.pooling = value(kPooling);
     settings.score = value(kScore);
+    settings.window_reduce = value(kWindowReduce);
+    settings.head_reduce = value(kHeadReduce);
+    settings.value_norm = value(kValueNorm);
     settings.keep_per_10k = value(kKeepPer10k);
     settings.budget_tokens = value(kBudgetTokens);
     settings.min_tokens = value(kMinTokens);
@@ -22,6 +25,8 @@ Settings PackedPlugin::settings() const noexcept {
 
 bool PackedPlugin::areSettings() const {
     const Settings checked = settings();
+    if (checked.score == CHUNKKV_SCORE_GIVEN)
+        return fail("score is given; a packed batch has no scores from outside: use softmax or logits");
     return chunkkv_max_chunks(&checked, value(kMaxLength)) >= 0 || fail(chunkkv_last_error());
 }
 
@@ -55,7 +60,7 @@ bool PackedPlugin::readBatch(const void* types, const void* lengths, int64_t row
         ++batch.contexts;
         used += length;
         batch.longest = std::max(batch.longest, length);
-        batch.compresses |= keptTokens(length, budget.keep_per_10k, budget.budget_tokens, budget.min_tokens) < length;
+        batch.compresses |= keptTokens(budget, length, budget.keep_per_10k, budget.budget_tokens) < length;
     }
     if (used == tokens) return true;
     return report(
@@ -138,6 +143,10 @@ bool PackedPlugin::scoreChunks(const Heads& heads, DataType type, const void* qk
     params.key_layout = params.query_layout;
     params.query = qkv;
     params.key = static_cast<const char*>(qkv) + heads.queryWidth() * elementBytes(type);
+    if (params.settings.value_norm != 0) {
+        params.value_layout = params.key_layout;
+        params.value = static_cast<const char*>(params.key) + int64_t{heads.kv} * heads.size * elementBytes(type);
+    }
     params.chunk_scores = chunk_scores;
     if (isDelimited()) {
         params.chunk_starts = parts.chunk_starts;

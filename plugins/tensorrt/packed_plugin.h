@@ -21,6 +21,9 @@ enum {
     kBudgetTokens,
     kMinTokens,
     kMaxLength,
+    kWindowReduce,
+    kHeadReduce,
+    kValueNorm,
     kSharedFields
 };
 
@@ -35,6 +38,9 @@ constexpr std::array<Field, kSharedFields> kSharedTable{{
     fieldOf(limits::kBudgetTokens),
     fieldOf(limits::kMinTokens),
     {"max_length", 1, CHUNKKV_MAX_LENGTH},
+    fieldOf(limits::kWindowReduce, CHUNKKV_REDUCE_MEAN),
+    fieldOf(limits::kHeadReduce, CHUNKKV_REDUCE_MEAN),
+    fieldOf(limits::kValueNorm, 0),
 }};
 
 /// A power of two, which the plugins check with isPowerOfTwo().

@@ -32,7 +32,12 @@ constexpr Field kHeadSizeField{"head_size", 1, 65535};
 static_assert(std::string_view(limits::kBoundariesWords[CHUNKKV_BOUNDARIES_FIXED]) == "fixed" &&
                   std::string_view(limits::kBoundariesWords[CHUNKKV_BOUNDARIES_DELIMITER]) == "delimiter" &&
                   std::string_view(limits::kScoreWords[CHUNKKV_SCORE_SOFTMAX]) == "softmax" &&
-                  std::string_view(limits::kScoreWords[CHUNKKV_SCORE_LOGITS]) == "logits",
+                  std::string_view(limits::kScoreWords[CHUNKKV_SCORE_LOGITS]) == "logits" &&
+                  std::string_view(limits::kScoreWords[CHUNKKV_SCORE_GIVEN]) == "given" &&
+                  std::string_view(limits::kWindowReduceWords[CHUNKKV_REDUCE_MAX]) == "max" &&
+                  std::string_view(limits::kHeadReduceWords[CHUNKKV_REDUCE_MAX]) == "max" &&
+                  std::string_view(limits::kValueNormWords[1]) == "on" &&
+                  std::string_view(limits::kHeadsWords[CHUNKKV_HEADS_EACH]) == "each",
               "the index of a word is its code in the C ABI");
 
 constexpr size_t aligned(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }

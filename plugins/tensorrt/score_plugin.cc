@@ -35,6 +35,9 @@ class Score final : public PackedPlugin {
     Heads heads() const noexcept { return {value(kNumHeads), value(kNumKvHeads), value(kHeadSize)}; }
     bool checkFields() const override {
         size_t bytes;  // the data type is not known yet: float16, which has kernels, serves to check the rest
+        if (value(kHeadReduce) == CHUNKKV_REDUCE_MAX)
+            return fail(
+                "head_reduce is max; ranks add up their scores, which makes a mean: use mean, or let each rank choose");
         return areSettings() && scoreBytes(heads(), DataType::kHALF, 0, 0, bytes);
     }
 

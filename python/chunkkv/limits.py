@@ -42,12 +42,13 @@ CHOICES: dict[str, tuple[str, ...]] = {
 # The words of CHOICES that the native kernels compute. The place of a word in its list is its code in the C ABI.
 KERNEL_CHOICES: dict[str, tuple[str, ...]] = {
     "boundaries": ("fixed", "delimiter"),
-    "score": ("softmax", "logits"),
-    "window_reduce": ("mean",),
-    "head_reduce": ("mean",),
-    "value_norm": ("off",),
-    "heads": ("shared",),
-    "budget_split": ("uniform",),
+    "score": ("softmax", "logits", "given"),
+    "window_reduce": ("mean", "max"),
+    "head_reduce": ("mean", "max"),
+    "value_norm": ("off", "on"),
+    "heads": ("shared", "each"),
+    "budget_split": ("uniform", "classes"),
+    "local_policy": ("chunks", "recent"),
 }
 
 KERNEL_HEAD_SIZES = (64, 80, 96, 128, 256)  # values of head_dim that the score kernel is compiled for

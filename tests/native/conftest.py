@@ -9,6 +9,7 @@ import pytest
 
 from chunkkv.native import NativeLibrary
 from native.build import BuildError, compiler, emulated_library
+from native.devices import SMALL, device_of
 from native.memory import Memory
 
 
@@ -31,3 +32,16 @@ def memory(library: NativeLibrary) -> Iterator[Memory]:
     memory = Memory(library.device)
     yield memory
     memory.release()
+
+
+@pytest.fixture
+def multiprocessors(request: pytest.FixtureRequest, library: NativeLibrary) -> Iterator[int]:
+    """The size of the device for this test, by which the kernels divide their work; a GPU keeps its own."""
+    count: int = request.param
+    if library.device == "emulated":
+        with device_of(library, count):
+            yield count
+    elif count == SMALL:
+        yield count
+    else:
+        pytest.skip("a GPU has the multiprocessors that it has")

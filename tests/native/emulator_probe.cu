@@ -21,15 +21,23 @@ const T* in(const Buffers& b) {
 }
 
 __global__ void convert(const Buffers b) {
-    // in: count words; out: per word float16 as float, e4m3 as float, int8 as float, then rounded to both half types.
+    // in: count words; out: per word float16 as float, e4m3 as float, int8 as float, then rounded to both half types;
+    // then the four e4m3 and the four int8 of the word by way of float16.
     for (int i = threadIdx.x; i < b.count; i += blockDim.x) {
         const uint32_t word = in<uint32_t>(b)[i];
-        float* row = out<float>(b) + 5 * i;
-        row[0] = lowHalf(word);
+        float* row = out<float>(b) + 13 * i;
+        row[0] = emulated::lowHalf(word);
         row[1] = e4m3ToFloat(word & 0xFF);
         row[2] = int8ToFloat(word & 0xFF);
         row[3] = toFloat(fromFloat<__half>(__uint_as_float(word)));
         row[4] = toFloat(fromFloat<__nv_bfloat16>(__uint_as_float(word)));
+        uint32_t fp8[2], int8[2];
+        e4m3ToHalves(word, fp8);
+        int8ToHalves(word, int8);
+        for (int j = 0; j < 4; ++j) {
+            row[5 + j] = j % 2 ? emulated::highHalf(fp8[j / 2]) : emulated::lowHalf(fp8[j / 2]);
+            row[9 + j] = j % 2 ? emulated::highHalf(int8[j / 2]) : emulated::lowHalf(int8[j / 2]);
+        }
     }
 }
 

@@ -21,7 +21,9 @@ UNUSED = 2**30  # what no plugin may read in a block table
 def setting_fields(settings: ChunkKVSettings, **others: Any) -> dict[str, Any]:
     """Return the fields that all packed plugins but rope have."""
     names = ("window", "sinks", "chunk_size", "boundaries", "pooling", "score", "keep_per_10k", "budget_tokens")
-    return {name: getattr(settings, name) for name in (*names, "min_tokens")} | {"max_length": MAX_LENGTH} | others
+    own = {name: getattr(settings, name) for name in (*names, "min_tokens")} | {"max_length": MAX_LENGTH}
+    reductions = {name: getattr(settings, name) for name in ("window_reduce", "head_reduce", "value_norm")}
+    return own | reductions | others
 
 
 @dataclass

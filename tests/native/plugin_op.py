@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from chunkkv.cache_layout import ALL_HEADS
 from chunkkv.native.arrays import RawArray, as_raw
 from chunkkv.settings import ChunkKVSettings
 from chunkkv_builder.onnx_graph import functions
@@ -24,6 +25,13 @@ from native.tensorrt_headers import Headers, own_headers
 
 FLAVOUR = "asan" if hasattr(ctypes.CDLL(None), "__asan_init") else "plain"
 SELECT, COMPACT = (f"{functions.PLUGIN_NAMESPACE}::{name}:1" for name in (functions.SELECT, functions.COMPACT))
+
+# What a ChunkKVSelect node may leave out, and an engine stores.
+DEFAULTS = {
+    **{"max_kept": 0, "window_reduce": "mean", "head_reduce": "mean", "value_norm": "off", "heads": "shared"},
+    **{"request_window": 0, "head_class": "all", "all_heads": 0, "all_reading_heads": 0},
+    "reading_share_per_10k": 10_000,
+}
 
 # Tensors that TensorRT-LLM binds to host memory, by the plugin that reads them.
 HOST_INPUTS = {"ChunkKVPrepare": (2, 3, 4, 5), "ChunkKVScore": (3, 4), "ChunkKVCompress": (5, 6, 8, 9)}
@@ -122,7 +130,7 @@ def run(name: str, fields: Mapping[str, Any], inputs: Sequence[NDArray[Any]]) ->
 
 
 def select_values(
-    query: NDArray[Any], key: NDArray[Any], lengths: NDArray[Any], settings: ChunkKVSettings, **optional: Any
+    query: NDArray[Any] | None, key: NDArray[Any], lengths: NDArray[Any], settings: ChunkKVSettings, **optional: Any
 ) -> list[NDArray[Any]]:
     """Return the node's inputs in order; what is left out is filled in from the settings, as the runtime does."""
     ratios, budgets = optional.get("keep_per_10k"), optional.get("budget_tokens")
@@ -134,20 +142,23 @@ def select_values(
         "lengths": lengths,
         "keep_per_10k": np.full(rows, settings.keep_per_10k) if ratios is None else ratios,
         "budget_tokens": np.full(rows, own_budget) if budgets is None else budgets,
-        "is_delimiter": optional.get("is_delimiter"),
+        **{name: optional.get(name) for name in ("is_delimiter", "window", "value", "scores")},
     }
-    given = [np.asarray(values[name]) for name in functions.select_inputs(settings)]
-    return [*given[:2], *(value.astype(np.int32) for value in given[2:])]
+    names = functions.select_inputs(settings, optional.get("window") is not None)
+    of_type = ("query", "key", "value", "scores")
+    given = {name: np.asarray(values[name]) for name in names}
+    return [value if name in of_type else value.astype(np.int32) for name, value in given.items()]
 
 
 def profile(values: list[NDArray[Any]], *, room: int = 0) -> list[Range]:
     """Return a profile with free batch and length whose maximum exceeds the values by `room` rows and tokens."""
-    batch, tokens = values[0].shape[0], values[1].shape[2]
+    batch = values[0].shape[0]
+    tokens = values[1].shape[2] if values[1].ndim == 4 else values[0].shape[-1]
     ranges = []
     for place, value in enumerate(values):
         free = {0: (1, batch + room)}
-        if place != 0 and value.ndim > 1:
-            free[2 if value.ndim == 4 else 1] = (1, tokens + room)
+        if not (place == 0 and value.ndim == 4) and value.ndim > 1:  # the query has no tokens
+            free[1 if value.ndim == 2 else 2] = (1, tokens + room)
         corners = [
             tuple(free[axis][corner] if axis in free else size for axis, size in enumerate(value.shape))
             for corner in (0, 1)
@@ -165,28 +176,53 @@ class PluginOp:
     max_kept: int = 0
     _nodes: dict[Any, tuple[Built, Running]] = field(default_factory=dict)
 
-    def node(self, settings: ChunkKVSettings, values: list[NDArray[Any]]) -> tuple[Built, Running]:
+    def node(
+        self,
+        settings: ChunkKVSettings,
+        values: list[NDArray[Any]],
+        request_window: bool = False,
+        head_class: str = ALL_HEADS,
+    ) -> tuple[Built, Running]:
         """Return the select node for these settings, types and sizes, from the build phase through the bytes."""
-        attributes = functions.select_attributes(settings) | ({"max_kept": self.max_kept} if self.max_kept else {})
+        attributes = functions.select_attributes(settings, request_window) | self._class_attributes(
+            settings, head_class
+        )
+        attributes |= {"max_kept": self.max_kept} if self.max_kept else {}
         known = repr((attributes, [(value.dtype, value.shape) for value in values]))
         if known not in self._nodes:
             built = self.host.build(SELECT, node_fields(attributes), profile(values, room=3))
             self._nodes[known] = built, self.host.attach(SELECT, built.fields)
         return self._nodes[known]
 
+    @staticmethod
+    def _class_attributes(settings: ChunkKVSettings, head_class: str) -> dict[str, Any]:
+        if head_class == ALL_HEADS:
+            return {}
+        counts = {"all_heads": settings.num_kv_heads * len(settings.reading_heads)}
+        counts["all_reading_heads"] = sum(map(len, settings.reading_heads))
+        return {"head_class": head_class, "reading_share_per_10k": settings.reading_share_per_10k, **counts}
+
     def select(
-        self, query: NDArray[Any], key: NDArray[Any], lengths: NDArray[Any], settings: ChunkKVSettings, **optional: Any
+        self,
+        query: NDArray[Any] | None,
+        key: NDArray[Any],
+        lengths: NDArray[Any],
+        settings: ChunkKVSettings,
+        *,
+        head_class: str = ALL_HEADS,
+        **optional: Any,
     ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]:
         """ChunkKVSelect with the signature of select_batch; the columns behind the largest N must hold -1."""
         values = select_values(query, key, lengths, settings, **optional)
-        built, running = self.node(settings, values)
+        built, running = self.node(settings, values, optional.get("window") is not None, head_class)
         indices, kept, scores = run_node(built, running, self.memory, values)
-        assert indices.shape[1] == min(key.shape[2], self.max_kept or key.shape[2])
-        assert (indices[:, kept.max(initial=0) :] == -1).all()
-        return indices[:, : kept.max(initial=0)], kept, scores
+        assert indices.shape[-1] == min(key.shape[2], self.max_kept or key.shape[2])
+        assert (indices[..., kept.max(initial=0) :] == -1).all()
+        return indices[..., : kept.max(initial=0)], kept, scores
 
     def compact(self, x: NDArray[Any], kept_indices: NDArray[np.int32]) -> NDArray[Any]:
         """ChunkKVCompact with the signature of compact_batch."""
         shapes = [(value.dtype.name, value.shape, value.shape, value.shape) for value in (x, kept_indices)]
-        built = self.host.build(COMPACT, [], [Range(*shape) for shape in shapes])
+        fields = {} if kept_indices.ndim == 2 else {"heads": "each"}
+        built = self.host.build(COMPACT, node_fields(fields), [Range(*shape) for shape in shapes])
         return run_node(built, self.host.attach(COMPACT, built.fields), self.memory, [x, kept_indices])[0]

@@ -18,11 +18,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from support import op_properties
 
 from chunkkv import reference
 from chunkkv.native import NativeLibrary, contiguous_kv
-from native import test_boundaries, test_compact, test_packed, test_prepare, test_rope, test_score, test_select
+from native import (
+    test_boundaries,
+    test_choices,
+    test_compact,
+    test_packed,
+    test_prepare,
+    test_rope,
+    test_score,
+    test_select,
+)
 from native.build import ROOT, runtime
+from native.devices import SMALL
 from native.memory import Memory
 from native.native_op import NativeOp
 from native.score_checks import TOLERANCE, largest_error
@@ -51,11 +62,44 @@ def boundaries(library: NativeLibrary, memory: Memory) -> None:
 def score(library: NativeLibrary, memory: Memory) -> None:
     """More tiles per block than stages, chunks across tiles, rows that end inside a tile, a table that ends with L."""
     tried = test_score.case(test_score.settings(9, 10), (700, 611), heads=8, extra_padding=0)
-    for one_pass in (True, False):
+    for chunks_alone in (True, False):
         op = NativeOp(library, memory, layout="paged")
-        assert largest_error(op, tried, "float16", one_pass) < TOLERANCE
+        assert largest_error(op, tried, "float16", chunks_alone) < TOLERANCE
     pooled = test_score.case(test_score.settings(3, 6, 1, pooling=5), (300, 128))
-    assert largest_error(NativeOp(library, memory), pooled, "float16", one_pass=True) < TOLERANCE
+    assert largest_error(NativeOp(library, memory), pooled, "float16", chunks_alone=True) < TOLERANCE
+
+
+def ragged(library: NativeLibrary, memory: Memory) -> None:
+    """Stretches of tiles that begin and end in rows of no tiles, of one and of many."""
+    test_score.test_ragged_batches_on_every_grid(library, memory, 5, (2, 1))
+
+
+def spread(library: NativeLibrary, memory: Memory) -> None:
+    """Later tokens that are far above those of the first tile."""
+    rising = test_score.case(test_score.settings(8, 10), (700,), heads=2, kv_heads=1)
+    inputs = rising.inputs("float16")
+    inputs.query[..., 0], inputs.key[..., 0] = 30.0, np.linspace(-60, 60, inputs.key.shape[2])
+    op = NativeOp(library, memory)
+    scores = op.select(inputs.query, inputs.key, inputs.lengths, rising.settings)[2]
+    wanted = reference.select_batch(inputs.query, inputs.key, inputs.lengths, rising.settings).token_scores
+    assert np.isfinite(scores).all()
+    op_properties.assert_scores_close(scores[0], wanted[0], "softmax")
+
+
+def choices(library: NativeLibrary, memory: Memory) -> None:
+    """Windows of requests, reductions, norms, choices per head, classes."""
+    for name in ("largest of both", "value norms", "each head by its largest"):
+        given = test_choices.arrays(replace(test_choices.OWN, **test_choices.VARIANTS[name]))
+        test_choices.check(NativeOp(library, memory, layout="paged"), given)
+    test_choices.test_class_lengths_are_pythons(library)
+    for in_place in (True, False):
+        test_choices.test_compaction_per_head_and_of_some_heads(library, memory, in_place)
+
+
+def quantized(library: NativeLibrary, memory: Memory) -> None:
+    """8-bit keys, NaN among them, and a scale that is for them alone."""
+    test_score.test_nan_in_fp8_is_nan(library, memory, "float16")
+    test_score.test_a_scale_is_for_8_bit_keys_alone(library, memory)
 
 
 def score_types(library: NativeLibrary, memory: Memory) -> None:
@@ -63,7 +107,7 @@ def score_types(library: NativeLibrary, memory: Memory) -> None:
     tried = test_score.case(test_score.settings(), (300, 211))
     for storage, key_storage, dim in (("float32", None, 64), ("bfloat16", "int8", 80), ("float32", None, 256)):
         op = NativeOp(library, memory, key_storage, layout="packed")
-        assert largest_error(op, replace(tried, head_dim=dim), storage, one_pass=True) < TOLERANCE
+        assert largest_error(op, replace(tried, head_dim=dim), storage, chunks_alone=True) < TOLERANCE
 
 
 def select(library: NativeLibrary, memory: Memory) -> None:
@@ -89,6 +133,19 @@ def compact(library: NativeLibrary, memory: Memory) -> None:
     test_compact.check_bytes(memory.get(value_target)[0], reference.compact(key[0] + 1, indices[0, :700]))
 
 
+def compact_large(library: NativeLibrary, memory: Memory) -> None:
+    """Slices of a row, and pages outside the pool."""
+    for row_bytes in (66, 160):
+        test_compact.test_slices_that_do_not_fill_the_row(library, memory, row_bytes)
+    test_compact.test_what_would_go_outside_the_pool_is_not_written(library, memory)
+
+
+def select_cut(library: NativeLibrary, memory: Memory) -> None:
+    """Lists that are cut where their array ends."""
+    for max_kept in range(9, 30):
+        test_select.test_nothing_is_written_behind_a_list_that_is_cut(library, memory, max_kept)
+
+
 def rope(library: NativeLibrary, memory: Memory) -> None:
     """Both styles, in place."""
     for style in ("neox", "gptj"):
@@ -99,8 +156,10 @@ def packed(library: NativeLibrary, memory: Memory) -> None:
     """Packed rows give the bits of padded ones, in every op."""
     for pooling in (1, 3):
         own = test_score.settings(5, 4, 2, boundaries="delimiter", pooling=pooling)
-        test_packed.check_against_padded(library, memory, test_score.case(own, (150, 30, 97)), one_pass=False)
-    test_packed.check_against_padded(library, memory, test_score.case(test_score.settings(), (150, 97)), one_pass=True)
+        test_packed.check_against_padded(library, memory, test_score.case(own, (150, 30, 97)), chunks_alone=False)
+    test_packed.check_against_padded(
+        library, memory, test_score.case(test_score.settings(), (150, 97)), chunks_alone=True
+    )
     test_packed.test_select_leaves_the_next_row_alone(library, memory)
     test_packed.test_compact_in_place(library, memory)
 
@@ -118,8 +177,8 @@ def prepare(library: NativeLibrary, memory: Memory) -> None:
 
 def garbage(library: NativeLibrary, memory: Memory) -> None:
     """Nothing leaves the buffers; AddressSanitizer and the guard bytes watch."""
-    for one_pass in (True, False):
-        test_score.test_garbage_stays_inside(library, memory, "float16", one_pass)
+    for chunks_alone in (True, False):
+        test_score.test_garbage_stays_inside(library, memory, "float16", chunks_alone)
     test_compact.test_garbage_is_memory_safe(library, memory, 1)
     for boundaries_kind in ("fixed", "delimiter"):
         for seed in range(3):
@@ -129,18 +188,41 @@ def garbage(library: NativeLibrary, memory: Memory) -> None:
 
 CHECKS = {
     check.__name__: check
-    for check in (boundaries, score, score_types, select, compact, rope, packed, whole, prepare, garbage)
+    for check in (
+        *(
+            boundaries,
+            score,
+            score_types,
+            quantized,
+            ragged,
+            spread,
+            choices,
+            select,
+            select_cut,
+            compact,
+            compact_large,
+        ),
+        *(rope, packed, whole, prepare, garbage),
+    )
 }
 
 
-def run(library: Path, *checks: str, order: str = "forward", copies: str = "late", preload: str = "") -> Outcome:
+def run(
+    library: Path,
+    *checks: str,
+    order: str = "forward",
+    copies: str = "late",
+    preload: str = "",
+    multiprocessors: int = SMALL,
+) -> Outcome:
     """Run checks in a process of their own; `preload` names a sanitizer's runtime, such as libtsan.so."""
     environment = {**os.environ, "CHUNKKV_LIB": str(library), "OPENBLAS_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(str(ROOT / folder) for folder in ("python", "tests"))
     if preload:
         environment["LD_PRELOAD"] = runtime(preload)
         environment |= {"TSAN_OPTIONS": "exitcode=66 halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=0"}
-    command = [sys.executable, "-m", "native.probe", "--order", order, "--async-copies", copies, *checks]
+    command = [sys.executable, "-m", "native.probe", "--order", order, "--async-copies", copies]
+    command += ["--multiprocessors", str(multiprocessors), *checks]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     return Outcome(done.returncode, done.stderr[-4000:])
 
@@ -150,6 +232,7 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--order", choices=ORDERS, default="forward")
     parser.add_argument("--async-copies", choices=ASYNC, default="late")
+    parser.add_argument("--multiprocessors", type=int, default=SMALL)
     parser.add_argument("checks", nargs="*", default=list(CHECKS))
     args = parser.parse_args()
     path = os.environ["CHUNKKV_LIB"]
@@ -157,6 +240,7 @@ def main() -> int:
     if library.device == "emulated":
         configure = ctypes.CDLL(path).chunkkv_emulator_configure
         configure(ORDERS.index(args.order), ctypes.c_uint(1), ASYNC.index(args.async_copies))
+        ctypes.CDLL(path).chunkkv_emulator_multiprocessors(args.multiprocessors)
     for name in args.checks:
         memory = Memory(library.device)
         try:

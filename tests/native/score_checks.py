@@ -30,14 +30,14 @@ def expected_scores(op: NativeOp, case: OpCase, inputs: OpInputs, row: int) -> t
     return tokens, reference.chunk_scores(tokens, starts, length - settings.window)
 
 
-def largest_error(op: NativeOp, case: OpCase, storage: str, one_pass: bool) -> float:
+def largest_error(op: NativeOp, case: OpCase, storage: str, chunks_alone: bool) -> float:
     """Return the largest relative error of a chunk's score, and of a token's where the call gives them."""
     inputs = case.inputs(storage)
     rows = BatchRows(op.memory.put(inputs.lengths), inputs.key.shape[2])
     chunks = None
     if inputs.is_delimiter is not None:
         chunks = op.chunks(inputs.is_delimiter, rows, case.settings)
-    chunk_scores, token_scores = op.score(inputs.query, inputs.key, rows, case.settings, chunks, not one_pass)
+    chunk_scores, token_scores = op.score(inputs.query, inputs.key, rows, case.settings, chunks, not chunks_alone)
     given, worst = op.memory.get(chunk_scores), 0.0
     for row, length in enumerate(case.lengths):
         if token_scores is None and case.settings.kept_tokens(length) == length:
@@ -58,12 +58,12 @@ def _relative(given: NDArray[Any], expected: NDArray[Any], score: str) -> float:
     return float((difference / np.where(expected == 0, np.inf, scale)).max(initial=0.0))
 
 
-def bits_of_scores(op: NativeOp, inputs: OpInputs, case: OpCase, one_pass: bool) -> list[bytes]:
+def bits_of_scores(op: NativeOp, inputs: OpInputs, case: OpCase, chunks_alone: bool) -> list[bytes]:
     """Return the bits of every row's chunk scores, and of its token scores where the call gives them."""
     rows = BatchRows(op.memory.put(inputs.lengths), inputs.key.shape[2])
     chunks: Chunks | None = None
     if inputs.is_delimiter is not None:
         chunks = op.chunks(inputs.is_delimiter, rows, case.settings)
-    scores, tokens = op.score(inputs.query, inputs.key, rows, case.settings, chunks, not one_pass)
+    scores, tokens = op.score(inputs.query, inputs.key, rows, case.settings, chunks, not chunks_alone)
     content = [op.memory.get(scores)] + ([] if tokens is None else [op.memory.get(tokens)])
     return [b"".join(part[row].tobytes() for part in content) for row in range(len(inputs.lengths))]

@@ -62,12 +62,23 @@ def test_nothing_but_the_abi_is_exported(library: NativeLibrary) -> None:
     names = {line.split()[-1].split("@")[0] for line in listed.splitlines() if " A " not in line}
     declared = set(re.findall(r"CHUNKKV_API [\w* ]+?(chunkkv_\w+)\(", HEADERS[1].read_text(encoding="utf-8")))
     assert len(declared) == 18
-    assert names - {"chunkkv_emulator_configure"} == declared
+    assert names - {"chunkkv_emulator_configure", "chunkkv_emulator_multiprocessors"} == declared
 
 
 def test_kernels_keep_to_the_device_vocabulary() -> None:
     """Kernels include nothing but dev.h and the project's headers, and launch in one place."""
-    allowed = {"dev.h", "launch.cuh", "scan.cuh", "ops.h", "cstddef", "cstdint", "cstdlib", "cstring", "cmath"}
+    allowed = {
+        "dev.h",
+        "launch.cuh",
+        "scan.cuh",
+        "ops.h",
+        "cstddef",
+        "cstdint",
+        "cstdlib",
+        "cstring",
+        "cmath",
+        "type_traits",
+    }
     for path in (PLUGINS / "kernels").iterdir():
         text = path.read_text(encoding="utf-8")
         assert "<<<" not in text, path
@@ -88,8 +99,8 @@ class Refused:
         self.lib = library._lib
         self.integers = memory.put(np.full(400, 20, np.int32)).pointer
         self.floats = memory.put(np.zeros(4096, np.float32)).pointer
-        self.settings = abi.Settings(4, 2, 3, 0, 1, 0, 5_000, 0, 9, 0)
-        self.rows = abi.Rows(self.integers, None, None, None, 0, 1, 20)
+        self.settings = abi.Settings(window=4, sinks=2, chunk_size=3, pooling=1, keep_per_10k=5_000, min_tokens=9)
+        self.rows = abi.Rows(lengths=self.integers, batch=1, max_length=20)
         self.layout = abi.Layout(stride_row=0, stride_head=5120, stride_token=256, extent=20)
         self.layer = (abi.Layer * 2)(abi.Layer(self.floats, self.floats), abi.Layer(self.floats, self.floats))
 
@@ -100,15 +111,19 @@ class Refused:
             p.settings.boundaries = 1
             return p
         if op == "score":
-            pointers = (floats, floats, None, None, None, floats, None)
-            return abi.ScoreParams(
-                self.settings, self.rows, self.layout, self.layout, *pointers, 2, 1, 64, 0, 0, 0, 6, 0
-            )
+            sizes = {"heads": 2, "kv_heads": 1, "head_dim": 64, "max_chunks": 6}
+            layouts = {"query_layout": self.layout, "key_layout": self.layout}
+            pointers = dict.fromkeys(("query", "key", "chunk_scores"), floats)
+            return abi.ScoreParams(settings=self.settings, rows=self.rows, **layouts, **pointers, **sizes)
         if op == "select":
-            return abi.SelectParams(self.settings, self.rows, floats, None, None, integers, integers, 6, 20)
+            outputs = dict.fromkeys(("kept_indices", "kept_lengths"), integers)
+            sizes = {"choices": 1, "max_chunks": 6, "max_kept": 20}
+            return abi.SelectParams(settings=self.settings, rows=self.rows, chunk_scores=floats, **outputs, **sizes)
         if op == "compact":
-            layouts = self.layout, self.layout
-            return abi.CompactParams(self.rows, *layouts, integers, integers, self.layer, 1, 20, 1, 256)
+            layouts = {"layout": self.layout, "layout_out": self.layout, "layers": self.layer}
+            chosen = dict.fromkeys(("kept_indices", "kept_lengths"), integers)
+            sizes = {"num_layers": 1, "max_kept": 20, "kv_heads": 1, "choices": 1, "row_bytes": 256}
+            return abi.CompactParams(rows=self.rows, **layouts, **chosen, **sizes)
         if op == "prepare":
             pointers = (integers,) * 9
             return abi.PrepareParams(self.settings, *pointers, 20, 1, 1, 20, 32)
@@ -137,7 +152,13 @@ BAD_SETTINGS = [
     ("boundaries", 2, "boundaries is 2; allowed is 0 to 1"),
     ("pooling", 4, "pooling is 4; allowed are odd values"),
     ("pooling", 65, "pooling is 65; allowed is 1 to 63"),
-    ("score", -1, "score is -1; allowed is 0 to 1"),
+    ("score", -1, "score is -1; allowed is 0 to 2"),
+    ("window_reduce", 2, "window_reduce is 2; allowed is 0 to 1"),
+    ("head_reduce", -1, "head_reduce is -1; allowed is 0 to 1"),
+    ("value_norm", 2, "value_norm is 2; allowed is 0 to 1"),
+    ("heads", 2, "heads is 2; allowed is 0 to 1"),
+    ("budget_split", 2, "budget_split is 2; allowed is 0 to 1"),
+    ("budget_split", 1, "reading_share_per_10k is 0; allowed is 10000 to 1000000"),
     ("keep_per_10k", 0, "keep_per_10k is 0; allowed is 1 to 10000"),
     ("budget_tokens", -1, "budget_tokens is -1; allowed is 0 to"),
     ("min_tokens", 8, "min_tokens is 8; it must be at least 9, window + sinks + chunk_size"),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import ml_dtypes
 import numpy as np
 import pytest
 
 from chunkkv.errors import NativeArgumentError
+from chunkkv.native.arguments import stream_pointer
 from chunkkv.native.arrays import RawArray, as_raw, dense_strides
 
 
@@ -79,3 +82,19 @@ def test_dense_arrays_are_recognised() -> None:
     assert RawArray(0, "float16", (2, 1, 4), (8, 999, 2)).is_dense, "the stride of an axis of one element is free"
     assert RawArray(0, "float16", (0, 3), (7, 7)).is_dense
     assert not RawArray(0, "float16", (2, 3), (8, 2)).is_dense
+
+
+def test_work_goes_to_the_current_stream_of_the_arrays() -> None:
+    """None is torch's or CuPy's own stream, so that work on another stream is not overtaken."""
+    streams = {"cuda:0": SimpleNamespace(cuda_stream=77), "cuda:1": SimpleNamespace(cuda_stream=78)}
+    torch = SimpleNamespace(cuda=SimpleNamespace(current_stream=streams.__getitem__))
+    cupy = SimpleNamespace(cuda=SimpleNamespace(get_current_stream=lambda: SimpleNamespace(ptr=99)))
+    tensor = type("Tensor", (), {"__module__": "torch", "is_cuda": True, "device": "cuda:1"})()
+    on_host = type("Tensor", (), {"__module__": "torch", "is_cuda": False, "device": "cpu"})()
+    other = type("ndarray", (), {"__module__": "cupy.core"})()
+    with mock.patch.dict(sys.modules, {"torch": torch, "cupy": cupy}):
+        assert stream_pointer(None, [np.zeros(1), None, tensor, other]).value == 78
+        assert stream_pointer(None, [on_host, other]).value == 99
+        assert stream_pointer(None, [on_host, np.zeros(1)]).value in (0, None)
+        assert stream_pointer(0, [tensor]).value in (0, None)
+        assert stream_pointer(streams["cuda:0"], [tensor]).value == 77

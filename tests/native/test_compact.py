@@ -13,7 +13,10 @@ from support.messages import naming
 from chunkkv import reference
 from chunkkv.errors import NativeArgumentError
 from chunkkv.native import BatchRows, KVView, NativeLibrary, RawArray, contiguous_kv, packed_kv, paged_kv
+from native.devices import on_both_devices
 from native.memory import Memory, numpy_dtype
+
+pytestmark = list(on_both_devices)  # a large one cuts the rows of few heads into slices
 
 DTYPES = ["float32", "float16", "bfloat16", "int8", "float8_e4m3fn"]
 HEAD_SIZES = [64, 80, 96, 128, 256]
@@ -240,3 +243,27 @@ def test_every_slot_is_written_without_kept_lengths(library: NativeLibrary, memo
     check_bytes(memory.get(out[1]), reference.compact_batch(value, indices))
     with pytest.raises(NativeArgumentError, match=naming("kept_lengths NULL")):
         library.compact(rows, memory.put(indices), None, caches)
+
+
+@pytest.mark.parametrize("row_bytes", [66, 100, 160, 192, 260])
+def test_slices_that_do_not_fill_the_row(library: NativeLibrary, memory: Memory, row_bytes: int) -> None:
+    """One head of one layer: the last slice is narrower than the others, and must not reach the next token."""
+    pool = Pool.make(np.random.default_rng(row_bytes), 1, 1, 16, row_bytes, "int8", (90,))
+    compact_paged(library, memory, pool, (90,), (40,), seed=row_bytes)
+
+
+def test_what_would_go_outside_the_pool_is_not_written(library: NativeLibrary, memory: Memory) -> None:
+    """Pages of a slot that lie outside, on the host's side or behind the end: no other block may get its tokens."""
+    pool = Pool.make(np.random.default_rng(3), 1, 2, 16, 64, "float16", (64,))
+    indices, counts = choose(np.random.default_rng(4), (64,), (40,))
+    for outside in (-(2**31), -1, pool.data.shape[0] * 2, 2**31 - 1):
+        offsets = pool.offsets.copy()
+        offsets[0, :, 1] = outside  # slots 16 to 31
+        data, table = memory.put(pool.data), memory.put(offsets)
+        library.compact(
+            place_rows(memory, (64,), 64), memory.put(indices), memory.put(counts), [paged_kv(data, table, 0)]
+        )
+        moved, own = memory.get(data), set((pool.offsets[0, 0, [0, 2, 3]] // 2).tolist())
+        for block in range(pool.data.shape[0]):
+            if block not in own:
+                check_bytes(moved[block], pool.data[block])

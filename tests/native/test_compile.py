@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from support.messages import naming
 from chunkkv.errors import NativeError
 from chunkkv.native import BatchRows, NativeLibrary, RawArray
 from chunkkv.settings import ChunkKVSettings
-from native import compile_check
+from native import compile_check, machine_code
 from native.build import BUILD, ROOT
 
 pytestmark = pytest.mark.deep
@@ -64,6 +65,67 @@ def test_whatever_got_worse_is_named() -> None:
     ]
 
 
+needs_nvdisasm = pytest.mark.skipif(machine_code.find_nvdisasm() is None, reason="nvdisasm is not installed")
+CODE = json.loads(machine_code.TABLE.read_text(encoding="utf-8"))
+
+
+@needs_nvcc
+@needs_nvdisasm
+@pytest.mark.timeout(900)
+def test_the_machine_code_is_as_good_as_the_table_says(capsys: pytest.CaptureFixture[str]) -> None:
+    assert machine_code.main([]) == 0, capsys.readouterr().err
+
+
+def test_the_table_of_the_machine_code_meets_its_aims() -> None:
+    """No spill, no narrow, generic or local access in a main loop; both passes of bf16 D 128 within 830 slots."""
+    for name, places in CODE["kernels"].items():
+        for architecture, row in places.items():
+            waits = [row.get(kind, 0) for kind in ("spills", "narrow loads", "generic loads", "local")]
+            assert waits == [0, 0, 0, 0], (name, architecture)
+    kernels = {name: places["sm_90a"] for name, places in CODE["kernels"].items()}
+    passes = [kernels[f"score {which} nv_bfloat16 x nv_bfloat16 D 128"] for which in ("statistics", "columns")]
+    assert sum(one["slots"] for one in passes) <= 830
+    assert [one["blocks"] for one in passes] == [3, 3] and kernels["compact in place"]["blocks"] >= 4
+
+
+def test_a_worse_machine_code_is_named() -> None:
+    known = {"nvcc": "13.0", "kernels": CODE["kernels"]}
+    name = "score columns nv_bfloat16 x nv_bfloat16 D 128"
+    worse = copy.deepcopy(known["kernels"])
+    worse[name]["sm_90a"]["slots"] += 1
+    worse["compact in place"]["sm_90a"]["blocks"] -= 1
+    assert machine_code.complaints(known["kernels"], known, "13.0") == []
+    assert len(machine_code.complaints(worse, known, "13.0")) == 2
+    assert machine_code.complaints(worse, known, "14.0") == [], "another compiler may make other code"
+    worse[name]["sm_90a"]["local"] = 1
+    assert machine_code.complaints(worse, known, "14.0") == [f"{name} on sm_90a: 1 local, the table says 0"]
+
+
+LISTING = """
+.L_x_1:
+        /*0000*/                   LDGSTS.E.BYPASS.128 [R1], [R2.64] ;
+        /*0010*/              @P0 BRA `(.L_x_2) ;
+        /*0020*/                   MUFU.EX2 R3, R4 ;
+        /*0030*/                   FADD R3, R3, R4 ;
+        /*0040*/                   FADD R3, R3, R4 ;
+        /*0050*/                   BRA `(.L_x_3) ;
+.L_x_2:
+        /*0060*/                   MUFU.EX2 R3, R4 ;
+.L_x_3:
+        /*0070*/                   HMMA.16816.F32 R4, R8, R12, R4 ;
+        /*0080*/              @P1 BRA `(.L_x_1) ;
+        /*0090*/                   EXIT ;
+"""
+
+
+def test_the_shortest_turn_does_all_the_work() -> None:
+    code, labels = machine_code.parse(LISTING)
+    wanted = machine_code.Main("m", "f", "i", 128, products=1, exponentials=1, copies=1)
+    turn = machine_code.shortest_turn(code, labels, wanted)
+    assert turn is not None and sum(turn.values()) == 5 and "FADD" not in turn
+    assert machine_code.shortest_turn(code, labels, replace(wanted, exponentials=2)) is None
+
+
 def build_with_cmake(folder: Path, *options: str, source: Path = ROOT) -> None:
     subprocess.run(["cmake", "-S", source, "-B", folder, *options], check=True, capture_output=True)
     done = subprocess.run(["cmake", "--build", folder, "-j2"], capture_output=True, text=True, check=False)
@@ -104,5 +166,6 @@ def test_cmake_works_without_nvcc(tmp_path: Path) -> None:
     assert library.device == "emulated"
     lengths, kept = np.array([100], np.int32), np.zeros((1, 64), np.int32)
     counts = np.zeros(1, np.int32)
-    library.select(ChunkKVSettings(), BatchRows(lengths, 100), np.zeros((1, 7), np.float32), kept, counts)
+    settings = ChunkKVSettings(window=32, boundaries="fixed", chunk_size=10)
+    library.select(settings, BatchRows(lengths, 100), np.zeros((1, 7), np.float32), kept, counts)
     assert counts[0] == 64 and list(kept[0]) == [*range(32), *range(68, 100)]

@@ -48,10 +48,11 @@ def test_every_conversion(probe: Probe) -> None:
     ties = (np.arange(2**16, dtype=np.uint32) << 16) + rng.choice(np.uint32([0, 0x7FFF, 0x8000, 0x8001, 0xFFFF]), 2**16)
     near_half = np.arange(0x33000000, 0x47900000, 0x1001, dtype=np.uint32)  # subnormal to overflowing float16
     words = np.concatenate([np.arange(2**16, dtype=np.uint32), ties, near_half, near_half | 0x80000000])
-    got = np.full((len(words), 5), 7, dtype=np.float32)
+    got = np.full((len(words), 13), 7, dtype=np.float32)
     assert probe.run("convert", words, got, count=len(words)) == ""
     low = words.astype(np.uint16)
     byte = words.astype(np.uint8)
+    four = words.view(np.uint8).reshape(-1, 4)
     with np.errstate(over="ignore", invalid="ignore"):
         wanted = [
             low.view(np.float16).astype(np.float32),
@@ -59,6 +60,8 @@ def test_every_conversion(probe: Probe) -> None:
             byte.view(np.int8).astype(np.float32),
             words.view(np.float32).astype(np.float16).astype(np.float32),
             words.view(np.float32).astype(ml_dtypes.bfloat16).astype(np.float32),
+            *four.T.copy().view(ml_dtypes.float8_e4m3fn).astype(np.float32),
+            *four.T.copy().view(np.int8).astype(np.float32),
         ]
     for column, values in enumerate(wanted):
         np.testing.assert_array_equal(got[:, column], values)

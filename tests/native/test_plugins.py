@@ -32,7 +32,7 @@ from native.plugin_host import (
     run_node,
     text_field,
 )
-from native.plugin_op import COMPACT, SELECT, PluginOp, open_host, profile, select_values
+from native.plugin_op import COMPACT, DEFAULTS, SELECT, PluginOp, open_host, profile, select_values
 from native.tensorrt_headers import Headers, own_headers, real_headers
 
 SMALL = ChunkKVSettings(window=4, chunk_size=3, sinks=2, min_tokens=9, keep_per_10k=4_000)
@@ -69,14 +69,23 @@ def select_fields(**changes: Any) -> list[Field]:
     return node_fields(functions.select_attributes(SMALL) | changes)
 
 
+def stored_fields(**changes: Any) -> list[Field]:
+    """Return the fields as an engine stores them."""
+    return select_fields(**(DEFAULTS | changes))
+
+
 def test_creators_and_fields_are_those_of_the_nodes(host: PluginHost) -> None:
-    attributes = functions.select_attributes(SMALL)
-    wanted = {field.name: field.type for field in node_fields(attributes)} | {"max_kept": INT32}
+    reductions = {"window_reduce": "max", "head_reduce": "max", "value_norm": "on", "heads": "each"}
+    different = replace(SMALL, **reductions)
+    attributes = functions.select_attributes(different, request_window=True) | {"head_class": "local"}
+    wanted = {field.name: field.type for field in node_fields(attributes)}
+    wanted |= dict.fromkeys(("max_kept", "all_heads", "all_reading_heads", "reading_share_per_10k"), INT32)
     fields = {key: names for key, *names in (line.split() for line in host.creators())}
     packed = [f"chunkkv::ChunkKV{name}:1" for name in ("Prepare", "Rope", "Score", "Compress")]
     assert sorted(fields) == sorted([SELECT, COMPACT, *packed])
     assert dict(name.split(":") for name in fields[SELECT]) == {name: str(number) for name, number in wanted.items()}
-    assert fields[COMPACT] == []
+    named = node_fields(functions.compact_attributes(different))
+    assert fields[COMPACT] == [f"{field.name}:{field.type}" for field in named]
 
 
 @pytest.mark.parametrize("headers", EVERY_HEADERS, ids=[headers.name for headers in EVERY_HEADERS])
@@ -88,7 +97,7 @@ def test_every_set_of_headers(headers: Headers, memory: Memory) -> None:
     assert op_properties.check_matches_reference(op.select, tried) == 0
     op_properties.check_compaction(op.select, op.compact, tried)
     with pytest.raises(HostError, match=naming("createPlugin ChunkKVSelect window 129 1")):
-        host.attach(SELECT, [*select_fields(window=129), int_field("max_kept", 0)])
+        host.attach(SELECT, stored_fields(window=129))
 
 
 @pytest.mark.parametrize("tried", KERNEL_CASES, ids=lambda tried: tried.name)
@@ -210,7 +219,7 @@ def test_a_plugin_without_fields_needs_no_collection(host: PluginHost) -> None:
 def test_bad_values_are_refused(host: PluginHost, changes: dict[str, Any], message: str) -> None:
     for attempt in (
         lambda: host.build(SELECT, select_fields(**changes), profile(small_values())),
-        lambda: host.attach(SELECT, select_fields(**({"max_kept": 0} | changes))),
+        lambda: host.attach(SELECT, stored_fields(**changes)),
     ):
         with pytest.raises(HostError) as failure:
             attempt()
@@ -219,13 +228,13 @@ def test_bad_values_are_refused(host: PluginHost, changes: dict[str, Any], messa
         assert line.startswith("1 ChunkKVSelect: ") and message in line
 
 
-@pytest.mark.parametrize("name", [field.name for field in select_fields(max_kept=0)])
+@pytest.mark.parametrize("name", [field.name for field in stored_fields()])
 def test_missing_and_mistyped_fields_are_refused(host: PluginHost, name: str) -> None:
-    whole = {field.name: field for field in select_fields(max_kept=0)}
+    whole = {field.name: field for field in stored_fields()}
     del_one = [field for field in whole.values() if field.name != name]
     with pytest.raises(HostError, match=naming(name, "missing engine")):
         host.attach(SELECT, del_one)
-    if name == "max_kept":
+    if name in DEFAULTS:
         host.build(SELECT, del_one, profile(small_values()))
     else:
         with pytest.raises(HostError, match=naming(name, "missing attribute")):
@@ -241,8 +250,9 @@ def test_missing_and_mistyped_fields_are_refused(host: PluginHost, name: str) ->
 
 
 def test_words_may_come_without_their_nul(host: PluginHost) -> None:
-    fields = [field for field in select_fields(max_kept=0) if field.type != CHAR]
+    fields = [field for field in stored_fields() if field.type != CHAR]
     words = [Field("boundaries", CHAR, b"fixed", 5), Field("score", CHAR, b"softmax", 7)]
+    fields += [field for field in stored_fields() if field.type == CHAR and field.name not in ("boundaries", "score")]
     host.attach(SELECT, [*words, *fields])
     with pytest.raises(HostError, match=naming("score 'softma'")):
         host.attach(SELECT, [*fields, words[0], Field("score", CHAR, b"softmax", 6)])
@@ -250,14 +260,14 @@ def test_words_may_come_without_their_nul(host: PluginHost) -> None:
 
 def test_what_is_stored_is_what_was_given(host: PluginHost) -> None:
     built = host.build(SELECT, select_fields(max_kept=30), profile(small_values()))
-    assert built.fields == select_fields(max_kept=30)
+    assert built.fields == stored_fields(max_kept=30)
     assert host.build(SELECT, built.fields[::-1], profile(small_values())).fields == built.fields
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_damaged_engines(host: PluginHost, seed: int) -> None:
     rounds = 3_000
-    accepted = host.fuzz(SELECT, select_fields(max_kept=0), seed, rounds)
+    accepted = host.fuzz(SELECT, stored_fields(), seed, rounds)
     refused = len(host.take_log())
     assert accepted + refused == rounds, "every refusal logs one line"
     assert accepted > rounds // 50 and refused > rounds // 2

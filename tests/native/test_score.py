@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from chunkkv import reference
 from chunkkv.errors import NativeArgumentError
 from chunkkv.native import BatchRows, NativeLibrary, RawArray, contiguous_kv
 from chunkkv.settings import ChunkKVSettings
+from native.devices import LARGE, SMALL, device_of
 from native.memory import Memory, numpy_dtype
 from native.native_op import LAYOUTS, NativeOp, make_cache
 from native.score_checks import TOLERANCE, bits_of_scores, largest_error
@@ -42,8 +44,8 @@ def test_every_type_and_head_size(
 ) -> None:
     for layout in LAYOUTS:
         op = NativeOp(library, memory, key_storage, layout)
-        for one_pass in (False, True):
-            assert largest_error(op, case(settings(), head_dim=head_dim), storage, one_pass) < TOLERANCE / 5
+        for chunks_alone in (False, True):
+            assert largest_error(op, case(settings(), head_dim=head_dim), storage, chunks_alone) < TOLERANCE / 5
 
 
 @pytest.mark.parametrize("storage", STORAGE_TYPES)
@@ -54,8 +56,8 @@ def test_windows_and_groups(
 ) -> None:
     tried = case(settings(window), (window + 130, window + 20), heads=heads[0], kv_heads=heads[1])
     op = NativeOp(library, memory, layout="paged")
-    for one_pass in (False, True):
-        assert largest_error(op, tried, storage, one_pass) < TOLERANCE / 5
+    for chunks_alone in (False, True):
+        assert largest_error(op, tried, storage, chunks_alone) < TOLERANCE / 5
 
 
 @pytest.mark.parametrize("pooling", [1, 3, 7, 63])
@@ -66,15 +68,15 @@ def test_chunks_at_every_alignment(library: NativeLibrary, memory: Memory, chunk
         own = settings(4, chunk_size, sinks, pooling=pooling)
         tried = case(own, (330, 329, 260, sinks + 5, 64, 68), heads=2, kv_heads=1)
         tried = replace(tried, lengths=tuple(max(length, sinks + 5) for length in tried.lengths))
-        assert largest_error(op, tried, "float16", one_pass=True) < TOLERANCE / 5
+        assert largest_error(op, tried, "float16", chunks_alone=True) < TOLERANCE / 5
 
 
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 62, 63, 64, 65, 66, 127, 128, 129, 191, 192, 193])
 def test_lengths_around_a_tile(library: NativeLibrary, memory: Memory, length: int) -> None:
     for window in (1, 2, 64, 65):
         tried = case(settings(window, 5, 0), (length + window, 200 + window), heads=2, kv_heads=1)
-        for one_pass in (False, True):
-            assert largest_error(NativeOp(library, memory), tried, "bfloat16", one_pass) < TOLERANCE / 5
+        for chunks_alone in (False, True):
+            assert largest_error(NativeOp(library, memory), tried, "bfloat16", chunks_alone) < TOLERANCE / 5
 
 
 @pytest.mark.parametrize("storage", STORAGE_TYPES)
@@ -85,29 +87,32 @@ def test_delimiter_chunks(library: NativeLibrary, memory: Memory, score: str, st
         tried = case(own, (201, 64, 70), delimiter_rate=rate, extra_padding=3)
         for layout in ("contiguous", "paged"):
             op = NativeOp(library, memory, layout=layout, whole_query=True)
-            assert largest_error(op, tried, storage, one_pass=False) < TOLERANCE
+            assert largest_error(op, tried, storage, chunks_alone=False) < TOLERANCE
 
 
 @pytest.mark.parametrize("contrast", [0.01, 6.0, 12.0])
 @pytest.mark.parametrize("storage", STORAGE_TYPES)
 def test_flat_and_peaked_attention(library: NativeLibrary, memory: Memory, storage: str, contrast: float) -> None:
     tried = case(settings(8, 10), (700,), contrast=contrast)
-    for one_pass in (False, True):
-        assert largest_error(NativeOp(library, memory), tried, storage, one_pass) < TOLERANCE
+    for chunks_alone in (False, True):
+        assert largest_error(NativeOp(library, memory), tried, storage, chunks_alone) < TOLERANCE
 
 
 @pytest.mark.parametrize("page", [1, 8, 32, 128])
 def test_page_sizes(library: NativeLibrary, memory: Memory, page: int) -> None:
-    for one_pass in (False, True):
+    for chunks_alone in (False, True):
         op = NativeOp(library, memory, layout="paged", block=page)
-        assert largest_error(op, case(settings(), (200, 33, 150)), "float16", one_pass) < TOLERANCE / 5
+        assert largest_error(op, case(settings(), (200, 33, 150)), "float16", chunks_alone) < TOLERANCE / 5
 
 
-@pytest.mark.parametrize("one_pass", [False, True])
+@pytest.mark.parametrize("multiprocessors", (SMALL, LARGE), indirect=True)
+@pytest.mark.parametrize("chunks_alone", [False, True])
 @pytest.mark.parametrize("tried", KERNEL_CASES, ids=lambda tried: tried.name)
-def test_case_table(library: NativeLibrary, memory: Memory, tried: OpCase, one_pass: bool) -> None:
+def test_case_table(
+    library: NativeLibrary, memory: Memory, tried: OpCase, chunks_alone: bool, multiprocessors: int
+) -> None:
     for layout, whole_query in (("contiguous", False), ("paged", True)):
-        op = NativeOp(library, memory, layout=layout, one_pass=one_pass, whole_query=whole_query)
+        op = NativeOp(library, memory, layout=layout, chunks_alone=chunks_alone, whole_query=whole_query)
         assert op_properties.check_matches_reference(op.select, replace(tried, head_dim=max(tried.head_dim, 64))) == 0
 
 
@@ -117,27 +122,31 @@ PROPERTY_CASES = ("plain", "ragged batch with padding", "pooling 3", "delimiter"
 @pytest.mark.parametrize("name", PROPERTY_CASES)
 @pytest.mark.parametrize("check", op_properties.PROPERTIES, ids=lambda check: check.__name__)
 def test_properties(library: NativeLibrary, memory: Memory, check: op_properties.Check, name: str) -> None:
-    for one_pass in (False, True):
-        op = NativeOp(library, memory, layout="paged" if one_pass else "contiguous", one_pass=one_pass)
+    for chunks_alone in (False, True):
+        op = NativeOp(library, memory, layout="paged" if chunks_alone else "contiguous", chunks_alone=chunks_alone)
         assert check(op.select, replace(named(name), head_dim=64)) == 0
 
 
-@pytest.mark.parametrize("one_pass", [False, True])
+@pytest.mark.parametrize("chunks_alone", [False, True])
 @pytest.mark.parametrize("storage", ["float32", "bfloat16"])
 def test_the_batch_and_the_grid_change_no_bit(
-    library: NativeLibrary, memory: Memory, storage: str, one_pass: bool
+    library: NativeLibrary, memory: Memory, storage: str, chunks_alone: bool
 ) -> None:
-    """The grid follows the size of the batch, so a row alone is cut into other blocks than a row among 40."""
-    tried = case(settings(4, 9), (700, *range(100, 139), 640), heads=2, kv_heads=1)
+    """The blocks of a launch divide its tiles, so a row alone falls to other blocks than a row among 40."""
+    tried = case(settings(4, 9), (2700, *range(100, 139), 640), heads=2, kv_heads=1)
     inputs, op = tried.inputs(storage), NativeOp(library, memory)
-    together = bits_of_scores(op, inputs, tried, one_pass)
+    together = bits_of_scores(op, inputs, tried, chunks_alone)
+    if library.device == "emulated":
+        for multiprocessors in (1, 7, LARGE):
+            with device_of(library, multiprocessors):
+                assert bits_of_scores(op, inputs, tried, chunks_alone) == together
     for row in (0, 5, 40):
         alone = replace(tried, lengths=tried.lengths[row : row + 1])
-        assert bits_of_scores(op, inputs.take_rows([row]), alone, one_pass) == [together[row]]
+        assert bits_of_scores(op, inputs.take_rows([row]), alone, chunks_alone) == [together[row]]
 
 
-@pytest.mark.parametrize("one_pass", [False, True])
-def test_what_is_behind_a_row_changes_no_bit(library: NativeLibrary, memory: Memory, one_pass: bool) -> None:
+@pytest.mark.parametrize("chunks_alone", [False, True])
+def test_what_is_behind_a_row_changes_no_bit(library: NativeLibrary, memory: Memory, chunks_alone: bool) -> None:
     tried = case(settings(), (70, 150, 128), extra_padding=5)
     for layout in ("contiguous", "paged"):
         op, seen = NativeOp(library, memory, layout=layout), set()
@@ -146,8 +155,46 @@ def test_what_is_behind_a_row_changes_no_bit(library: NativeLibrary, memory: Mem
             for row, length in enumerate(tried.lengths):
                 with np.errstate(over="ignore"):
                     inputs.key[row, :, length:] = content
-            seen.add(tuple(bits_of_scores(op, inputs, tried, one_pass)))
+            seen.add(tuple(bits_of_scores(op, inputs, tried, chunks_alone)))
         assert len(seen) == 1
+
+
+@pytest.mark.parametrize("heads", [(2, 1), (3, 3)])
+@pytest.mark.parametrize("window", [5, 40])
+def test_ragged_batches_on_every_grid(
+    library: NativeLibrary, memory: Memory, window: int, heads: tuple[int, int]
+) -> None:
+    """Rows of no tiles, of one and of many, between which the stretch of a block may begin and end anywhere."""
+    lengths = (window, 1500, 1, window + 1, 700, 0, window + 9, 2000, 33)
+    tried = case(settings(window, 5), lengths, heads=heads[0], kv_heads=heads[1])
+    for multiprocessors in (1, 2, 3, 11, LARGE) if library.device == "emulated" else (LARGE,):
+        with device_of(library, multiprocessors) if library.device == "emulated" else nullcontext():
+            op = NativeOp(library, memory, layout="paged", chunks_alone=True)
+            assert op_properties.check_matches_reference(op.select, tried) == 0
+
+
+@pytest.mark.parametrize("storage", STORAGE_TYPES)
+def test_nan_in_fp8_is_nan(library: NativeLibrary, memory: Memory, storage: str) -> None:
+    tried = case(settings(score="logits"), (90,))
+    inputs = tried.inputs(storage)
+    inputs.key[0, 1, [7, 50], 3] = np.nan
+    op = NativeOp(library, memory, "float8_e4m3fn")
+    rows = BatchRows(memory.put(inputs.lengths), inputs.key.shape[2])
+    scores = memory.get(op.score(inputs.query, inputs.key, rows, tried.settings)[1])[0]
+    np.testing.assert_array_equal(np.flatnonzero(np.isnan(scores)), [7, 50])
+
+
+def test_a_scale_is_for_8_bit_keys_alone(library: NativeLibrary, memory: Memory) -> None:
+    tried = case(settings(score="logits"), (90,))
+    inputs, op = tried.inputs("float16"), NativeOp(library, memory)
+    rows = BatchRows(memory.put(inputs.lengths), inputs.key.shape[2])
+    cache, query = make_cache(memory, inputs.key, "contiguous"), memory.put(inputs.query)
+    given = {"chunk_scores": op.empty(rows, 20, "float32"), "key_scale": memory.put(np.float32([7.0]))}
+    workspace = memory.empty((library.score_workspace(tried.settings, rows, query, cache, **given),), "uint8")
+    library.score(tried.settings, rows, query, cache, workspace=workspace, **given)
+    plain, _ = op.score(inputs.query, inputs.key, rows, tried.settings, with_tokens=False)
+    count = library.max_chunks(tried.settings, 90)
+    assert memory.get(given["chunk_scores"])[0, :count].tobytes() == memory.get(plain)[0, :count].tobytes()
 
 
 def sparse(shape: tuple[int, ...], dtype: str) -> tuple[NDArray[Any], RawArray]:
@@ -197,9 +244,9 @@ def test_a_million_tokens(library: NativeLibrary, memory: Memory) -> None:
     np.testing.assert_allclose(given, wanted, rtol=TOLERANCE)
 
 
-@pytest.mark.parametrize("one_pass", [False, True])
+@pytest.mark.parametrize("chunks_alone", [False, True])
 @pytest.mark.parametrize("storage", STORAGE_TYPES)
-def test_garbage_stays_inside(library: NativeLibrary, memory: Memory, storage: str, one_pass: bool) -> None:
+def test_garbage_stays_inside(library: NativeLibrary, memory: Memory, storage: str, chunks_alone: bool) -> None:
     """Lengths, block tables, chunk tables and contents may be anything: no access leaves the buffers."""
     rng = np.random.default_rng(7)
     for boundaries in ("fixed", "delimiter"):
@@ -215,7 +262,7 @@ def test_garbage_stays_inside(library: NativeLibrary, memory: Memory, storage: s
             chunks = op.chunks(np.zeros(inputs.key.shape[::2], dtype=np.bool_), rows, own)
             memory.write(chunks.chunk_starts, rng.integers(INT32.min, INT32.max, chunks.chunk_starts.shape, np.int32))
             memory.write(chunks.num_chunks, np.array([-5, 7, INT32.max, 0, 90, 9999], dtype=np.int32))
-        op.score(inputs.query, inputs.key, rows, own, chunks, with_tokens=not one_pass, wild_table=rng)
+        op.score(inputs.query, inputs.key, rows, own, chunks, with_tokens=not chunks_alone, wild_table=rng)
 
 
 def test_arguments_are_checked(library: NativeLibrary, memory: Memory) -> None:

@@ -193,6 +193,22 @@ def test_a_list_longer_than_max_kept_is_cut_there(library: NativeLibrary, memory
     np.testing.assert_array_equal(indices[1, :9], call.expected(1))
 
 
+@pytest.mark.parametrize("max_kept", range(9, 30))
+def test_nothing_is_written_behind_a_list_that_is_cut(library: NativeLibrary, memory: Memory, max_kept: int) -> None:
+    """The cut list is the last of its array, where guard bytes follow."""
+    call = make(SMALL, [20, 50], "random", keep_per_10k=[4_000, 8_000])
+    indices, lengths = call.run(library, memory, max_kept=max_kept)
+    assert lengths[1] == max_kept
+    np.testing.assert_array_equal(indices[1], call.expected(1)[:max_kept])
+
+
+def test_more_chunks_than_shared_memory_holds(library: NativeLibrary, memory: Memory) -> None:
+    """14,336 chunks are staged; one more is read from memory. Both have eight blocks to a row."""
+    settings = ChunkKVSettings(window=2, chunk_size=1, sinks=1, min_tokens=4)
+    for chunks in (14_336, 14_337, 40_001):
+        make(settings, [chunks + 3], "few values", padding=0).check(library, memory)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_garbage_stays_inside_its_row(library: NativeLibrary, memory: Memory, seed: int) -> None:
     """Row 1 is sound; the others hold garbage. The memory fixture sees every write outside."""

@@ -42,7 +42,7 @@ def settings_of(leader: str = "last", reuse: int = 2, boundaries: str = "fixed")
     groups = tuple(tuple(range(first, first + reuse)) for first in range(0, llm.LAYERS, reuse))
     small = {name.removeprefix("chunkkv_"): value for name, value in SMALL_CHUNKKV.items()}
     small["keep_per_10k"] = round(10_000 * small.pop("keep_ratio"))
-    return ChunkKVSettings(**small, leader=leader, layer_groups=groups, boundaries=boundaries)
+    return ChunkKVSettings(**(small | {"leader": leader, "layer_groups": groups, "boundaries": boundaries}))
 
 
 def flags_of(settings: ChunkKVSettings) -> dict[str, Any]:

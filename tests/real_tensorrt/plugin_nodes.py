@@ -107,10 +107,32 @@ def select(dtype: str = "float16", delimited: bool = False) -> Node:
     return Node("ChunkKVSelect", {**_SELECT_SETTINGS, **_boundaries(delimited), "max_kept": 0}, inputs, outputs)
 
 
-def compact(dtype: str = "float16") -> Node:
-    """Return ChunkKVCompact."""
-    inputs = (Tensor("x", dtype, ("B", KV_HEADS, "S", HEAD_SIZE)), Tensor("kept_indices", "int32", ("B", "K")))
-    return Node("ChunkKVCompact", {}, inputs, (Tensor("y", dtype, ("B", KV_HEADS, "K", HEAD_SIZE)),))
+def select_each(dtype: str = "float16", given: bool = False) -> Node:
+    """Return ChunkKVSelect with every input that version 2 of the method adds, and a choice for each KV head."""
+    if given:
+        own: dict[str, Any] = {"score": "given"}
+        source: tuple[Tensor, ...] = (Tensor("scores", "float32", ("B", KV_HEADS, "S")),)
+        more: tuple[Tensor, ...] = ()
+    else:
+        own = {"request_window": 1, "value_norm": "on", "window_reduce": "max", "head_reduce": "max"}
+        source = select(dtype).inputs[:2]
+        more = (*_rows("window"), Tensor("value", dtype, ("B", KV_HEADS, "S", HEAD_SIZE)))
+    classes = {"head_class": "reading", "all_heads": 8, "all_reading_heads": 2, "reading_share_per_10k": 20_000}
+    inputs = (*source, *_rows("lengths", "keep_per_10k", "budget_tokens"), *more)
+    outputs = (
+        Tensor("kept_indices", "int32", ("B", KV_HEADS, "S")),
+        Tensor("kept_lengths", "int32", ("B",)),
+        Tensor("token_scores", "float32", ("B", KV_HEADS, "S")),
+    )
+    return Node("ChunkKVSelect", {**_SELECT_SETTINGS, **own, **classes, "heads": "each"}, inputs, outputs)
+
+
+def compact(dtype: str = "float16", each: bool = False) -> Node:
+    """Return ChunkKVCompact, of indices for all heads or for each."""
+    heads = (KV_HEADS,) if each else ()
+    inputs = (Tensor("x", dtype, ("B", KV_HEADS, "S", HEAD_SIZE)), Tensor("kept_indices", "int32", ("B", *heads, "K")))
+    fields = {"heads": "each"} if each else {}
+    return Node("ChunkKVCompact", fields, inputs, (Tensor("y", dtype, ("B", KV_HEADS, "K", HEAD_SIZE)),))
 
 
 def prepare(dtype: str = "float16", delimited: bool = False) -> Node:

@@ -9,7 +9,19 @@ from support.messages import naming
 
 from chunkkv.gpu.tensorrt_library import TensorRT
 
-from .plugin_nodes import HEAD_SIZE, HEADS, QKV_WIDTH, Node, compact, compress, prepare, rope, score, select
+from .plugin_nodes import (
+    HEAD_SIZE,
+    HEADS,
+    QKV_WIDTH,
+    Node,
+    compact,
+    compress,
+    prepare,
+    rope,
+    score,
+    select,
+    select_each,
+)
 from .small_networks import SmallNetworks
 
 FLOATS = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}
@@ -27,6 +39,7 @@ def working_nodes() -> dict[str, Node]:
     nodes = {}
     for dtype in FLOATS:
         nodes |= {f"compact {dtype}": compact(dtype), f"rope {dtype}": rope(dtype)}
+        nodes |= {f"compact each {dtype}": compact(dtype, each=True), f"select each {dtype}": select_each(dtype)}
         for delimited in (False, True):
             name = f"{dtype} {'delimiter' if delimited else 'fixed'}"
             nodes |= {f"select {name}": select(dtype, delimited), f"score {name}": score(dtype, delimited)}
@@ -34,7 +47,7 @@ def working_nodes() -> dict[str, Node]:
             for role in ROLES:
                 mapping_rank = 1 if delimited else 2
                 nodes[f"{role} {name}"] = compress(role, dtype, delimited, mapping_rank=mapping_rank)
-    return nodes
+    return nodes | {"select given": select_each(given=True)}
 
 
 @pytest.mark.parametrize("node", working_nodes().values(), ids=working_nodes().keys())
@@ -64,6 +77,8 @@ WRONG_SHAPES = {
     "select lengths": (select(), "kept_lengths", ("R",)),
     "select scores": (select(), "token_scores", ("R", "S")),
     "compact": (compact(), "y", ("B", 2, "S", HEAD_SIZE)),
+    "select each indices": (select_each(), "kept_indices", ("B", 2, "T")),
+    "select each scores": (select_each(given=True), "token_scores", ("B", "S", 2)),
     "prepare lengths": (prepare(), "kept_lengths", ("R",)),
     "prepare positions": (prepare(), "positions", ("U",)),
     "rope": (rope(), "rotated", ("U", QKV_WIDTH)),
@@ -83,6 +98,9 @@ WRONG_TYPES = {
     "select key": (select("float16"), "key", "float32"),
     "select lengths": (select(), "lengths", "int64"),
     "compact": (compact(), "x", "int64"),
+    "select value": (select_each("float16"), "value", "float32"),
+    "select window": (select_each(), "window", "int64"),
+    "select scores": (select_each(given=True), "scores", "float16"),
     "compact indices": (compact(), "kept_indices", "int64"),
     "prepare qkv": (prepare(), "qkv", "fp8"),
     "prepare lengths": (prepare(), "host_context_lengths", "int64"),
@@ -109,6 +127,8 @@ WRONG_INPUTS = {
     "width": (score(), "qkv", ("T", QKV_WIDTH + 2), "ChunkKVScore qkv 514 512"),
     "rows": (score(), "row_starts", ("R",), "ChunkKVScore row_starts 5 4"),
     "window": (select(), "query", ("B", HEADS, 5, HEAD_SIZE), "ChunkKVSelect query 5 4"),
+    "value": (select_each(), "value", ("B", 3, "S", HEAD_SIZE), "ChunkKVSelect value 3 2"),
+    "heads of indices": (compact(each=True), "kept_indices", ("B", 3, "K"), "ChunkKVCompact kept_indices 3 2"),
     "no kernel": (
         select().with_input("query", dims=("B", HEADS, 4, 48)),
         "key",
@@ -133,6 +153,7 @@ WRONG_FIELDS = {
     "of another kind": (score().with_fields(window="4"), "ChunkKVScore window"),
     "unknown word": (compress("leader").with_fields(role="lead"), "ChunkKVCompress role lead leader ranker follower"),
     "between fields": (prepare().with_fields(tokens_per_block=24), "ChunkKVPrepare tokens_per_block 24"),
+    "norms of logits": (select().with_fields(score="logits", value_norm="on"), "ChunkKVSelect value_norm logits"),
     "no kernel": (score().with_fields(head_size=48), "ChunkKVScore head_dim 48 64 80 96 128 256"),
     "odd rotary_dim": (rope().with_fields(rotary_dim=33), "ChunkKVRope rotary_dim 33"),
     "lists of two lengths": (

@@ -102,7 +102,7 @@ class ChunkKVNodes:
             [indices, f"kept_lengths.{part.number}", scores],
             name=f"{self._place(part)}/select",
             domain=functions.DOMAIN,
-            **(functions.select_attributes(self.settings) if self._sorting else {}),
+            **(functions.select_attributes(self.settings, self._request_window) if self._sorting else {}),
         )
         kept = f"kept_{part.length_class}"
         e.output(indices, "int32", ["batch", len(part.kv_heads), kept] if each else ["batch", kept])
@@ -155,7 +155,7 @@ class ChunkKVNodes:
                 [output],
                 name=f"{self._place(part)}/compact_{kind}",
                 domain=functions.DOMAIN,
-                **(functions.plugin_attributes() if self._sorting else {}),
+                **(functions.compact_attributes(self.settings) if self._sorting else {}),
             )
             self._e.output(output, self._dtype, kept_shape(self._plan, part))
 

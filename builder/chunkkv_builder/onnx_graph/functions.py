@@ -37,10 +37,11 @@ def plugin_attributes() -> dict[str, Any]:
     return {"plugin_version": PLUGIN_VERSION, "plugin_namespace": PLUGIN_NAMESPACE}
 
 
-def select_attributes(settings: ChunkKVSettings) -> dict[str, Any]:
+def select_attributes(settings: ChunkKVSettings, request_window: bool = False) -> dict[str, Any]:
     """Return the attributes of a ChunkKVSelect node that a plugin takes: its settings, and the plugin's own name.
 
-    Those of _VERSION_1 are left out where they have that value.
+    Those of _VERSION_1 are left out where they have that value; `request_window` is there where the node has an input
+    `window`.
     """
     return {
         "window": settings.window,
@@ -51,8 +52,14 @@ def select_attributes(settings: ChunkKVSettings) -> dict[str, Any]:
         "score": settings.score,
         "min_tokens": settings.min_tokens,
         **{name: getattr(settings, name) for name, word in _VERSION_1.items() if getattr(settings, name) != word},
+        **({"request_window": 1} if "window" in select_inputs(settings, request_window) else {}),
         **plugin_attributes(),
     }
+
+
+def compact_attributes(settings: ChunkKVSettings) -> dict[str, Any]:
+    """Return the attributes of a ChunkKVCompact node that a plugin takes."""
+    return {**({} if settings.heads == "shared" else {"heads": settings.heads}), **plugin_attributes()}
 
 
 def select_inputs(settings: ChunkKVSettings, request_window: bool = False) -> list[str]:

@@ -21,7 +21,7 @@ extern "C" {
 #endif
 
 /* Grows by one with every change to params.h or to a function below. */
-enum { CHUNKKV_ABI_VERSION = 2 };
+enum { CHUNKKV_ABI_VERSION = 3 };
 
 typedef enum chunkkv_status {
     CHUNKKV_OK = 0,
@@ -57,7 +57,8 @@ CHUNKKV_API size_t chunkkv_params_size(int32_t op);
 CHUNKKV_API chunkkv_status chunkkv_supports(int32_t op, int32_t query_dtype, int32_t kv_dtype, int32_t head_dim,
                                             int32_t group);
 
-/* N(length), the tokens kept of a prompt of `length` tokens, or -1 for invalid settings or a negative length. */
+/* N(length), the tokens that the settings' head class keeps of a prompt of `length` tokens, or -1 for invalid settings
+ * or a negative length. */
 CHUNKKV_API int64_t chunkkv_kept_tokens(const chunkkv_settings* settings, int64_t length);
 
 /* The most chunks that a row of up to `length` tokens can have, or -1 for invalid settings or a negative length. */

@@ -22,12 +22,20 @@ struct TokenRows {
         return block(token >> block_shift) + (token & ((1 << block_shift) - 1)) * stride_token;
     }
 
-    /// First byte of a block (paged only). An offset outside the pool, such as one with the flag of TensorRT-LLM's
-    /// secondary pool (bit 31), counts as 0.
-    CHUNKKV_HD char* block(int32_t number) const {
-        const int64_t offset = offsets[clampTo(number, 0, max_blocks - 1)];
-        return base + (offset >= 0 && offset < extent ? offset : 0) * stride_block;
+    /// at(token) for a write: null where the token's block lies outside the pool, such as one with the flag of
+    /// TensorRT-LLM's secondary pool (bit 31). A read counts such a block as block 0, whose bytes belong to others.
+    CHUNKKV_HD char* writable(int32_t token) const {
+        if (offsets == nullptr) return at(token);
+        const int64_t offset = offsetOf(token >> block_shift);
+        return offset >= 0 && offset < extent ? at(token) : nullptr;
     }
+
+    /// First byte of a block (paged only).
+    CHUNKKV_HD char* block(int32_t number) const { return base + inPool(offsetOf(number)) * stride_block; }
+
+    /// The entry of the block table, as it is.
+    CHUNKKV_HD int32_t offsetOf(int32_t number) const { return offsets[clampTo(number, 0, max_blocks - 1)]; }
+    CHUNKKV_HD int64_t inPool(int64_t offset) const { return offset >= 0 && offset < extent ? offset : 0; }
 };
 
 CHUNKKV_HD int32_t log2Of(int32_t power_of_two) {
@@ -58,20 +66,26 @@ CHUNKKV_HD TokenRows tokenRows(const Layout& layout, const void* base, int32_t k
     return rows;
 }
 
+/// The number in the tensor of the call's KV head `head`.
+CHUNKKV_HD int32_t headNumber(const int32_t* numbers, int32_t head, int32_t all_heads) {
+    return numbers ? static_cast<int32_t>(clampTo(numbers[head], 0, all_heads - 1)) : head;
+}
+
 /// The entries of one row in an array of many rows: `count` of them, from index `first` on.
 struct RowPart {
     int64_t first;
     int32_t count;
 };
 
-/// The entries of a row of `length` tokens. In a padded array [B, pitch] the row has `pitch` entries. In a packed array
-/// [T] it has one per token, of which at most `pitch` are used. The part lies inside the array whatever row_starts
-/// holds.
-CHUNKKV_HD RowPart rowPart(const Rows& rows, int32_t row, int32_t length, int32_t pitch) {
-    if (rows.row_starts == nullptr) return {static_cast<int64_t>(row) * pitch, pitch};
+/// The entries of a row of `length` tokens. In a padded array [B, C, pitch] the row has `pitch` entries for each of
+/// the C choices. In a packed array [C, T] it has one per token, of which at most `pitch` are used. The part lies
+/// inside the array whatever row_starts holds.
+CHUNKKV_HD RowPart rowPart(const Rows& rows, int32_t row, int32_t length, int32_t pitch, int32_t choice = 0,
+                           int32_t choices = 1) {
+    if (rows.row_starts == nullptr) return {(static_cast<int64_t>(row) * choices + choice) * pitch, pitch};
     const int64_t first = clampTo(rows.row_starts[row], 0, rows.num_tokens);
     const int64_t most = pitch < length ? pitch : length;
-    return {first, static_cast<int32_t>(clampTo(rows.num_tokens - first, 0, most))};
+    return {choice * rows.num_tokens + first, static_cast<int32_t>(clampTo(rows.num_tokens - first, 0, most))};
 }
 
 /// Where a row's part of chunk_starts begins: a row with n chunks has n + 1 entries there, [B, max_chunks + 1] or

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from chunkkv.cache_layout import ALL_HEADS
 from chunkkv.native.arrays import Array
 
 
@@ -12,7 +13,8 @@ class BatchRows:
     """The rows of a batch, padded or packed.
 
     Padded arrays are [B, S], [B, max_chunks], [B, max_kept] and, for chunk starts, [B, max_chunks + 1]. Where
-    row_starts is given, the same arrays are packed: [T], and [T + B] for chunk starts.
+    row_starts is given, the same arrays are packed: [T], and [T + B] for chunk starts. Where every KV head chooses for
+    itself (heads "each"), scores and kept indices have an axis more: [B, Hkv, ...], packed [Hkv, T].
 
     Parameters
     ----------
@@ -28,6 +30,10 @@ class BatchRows:
         The first entry of each row in packed arrays. None: arrays are padded.
     num_tokens : int, default 0
         T, the entries of packed arrays. Not read for padded ones.
+    windows : int32 [B], default None
+        How many of the window's last queries score a row, from 1 to the settings' window. None: all of them.
+    head_class : {"all", "reading", "local"}, default "all"
+        The KV heads that a call is about, where budget_split is "classes": how many tokens they keep, and how.
     """
 
     lengths: Array
@@ -36,6 +42,8 @@ class BatchRows:
     budget_tokens: Array | None = None
     row_starts: Array | None = None
     num_tokens: int = 0
+    windows: Array | None = None
+    head_class: str = ALL_HEADS
 
 
 @dataclass(frozen=True)

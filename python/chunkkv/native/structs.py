@@ -9,10 +9,11 @@ from ctypes import c_void_p as pointer
 
 from chunkkv.limits import KERNEL_CHOICES
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 DTYPE_CODES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3, "float8_e4m3fn": 4}
-BOUNDARIES_CODES = {word: code for code, word in enumerate(KERNEL_CHOICES["boundaries"])}
-SCORE_CODES = {word: code for code, word in enumerate(KERNEL_CHOICES["score"])}
+# The code of a word is its place in the list that the kernels were compiled with.
+WORD_CODES = {name: {word: code for code, word in enumerate(words)} for name, words in KERNEL_CHOICES.items()}
+HEAD_CLASS_CODES = {"all": 0, "reading": 0, "local": 1}
 ROPE_CODES = {"neox": 0, "gptj": 1}
 OP_CODES = {"boundaries": 0, "score": 1, "select": 2, "compact": 3, "rope": 4, "prepare": 5}
 
@@ -27,9 +28,19 @@ class Settings(ctypes.Structure):
         ("boundaries", i32),
         ("pooling", i32),
         ("score", i32),
+        ("window_reduce", i32),
+        ("head_reduce", i32),
+        ("value_norm", i32),
+        ("heads", i32),
         ("keep_per_10k", i32),
         ("budget_tokens", i32),
         ("min_tokens", i32),
+        ("budget_split", i32),
+        ("head_class", i32),
+        ("local_policy", i32),
+        ("all_heads", i32),
+        ("all_reading_heads", i32),
+        ("reading_share_per_10k", i32),
         ("reserved", i32),
     )
 
@@ -42,6 +53,7 @@ class Rows(ctypes.Structure):
         ("keep_per_10k", pointer),
         ("budget_tokens", pointer),
         ("row_starts", pointer),
+        ("windows", pointer),
         ("num_tokens", i64),
         ("batch", i32),
         ("max_length", i32),
@@ -93,21 +105,26 @@ class ScoreParams(ctypes.Structure):
         ("rows", Rows),
         ("query_layout", Layout),
         ("key_layout", Layout),
+        ("value_layout", Layout),
         ("query", pointer),
         ("key", pointer),
+        ("value", pointer),
         ("key_scale", pointer),
+        ("value_scale", pointer),
+        ("given_scores", pointer),
+        ("kv_head_numbers", pointer),
         ("chunk_starts", pointer),
         ("num_chunks", pointer),
         ("chunk_scores", pointer),
         ("token_scores", pointer),
         ("heads", i32),
         ("kv_heads", i32),
+        ("all_kv_heads", i32),
         ("head_dim", i32),
         ("query_dtype", i32),
         ("key_dtype", i32),
         ("query_is_window", i32),
         ("max_chunks", i32),
-        ("reserved", i32),
     )
 
 
@@ -122,8 +139,10 @@ class SelectParams(ctypes.Structure):
         ("num_chunks", pointer),
         ("kept_indices", pointer),
         ("kept_lengths", pointer),
+        ("choices", i32),
         ("max_chunks", i32),
         ("max_kept", i32),
+        ("reserved", i32),
     )
 
 
@@ -136,10 +155,13 @@ class CompactParams(ctypes.Structure):
         ("layout_out", Layout),
         ("kept_indices", pointer),
         ("kept_lengths", pointer),
+        ("kv_head_numbers", pointer),
         ("layers", ctypes.POINTER(Layer)),
         ("num_layers", i32),
         ("max_kept", i32),
         ("kv_heads", i32),
+        ("all_kv_heads", i32),
+        ("choices", i32),
         ("row_bytes", i32),
     )
 

@@ -15,6 +15,7 @@ from support.tensorrt_llm_double.graph import Node
 
 Arrays = list[np.ndarray]
 _SHARED = ("window", "chunk_size", "sinks", "boundaries", "pooling", "score", "min_tokens", "budget_tokens")
+_SHARED += ("window_reduce", "head_reduce", "value_norm")
 
 
 def oracle_plugins(pools: Pools) -> Callable[[Node], Callable[[Arrays], Arrays]]:

@@ -7,7 +7,7 @@ from typing import Any
 from support.tensorrt_llm_double.graph import Value
 
 _SETTINGS = ("window", "sinks", "chunk_size", "boundaries", "pooling", "score", "keep_per_10k", "budget_tokens")
-_SETTINGS += ("min_tokens",)
+_SETTINGS += ("min_tokens", "window_reduce", "head_reduce", "value_norm")
 _HEADS = ("num_heads", "num_kv_heads", "head_size")
 FIELDS = {
     "ChunkKVPrepare": (*_SETTINGS, "max_length", "tokens_per_block", "vocab_size", "delimiter_bitmap"),

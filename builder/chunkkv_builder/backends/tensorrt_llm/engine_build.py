@@ -93,6 +93,11 @@ class EngineBuild:
         self.settings.check_kernels()
         if self._tp_agree and model.tp_size == 1:
             raise ConfigError("tp_agree has no effect with one tensor-parallel rank: leave it out")
+        if self._tp_agree and self.settings.head_reduce == "max":
+            raise ConfigError(
+                "head_reduce is 'max', and tp_agree adds up the scores of the ranks, which makes a mean: use "
+                "head_reduce 'mean', or leave tp_agree out"
+            )
         if self.settings.boundaries == "delimiter":
             if model.pp_size > 1:
                 raise ConfigError(

@@ -31,6 +31,7 @@ _HOST_INPUTS = (
 _SETTING_FIELDS = (
     *("window", "sinks", "chunk_size", "boundaries", "pooling", "score"),
     *("keep_per_10k", "budget_tokens", "min_tokens"),
+    *("window_reduce", "head_reduce", "value_norm"),
 )
 # What takes GPTAttention's own rotation away.
 _UNROTATED = {"rotary_embedding_dim": 0, "rotary_embedding_scale": 1.0, "rotary_inv_freq": None, "rotary_cos_sin": None}
