@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
+import onnx
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from support import engines
 
+from chunkkv_builder.checkpoint.hugging_face import HuggingFaceCheckpoint
 from chunkkv_builder.onnx_graph import quantize as rounding
+from chunkkv_builder.onnx_graph.emitter import GraphEmitter
+from chunkkv_builder.onnx_graph.projections import CONTRIB, Projections
 from chunkkv_builder.onnx_graph.quantize import BITS, BLOCK, dequantize, plain_scales, quantize, search_scales
+from chunkkv_builder.onnx_graph.weights import WeightSource, write_weights
 
 
 @pytest.mark.parametrize("shape", [(3, 32), (5, 64), (4, 40)])
@@ -104,3 +113,27 @@ def test_onnxruntime_multiplies_with_the_dequantised_weight(bits):
     got = session.run(None, {"x": x})[0]
     expected = x @ dequantize(packed, scales, 96).T
     assert np.abs(got - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("hidden", [64, 80])
+@pytest.mark.parametrize("has_offsets", [False, True])
+@pytest.mark.parametrize("bits", BITS.values())
+def test_rows_of_a_packed_table_are_the_dequantised_rows(
+    tmp_path: Path, hidden: int, has_offsets: bool, bits: int
+) -> None:
+    random = np.random.default_rng(6)
+    packed, scales = quantize(random.standard_normal((9, hidden)).astype(np.float32), bits)
+    arrays = {"table.weight.packed": packed, "table.weight.scales": scales}
+    if has_offsets:
+        arrays["table.weight.offsets"] = random.standard_normal(scales.shape).astype(np.float32)
+    sources = [WeightSource(name, array.shape, str(array.dtype), array.copy) for name, array in arrays.items()]
+    model = HuggingFaceCheckpoint.open(engines.checkpoint_dir("llama3")).config
+    e = GraphEmitter()
+    table = Projections(e, replace(model, hidden_size=hidden), write_weights(tmp_path / "weights", sources), "int8")
+    e.op("Identity", [table.rows("table", e.input("numbers", "int64", ["n"]), "/rows")], ["y"])
+    e.output("y", "float32", ["n", hidden])
+    onnx.save_model(e.model("rows", opset=23, domains=[(CONTRIB, 1)]), tmp_path / "rows.onnx")
+    numbers = np.array([8, 0, 3, 3])
+    rows = ort.InferenceSession(str(tmp_path / "rows.onnx")).run(None, {"numbers": numbers})[0]
+    expected = dequantize(packed, scales, hidden, arrays.get("table.weight.offsets"))[numbers]
+    assert np.abs(rows - expected).max() <= 1e-6 * np.abs(expected).max()

@@ -154,11 +154,12 @@ def _parser() -> BuildParser:
         default="auto",
         help=f"number type of weights and KV cache; default: auto = {_auto_dtypes()}",
     )
-    build.add_argument("--use_weight_only", action="store_true", help="store the projections' weights in fewer bits")
+    build.add_argument("--use_weight_only", action="store_true", help="store the weight matrices in fewer bits")
     build.add_argument(
         "--weight_only_precision",
         choices=config.WEIGHT_ONLY_PRECISIONS,
-        help=f"number type of those weights; default: {config.DEFAULT_WEIGHT_ONLY_PRECISION}",
+        help="number type of those weights; embedding table and head have 8 bits with int4, too; "
+        f"default: {config.DEFAULT_WEIGHT_ONLY_PRECISION}",
     )
     build.add_argument(
         "--weight_only_activations",

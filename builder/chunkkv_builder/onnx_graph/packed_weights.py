@@ -15,7 +15,8 @@ from chunkkv_builder.onnx_graph import quantize
 from chunkkv_builder.onnx_graph.projections import OFFSETS_SUFFIX, PACKED_SUFFIX, SCALES_SUFFIX
 from chunkkv_builder.onnx_graph.weights import WeightSource
 
-_PACKED_WEIGHTS = ("_proj.weight", "lm_head.weight")
+_PROJECTIONS = "_proj.weight"
+_VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 _Parts = tuple[np.ndarray, ...]
 
 
@@ -27,16 +28,30 @@ def weight_sources(checkpoint: Checkpoint, weight_only_precision: str | None = N
     checkpoint : Checkpoint
         Where the tensors come from.
     weight_only_precision : str or None, default None
-        "int8" or "int4" packs the projections; None keeps them float32. Blocks that the checkpoint has already are
-        packed as they are. The embedding table, norms and biases always stay float32.
+        "int8" or "int4" packs the projections, the embedding table and the head; None keeps them float32. Blocks that
+        the checkpoint has already are packed as they are. Norms and biases always stay float32.
     """
     sources = []
     for name in checkpoint.names():
-        if weight_only_precision and name.endswith(_PACKED_WEIGHTS):
-            sources += _packed(checkpoint, name, quantize.BITS[weight_only_precision])
+        if (bits := packed_bits(checkpoint, name, weight_only_precision)) is not None:
+            sources += _packed(checkpoint, name, bits)
         else:
             sources.append(WeightSource(name, checkpoint.shape(name), "float32", partial(_float32, checkpoint, name)))
     return sources
+
+
+def packed_bits(checkpoint: Checkpoint, name: str, weight_only_precision: str | None) -> int | None:
+    """Return in how many bits a tensor is packed, None for one that stays float32.
+
+    The embedding table and the head have 8 bits, because rounding them to 4 costs much accuracy. Only blocks of 4 bits
+    that the checkpoint has already are kept for int4, since nothing is rounded then.
+    """
+    if weight_only_precision is None:
+        return None
+    bits = quantize.BITS[weight_only_precision]
+    if name in _VOCABULARY:
+        return bits if checkpoint.stored_blocks(name, bits) is not None else max(quantize.BITS.values())
+    return bits if name.endswith(_PROJECTIONS) else None
 
 
 def packing_report(checkpoint: Checkpoint, weight_only_precision: str | None) -> list[str]:
@@ -44,23 +59,16 @@ def packing_report(checkpoint: Checkpoint, weight_only_precision: str | None) ->
 
     It says whether their blocks are kept, or their values rounded a second time.
     """
-    if weight_only_precision is None:
-        return []
-    bits = quantize.BITS[weight_only_precision]
-    packed = [name for name in checkpoint.names() if name.endswith(_PACKED_WEIGHTS)]
     kept = Counter(
-        (checkpoint.stored_type(name), checkpoint.stored_blocks(name, bits) is not None)
-        for name in packed
-        if checkpoint.stored_type(name) not in DTYPES
+        (checkpoint.stored_type(name), bits, checkpoint.stored_blocks(name, bits) is not None)
+        for name in checkpoint.names()
+        if (bits := packed_bits(checkpoint, name, weight_only_precision)) is not None
+        and checkpoint.stored_type(name) not in DTYPES
     )
     return [
         f"{count} weights in {stored}: "
-        + (
-            f"blocks kept as {weight_only_precision}"
-            if is_kept
-            else f"values rounded again, to {weight_only_precision}"
-        )
-        for (stored, is_kept), count in sorted(kept.items())
+        + (f"blocks kept as int{bits}" if is_kept else f"values rounded again, to int{bits}")
+        for (stored, bits, is_kept), count in sorted(kept.items())
     ]
 
 

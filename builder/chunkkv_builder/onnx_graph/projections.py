@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from chunkkv_builder.checkpoint.model_config import ModelConfig
 from chunkkv_builder.onnx_graph.emitter import GraphEmitter
@@ -44,8 +45,48 @@ class Projections:
         self._packed_activations = packed_activations
         self._sums: dict[str, str] = {}
 
-    def emit(self, name: str, value: str, node: str | None = None) -> str:
-        """Return value [rows,in] times the weight [out,in] as the checkpoint stores it, plus its bias, if any."""
+    def rows(self, name: str, numbers: str, node: str) -> str:
+        """Return the rows [n,in] of the weight [out,in] with the `numbers` [n]; packed ones are unpacked on the way."""
+        e, packed = self._e, self._weights.get(f"{name}.weight{PACKED_SUFFIX}")
+        if packed is None:
+            return e.op("Gather", [e.weight(self._weights[f"{name}.weight"]), numbers], name=node)
+        count, blocks, block_bytes = packed.shape
+        # The same bytes as a table: GatherBlockQuantized takes a row as one piece, MatMulNBits block by block.
+        table = replace(packed, name=f"{packed.name}.rows", shape=(count, blocks * block_bytes))
+        values = e.op(
+            "GatherBlockQuantized",
+            [e.weight(table), numbers, e.weight(self._weights[f"{name}.weight{SCALES_SUFFIX}"])],
+            name=node,
+            domain=CONTRIB,
+            bits=_bits(packed),
+            block_size=BLOCK,
+            gather_axis=0,
+            quantize_axis=1,
+        )
+        offsets = self._weights.get(f"{name}.weight{OFFSETS_SUFFIX}")
+        if offsets is not None:
+            added = e.op("Unsqueeze", [e.op("Gather", [e.weight(offsets), numbers]), e.ints(2)])
+            values = e.op("Add", [e.op("Reshape", [values, e.ints(-1, blocks, BLOCK)]), added])
+            values = e.op("Reshape", [values, e.ints(-1, blocks * BLOCK)])
+        if blocks * BLOCK == self._model.hidden_size:
+            return values
+        return e.op("Slice", [values, e.ints(0), e.ints(self._model.hidden_size), e.ints(1)])
+
+    def head(self, name: str, value: str) -> str:
+        """Return value [rows,in] times the weight of the vocabulary [out,in].
+
+        A head of 8 bits beside projections of 4 rounds its inputs to 8 bits whatever projections do: ONNX Runtime has
+        a kernel for 4-bit weights with float32 inputs, but with 8 bits it unpacks the whole weight at every step.
+        """
+        bits = {key: _bits(place) for key, place in self._weights.items() if key.endswith(PACKED_SUFFIX)}
+        rounds = bits.get(f"{name}.weight{PACKED_SUFFIX}", 0) > min(bits.values(), default=0)
+        return self.emit(name, value, "/lm_head", "int8" if rounds else None)
+
+    def emit(self, name: str, value: str, node: str | None = None, activations: str | None = None) -> str:
+        """Return value [rows,in] times the weight [out,in] as the checkpoint stores it, plus its bias, if any.
+
+        `activations` is the type in which inputs are multiplied with a packed weight, by default packed_activations.
+        """
         e = self._e
         bias = [e.weight(self._weights[f"{name}.bias"])] if f"{name}.bias" in self._weights else []
         packed = self._weights.get(f"{name}.weight{PACKED_SUFFIX}")
@@ -53,9 +94,9 @@ class Projections:
         if packed is None:
             weight = e.weight(self._weights[f"{name}.weight"])
             return e.op("Gemm", [value, weight, *bias], name=node, transB=1)
-        bits = packed.shape[2] * 8 // BLOCK
         scales = self._weights[f"{name}.weight{SCALES_SUFFIX}"]
-        assert self._packed_activations is not None
+        activations = activations or self._packed_activations
+        assert activations is not None
         result = e.op(
             "MatMulNBits",
             [value, e.weight(packed), e.weight(scales)],
@@ -63,9 +104,9 @@ class Projections:
             domain=CONTRIB,
             N=packed.shape[0],
             K=self._in_features(name),
-            bits=bits,
+            bits=_bits(packed),
             block_size=BLOCK,
-            accuracy_level=ACCURACY_LEVELS[self._packed_activations],
+            accuracy_level=ACCURACY_LEVELS[activations],
         )
         offsets = self._weights.get(f"{name}.weight{OFFSETS_SUFFIX}")
         if offsets is not None:
@@ -87,3 +128,8 @@ class Projections:
         if name.endswith("o_proj"):
             return self._model.num_heads * self._model.head_dim
         return self._model.hidden_size
+
+
+def _bits(packed: WeightLocation) -> int:
+    """Return the bits of one value of a packed weight [out,blocks,bytes]."""
+    return packed.shape[2] * 8 // BLOCK

@@ -156,8 +156,7 @@ class StepGraph:
     def _embed(self, ids: str) -> str:
         """Return the embeddings of the tokens `ids` [B,S] as [B*S,hidden]."""
         e = self.e
-        table = e.weight(self.weights["model.embed_tokens.weight"])
-        hidden = e.op("Gather", [table, e.op("Reshape", [ids, e.ints(-1)])], name="/embed_tokens")
+        hidden = self._project.rows("model.embed_tokens", e.op("Reshape", [ids, e.ints(-1)]), "/embed_tokens")
         return scaled(e, hidden, self.model.embedding_scale, self.dtype)
 
     def _cast(self, value: str, dtype: str) -> str:
@@ -334,7 +333,7 @@ class StepGraph:
         flat = e.op("Reshape", [e.op("Add", [places, e.op("Unsqueeze", [first, e.ints(1)])]), e.ints(-1)])
         normed = self._norm("model.norm.weight", e.op("Gather", [hidden, flat]))
         head = "model.embed_tokens" if self.model.tie_word_embeddings else "lm_head"
-        scores = self._cast(self._project.emit(head, normed, node="/lm_head"), "float32")
+        scores = self._cast(self._project.head(head, normed), "float32")
         scores = scaled(e, scores, 1 / self.model.logit_divisor)
         if self.model.logit_soft_cap is not None:
             scores = soft_cap(e, scores, self.model.logit_soft_cap, "float32")
