@@ -7,6 +7,8 @@ RTX    := .venv-tensorrt
 NATIVE := .venv-native
 # NVIDIA's Python bindings of TensorRT, alone: which of their names and parameters the code may use.
 TENSORRT_BINDINGS := $(addprefix build/tensorrt-bindings/,10.15.1.29 10.16.1.11 11.0.0.114 11.4.0.106)
+# The same for the TensorRT of TensorRT-LLM 0.16, 1.0 and 1.2.1.
+TENSORRT_LLM_BINDINGS := $(addprefix build/tensorrt-llm-bindings/,10.7.0 10.11.0.33 10.14.1.48.post1)
 # Lean runtimes: real plugin registries of the standard TensorRT.
 TENSORRT_LEAN := $(addprefix build/tensorrt-lean/,10.16.1.11 11.4.0.106)
 BIN    := $(VENV)/bin
@@ -14,7 +16,7 @@ BIN    := $(VENV)/bin
 ALONE  := -o addopts="-ra --strict-markers"
 
 .PHONY: demo install plugins wheel test test-deep test-slow sass test-triton test-soak test-peers test-tensorrt
-.PHONY: test-tensorrt-api bench results results-real docs gpu-check lint clean
+.PHONY: test-tensorrt-api test-tensorrt-llm bench results results-real docs gpu-check lint clean
 # Two targets may fill the same environment, and the tests use both cores by themselves: make -j changes nothing.
 .NOTPARALLEL:
 
@@ -39,7 +41,7 @@ test: lint
 	$(BIN)/python -m pytest -n 2
 
 # What is worth having and not worth waiting for after each change: about 40 minutes on two cores, downloads 1.9 GB.
-test-deep: test-tensorrt-api test-tensorrt test-triton test-soak test-peers test-slow sass
+test-deep: test-tensorrt-api test-tensorrt-llm test-tensorrt test-triton test-soak test-peers test-slow sass
 
 # Sanitizers, races, planted bugs and nvcc's table of the kernels; pages of the docs that are measured again.
 test-slow: $(VENV)/.installed-test
@@ -78,6 +80,17 @@ test-tensorrt: $(RTX)/.installed $(TENSORRT_LEAN)
 test-tensorrt-api: $(VENV)/.installed-test $(TENSORRT_BINDINGS)
 	@echo "== make $@"
 	$(BIN)/python -m pytest -m tensorrt_api tests/test_tensorrt_api.py
+
+# TensorRT-LLM's own Python makes networks with ChunkKV, where TENSORRT_LLM_SOURCE names a source tree (the folder that
+# holds tensorrt_llm/, of 0.16.0); skipped by name otherwise.
+test-tensorrt-llm: $(PEERS)/.installed $(TENSORRT_LLM_BINDINGS)
+	@echo "== make $@"
+	$(PEERS)/bin/python -m pytest $(ALONE) tests/tensorrt_llm_source
+
+build/tensorrt-llm-bindings/%: | $(PEERS)/.installed
+	rm -rf $@.partial
+	$(PEERS)/bin/python -m pip install --quiet --no-deps --target $@.partial tensorrt_cu12_bindings==$*
+	mv $@.partial $@
 
 build/tensorrt-bindings/%: | $(VENV)/.created
 	rm -rf $@.partial

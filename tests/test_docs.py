@@ -43,7 +43,7 @@ COMMANDS = (
 # Flags that the pages name and that belong to other programs.
 ELSEWHERE = {
     "trtllm-build": """context_fmha fast_build gemm_plugin gpt_attention_plugin kv_cache_type lora_target_modules
-        max_beam_width multiple_profiles remove_input_padding tokens_per_block workers""",
+        max_beam_width multiple_profiles remove_input_padding output_timing_cache tokens_per_block workers""",
     "convert_checkpoint.py": "cp_size dtype model_dir output_dir tp_size",
     "lm_eval": """apply_chat_template batch_size include_path limit log_samples model model_args num_fewshot
         output_path tasks""",

@@ -226,11 +226,41 @@ def test_the_patch_is_taken_back_whatever_happens(machine: Machine, failure: typ
     assert layers.gpt_attention is before
 
 
+def test_layers_of_quantised_models_are_wrapped_too(machine: Machine) -> None:
+    from tensorrt_llm import builder
+    from tensorrt_llm.layers import attention
+    from tensorrt_llm.quantization import layers as quantized
+
+    from chunkkv_builder.backends.tensorrt_llm import EngineBuild
+
+    plain = attention.gpt_attention
+
+    def quantised(model: Any, config: Any) -> Any:
+        attention.gpt_attention = quantized.gpt_attention  # as if the model had layers of that module
+        return builder.build(model, config)
+
+    EngineBuild(SETTINGS).engine(llm_model(), build_config(), quantised)
+    assert len(machine.networks[0].of("ChunkKVCompress")) == 4
+    assert quantized.gpt_attention is plain is attention.gpt_attention
+
+
 def test_a_network_with_fewer_or_other_layers_than_the_model_is_refused(machine: Machine) -> None:
     from chunkkv_builder.backends.tensorrt_llm import EngineBuild
 
     with pytest.raises(BuildError, match=naming("0 layers ChunkKV 4")):
         EngineBuild(SETTINGS).engine(llm_model(), build_config(), lambda model, config: None)
+    from tensorrt_llm import builder
+    from tensorrt_llm.layers import attention
+
+    def skips_one(model: Any, config: Any) -> Any:
+        wrapped = attention.gpt_attention
+        attention.gpt_attention = lambda **given: (plain if given["layer_idx"] == 3 else wrapped)(**given)
+        return builder.build(model, config)
+
+    plain = attention.gpt_attention
+    with pytest.raises(BuildError, match=naming("3 layers ChunkKV 4")):
+        EngineBuild(SETTINGS).engine(llm_model(), build_config(), skips_one)
+    assert machine.networks == [], "it is noticed before an engine is compiled"
     layers = rank_layers(ChunkKVSettings(layer_groups=((0,), (1,))), [0, 1], 0, 0, 0)
     with pytest.raises(BuildError, match=naming("1 layers ChunkKV 2")):
         WrappedLayers([0]).check_complete(layers)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import engines
@@ -234,9 +236,44 @@ def test_a_build_that_fails_leaves_nothing_and_puts_everything_back(machine: Mac
 
     before = command.build, layers.gpt_attention, list(sys.argv)
     builder.Builder.build_engine = fails
-    assert build().error(1) == "trtllm-build failed with AssertionError: no memory"
+    said = build().error(1)
+    assert re.fullmatch(
+        r"trtllm-build failed with AssertionError at tests/test_tensorrt_llm_command.py:\d+: no memory \(--log_level "
+        r"debug shows the traceback\)",
+        said,
+    )
     assert (command.build, layers.gpt_attention, sys.argv) == before
     assert [path.name for path in build.output.parent.iterdir()] == ["plugins"]
+
+
+def test_an_assertion_without_text_is_shown_as_it_is_written(machine: Machine, build: LlmBuild) -> None:
+    from tensorrt_llm import builder
+
+    def fails(*_: object) -> None:
+        raise AssertionError  # pytest would give an assert statement a text
+
+    builder.Builder.build_engine = fails
+    assert ": raise AssertionError  # pytest would give" in build().error(1)
+
+
+def test_no_timing_cache_is_left_in_the_working_directory(
+    machine: Machine, build: LlmBuild, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorrt_llm import builder
+
+    asked = []
+
+    def build_engine(self: object, network: Any, config: Any, weights: Any = None) -> bytes:
+        asked.append(Path(sys.argv[sys.argv.index("--output_timing_cache") + 1]))
+        asked[-1].write_bytes(b"timings")
+        return real(self, network, config, weights)
+
+    real, builder.Builder.build_engine = builder.Builder.build_engine, build_engine
+    monkeypatch.chdir(tmp_path)
+    own = tmp_path / "own.cache"
+    assert build().code == build(output_timing_cache=own, overwrite=True).code == 0
+    assert not asked[0].exists() and not asked[0].parent.exists() and asked[1] == own and own.exists()
+    assert not (tmp_path / "model.cache").exists()
 
 
 def test_ranks_that_were_not_built_are_noticed(machine: Machine, build: LlmBuild) -> None:

@@ -174,18 +174,6 @@ def test_a_sliding_window_is_refused_unless_it_sees_everything(tmp_path: Path, b
     assert build("--dry_run", checkpoint_dir=checkpoint).code == 0
 
 
-@pytest.mark.parametrize("kind", ["linear", "yarn"])
-def test_the_length_that_trtllm_build_stretches_by_itself_is_refused_before_the_build(
-    late: Machine, build: LlmBuild, tmp_path: Path, kind: str
-) -> None:
-    stretched = config_with(tmp_path, rotary_scaling={"type": kind, "factor": 4.0})
-    said = build("--dry_run", checkpoint_dir=stretched, max_seq_len=None).error(2)
-    assert "max_seq_len is 2048, as trtllm-build takes it; the rotary table of this model has 512 positions" in said
-    assert late.networks == []
-    config_with(tmp_path, rotary_scaling={"rope_type": "llama3", "factor": 8.0})
-    assert LlmModel.read(tmp_path).default_max_seq_len == 512
-
-
 @pytest.mark.parametrize(
     ("limits", "longest"),
     [
@@ -236,6 +224,7 @@ KEYWORDS = {
     "skip_attn": TENSOR,
     "logn_scaling": TENSOR,
     "relative_attention_bias": TENSOR,
+    "qkv_bias": TENSOR,
     "alibi_slopes": TENSOR,
     "attention_mask": TENSOR,
     "attention_packed_mask": TENSOR,

@@ -16,7 +16,7 @@ _ABSENT = [
     "host_kv_cache_pool_mapping", "host_context_lengths", "qkv_bias", "spec_decoding_generation_lengths",
     "spec_decoding_position_offsets", "spec_decoding_packed_mask", "long_rope_rotary_inv_freq",
     "long_rope_rotary_cos_sin", "mrope_position_deltas", "host_runtime_perf_knobs", "host_context_progress",
-    "fused_q_proj", "q_b_proj", "kv_b_proj", "skip_attn", "attention_mask", "attention_packed_mask",
+    "q_b_proj", "kv_b_proj", "skip_attn", "attention_mask", "attention_packed_mask",
     "rotary_inv_freq", "rotary_cos_sin",
 ]  # fmt: skip
 
@@ -42,12 +42,12 @@ def gpt_attention_signature(late: bool, positions: Any, scalings: Any, masks: An
         **dict.fromkeys((*_ABSENT, *_CROSS)),
         **{"cp_group": [0], "cp_size": 1, "cp_rank": 0},
     }
-    required = [*_REQUIRED, *(["num_kv_heads_origin"] if late else [])]
     if late:
         defaults |= dict.fromkeys(("attention_output_sf_scale", "spec_decoding_use", "mrope_rotary_cos_sin"))
+        defaults |= {"num_kv_heads_origin": -1, "k_b_proj_trans": None}
     else:
-        defaults |= dict.fromkeys(("mrope_rotary_sin_cos", "layer_idx_in_cache_pool"))
+        defaults |= dict.fromkeys(("mrope_rotary_sin_cos", "layer_idx_in_cache_pool", "fused_q_proj"))
     kind = inspect.Parameter.KEYWORD_ONLY
-    parameters = [inspect.Parameter(name, kind) for name in required]
+    parameters = [inspect.Parameter(name, kind) for name in _REQUIRED]
     parameters += [inspect.Parameter(name, kind, default=value) for name, value in defaults.items()]
     return inspect.Signature(parameters)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from chunkkv_builder.backends.tensorrt_llm.print_plan import print_plan
 from chunkkv_builder.backends.tensorrt_llm.trtllm_flags import read_flags
 from chunkkv_builder.chunkkv_flags import chunkkv_settings
 from chunkkv_builder.progress import Progress
+
+_TIMING_CACHE = "--output_timing_cache"
 
 
 @dataclass(frozen=True)
@@ -147,7 +150,11 @@ class TensorRTLLMBackend:
         return Built(planned.engines.plugins.versions)
 
     def _run_trtllm_build(self, planned: LlmBuild, folder: Path, progress: Progress) -> None:
-        """Run trtllm-build's main with its build() replaced; both argv and build() are put back, whatever happens."""
+        """Run trtllm-build's main with its build() replaced; both argv and build() are put back, whatever happens.
+
+        Without --output_timing_cache it would leave one in the working directory; it then goes to a folder that is
+        deleted.
+        """
         command, engines = planned.command, planned.engines
         assert command is not None  # `missing` and `check` saw to that
         progress.stage("engines", planned.model.tp_size * planned.model.pp_size)
@@ -160,15 +167,32 @@ class TensorRTLLMBackend:
 
         argv = sys.argv
         command.build = build_with_chunkkv
-        sys.argv = ["trtllm-build", *self._arguments, "--output_dir", str(folder)]
         try:
-            command.main()
+            with tempfile.TemporaryDirectory(prefix="chunkkv-timing-cache-") as scratch:
+                own = ["--output_dir", str(folder), *self._timing_cache(Path(scratch))]
+                sys.argv = ["trtllm-build", *self._arguments, *own]
+                command.main()
         except ChunkKVError:
             raise
         except Exception as error:
-            raise BuildError(f"trtllm-build failed with {type(error).__name__}: {error}") from error
+            raise BuildError(_failure(error)) from error
         finally:
             sys.argv, command.build = argv, original
+
+    def _timing_cache(self, scratch: Path) -> list[str]:
+        if any(word.split("=")[0] == _TIMING_CACHE for word in self._arguments):
+            return []
+        return [_TIMING_CACHE, str(scratch / "model.cache")]
+
+
+def _failure(error: Exception) -> str:
+    """Return what failed and where: many assertions of TensorRT-LLM have no text."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    file = "/".join(Path(place.filename).parts[-2:])
+    return (
+        f"trtllm-build failed with {type(error).__name__} at {file}:{place.lineno}: "
+        f"{str(error) or place.line} (--log_level debug shows the traceback)"
+    )
 
 
 def _check_single_process() -> None:

@@ -20,9 +20,10 @@ from chunkkv.engine.tensorrt_llm_side_file import SIDE_FILE, RankLayers, SideFil
 from chunkkv.errors import BuildError, ConfigError, EngineError
 from chunkkv.settings import ChunkKVSettings
 from chunkkv.text.tokenizer import TOKENIZER_FILE, Tokenizer
-from chunkkv_builder.backends.tensorrt_llm.library import Plugins, delimiter_words
+from chunkkv_builder.backends.tensorrt_llm.library import Plugins, before_compiling, delimiter_words
 from chunkkv_builder.backends.tensorrt_llm.model import LlmModel
 from chunkkv_builder.backends.tensorrt_llm.preconditions import check_lengths, longest_prompt
+from chunkkv_builder.backends.tensorrt_llm.rotary import stretched_table
 from chunkkv_builder.backends.tensorrt_llm.wrapper import AttentionShape, RankBuild, injected
 from chunkkv_builder.checkpoint.end_tokens import tokenizer_end_tokens
 
@@ -131,10 +132,11 @@ class EngineBuild:
         group = tuple(mapping.tp_group) if self._tp_agree else ()
         longest = longest_prompt(llm_model, build_config)
         words = self._delimiter_words(llm_model)
-        rank = RankBuild(self.settings, layers, self.plugins, llm_model.vocab_size, longest, words, group)
-        with injected(rank) as wrapped:
+        table = stretched_table(model, build_config.max_seq_len or llm_model.default_max_seq_len)
+        rank = RankBuild(self.settings, layers, self.plugins, llm_model.vocab_size, longest, words, group, table)
+        with injected(rank) as wrapped, before_compiling(lambda: wrapped.check_complete(layers)):
             engine = build(model, build_config)
-        shape = wrapped.check_complete(layers)
+        shape = wrapped.check_complete(layers)  # a dry run compiles nothing
         if self._shape not in (None, shape):
             raise BuildError(f"rank {mapping.rank} has {shape}, other ranks {self._shape}: they must be alike")
         self._shape, self._model = shape, llm_model

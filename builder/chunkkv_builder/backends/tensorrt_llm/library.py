@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -54,6 +55,24 @@ def import_build_command() -> BuildCommand:
                 f"tensorrt_llm.commands.build has no {name}: this TensorRT-LLM is none of {VERSIONS}"
             )
     return cast(BuildCommand, build)
+
+
+@contextmanager
+def before_compiling(check: Callable[[], object]) -> Iterator[None]:
+    """Call `check` in the block after a network was made and before TensorRT compiles it, which takes minutes."""
+    from tensorrt_llm.builder import Builder
+
+    original = Builder.build_engine
+
+    def checked(*args: Any, **keywords: Any) -> Any:
+        check()
+        return original(*args, **keywords)
+
+    Builder.build_engine = checked
+    try:
+        yield
+    finally:
+        Builder.build_engine = original
 
 
 class Plugins:

@@ -51,7 +51,7 @@ class LlmModel:
     vocab_size : int
         Tokens of the vocabulary.
     max_positions : int
-        Rows of the rotary table.
+        Positions that config.json has without rotary_scaling: the rows of the model's own rotary table.
     default_max_seq_len : int
         What trtllm-build takes for --max_seq_len where it is left out.
     sliding_window : int or None
@@ -128,6 +128,11 @@ class LlmModel:
                     f"{path / f'rank{rank}.safetensors'} is missing of {self.tp_size * self.pp_size} ranks (tp_size "
                     f"{self.tp_size}, pp_size {self.pp_size}): give the whole output directory of {_CONVERT}"
                 )
+
+    @property
+    def stretched_positions(self) -> int:
+        """Positions that the model has, those of linear and YaRN scaling included."""
+        return max(self.max_positions, self.default_max_seq_len)
 
     @property
     def kv_dtype(self) -> str:

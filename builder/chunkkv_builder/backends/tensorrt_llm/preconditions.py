@@ -38,6 +38,7 @@ LAYER_PRECONDITIONS = (
     _absent("skip_attn", "attention that is skipped"),
     _absent("logn_scaling", "logn scaling"),
     _absent("relative_attention_bias", "a bias by cache slot"),
+    _absent("qkv_bias", "a bias that attention adds after the rotation"),
     _absent("alibi_slopes", "a bias by cache slot"),
     _absent("attention_mask", "a mask by cache slot"),
     _absent("attention_packed_mask", "a mask by cache slot"),
@@ -82,11 +83,11 @@ def check_lengths(model: LlmModel, limits: Any) -> None:
             f"piece, because chunked context is not supported: give --max_num_tokens {max_input_len} or more"
         )
     longest = max_seq_len or model.default_max_seq_len
-    if longest > model.max_positions:
-        origin = "" if max_seq_len else ", as trtllm-build takes it"
+    if longest > model.stretched_positions:
+        stretch = " stretched by rotary_scaling" if model.stretched_positions > model.max_positions else ""
         raise ConfigError(
-            f"max_seq_len is {longest}{origin}; the rotary table of this model has {model.max_positions} positions "
-            f"(max_position_embeddings): give --max_seq_len {model.max_positions} or less"
+            f"max_seq_len is {longest}; this model has {model.stretched_positions} positions "
+            f"(max_position_embeddings{stretch}): give --max_seq_len {model.stretched_positions} or less"
         )
     if model.sliding_window is not None and model.sliding_window < longest:
         raise ConfigError(

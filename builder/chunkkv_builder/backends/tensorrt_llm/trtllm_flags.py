@@ -16,10 +16,13 @@ _COUNTS = (
 _TEXTS = (
     *("checkpoint_dir", "output_dir", "model_config", "build_config", "model_cls_file", "model_cls_name"),
     *("kv_cache_type", "paged_kv_cache", "input_timing_cache", "output_timing_cache", "profiling_verbosity"),
-    *("log_level", "visualize_network", "logits_dtype", "lora_ckpt_source", "speculative_decoding_mode"),
+    *("log_level", "logits_dtype", "lora_ckpt_source", "speculative_decoding_mode"),
     *("gpt_attention_plugin", "gemm_plugin", "nccl_plugin", "lora_plugin", "moe_plugin", "context_fmha"),
     *("remove_input_padding", "use_paged_context_fmha", "use_fp8_context_fmha", "multiple_profiles"),
-    *("reduce_fusion", "user_buffer", "streamingllm", "fuse_fp4_quant", "norm_quant_fusion"),
+    *("reduce_fusion", "user_buffer", "streamingllm", "fuse_fp4_quant", "norm_quant_fusion", "pp_reduce_scatter"),
+    *("bert_attention_plugin", "gemm_swiglu_plugin", "fp8_rowwise_gemm_plugin", "mamba_conv1d_plugin"),
+    *("low_latency_gemm_plugin", "low_latency_gemm_swiglu_plugin", "bert_context_fmha_fp32_acc", "paged_state"),
+    *("use_fused_mlp", "cluster_key"),
 )
 _SWITCHES = (
     *("strip_plan", "weight_sparsity", "weight_streaming", "fast_build", "enable_debug_output", "dry_run"),
@@ -66,6 +69,7 @@ def _stand_in() -> argparse.ArgumentParser:
         parser.add_argument(f"--{name}", action="store_true")
     for name in _LISTS:
         parser.add_argument(f"--{name}", nargs="+")
+    parser.add_argument("--visualize_network", nargs="?", const="")  # a switch in 0.16, later a folder
     parser.add_argument("--max_seq_len", "--max_decoder_seq_len", dest="max_seq_len", type=int)
     parser.add_argument("--max_prompt_embedding_table_size", "--max_multimodal_len", type=int)
     return parser

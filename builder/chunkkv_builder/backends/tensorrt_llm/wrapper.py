@@ -1,4 +1,4 @@
-"""The one place where ChunkKV enters a TensorRT-LLM network: around layers.attention.gpt_attention.
+"""The one place where ChunkKV enters a TensorRT-LLM network: around gpt_attention, as the attention layers call it.
 
 GPTAttention is told a position-free attention (queries and keys are rotated before it, by logical positions) and the
 number of tokens that the cache really holds. Behind a group's leader the kept tokens move to the front of the cache.
@@ -57,6 +57,8 @@ class RankBuild:
         The table of delimiter tokens, see library.delimiter_words; present with delimiter boundaries only.
     tp_group : tuple of int, default empty
         The tensor-parallel ranks that add up their chunk scores; empty where each chooses by its own heads.
+    rotary_table : float32 array or None, default None
+        The table that takes the place of the model's own, which is too short; see rotary.stretched_table.
     """
 
     settings: ChunkKVSettings
@@ -66,6 +68,7 @@ class RankBuild:
     max_length: int
     delimiter_words: np.ndarray | None = None
     tp_group: tuple[int, ...] = ()
+    rotary_table: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -123,14 +126,18 @@ class WrappedLayers:
 def injected(rank: RankBuild) -> Iterator[WrappedLayers]:
     """Wrap gpt_attention while the block runs; whatever happens in it, the original is put back."""
     from tensorrt_llm.layers import attention
+    from tensorrt_llm.quantization import layers as quantized
 
-    original = attention.gpt_attention
+    # SmoothQuant, FP8 by row and QServe have attention layers in a module of their own.
+    originals = [(module, module.gpt_attention) for module in (attention, quantized)]
     wrapped = WrappedLayers()
-    attention.gpt_attention = _wrapper(original, rank, wrapped)
+    for module, original in originals:
+        module.gpt_attention = _wrapper(original, rank, wrapped)
     try:
         yield wrapped
     finally:
-        attention.gpt_attention = original
+        for module, original in originals:
+            module.gpt_attention = original
 
 
 def _wrapper(original: Callable[..., Any], rank: RankBuild, wrapped: WrappedLayers) -> Callable[..., Any]:
@@ -150,7 +157,7 @@ def _wrapper(original: Callable[..., Any], rank: RankBuild, wrapped: WrappedLaye
         if not hasattr(net, _STATE):
             setattr(net, _STATE, _Network(rank, net, keywords))
         network: _Network = getattr(net, _STATE)
-        layer = network.next_layer(keywords, _shape_of(keywords, net.plugin_config))
+        layer = network.next_layer(keywords, _shape_of(keywords, net.plugin_config, rank.rotary_table))
         changed, qkv = network.rotated(keywords)
         context, present = original(**{**changed, "qkv": qkv, "sequence_length": network.attention_lengths})
         if present is not None or isinstance(context, tuple):
@@ -168,7 +175,8 @@ class _Network:
     """One network's ChunkKV nodes: Prepare once, then per layer Rope and, where the group says so, Compress."""
 
     def __init__(self, rank: RankBuild, net: Any, keywords: dict[str, Any]) -> None:
-        self._rank, self.shape = rank, _shape_of(keywords, net.plugin_config)
+        self._rank, self.shape = rank, _shape_of(keywords, net.plugin_config, rank.rotary_table)
+        self._rotary_table: Any = None  # the constant of rank.rotary_table
         self._group_of = {layer: group for group in rank.layers.groups for layer in group}
         self._in_pool: dict[int, int] = {}
         self._kept_indices: dict[int, Any] = {}  # by leader
@@ -205,13 +213,22 @@ class _Network:
             "neox": int(kind.name != "rope_gptj"),
             "max_positions": self.shape.max_positions,
         }
-        qkv = self._add("ChunkKVRope", rotary, [keywords["qkv"], self._positions, keywords["rotary_cos_sin"]])[0]
+        qkv = self._add("ChunkKVRope", rotary, [keywords["qkv"], self._positions, self._table(keywords)])[0]
         changes = {
             **_UNROTATED,
             "position_embedding_type": type(kind).learned_absolute,
             "rotary_embedding_scale_type": type(keywords["rotary_embedding_scale_type"]).none,
         }
         return {**keywords, **changes}, qkv
+
+    def _table(self, keywords: dict[str, Any]) -> Any:
+        from tensorrt_llm.functional import constant
+
+        if self._rank.rotary_table is None:
+            return keywords["rotary_cos_sin"]
+        if self._rotary_table is None:
+            self._rotary_table = constant(self._rank.rotary_table)
+        return self._rotary_table
 
     def compressed(self, layer: int, context: Any, qkv: Any, keywords: dict[str, Any]) -> Any:
         """Return attention's output, behind the node that compacts caches where this layer has one."""
@@ -287,7 +304,7 @@ def _check_host_inputs(keywords: dict[str, Any]) -> None:
             raise BuildError(f"{name} is computed in the network; the plugins read it on the host: not supported")
 
 
-def _shape_of(keywords: dict[str, Any], plugin_config: Any) -> AttentionShape:
+def _shape_of(keywords: dict[str, Any], plugin_config: Any, rotary_table: np.ndarray | None) -> AttentionShape:
     heads, kv_heads = keywords["num_heads"], keywords["num_kv_heads"]
     if heads % kv_heads:
         raise ConfigError(f"num_heads is {heads}, no multiple of num_kv_heads = {kv_heads}: this is not supported")
@@ -296,7 +313,7 @@ def _shape_of(keywords: dict[str, Any], plugin_config: Any) -> AttentionShape:
         table, width = keywords["rotary_cos_sin"], keywords["rotary_embedding_dim"]
         if table is None:
             raise ConfigError("rotary_cos_sin is none; the model must hand its rotary table to gpt_attention")
-        rows = int(np.prod(tuple(table.shape))) // width
+        rows = int(np.prod(tuple((table if rotary_table is None else rotary_table).shape))) // width
         if rows < keywords["max_context_length"]:
             raise ConfigError(
                 f"max_input_len is {keywords['max_context_length']}, beyond the {rows} positions of the rotary table: "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,10 @@ def build(model: PretrainedModel, build_config: BuildConfig) -> Engine:
     plugins = build_config.plugin_config
     plugins.dtype = model.config.dtype
     if build_config.max_seq_len is None:
-        build_config.max_seq_len = model.config.max_position_embeddings
+        scaling = model.config.rotary_scaling or {}
+        kind = scaling.get("type", scaling.get("rope_type"))
+        factor = 1 if kind in ("su", "longrope", "llama3") else scaling.get("factor", 1)
+        build_config.max_seq_len = math.ceil(model.config.max_position_embeddings * factor)
     if build_config.kv_cache_type is None:
         build_config.kv_cache_type = KVCacheType.PAGED
     plugins.paged_kv_cache = build_config.kv_cache_type is KVCacheType.PAGED

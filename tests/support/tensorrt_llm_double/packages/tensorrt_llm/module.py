@@ -14,10 +14,15 @@ from tensorrt_llm.functional import Tensor, constant
 class Parameter:
     """A weight; its tensor in the network that is being built."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: Any) -> None:
-        self.shape, self.dtype = shape, dtype
+    def __init__(self, shape: tuple[int, ...], dtype: Any, is_buffer: bool = False) -> None:
+        self.shape, self.dtype, self.is_buffer = shape, dtype, is_buffer
         self.array: np.ndarray | None = None
         self._tensors: dict[int, Tensor] = {}
+
+    @property
+    def raw_value(self) -> np.ndarray:
+        assert self.array is not None, "the checkpoint has no such weight"
+        return self.array
 
     def load(self, array: np.ndarray) -> None:
         assert array.shape == self.shape, (array.shape, self.shape)

@@ -9,7 +9,6 @@ import numpy as np
 from support.tensorrt_llm_double import machine
 
 from tensorrt_llm import functional as f
-from tensorrt_llm._common import default_net
 from tensorrt_llm.functional import PositionEmbeddingType, RotaryScalingType, constant, gpt_attention
 from tensorrt_llm.layers.basic import ColumnLinear, RowLinear
 from tensorrt_llm.module import Module, Parameter
@@ -128,8 +127,8 @@ class Attention(Module):
         }
 
 
-def rotary_tables(config: Any) -> tuple[f.Tensor, f.Tensor]:
-    """Return inverse frequencies and the table as constants of the network, shared by all layers."""
+def rotary_tables(config: Any) -> tuple[Parameter, Parameter]:
+    """Return inverse frequencies and the table as parameters of the model, shared by all layers."""
     scaling = config.rotary_scaling or {}
     kind = RotaryScalingType.from_string(scaling.get("rope_type") or scaling.get("type") or "none")
     make = f.RopeEmbeddingUtils.create_sinusoidal_positions_for_attention_plugin
@@ -141,5 +140,9 @@ def rotary_tables(config: Any) -> tuple[f.Tensor, f.Tensor]:
         kind,
         config.rotary_scaling,
     )
-    assert default_net() is not None
-    return constant(inverse), constant(table)
+    from tensorrt import float32
+
+    buffers = [Parameter(array.shape, float32, is_buffer=True) for array in (inverse, table)]
+    for buffer, array in zip(buffers, (inverse, table), strict=True):
+        buffer.load(array)
+    return buffers[0], buffers[1]

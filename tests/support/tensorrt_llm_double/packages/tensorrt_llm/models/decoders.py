@@ -61,9 +61,6 @@ class Transformer(Module):
         attention_params: Any,
         hidden_states: Tensor | None,
     ) -> Tensor:
-        if self._config.position_embedding_type.startswith("rope"):
-            inverse, table = rotary_tables(self._config)
-            attention_params.rotary_inv_freq, attention_params.embed_positions_for_gpt_attention = inverse, table
         if hidden_states is None:
             hidden_states = self.vocab_embedding(input_ids)
             if hasattr(self, "position_embedding"):
@@ -79,6 +76,8 @@ class LLaMAForCausalLM(DecoderModelForCausalLM):
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)
+        if config.position_embedding_type.startswith("rope"):
+            self.rotary_inv_freq, self.embed_positions_for_gpt_attention = rotary_tables(config)
         self.transformer = Transformer(config, self.layer, self.norm, self.learned)
         mapping: Mapping = config.mapping
         if mapping.is_last_pp_rank():

@@ -110,7 +110,7 @@ class PretrainedModel(Module):
             config.set_rank(rank)
         model = cls(config)
         weights = load_file(Path(ckpt_dir) / f"rank{config.mapping.rank}.safetensors")
-        wanted = dict(model.named_parameters())
+        wanted = {name: each for name, each in model.named_parameters() if not each.is_buffer}
         assert wanted.keys() == weights.keys(), wanted.keys() ^ weights.keys()
         for name, parameter in wanted.items():
             parameter.load(weights[name])
@@ -196,6 +196,9 @@ class DecoderModelForCausalLM(PretrainedModel):
         hidden_states: Tensor | None = None,
     ) -> Tensor:
         mapping = self.config.mapping
+        if self.config.position_embedding_type.startswith("rope"):
+            attention_params.rotary_inv_freq = self.rotary_inv_freq.value
+            attention_params.embed_positions_for_gpt_attention = self.embed_positions_for_gpt_attention.value
         hidden = self.transformer(input_ids, position_ids, use_cache, kv_cache_params, attention_params, hidden_states)
         if not mapping.is_last_pp_rank():
             hidden.mark_output("hidden_states_output", self.config.dtype)
