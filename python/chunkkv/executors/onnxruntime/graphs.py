@@ -7,6 +7,7 @@ every call binds its own caches, so calls on several threads do not meet.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import onnxruntime as ort
 from chunkkv.cache_layout import CacheLayout, layout_of, leading_parts
 from chunkkv.errors import EngineError, EngineMismatchError
 from chunkkv.executors.host_cache import HostKVCache
+from chunkkv.executors.huge_pages import on_huge_pages
 from chunkkv.executors.interface import Choice
 from chunkkv.settings import ChunkKVSettings
 
@@ -40,7 +42,8 @@ class OnnxRuntimeStep:
 
     def __init__(self, path: Path, settings: ChunkKVSettings | None, threads: int) -> None:
         self.path, self.threads = path, threads
-        self.session = load_graph(path, threads)
+        with on_huge_pages():
+            self.session = load_graph(path, threads)
         self._window = settings.window if settings else 0
         shapes = {value.name: value.shape for value in (*self.session.get_inputs(), *self.session.get_outputs())}
         if not {"past_key.0", "logits"} <= set(shapes):
@@ -64,8 +67,11 @@ class OnnxRuntimeStep:
         """Return an empty cache; memory is touched only where tokens are written."""
         slots = self.layout.slots(capacity)
         shapes = [(rows, len(part.kv_heads), slots[part.length_class], self.head_dim) for part in self.layout.parts]
-        keys, values = (tuple(np.zeros(shape, np.float32) for shape in shapes) for _ in range(2))
-        return HostKVCache(keys, values, self.layout)
+        sizes = [math.prod(shape) for shape in shapes]
+        # One block of memory: NumPy asks for huge pages only for large ones.
+        pieces = np.split(np.zeros(2 * sum(sizes), np.float32), np.cumsum(2 * sizes)[:-1])
+        arrays = [piece.reshape(shape) for piece, shape in zip(pieces, 2 * shapes, strict=True)]
+        return HostKVCache(tuple(arrays[: len(shapes)]), tuple(arrays[len(shapes) :]), self.layout)
 
     def append_prompt_block(
         self, cache: HostKVCache, ids: np.ndarray, filled: int
