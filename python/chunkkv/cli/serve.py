@@ -18,6 +18,7 @@ _BODY_BYTES_PER_TOKEN = 32  # a longer text than this per token of max_input_len
 _LEAST_BODY_BYTES = 1 << 20
 _EXTRA = ("prometheus_client", "starlette", "uvicorn")
 _EXIT_TIMEOUT_S = 30.0
+_OTHER_LOGGERS = ("asyncio", "uvicorn")  # their warnings are lines of the same log
 
 
 def add_parser(program: CommandParser) -> None:
@@ -89,6 +90,10 @@ def run(args: argparse.Namespace) -> None:
             f"the Python package {error.name!r} is missing; install what the server needs: pip install '.[serve]'"
         ) from None
     configure(args.log_level, source="serve")
+    for name in _OTHER_LOGGERS:
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = logging.getLogger("chunkkv").handlers, False
+        logger.setLevel(logging.WARNING)
     log = logging.getLogger(__name__)
     keys = () if args.api_key_file is None else read_api_keys(args.api_key_file)
     bound = listening_socket(args.host, args.port)
@@ -107,16 +112,13 @@ def run(args: argparse.Namespace) -> None:
     with service.batcher:
         timeout_s = _EXIT_TIMEOUT_S if args.exit_timeout_s is None else args.exit_timeout_s
         server = HttpServer(make_app(service, keys), bound, service, timeout_s)
-        log.info(
-            "ready",
-            extra=fields(
-                url=f"http://{args.host}:{server.port}",
-                model=service.model,
-                kv_bytes=service.batcher.load().kv_bytes_bound,
-                context_bytes=service.limits.context_bytes,
-            ),
+        ready = fields(
+            url=f"http://{args.host}:{server.port}",
+            model=service.model,
+            kv_bytes=service.batcher.load().kv_bytes_bound,
+            context_bytes=service.limits.context_bytes,
         )
-        server.run()
+        server.run(on_ready=lambda: log.info("ready", extra=ready))
         service.batcher.close()
     log.info("stopped")
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import math
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -19,6 +21,7 @@ from chunkkv.errors import ConfigError
 from chunkkv.serve.service import Service
 
 _BACKLOG = 2048
+_ERRORS_S = 5  # for errors to reach clients
 _LEAST_KEY = 16  # letters of an API key; shorter ones can be guessed
 
 
@@ -75,13 +78,14 @@ class HttpServer:
     bound : socket.socket
         Where it listens.
     service : Service
-        Is told that the server closes, so that /health says so.
+        Is told that the server closes, so that /health says so; its batcher is closed where requests take too long.
     exit_timeout_s : float
         Seconds that open requests have to end.
     """
 
     def __init__(self, app: ASGIApp, bound: socket.socket, service: Service, exit_timeout_s: float) -> None:
         self._service, self._socket = service, bound
+        self._exit_timeout_s, self._cut_off_at = exit_timeout_s, math.inf
         config = uvicorn.Config(
             app,
             log_config=None,
@@ -89,7 +93,7 @@ class HttpServer:
             lifespan="off",
             server_header=False,
             backlog=_BACKLOG,
-            timeout_graceful_shutdown=max(int(exit_timeout_s), 1),
+            timeout_graceful_shutdown=int(exit_timeout_s) + _ERRORS_S,
         )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, args=([bound],), name="chunkkv-http", daemon=True)
@@ -106,20 +110,24 @@ class HttpServer:
             self._thread.join(0.01)
 
     def stop(self, at_once: bool = False) -> None:
-        """Take no more requests; open ones may end, or with `at_once` are cut off."""
+        """Take no more requests; open ones may end, or with `at_once` get an error."""
         self._service.is_closing = True
+        self._cut_off_at = time.monotonic() + (0.0 if at_once else self._exit_timeout_s)
         self._server.should_exit = True
-        self._server.force_exit = self._server.force_exit or at_once
 
     def wait(self) -> None:
-        """Return when the server has ended."""
+        """Return when the server has ended; open requests that take too long for that get an error."""
         while self._thread.is_alive():
-            self._thread.join(0.2)  # signals are handled between two waits
+            self._thread.join(0.1)  # signals are handled between two waits
+            if time.monotonic() >= self._cut_off_at:
+                self._cut_off_at = math.inf
+                self._service.batcher.close()
 
-    def run(self) -> None:
-        """Serve until SIGTERM or Ctrl-C; a second one cuts open requests off."""
-        self.start()
+    def run(self, on_ready: Callable[[], None]) -> None:
+        """Serve until SIGTERM or Ctrl-C; a second one cuts open requests off. `on_ready` is called once it listens."""
         with _signals(self._on_signal):
+            self.start()
+            on_ready()
             self.wait()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
