@@ -98,6 +98,18 @@ def test_a_named_context_is_asked_in_chats_and_goes_on(engine: ServedEngine, ses
     assert engine.post("/v1/chat/completions", messages=chat(question), context="doc").status_code == 404
 
 
+def test_a_scorer_may_be_named(engine: ServedEngine, session: ChunkKVSession) -> None:
+    question, sampling = "The keeper of the desk is", SamplingParams(max_new_tokens=8)
+    context = session.compress(chat(PROSE), keep_ratio=0.3, scorer="reread")
+    made = engine.post("/v1/contexts", document=PROSE, id="read-twice", keep_ratio=0.3, scorer="reread").json()
+    assert (made["scorer"], made["kept_tokens"]) == ("reread", context.kept_tokens)
+    expected = session.generate(chat(question), sampling, context=context).text
+    assert ask(engine, question, context="read-twice")[0] == expected
+    fresh = session.generate(chat(PROSE + question), sampling, keep_ratio=0.3, scorer="reread").text
+    assert ask(engine, PROSE + question, keep_ratio=0.3, scorer="reread", cache_prompt=False) == (fresh, 0)
+    assert ask(engine, PROSE + question, keep_ratio=0.3)[1] == 0  # scored otherwise, so nothing held fits
+
+
 def test_contexts_of_text_and_of_token_ids(engine: ServedEngine, session: ChunkKVSession) -> None:
     ids = session.tokenizer.encode_prompt(PROSE)
     assert engine.post("/v1/contexts", prompt=PROSE, id="text").json()["tokens"] == len(ids)
