@@ -99,7 +99,8 @@ def _parse(log: str) -> Usage:
 def _short_names(usage: Usage) -> Usage:
     """Demangle, and drop what all kernels have in common."""
     filtered = subprocess.run(["c++filt", *usage], capture_output=True, text=True, check=True).stdout.splitlines()
-    names = [re.sub(r"chunkkv::|\(anonymous namespace\)::|^void |\([^()]*\)$", "", name) for name in filtered]
+    plain = [re.sub(r"chunkkv::|\(anonymous namespace\)::|^void ", "", name) for name in filtered]
+    names = [re.sub(r"\([^()]*\)$", "", name) for name in plain]
     assert len(set(names)) == len(usage), "two kernels share a short name"
     return {name: usage[mangled] for name, mangled in sorted(zip(names, usage, strict=True))}
 
