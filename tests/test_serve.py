@@ -13,6 +13,8 @@ from support.http_server import ServedEngine, served
 
 from chunkkv import ChunkKVSession, SamplingParams
 from chunkkv.batching import BatchingLimits
+from chunkkv.serve.bodies import chat_ask, completion_ask
+from chunkkv.serve.errors import api_error
 from chunkkv.serve.service import ServiceLimits
 
 PROSE = "The access code of the vault is 7 3 9. The keeper of the desk is clara. " * 8
@@ -175,6 +177,24 @@ def test_a_wrong_field_is_named(engine: ServedEngine, path: str, body: dict, par
     assert response.status_code == (404 if param == "model" or "POST" in says else 400), error
     assert error["type"] in ("invalid_request_error", "not_found_error") and says in error["message"]
     assert error["param"] == param or (param is None and error["param"])
+
+
+ODD = (None, True, -1, 0, 1.5, 1e30, 10**400, "x", "\ud800", [], [None], {}, {"x": 1}, {"\ud800": [[]]})
+FIELDS = """add_special_tokens best_of budget_tokens cache_prompt context echo frequency_penalty functions ignore_eos
+    keep_ratio logit_bias logprobs max_completion_tokens max_tokens messages metadata min_p min_tokens model n
+    presence_penalty prompt repetition_penalty response_format scorer seed stop stop_token_ids stream_options suffix
+    temperature tools top_k top_logprobs top_p use_beam_search user \ud800"""
+
+
+@pytest.mark.parametrize(("read", "plain"), [(completion_ask, {"prompt": "a"}), (chat_ask, {"messages": chat("a")})])
+@pytest.mark.parametrize("name", FIELDS.split(), ids=ascii)
+def test_no_value_of_a_field_is_the_servers_fault(read, plain: dict, name: str) -> None:
+    for value in ODD:
+        try:
+            read({**plain, name: value}, "needle").params(4, 1)
+        except Exception as error:
+            refused = api_error(error)
+            assert refused.status in (400, 404) and json.dumps(refused.body(), ensure_ascii=False).encode(), value
 
 
 def test_a_body_that_is_no_json_object_is_refused(engine: ServedEngine) -> None:

@@ -124,6 +124,9 @@ def test_wrong_flags_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Pat
         (["--port", "70000"], "port 70000"),
         (["--kv_bytes", "1000", "--context_bytes", "1000"], "context_bytes"),
         (["--waiting", "0"], "waiting"),
+        (["--context_age_s", "0"], "context_age_s"),
+        (["--default_max_tokens", "0"], "default_max_tokens"),
+        (["--max_body_bytes", "0"], "max_body_bytes"),
     ):
         done = run("serve", *engine, "--port", "0", *flags)
         assert done.code == 2 and says in done.err, (flags, done.err)

@@ -112,8 +112,9 @@ def run(args: argparse.Namespace) -> None:
     with service.batcher:
         timeout_s = _EXIT_TIMEOUT_S if args.exit_timeout_s is None else args.exit_timeout_s
         server = HttpServer(make_app(service, keys), bound, service, timeout_s)
+        host = f"[{args.host}]" if ":" in args.host else args.host
         ready = fields(
-            url=f"http://{args.host}:{server.port}",
+            url=f"http://{host}:{server.port}",
             model=service.model,
             kv_bytes=service.batcher.load().kv_bytes_bound,
             context_bytes=service.limits.context_bytes,

@@ -193,7 +193,7 @@ def check_budget(keep_ratio: float | None, budget_tokens: int | None, scorer: st
 def _sampling(body: BodyFields) -> dict[str, Any]:
     """Return the arguments of SamplingParams that both kinds of body have."""
     stop = body.any("stop", ())
-    if isinstance(stop, list) and not all(isinstance(text, str) for text in stop):
+    if not isinstance(stop, (str, list, tuple)) or not all(isinstance(text, str) for text in stop):
         raise body.error("stop", "give a string or a list of strings")
     stop_ids = body.items("stop_token_ids")
     bias = {}

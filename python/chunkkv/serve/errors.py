@@ -64,8 +64,13 @@ class ApiError(ChunkKVError):
         kind = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}.get(
             self.status, "server_error" if self.status >= 500 else "invalid_request_error"
         )
-        error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
-        return {"error": error}
+        param = None if self.param is None else _encodable(self.param)
+        return {"error": {"message": _encodable(str(self)), "type": kind, "param": param, "code": self.code}}
+
+
+def _encodable(text: str) -> str:
+    """Return a text with what UTF-8 cannot hold, lone surrogates of the client's JSON, written as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def api_error(error: Exception, prompt_field: str = "prompt", has_begun: bool = False) -> ApiError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -31,7 +32,7 @@ CONTEXT_SHARE = 0.25  # of the memory for KV caches
 
 @dataclass(frozen=True)
 class ServiceLimits:
-    """What a server takes on beside the batcher's limits.
+    """What a server takes on beside the batcher's limits; raises ConfigError for a value out of range.
 
     Parameters
     ----------
@@ -49,6 +50,13 @@ class ServiceLimits:
     max_body_bytes: int = 1 << 20
     context_bytes: int = 0
     context_age_s: float = 3600.0
+
+    def __post_init__(self) -> None:
+        for name, low in (("default_max_tokens", 1), ("max_body_bytes", 1), ("context_bytes", 0)):
+            if getattr(self, name) < low:
+                raise ConfigError(f"{name} is {getattr(self, name)}; give at least {low}")
+        if not 0 < self.context_age_s < math.inf:
+            raise ConfigError(f"context_age_s is {self.context_age_s}; give a number of seconds above 0")
 
 
 def shared_memory(session: ChunkKVSession, kv_bytes: int | None, context_bytes: int | None) -> tuple[int | None, int]:
