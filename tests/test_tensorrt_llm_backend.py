@@ -5,6 +5,7 @@ TensorRT-LLM is a contract as read (support/tensorrt_llm_double); these tests pr
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -76,13 +77,15 @@ def test_gpt_attention_sees_no_positions_and_the_compacted_length(machine: Machi
 def test_rope_turns_the_packed_queries_and_keys_by_logical_positions(machine: Machine, build: LlmBuild) -> None:
     (graph,) = built(build, machine)
     (prepare,) = graph.of("ChunkKVPrepare")
-    for rope in graph.of("ChunkKVRope"):
-        qkv, positions, table = rope.inputs
+    before = [None, *graph.of("ChunkKVCompress")]
+    for rope, compress in zip(graph.of("ChunkKVRope"), before, strict=False):
+        qkv, positions, table, *done = rope.inputs
+        assert done == ([] if compress is None else [compress.outputs[0]]), "caches are compacted layer by layer"
         assert graph.producer(qkv).op == "linear" and positions == named_outputs(prepare)["positions"]
         assert graph.constants[table].dtype == np.float32 and graph.constants[table].shape == (1, 512 * 64)
         assert rope.fields() == {
             **{"num_heads": 4, "num_kv_heads": 2, "head_size": 64},
-            **{"rotary_dim": 64, "neox": 1, "max_positions": 512},
+            **{"rotary_dim": 64, "neox": 1, "max_positions": 512, "behind": len(done)},
         }
 
 
@@ -113,8 +116,8 @@ def test_compress_stands_behind_attention_with_the_inputs_of_the_plugins_table(
         "last": [("leader", [0, 1, 2]), ("leader", 3)],
     }
     assert roles == expected[leader]
-    behind = {"first": layers, "last": layers[2:]}[leader]
-    for node, layer in zip(nodes, behind, strict=True):
+    owners = {"first": layers, "last": layers[2:]}[leader]
+    for node, layer in zip(nodes, owners, strict=True):
         fields, tensors = node.fields(), layer.attributes["keywords"]
         source = nodes[0].outputs[1] if fields["role"] == "follower" else tensors["qkv"]
         computed = {"context": layer.outputs[0], "": source, **named_outputs(prepare)}
@@ -123,9 +126,12 @@ def test_compress_stands_behind_attention_with_the_inputs_of_the_plugins_table(
         assert fields["layer_in_pool"] == fields["layers"] and fields["kv_bytes"] == 2
         assert fields["mapping_rank"] == len(graph.values["host_kv_cache_pool_mapping"].shape)
         assert fields["mapping_rank"] == (2 if machine.late else 1)
-        # What follows attention takes the node's copy, so that compaction is never cut away.
-        assert [user.op for user in graph.nodes if node.outputs[0] in user.inputs] == ["linear"]
-        assert all(user is node for user in graph.nodes if layer.outputs[0] in user.inputs)
+        # Somebody waits for the node, so that compaction is never cut away: the next Rope, at last the network itself.
+        users = [user.plugin or user.op for user in graph.nodes if node.outputs[0] in user.inputs]
+        is_last = layer is layers[-1]
+        assert users == (["linear"] if is_last else ["ChunkKVRope"]) and fields["order_only"] == (not is_last)
+        behind = [user.plugin or user.op for user in graph.nodes if layer.outputs[0] in user.inputs]
+        assert behind == (["ChunkKVCompress"] if is_last else ["ChunkKVCompress", "linear"])
 
 
 @pytest.mark.parametrize(("kv_cache", "name", "size"), [(None, "bfloat16", 2), ("INT8", "int8", 1), ("FP8", "fp8", 1)])
@@ -225,6 +231,18 @@ def test_the_patch_is_taken_back_whatever_happens(machine: Machine, failure: typ
     with pytest.raises(failure, match="stop"):
         EngineBuild(SETTINGS).engine(llm_model(), build_config(), fails)
     assert layers.gpt_attention is before
+
+
+def test_a_leader_in_the_middle_compacts_the_layers_before_it(machine: Machine) -> None:
+    from tensorrt_llm.builder import build
+
+    from chunkkv_builder.backends.tensorrt_llm import EngineBuild
+
+    settings = dataclasses.replace(SETTINGS, layer_groups=((0, 1, 2), (3,)), leaders=(1, 3))
+    EngineBuild(settings).engine(llm_model(), build_config(), build)
+    nodes = machine.networks[0].of("ChunkKVCompress")
+    found = [(node.fields()["role"], node.fields()["layers"]) for node in nodes]
+    assert found == [("leader", [0, 1]), ("follower", 2), ("leader", 3)]
 
 
 def test_layers_of_quantised_models_are_wrapped_too(machine: Machine) -> None:

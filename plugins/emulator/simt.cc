@@ -7,6 +7,7 @@
 // before phase n+1 of another.
 #include "simt.h"
 
+#include <atomic>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -108,6 +109,7 @@ Fiber* fiber = nullptr;
 const std::function<void()>* kernel_body = nullptr;
 SyncPoint launch_sync[2];
 int launch_number = 0;
+std::atomic<long long> enqueued{0};
 
 uint32_t nextRandom() {
     random_state ^= random_state << 13;
@@ -310,6 +312,7 @@ int run(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& 
     if (!launchable(grid, size, shared_bytes)) return 1;
     failed = false;
     kernel_body = &body;
+    countEnqueued();
     ++launch_number;
     launch_sync[(launch_number + 1) % 2].release();
     const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
@@ -327,6 +330,8 @@ int run(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& 
 
 const char* failureText() { return failure_text; }
 
+void countEnqueued() { ++enqueued; }
+
 int multiprocessors() { return multiprocessor_count; }
 
 }  // namespace emulator
@@ -337,6 +342,8 @@ void chunkkv_emulator_configure(int order, unsigned seed, int async_early) {
     emulator::random_state = seed ? seed : 1;
     emulator::async_early = async_early != 0;
 }
+
+long long chunkkv_emulator_enqueued() { return emulator::enqueued; }
 
 void chunkkv_emulator_multiprocessors(int count) {
     const std::lock_guard<std::mutex> lock(emulator::launch_mutex);

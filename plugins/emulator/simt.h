@@ -61,6 +61,8 @@ int multiprocessors();
 /// Run body() on every thread of the grid. Returns 0, or 1 with a text in failureText().
 int run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);
 const char* failureText();
+/// Count a copy or clear that a GPU would be given as work of its own; launches count themselves.
+void countEnqueued();
 
 template <class P>
 int launch(void (*kernel)(const P), dim3 grid, dim3 block, size_t shared_bytes, const P& params) {
@@ -73,6 +75,8 @@ extern "C" {
 /// How the next launches run. order: 0 forward, 1 reverse (blocks as well), 2 random by `seed`, 3 greedy (a warp runs
 /// as far ahead as it can). async_early: cp.async writes when it is issued, else when it is waited for.
 __attribute__((visibility("default"))) void chunkkv_emulator_configure(int order, unsigned seed, int async_early);
+/// How many launches, copies and clears were enqueued in this process so far.
+__attribute__((visibility("default"))) long long chunkkv_emulator_enqueued();
 /// How many multiprocessors the emulated device has.
 __attribute__((visibility("default"))) void chunkkv_emulator_multiprocessors(int count);
 }

@@ -47,11 +47,13 @@ LaunchStatus releaseBytes(void* device) { return taken(cudaFree(device)); }
 #else
 
 LaunchStatus copyBytes(void* to, const void* from, size_t bytes, void*) {
+    emulator::countEnqueued();
     if (bytes > 0) std::memcpy(to, from, bytes);
     return 0;
 }
 
 LaunchStatus clearBytes(void* to, size_t bytes, void*) {
+    emulator::countEnqueued();
     if (bytes > 0) std::memset(to, 0, bytes);
     return 0;
 }

@@ -5,7 +5,8 @@
 //        host_request_types, host_context_lengths [B] int32, host; kv_cache_block_offsets [P,B,2,M] int32;
 //        host_kv_cache_pool_pointers [P,2] int64, host; host_kv_cache_pool_mapping [A] or [A,2] int32, host;
 //        leader and ranker with delimiter boundaries: is_delimiter [T] int32
-//   out  context, copied; leader and ranker: kept_indices [T] int32, N entries of a row from row_starts on, undefined
+//   out  context, copied, or with order_only: done [1] int32, which later nodes wait for and nobody writes or reads;
+//        leader and ranker: kept_indices [T] int32, N entries of a row from row_starts on, undefined
 //        where no row of the batch is compressed
 #include <cinttypes>
 
@@ -26,7 +27,8 @@ enum {
     kHeadSize,
     kTokensPerBlock,
     kKvBytes,
-    kMappingRank
+    kMappingRank,
+    kOrderOnly
 };
 enum Role { kLeader, kRanker, kFollower };
 constexpr const char* kRoleWords[] = {"leader", "ranker", "follower"};
@@ -42,6 +44,7 @@ constexpr auto kFields = withShared({
     kTokensPerBlockField,
     {"kv_bytes", 1, 4},
     {"mapping_rank", 1, 2},
+    {"order_only", 0, 1, 0},
 });
 constexpr Table kTable{"ChunkKVCompress", kFields.data(), static_cast<int32_t>(kFields.size())};
 
@@ -85,6 +88,8 @@ class Compress final : public PackedPlugin {
     };
 
     Plugin* copy() const override { return new Compress(*this); }
+    /// Whether later nodes wait for this one by a tensor that holds nothing, so that a generation step enqueues nothing.
+    bool ordersOnly() const noexcept { return value(kOrderOnly) != 0; }
     bool selects() const noexcept { return value(kRole) != kFollower; }
     int32_t inputs() const noexcept override { return selects() && isDelimited() ? kIsDelimiter + 1 : kIsDelimiter; }
     int32_t outputs() const noexcept override { return selects() ? kKeptIndices + 1 : kKeptIndices; }
@@ -117,11 +122,15 @@ class Compress final : public PackedPlugin {
     }
 
     DataType outputType(int32_t index, const DataType* input_types) const override {
-        return index == kContextOut ? input_types[kContextIn] : DataType::kINT32;
+        return index == kContextOut && !ordersOnly() ? input_types[kContextIn] : DataType::kINT32;
     }
 
-    bool shapeExpressions(const DimsExprs* in, DimsExprs* out, IExprBuilder&) const override {
+    bool shapeExpressions(const DimsExprs* in, DimsExprs* out, IExprBuilder& builder) const override {
         out[kContextOut] = in[kContextIn];
+        if (ordersOnly()) {
+            out[kContextOut].nbDims = 1;
+            out[kContextOut].d[0] = builder.constant(1);
+        }
         if (!selects()) return true;
         out[kKeptIndices].nbDims = 1;
         out[kKeptIndices].d[0] = in[kContextIn].d[0];
@@ -129,7 +138,7 @@ class Compress final : public PackedPlugin {
     }
 
     void outputDims(const PluginTensorDesc* in, Dims* out) const override {
-        out[kContextOut] = in[kContextIn].dims;
+        out[kContextOut] = ordersOnly() ? Dims{1, {1}} : in[kContextIn].dims;
         if (selects()) out[kKeptIndices] = Dims{1, {in[kContextIn].dims.d[0]}};
     }
 
@@ -176,8 +185,9 @@ class Compress final : public PackedPlugin {
         if (!readBatch(buffers.inputs[kHostTypes], buffers.inputs[kHostContext], in[kKeptLengths].dims.d[0], tokens,
                        batch))
             return false;
-        const size_t bytes = tokens * heads().queryWidth() * elementBytes(in[kContextIn].type);
-        if (!done(chunkkv_copy(buffers.outputs[kContextOut], buffers.inputs[kContextIn], bytes, buffers.stream)))
+        const size_t bytes = ordersOnly() ? 0 : tokens * heads().queryWidth() * elementBytes(in[kContextIn].type);
+        if (!ordersOnly() &&
+            !done(chunkkv_copy(buffers.outputs[kContextOut], buffers.inputs[kContextIn], bytes, buffers.stream)))
             return false;
         if (!batch.compresses) return true;
         const Rows rows = contextRows(batch, buffers.inputs[kContextLengths], buffers.inputs[kRowStarts]);

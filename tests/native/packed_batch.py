@@ -189,7 +189,7 @@ class Pools:
 
     def fields(self, role: str, layers: list[int]) -> dict[str, Any]:
         """Return the fields of a compress node for these layers."""
-        own = {"role": role, "layers": layers, "mapping_rank": self.mapping_rank}
+        own = {"role": role, "layers": layers, "mapping_rank": self.mapping_rank, "order_only": 0}
         own |= {"tokens_per_block": self.tokens_per_block, "kv_bytes": numpy_dtype(self.kv_type).itemsize}
         if self.mapping_rank == 1:
             own["layer_in_pool"] = [self.places[layer] for layer in layers]

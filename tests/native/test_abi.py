@@ -62,7 +62,7 @@ def test_nothing_but_the_abi_is_exported(library: NativeLibrary) -> None:
     names = {line.split()[-1].split("@")[0] for line in listed.splitlines() if " A " not in line}
     declared = set(re.findall(r"CHUNKKV_API [\w* ]+?(chunkkv_\w+)\(", HEADERS[1].read_text(encoding="utf-8")))
     assert len(declared) == 18
-    assert names - {"chunkkv_emulator_configure", "chunkkv_emulator_multiprocessors"} == declared
+    assert {name for name in names if not name.startswith("chunkkv_emulator_")} == declared
 
 
 def test_kernels_keep_to_the_device_vocabulary() -> None:

@@ -35,7 +35,7 @@ def node_of(name: str, memory: Memory, batch: PackedBatch | None = None) -> tupl
         ids = np.full(batch.tokens, 5, np.int32) if batch.settings.boundaries == "delimiter" else None
         return "ChunkKVPrepare", prepare_fields(batch), prepare_inputs(batch, pools, ids)
     if name == "rope":
-        fields = batch.head_fields() | {"rotary_dim": 64, "neox": 1, "max_positions": 70}
+        fields = batch.head_fields() | {"rotary_dim": 64, "neox": 1, "max_positions": 70, "behind": 0}
         positions = np.zeros(batch.tokens, np.int32)
         return "ChunkKVRope", fields, [batch.qkv, positions, np.zeros((1, 70 * 64), np.float32)]
     if name == "score":
@@ -124,7 +124,7 @@ def test_missing_and_mistyped_fields(memory: Memory, node: str) -> None:
         others = [other for other in whole if other is not field]
         missing = {other: value for other, value in fields.items() if other != field.name}
         wanted = optional.get(field.name, f"{field.name} is missing; set it as an attribute of the node")
-        if field.name in ("window_reduce", "head_reduce", "value_norm"):
+        if field.name in ("window_reduce", "head_reduce", "value_norm", "order_only", "behind"):
             PluginNode(name, missing, memory=memory).run(inputs)
         else:
             assert wanted in refused(name, missing, inputs, memory)

@@ -143,6 +143,17 @@ def test_batches_without_rows_to_compress_only_copy_context(memory: Memory, name
     assert_same_pools(pools, [])
 
 
+@pytest.mark.parametrize("role", ["leader", "follower"])
+def test_a_node_that_only_orders_compacts_and_gives_one_number(memory: Memory, role: str) -> None:
+    batch = BATCHES["many"]
+    pools = Pools(batch, memory)
+    source = batch.qkv if role == "leader" else batch.indices()
+    fields = {**pools.fields(role, [0, 1]), "order_only": 1}
+    done, *_ = PluginNode("ChunkKVCompress", fields, memory=memory).run(pools.inputs(role, pools.context(), source))
+    assert done.shape == (1,) and done.dtype == np.int32
+    assert_same_pools(pools, [0, 1])
+
+
 @pytest.mark.parametrize("settings", [SETTINGS, DELIMITED])
 def test_ranker_takes_the_scores_it_is_given(memory: Memory, settings: Any) -> None:
     """Each of two ranks scores half of the heads; both rank the sum, which is what one rank with all of them does."""

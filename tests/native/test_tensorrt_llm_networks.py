@@ -8,6 +8,7 @@ contract as read (support/tensorrt_llm_double): nothing is proved about the real
 from __future__ import annotations
 
 import copy
+import ctypes
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -194,6 +195,42 @@ def test_keeping_everything_changes_nothing(machine: llm.Machine) -> None:
     assert_same(found.logits, llm.full_cache_logits(plain, 2, SHORT), machine, "float16")
 
 
+@pytest.mark.parametrize(("leader", "reuse"), [("first", 1), ("first", 2), ("last", 4)])
+def test_a_generation_step_pays_for_rope_and_one_copy_alone(
+    machine: llm.Machine, library: NativeLibrary, leader: str, reuse: int
+) -> None:
+    if machine.memory is not None:
+        pytest.skip("the emulator counts what is enqueued")
+    settings = settings_of(leader, reuse)
+    execution = machine.execution(llm.networks("late", **flags_of(settings))[0])
+    enqueued = ctypes.CDLL(str(library.path)).chunkkv_emulator_enqueued
+    enqueued.restype = ctypes.c_longlong
+    counts: dict[str, int] = {}
+
+    def counting(name: str, run: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(given: list[np.ndarray]) -> Any:
+            before = enqueued()
+            outputs = run(given)
+            counts[name] = enqueued() - before
+            return outputs
+
+        return counted
+
+    for name, run in execution._plugins.items():
+        execution._plugins[name] = counting(name, run)
+    driver, row = Driver([[execution]], settings, 2), Row(np.array(SHORT.prompts[0], np.int32))
+    driver.step([row])
+    compress = [node.name for node in execution.graph.of("ChunkKVCompress")]
+    assert all(counts[name] > 0 for name in compress)
+    row.tokens.append(SHORT.tokens[0][0])
+    driver.step([], [row])
+    assert [counts[name] for name in compress] == [*[0] * (len(compress) - 1), 1]
+    ropes = [node.name for node in execution.graph.of("ChunkKVRope")]
+    assert [counts[name] for name in ropes] == [1] * len(ropes)
+    (prepare,) = execution.graph.of("ChunkKVPrepare")
+    assert sum(counts.values()) - counts[prepare.name] == len(ropes) + 1
+
+
 def test_a_prompt_in_two_parts_is_refused(machine: llm.Machine) -> None:
     (graph,) = llm.networks("late", **flags_of(settings_of()))
     execution = machine.execution(graph)
@@ -218,8 +255,9 @@ def no_follower(graph: Graph) -> None:
     """One layer's cache is left as it is."""
     node = next(node for node in graph.of("ChunkKVCompress") if node.fields()["role"] == "follower")
     graph.nodes.remove(node)
+    instead = llm.leaders(graph)[0].outputs[0]  # what the next Rope waits for
     for other in graph.nodes:
-        other.inputs = [node.inputs[0] if name == node.outputs[0] else name for name in other.inputs]
+        other.inputs = [instead if name == node.outputs[0] else name for name in other.inputs]
 
 
 def unrotated_scores(graph: Graph) -> None:
@@ -258,7 +296,7 @@ def _with_positions_from_lengths(execution: Execution) -> Execution:
     def runner(node: Node, run: Callable[..., Any]) -> Callable[..., Any]:
         def changed(given: list[np.ndarray]) -> Any:
             if execution.seen["host_request_types"].all():
-                given = [given[0], execution.seen[node.attributes["positions"]] - 1, given[2]]
+                given = [given[0], execution.seen[node.attributes["positions"]] - 1, *given[2:]]
             return run(given)
 
         return changed

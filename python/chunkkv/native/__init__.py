@@ -4,5 +4,17 @@ from chunkkv.native.arrays import RawArray
 from chunkkv.native.batch import BatchRows, Chunks
 from chunkkv.native.kv import KVView, contiguous_kv, packed_kv, paged_kv
 from chunkkv.native.library import NativeLibrary
+from chunkkv.native.paged import CompressedRows, compress_pool
 
-__all__ = ["BatchRows", "Chunks", "KVView", "NativeLibrary", "RawArray", "contiguous_kv", "packed_kv", "paged_kv"]
+__all__ = [
+    "BatchRows",
+    "Chunks",
+    "CompressedRows",
+    "KVView",
+    "NativeLibrary",
+    "RawArray",
+    "compress_pool",
+    "contiguous_kv",
+    "packed_kv",
+    "paged_kv",
+]

@@ -54,7 +54,7 @@ def _prepare(fields: dict[str, Any], given: Arrays) -> Arrays:
 
 
 def _rope(fields: dict[str, Any], given: Arrays) -> Arrays:
-    qkv, positions, table = given
+    qkv, positions, table = given[:3]
     size, half = fields["head_size"], fields["rotary_dim"] // 2
     heads = fields["num_heads"] + fields["num_kv_heads"]
     out = qkv.astype(np.float32).reshape(len(qkv), -1, size)
@@ -121,7 +121,8 @@ def _compress(pools: Pools, fields: dict[str, Any], given: Arrays) -> Arrays:
         indices[at : at + kept] = chosen
         for place in range(len(np.atleast_1d(fields["layers"]))):
             _compact(pools, fields, given, row, place, chosen)
-    return [context.copy(), *([] if role == "follower" else [indices])]
+    first = np.zeros(1, np.int32) if fields["order_only"] else context.copy()
+    return [first, *([] if role == "follower" else [indices])]
 
 
 def _compact(pools: Pools, fields: dict[str, Any], given: Arrays, row: int, place: int, chosen: np.ndarray) -> None:

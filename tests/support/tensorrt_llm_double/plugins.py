@@ -11,12 +11,21 @@ _SETTINGS += ("min_tokens", "window_reduce", "head_reduce", "value_norm")
 _HEADS = ("num_heads", "num_kv_heads", "head_size")
 FIELDS = {
     "ChunkKVPrepare": (*_SETTINGS, "max_length", "tokens_per_block", "vocab_size", "delimiter_bitmap"),
-    "ChunkKVRope": (*_HEADS, "rotary_dim", "neox", "max_positions"),
+    "ChunkKVRope": (*_HEADS, "rotary_dim", "neox", "max_positions", "behind"),
     "ChunkKVScore": (*_SETTINGS, *_HEADS, "max_length"),
     "ChunkKVCompress": (
         *_SETTINGS,
         *_HEADS,
-        *("role", "layers", "layer_in_pool", "tokens_per_block", "kv_bytes", "max_length", "mapping_rank"),
+        *(
+            "role",
+            "layers",
+            "layer_in_pool",
+            "tokens_per_block",
+            "kv_bytes",
+            "max_length",
+            "mapping_rank",
+            "order_only",
+        ),
     ),
 }
 
@@ -29,14 +38,15 @@ def plugin_outputs(name: str, fields: dict[str, Any], inputs: list[Value]) -> li
         _takes(name, inputs, 7 + delimiter)
         return [batch, batch, batch, tokens, *([tokens] if delimiter else [])]
     if name == "ChunkKVRope":
-        _takes(name, inputs, 3)
+        _takes(name, inputs, 3 + fields["behind"])
         return [(inputs[0].dtype, inputs[0].shape)]
     if name == "ChunkKVScore":
         _takes(name, inputs, 5 + delimiter)
         return [("float32", (-1,))]
     follower = fields["role"] == "follower"
     _takes(name, inputs, 10 + (delimiter and not follower))
-    return [(inputs[0].dtype, inputs[0].shape), *([] if follower else [tokens])]
+    first = ("int32", (1,)) if fields["order_only"] else (inputs[0].dtype, inputs[0].shape)
+    return [first, *([] if follower else [tokens])]
 
 
 def _takes(name: str, inputs: list[Value], count: int) -> None:

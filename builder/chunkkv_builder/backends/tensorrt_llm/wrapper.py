@@ -180,6 +180,8 @@ class _Network:
         self._group_of = {layer: group for group in rank.layers.groups for layer in group}
         self._in_pool: dict[int, int] = {}
         self._kept_indices: dict[int, Any] = {}  # by leader
+        self._done: Any = None  # what the next Rope waits for
+        self._last = len(self._group_of) - 1
         outputs = self._add("ChunkKVPrepare", self._prepare_fields(), self._prepare_inputs(net, keywords))
         self.attention_lengths, self._kept_lengths, self._row_starts, self._positions = outputs[:4]
         self._is_delimiter = outputs[4:]
@@ -213,7 +215,9 @@ class _Network:
             "neox": int(kind.name != "rope_gptj"),
             "max_positions": self.shape.max_positions,
         }
-        qkv = self._add("ChunkKVRope", rotary, [keywords["qkv"], self._positions, self._table(keywords)])[0]
+        waits = [] if self._done is None else [self._done]
+        inputs = [keywords["qkv"], self._positions, self._table(keywords), *waits]
+        qkv = self._add("ChunkKVRope", {**rotary, "behind": len(waits)}, inputs)[0]
         changes = {
             **_UNROTATED,
             "position_embedding_type": type(kind).learned_absolute,
@@ -231,16 +235,28 @@ class _Network:
         return self._rotary_table
 
     def compressed(self, layer: int, context: Any, qkv: Any, keywords: dict[str, Any]) -> Any:
-        """Return attention's output, behind the node that compacts caches where this layer has one."""
+        """Return attention's output, with the node behind it that compacts caches where this layer has one.
+
+        Somebody must wait for that node, or TensorRT cuts it away. The next layer's Rope does, by a tensor that is
+        never read; behind the last layer, and where no layer rotates, the node passes attention's output on.
+        """
         group = self._group_of[layer]
         leader = self._rank.layers.leaders[self._rank.layers.groups.index(group)]
+        if layer < leader:
+            return context
         if layer == leader:
-            # A leader that comes last finds every cache of its group complete and compacts them all.
-            layers = group if leader == group[-1] else (layer,)
+            # The caches of earlier layers of the group are complete: one launch compacts them all.
+            layers = tuple(each for each in group if each <= leader)
             role, source = self._chosen_by(qkv, keywords)
-            context, self._kept_indices[leader] = self._compress(role, layers, context, source, keywords)
-        elif leader < layer:
-            (context,) = self._compress("follower", (layer,), context, self._kept_indices[leader], keywords)
+        else:
+            layers, role, source = (layer,), "follower", self._kept_indices[leader]
+        orders_only = int(layer < self._last and self.shape.max_positions is not None)
+        out, *kept = self._compress(role, layers, context, source, keywords, orders_only)
+        if kept:
+            self._kept_indices[leader] = kept[0]
+        if not orders_only:
+            return out
+        self._done = out
         return context
 
     def _chosen_by(self, qkv: Any, keywords: dict[str, Any]) -> tuple[str, Any]:
@@ -253,7 +269,13 @@ class _Network:
         return "ranker", _sum_over_ranks(scores, list(self._rank.tp_group))
 
     def _compress(
-        self, role: str, layers: tuple[int, ...], context: Any, source: Any, keywords: dict[str, Any]
+        self,
+        role: str,
+        layers: tuple[int, ...],
+        context: Any,
+        source: Any,
+        keywords: dict[str, Any],
+        orders_only: int,
     ) -> list[Any]:
         fields = {
             **self._choice_fields(),
@@ -264,6 +286,7 @@ class _Network:
             "tokens_per_block": self.shape.tokens_per_block,
             "kv_bytes": KV_ITEM_BYTES[self.shape.kv_dtype],
             "mapping_rank": self.shape.mapping_rank,
+            "order_only": orders_only,
         }
         inputs = [
             *(context, source, self._kept_lengths, self._row_starts, keywords["context_lengths"]),
