@@ -11,27 +11,30 @@ import pytest
 from support import engines
 
 from benchmarks.real import tables
-from benchmarks.real.__main__ import compact
+from benchmarks.real.__main__ import PASSES, compact, plan
 from benchmarks.real.choices import Attention, Rule
 from benchmarks.real.contexts import Asked, Context
 from benchmarks.real.full_cache import Engine, FullCache
 from benchmarks.real.measure import AFTER, FOLLOWS, IN, Wanted, measure_context, measured, wanted
-from benchmarks.real.page import render
 from benchmarks.real.policies import (
     FULL,
     KEEPS,
     LEAST,
+    METHODS,
+    ONLY_AFTER,
     OWN,
+    PRESSES,
     RANDOM,
+    RANKED,
     RULES,
     STREAMING,
-    Classes,
-    layer_budgets,
     random_chunks,
     streaming,
 )
+from benchmarks.real.products import Product
 from benchmarks.real.tables import Outcomes
 from chunkkv import reference
+from chunkkv.sampling import SamplingParams
 from chunkkv.settings import ChunkKVSettings
 
 LAYERS, KV_HEADS, HEADS, LENGTH, WINDOW = 3, 2, 6, 150, 12
@@ -100,26 +103,9 @@ def test_a_group_takes_its_leaders_choice(attention):
     assert np.array_equal(grouped[1], alone[2]) and np.array_equal(grouped[0], alone[0])
 
 
-@pytest.mark.parametrize("per_10k", [300, 1_000, 2_000, 5_000, 9_900])
-@pytest.mark.parametrize("length", [100, 1_000, 4_000])
-def test_classes_keep_what_all_heads_would_keep(per_10k, length):
-    reading = np.zeros((30, 3), bool)
-    reading[[7, 14, 17, 18, 20, 21], 1] = True
-    classes = Classes(reading, 75_000)
-    first, second = classes.counts(length, per_10k)
-    total, most = 6 * first + 84 * second, 90 * min(length, max(LEAST, length * per_10k // 10_000))
-    assert (first <= length and second <= length and most - 84 < total <= most) or (first == length and total <= most)
-    chosen = np.broadcast_to(np.arange(length - first, length), (30, 3, first))
-    mask = classes.mask(length, per_10k, chosen)
-    assert mask.sum() == total and mask[7, 1].sum() == first
-
-
-def test_baselines_and_layer_budgets_keep_the_number_they_are_given():
+def test_baselines_keep_the_number_they_are_given():
     for kept in (streaming(500, 80, (3, 2)), random_chunks(500, 80, (3, 2), seed=1)):
         assert kept.shape == (3, 2, 80) and (np.diff(kept, axis=2) > 0).all()
-    scores = np.random.default_rng(0).random((3, 480)).astype(np.float32)
-    mask = layer_budgets(scores, np.arange(4, 480, 20), 20, 90)
-    assert mask.sum() == 3 * 90 and mask[:, :4].all() and mask[:, 480:].all()
 
 
 @pytest.fixture(scope="module")
@@ -174,12 +160,52 @@ def test_a_measurement_goes_on_where_it_stopped(engine, tmp_path: Path):
     assert kept == LEAST and len(right) == 5
 
 
-def test_all_policies_are_measured_in_both_places():
-    everything = wanted(TASKS, (), ())
+def test_all_policies_are_measured_where_they_can_be():
+    everything = wanted(TASKS, (*OWN, *PRESSES, RANKED))
     assert len({one.key for one in everything}) == len(everything)
     for name in OWN:
         assert {one.keep for one in everything if (one.mode, one.task, one.policy) == (IN, "code", name)} == {*KEEPS}
-    assert set(RULES) < set(OWN)
+    assert {one.mode for one in everything if one.policy in ONLY_AFTER} == {AFTER, FOLLOWS}
+    assert set(RULES) | set(METHODS) == set(OWN) and not set(PRESSES) & set(OWN)
+
+
+def test_every_context_of_the_plan_has_its_turn():
+    listed = [(length, number) for _, length, number in plan(PASSES[:1], 3)]
+    assert listed[:3] == [(1_000, 3), (2_000, 3), (1_000, 4)]
+    assert len(set(listed)) == len(listed) == sum(PASSES[0].contexts.values())
+
+
+@pytest.mark.parametrize("flags", [{}, {"chunkkv_budget_split": "ranked"}], ids=["uniform", "ranked"])
+def test_a_product_scores_what_its_session_would_answer(flags):
+    """The greedy answer behind a context is right in every token, and any other token is wrong."""
+    session = engines.session("llama3", chunkkv_window=16, chunkkv_min_tokens=32, max_seq_len=512, **flags)
+    product = Product(session, "window")
+    prompt, fed = np.array(ids(120, 8)), ids(7, 3)
+    context = session.compress(prompt.tolist(), keep_ratio=0.3, scorer="window")
+    result = session.generate(list(fed), SamplingParams(max_new_tokens=6, ignore_eos=True), context=context)
+    answer = tuple(result.token_ids)
+    kept, scored = product.score(prompt, 3_000, fed, answer, 0)
+    assert kept == context.kept_tokens and scored.right == (1,) * 6
+    wrong = (*answer[:5], (answer[5] + 1) % 200)
+    again = product.score(prompt, 3_000, fed, wrong, 4)[1]
+    assert again.right == (1, 0) and again.log_probabilities[0] == scored.log_probabilities[4]
+
+
+def test_the_engine_keeps_what_the_measurement_chooses(engine):
+    """The session's own compression and the fast rules, on the same prompt: the same tokens in every layer."""
+    prompt = ids(200, 9)
+    full = engine.prefill(prompt)
+    settings = engine.session.settings
+    rule = Rule(
+        settings.window, 0, settings.chunk_size, settings.sinks, settings.boundaries, settings.pooling,
+        settings.window_reduce, settings.head_reduce,
+    )  # fmt: skip
+    table = engine.tokenizer.delimiter_token_table(vocab_size=engine.session.limits.vocab_size)
+    chosen = Attention(full, table[full.ids]).kept(rule, 60)
+    context = engine.session.compress(list(prompt), budget_tokens=60, scorer="window")
+    for layer, positions in enumerate(chosen):
+        for head, kept in enumerate(positions):
+            assert np.array_equal(context.cache.keys[layer][0, head, :60], full.keys[layer][head, kept])
 
 
 def values() -> dict:
@@ -198,18 +224,21 @@ def values() -> dict:
 
 
 def test_tables_say_what_was_measured():
-    outcomes = Outcomes(values())
-    lines = tables.methods(outcomes, IN).splitlines()
-    assert lines[0] == "| question in the prompt | keep 20 % |"
+    outcomes, policies = Outcomes(values()), (FULL, "ChunkKV", "B", "C", "D")
+    lines = tables.methods(outcomes, IN, policies).splitlines()
+    assert lines[0] == "| question in the prompt | n | keep 20 % |"
     assert lines[2:5] == [
-        f"| {FULL} | 100 (100) / 100 (100) / 100 (100) |",
-        "| ChunkKV | 100 (100) / 100 (100) / 100 (100) |",
-        "| B | 50 (0) / 50 (0) / 50 (0) |",
+        f"| {FULL} | 3 | 100 (100) / 100 (100) / 100 (100) |",
+        "| ChunkKV | 3 | 100 (100) / 100 (100) / 100 (100) |",
+        "| B | 3 | 50 (0) / 50 (0) / 50 (0) |",
     ]
-    against = tables.differences(outcomes, AFTER, "ChunkKV").splitlines()
-    assert f"| {FULL} | +0.0 (+0.0 to +0.0) |" in against
-    assert "| B | **−50.0 (−50.0 to −50.0)** |" in against and "| C |  |" in against
-    assert "| B | +22.1 % |" in tables.perplexities(outcomes)  # exp(0.2)
+    assert lines[5].startswith("| C | 1 |") and len(lines) == 6
+    against = tables.differences(outcomes, AFTER, policies, "ChunkKV").splitlines()
+    assert f"| {FULL} | +0.0 (+0.0 to +0.0) |" in against and len(against) == 4  # of C one context is known
+    assert "| B | **−50.0 (−50.0 to −50.0)** |" in against
+    lost = tables.losses(outcomes, IN, ("B",)).splitlines()
+    assert lost[2:] == [f"| B, {name} | **−50.0 (−50.0 to −50.0)** |" for name in ("codes and names", "copying")]
+    assert "| B | 3 | +22 % (+22 to +22) |" in tables.perplexities(outcomes, policies)  # exp(0.2)
     assert tables.kept_note(outcomes) == "3 contexts: 3 of about 200 tokens"
 
 
@@ -221,9 +250,7 @@ def test_an_interval_of_a_bootstrap_holds_the_mean_and_narrows_with_contexts():
     assert many[2] - many[1] < 0.2 < few[2] - few[1]
 
 
-def test_the_page_fills_its_template_and_the_json_goes_round(tmp_path: Path):
-    page = render(values())
-    assert "{{" not in page and "| B | 50 (0) / 50 (0) / 50 (0) |" in page
+def test_the_json_goes_round(tmp_path: Path):
     heads = {one["context"]: one for one in values()["contexts"]}
     contexts = {
         name: {**head, "outcomes": {key: row[n] for key, row in values()["outcomes"].items() if row[n] is not None}}

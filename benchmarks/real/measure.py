@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.real.choices import Attention, Rule
+from benchmarks.real.choices import Attention
 from benchmarks.real.contexts import Context
 from benchmarks.real.full_cache import Engine, FullCache, Scored
 from benchmarks.real.policies import (
-    AFTER_OWN,
     FULL,
     KEEPS,
     LEAST,
+    ONLY_AFTER,
+    ONLY_IN,
     OWN,
     RANDOM,
-    REREAD,
     RULES,
     STREAMING,
-    Classes,
-    layer_budgets,
     random_chunks,
     streaming,
 )
@@ -33,6 +33,7 @@ from chunkkv.evaluation.records import append_record
 
 if TYPE_CHECKING:
     from benchmarks.real.peers import Peers
+    from benchmarks.real.products import Product
 
 IN, AFTER, FOLLOWS = "in", "after", "follows"
 _FEWEST_WINDOW = 8
@@ -55,139 +56,137 @@ class Wanted:
 
 
 def wanted(
-    tasks: Sequence[str], peers: Sequence[str], classes: Sequence[str], keeps: Sequence[int] = KEEPS
+    tasks: Sequence[str],
+    policies: Sequence[str],
+    keeps: Sequence[int] = KEEPS,
+    modes: Sequence[str] = (AFTER, FOLLOWS, IN),
 ) -> list[Wanted]:
-    """Return all outcomes of a context."""
+    """Return all outcomes of a context: the full cache, and policies where they can be."""
     everything = []
-    reread = [name for name in (REREAD,) if peers]
-    for mode, names, policies in (
-        (IN, tasks, [*OWN, *[name for name in peers if "KVzip" not in name], *classes]),
-        (AFTER, tasks, [*AFTER_OWN, *peers, *classes, *reread]),
-        (FOLLOWS, (FOLLOWS,), [*AFTER_OWN, *peers, *classes, *reread]),
-    ):
-        for task in names:
+    for mode in modes:
+        names = [name for name in policies if name not in (ONLY_AFTER if mode == IN else ONLY_IN)]
+        for task in (FOLLOWS,) if mode == FOLLOWS else tasks:
             everything.append(Wanted(mode, task, FULL, 10_000))
-            everything += [Wanted(mode, task, policy, keep) for policy in policies for keep in keeps]
+            everything += [Wanted(mode, task, policy, keep) for policy in names for keep in keeps]
     return everything
 
 
 class Measurement:
-    """Measures outcomes of contexts on one engine; `peers` adds kvpress and sets of tokens that differ by head."""
+    """Measures outcomes of contexts on one engine; `peers` adds kvpress, `products` policies with their own engines."""
 
-    def __init__(self, engine: Engine, peers: Peers | None = None, classes: dict[str, Classes] | None = None) -> None:
-        self.engine, self.peers, self.classes = engine, peers, classes or {}
+    def __init__(
+        self, engine: Engine, peers: Peers | None = None, products: Mapping[str, Product] = MappingProxyType({})
+    ) -> None:
+        self.engine, self.peers, self.products = engine, peers, products
         tokenizer = engine.tokenizer
-        self._delimiters = tokenizer.delimiter_token_table(vocab_size=engine.session.limits.vocab_size)
+        self.delimiters = tokenizer.delimiter_token_table(vocab_size=engine.session.limits.vocab_size)
 
     def run(self, context: Context, missing: Iterable[Wanted]) -> Iterator[tuple[Wanted, int, Scored]]:
         """Yield the outcome, the tokens kept per head on average, and the scores, for all that is missing."""
         todo: dict[tuple[str, str], list[Wanted]] = {}
         for one in missing:
             todo.setdefault((one.mode, one.task), []).append(one)
-        full = self.engine.prefill(context.ids)
-        shared: _Prompt | None = None
+        if all(one.policy in self.products for outcomes in todo.values() for one in outcomes):
+            text = _Prompt(self, context, None, np.array(context.ids))
+        else:
+            full = self.engine.prefill(context.ids)
+            text = _Prompt(self, context, full, full.ids)
         for (mode, task), outcomes in todo.items():
-            fed: tuple[int, ...] = ()
-            if mode == IN:
-                asked = next(one for one in context.asked if one.name == task)
-                whole = self.engine.append(full, asked.question)
-                prompt = _Prompt(self, context, whole, len(asked.question), shared.zipped if shared else None)
-                answer, first = asked.answer, max(asked.first_scored, 1)
+            if mode == FOLLOWS:
+                yield from text.score(outcomes, (), context.following, 1)
+                continue
+            asked = next(one for one in context.asked if one.name == task)
+            if mode == AFTER:
+                yield from text.score(outcomes, asked.question, asked.answer, asked.first_scored)
             else:
-                shared = prompt = shared or _Prompt(self, context, full, 0, None)
-                if mode == AFTER:
-                    asked = next(one for one in context.asked if one.name == task)
-                    fed, answer, first = asked.question, asked.answer, asked.first_scored
-                else:
-                    answer, first = context.following, 1
-            for outcome in outcomes:
-                yield outcome, *prompt.score(outcome.policy, outcome.keep, fed, answer, first)
+                yield from text.asked(asked.question).score(outcomes, (), asked.answer, max(asked.first_scored, 1))
 
 
 class _Prompt:
-    """One compressed prompt: what was computed of it is kept for the next policy."""
+    """One prompt that is compressed: what was computed of it is kept for the next policy."""
 
     def __init__(
-        self, run: Measurement, context: Context, full: FullCache, question: int, zipped: np.ndarray | None
+        self, run: Measurement, context: Context, full: FullCache | None, ids: np.ndarray, before: _Prompt | None = None
     ) -> None:
-        self._run, self._context, self._full, self._question = run, context, full, question
-        self.zipped = zipped
-        self._attention: Attention | None = None
-        self._press: Any = None
+        self._run, self._context, self._full, self._ids, self._before = run, context, full, ids, before
+
+    def asked(self, question: Sequence[int]) -> _Prompt:
+        """Return the prompt that goes on with a question."""
+        full = self._full and self._run.engine.append(self._full, question)
+        ids = np.concatenate([self._ids, np.array(question)])
+        return _Prompt(self._run, self._context, full, ids, before=self)
 
     @property
+    def full(self) -> FullCache:
+        """The full cache."""
+        assert self._full is not None
+        return self._full
+
+    @property
+    def peers(self) -> Peers:
+        """kvpress."""
+        assert self._run.peers is not None, "this policy needs the extra peers"
+        return self._run.peers
+
+    @cached_property
     def attention(self) -> Attention:
         """Attention of the last queries."""
-        if self._attention is None:
-            self._attention = Attention(self._full, self._run._delimiters[self._full.ids])
-        return self._attention
+        return Attention(self.full, self._run.delimiters[self._ids])
+
+    @cached_property
+    def reading(self) -> tuple[np.ndarray | None, list[Any]]:
+        """KVzip's scores where the prompt ends with the text, and the inputs of all layers."""
+        if self._before is None:
+            return self.peers.read(self._ids)
+        return None, self.peers.read_on(self.full, self._before.reading[1])
+
+    @cached_property
+    def presses(self) -> Any:
+        """What kvpress scores."""
+        from benchmarks.real.peers import PromptScores
+
+        zipped, hidden = self.reading
+        return PromptScores(self.peers, self.full, hidden, zipped)
 
     def score(
-        self, policy: str, keep: int, fed: Sequence[int], answer: Sequence[int], first: int
-    ) -> tuple[int, Scored]:
-        """Return the kept tokens per head and the scored answer."""
-        length = len(self._full)
-        if policy == FULL:
-            return length, self._run.engine.score(self._full, None, fed, answer, first)
-        count = min(length, max(LEAST, length * keep // 10_000))
-        kept = self._kept(policy, keep, count)
-        if kept.dtype == bool:
-            from benchmarks.real.peers import same_count
+        self, outcomes: Sequence[Wanted], fed: Sequence[int], answer: Sequence[int], first: int
+    ) -> Iterator[tuple[Wanted, int, Scored]]:
+        """Yield outcome, kept tokens per head and scored answer of all outcomes, kvpress's together at the end."""
+        length, masked = len(self._ids), []
+        for one in outcomes:
+            if one.policy == FULL:
+                yield one, length, self._run.engine.score(self.full, None, fed, answer, first)
+            elif one.policy in self._run.products:
+                yield one, *self._run.products[one.policy].score(self._ids, one.keep, fed, answer, first)
+            elif one.policy in OWN:
+                kept = self._kept(one)
+                yield one, kept.shape[2], self._run.engine.score(self.full, kept, fed, answer, first)
+            else:
+                masked.append(one)
+        if masked:
+            masks = [self.presses.kept(one.policy, self._count(one)) for one in masked]
+            for one, mask, scored in zip(
+                masked, masks, self.peers.score(self.full, masks, fed, answer, first), strict=True
+            ):
+                yield one, int(mask.sum() // mask[..., 0].size), scored
 
-            mask, even = kept, same_count(kept)
-            if even is None:
-                assert self._run.peers is not None
-                return int(mask.sum() // mask[..., 0].size), self._run.peers.score(self._full, mask, fed, answer, first)
-            kept = even
-        return kept.shape[2], self._run.engine.score(self._full, kept, fed, answer, first)
+    def _count(self, one: Wanted) -> int:
+        length = len(self._ids)
+        return min(length, max(LEAST, length * one.keep // 10_000))
 
-    def _kept(self, policy: str, keep: int, count: int) -> np.ndarray:
-        """Return positions [layers,Hkv,N], or a mask bool [layers,Hkv,L]."""
-        length = len(self._full)
-        shape = (len(self._full.keys), self._full.keys[0].shape[0])
-        if policy == STREAMING:
+    def _kept(self, one: Wanted) -> np.ndarray:
+        """Return positions [layers,Hkv,N]."""
+        length, count = len(self._ids), self._count(one)
+        shape = (len(self.full.keys), self.full.keys[0].shape[0])
+        if one.policy == STREAMING:
             return streaming(length, count, shape)
-        if policy == RANDOM:
+        if one.policy == RANDOM:
             return random_chunks(length, count, shape, seed=len(self._context.name))
-        if policy in RULES:
-            return self.attention.kept(self._of_request(RULES[policy]), count)
-        if policy in self._run.classes:
-            return self._classes(self._run.classes[policy], keep)
-        if policy == REREAD:
-            rule = RULES["ChunkKV"]
-            scores = self._zipped().max(axis=1)[:, : length - rule.window]
-            mask = layer_budgets(scores, self.attention.starts(rule), rule.window, count)
-            return np.broadcast_to(mask[:, None], (*shape, length))
-        if self._press is None:
-            from benchmarks.real.peers import PromptScores
-
-            assert self._run.peers is not None, f"{policy} needs the extra peers"
-            zipped = self._zipped() if not self._question else self.zipped
-            self._press = PromptScores(self._run.peers, self._full, zipped)
-        return self._press.kept(policy, count)
-
-    def _zipped(self) -> np.ndarray:
-        if self.zipped is None:
-            assert self._run.peers is not None
-            self.zipped = self._run.peers.kvzip_scores(self._full.ids)
-        return self.zipped
-
-    def _of_request(self, rule: Rule) -> Rule:
-        if rule.request_window >= 0:
-            return rule
-        question = self._question or rule.window
-        return replace(rule, request_window=min(max(question, _FEWEST_WINDOW), rule.window))
-
-    def _classes(self, classes: Classes, keep: int) -> np.ndarray:
-        length = len(self._full)
-        reading, _ = classes.counts(length, keep)
-        rule = replace(RULES["ChunkKV, a choice per head"])
-        chosen = (
-            self.attention.kept(rule, reading)
-            if reading < length
-            else np.broadcast_to(np.arange(length), (*classes.reading.shape, length))
-        )
-        return classes.mask(length, keep, chosen)
+        rule = RULES[one.policy]
+        if rule.request_window < 0:
+            question = length - len(self._context.ids) or rule.window
+            rule = replace(rule, request_window=min(max(question, _FEWEST_WINDOW), rule.window))
+        return self.attention.kept(rule, count)
 
 
 def measured(path: Path) -> dict[str, dict[str, Any]]:

@@ -1,33 +1,40 @@
-"""Writes the page of the real model from its template and the measured outcomes."""
+"""Writes the part of docs/results.md about the real model from its template and the measured outcomes."""
 
 from __future__ import annotations
 
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 from benchmarks.real.measure import AFTER, IN
-from benchmarks.real.tables import Outcomes, differences, kept_note, methods, perplexities
+from benchmarks.real.policies import FULL, METHODS, PRESSES, RANKED, RECIPE, VARIANTS
+from benchmarks.real.tables import Outcomes, differences, kept_note, losses, methods, perplexities
+from benchmarks.results.runs import ROOT
 
 TEMPLATE = Path(__file__).with_name("page.md")
+JSON_FILE = ROOT / "docs" / "benchmarks" / "results-real.json"
 BASE = "ChunkKV"
+BUILT = (RECIPE, RANKED)  # engines of their own
+POLICIES = (FULL, BASE, *BUILT, *METHODS[1:], *PRESSES)
 
 
-def render(values: dict[str, Any]) -> str:
-    """Return the page for the values of results-real.json."""
-    outcomes = Outcomes(values)
-    parts = {
-        "contexts": kept_note(outcomes),
-        "methods in": methods(outcomes, IN),
-        "methods after": methods(outcomes, AFTER),
-        "differences in": differences(outcomes, IN, BASE),
-        "differences after": differences(outcomes, AFTER, BASE),
-        "perplexities": perplexities(outcomes),
+def outcomes() -> Outcomes:
+    """Return the committed outcomes."""
+    return Outcomes(json.loads(JSON_FILE.read_text(encoding="utf-8")))
+
+
+def render(measured: Outcomes) -> str:
+    """Return the text; raises KeyError for a place in the template that has no text."""
+    texts = {
+        "contexts": kept_note(measured),
+        "methods in": methods(measured, IN, POLICIES),
+        "methods after": methods(measured, AFTER, POLICIES),
+        "losses in": losses(measured, IN, (BASE, RECIPE)),
+        "losses after": losses(measured, AFTER, (BASE, *BUILT, "kvpress KVzip")),
+        "differences in": differences(measured, IN, POLICIES, BASE),
+        "differences after": differences(measured, AFTER, POLICIES, BASE),
+        "against KVzip": differences(measured, AFTER, BUILT, "kvpress KVzip"),
+        "variants": differences(measured, IN, VARIANTS, BASE),
+        "perplexities": perplexities(measured, POLICIES),
     }
-    return re.sub(r"\{\{(.+?)\}\}", lambda place: parts[place[1]], TEMPLATE.read_text(encoding="utf-8"))
-
-
-def render_file(path: Path) -> str:
-    """Return the page for a file of outcomes."""
-    return render(json.loads(path.read_text(encoding="utf-8")))
+    return re.sub(r"\{\{(.+?)\}\}", lambda place: texts[place[1]], TEMPLATE.read_text(encoding="utf-8")).rstrip()

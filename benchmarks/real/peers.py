@@ -5,7 +5,8 @@ Needs torch, transformers and kvpress (the extra "peers"). The model is the same
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,24 +22,36 @@ from kvpress import (
     TOVAPress,
 )
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.real.full_cache import FullCache, Scored
 from chunkkv.evaluation.lm_eval.continuations import log_probabilities
+
+disable_progress_bar()
 
 MASKED_ATTENTION = "kept_by_head"
 SAFEGUARD = 0.2  # AdaKVPress's default: the share of N that every head keeps at least
 
 
 def _masked_attention(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **_: Any) -> Any:
-    """Attention [1,Hq,S,D] in which every KV head sees its own kept tokens, and the block after them causally."""
-    size, kept = query.shape[2], module.kept_by_head
-    block = torch.ones(size, size, dtype=torch.bool).tril().expand(len(kept), -1, -1)
-    visible = torch.cat([kept[:, None].expand(-1, size, -1), block], dim=2)
-    groups = query.shape[1] // len(kept)
-    bias = visible.repeat_interleave(groups, 0)[None]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scaling)
-    return out.transpose(1, 2).contiguous(), None
+    """Attention [B,Hq,S,D] in which every row's KV heads see their own kept tokens, and the block after them causally.
+
+    `module.kept_rows` are keys, values [Hkv,M,D] and visible bool [Hkv,M] for each row.
+    """
+    rows, kv_heads, size, head_dim = key.shape
+    block = torch.ones(size, size, dtype=torch.bool).tril().expand(kv_heads, -1, -1)
+    grouped = query.reshape(rows, kv_heads, -1, size, head_dim)
+    out = torch.empty_like(grouped)
+    for row, (keys, values, visible) in enumerate(module.kept_rows):
+        bias = torch.cat([visible[:, None].expand(-1, size, -1), block], dim=2)[:, None]
+        seen, read = (
+            torch.cat([kept, new[row]], dim=1)[:, None].expand(-1, grouped.shape[2], -1, -1)
+            for kept, new in ((keys, key), (values, value))
+        )
+        out[row] = torch.nn.functional.scaled_dot_product_attention(
+            grouped[row], seen, read, attn_mask=bias, scale=scaling
+        )
+    return out.reshape(query.shape).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(MASKED_ATTENTION, _masked_attention)
@@ -69,9 +82,9 @@ class Peers:
         for module in self._modules:
             module.rotary_emb = self.model.model.rotary_emb  # as kvpress's BasePress does
 
-    @torch.no_grad()
-    def hidden_states(self, ids: np.ndarray) -> list[torch.Tensor]:
-        """Return per layer the input [1,L,hidden] of its attention."""
+    @contextmanager
+    def _inputs(self) -> Iterator[list[torch.Tensor]]:
+        """Collect per layer the input [1,S,hidden] of its attention."""
         seen: list[torch.Tensor] = []
         hooks = [
             module.register_forward_pre_hook(
@@ -80,49 +93,82 @@ class Peers:
             for module in self._modules
         ]
         try:
-            self.model.model(torch.from_numpy(ids)[None], use_cache=False)
+            yield seen
         finally:
             for hook in hooks:
                 hook.remove()
-        return seen
 
     @torch.no_grad()
-    def kvzip_scores(self, ids: np.ndarray) -> np.ndarray:
-        """Return KVzip's scores [layers,Hkv,L] of a prompt."""
+    def read(self, ids: np.ndarray) -> tuple[np.ndarray, list[torch.Tensor]]:
+        """Return KVzip's scores [layers,Hkv,L] of a prompt, and per layer the input [1,L,hidden] of its attention."""
         press = KVzip(compression_ratio=0.5)
-        with press(self.model):
+        with press(self.model), self._inputs() as hidden:
             self.model.model(input_ids=torch.from_numpy(ids)[None], past_key_values=DynamicCache())
-        return press.scores.numpy()
+        return press.scores.numpy(), hidden
 
     @torch.no_grad()
-    def score(self, full: FullCache, kept: np.ndarray, fed: Sequence[int], answer: Sequence[int], first: int) -> Scored:
-        """Score an answer as Engine.score does; kept bool [layers,Hkv,L] may hold any number of tokens per head."""
-        cache = DynamicCache()
+    def read_on(self, full: FullCache, before: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the inputs of all layers for a prompt whose beginning had those `before`."""
+        start = before[0].shape[1]
+        everything = np.ones((len(full.keys), full.keys[0].shape[0], start), bool)
+        with self._inputs() as hidden:
+            self._forward(full, [everything], full.ids[start:], 1, start)
+        return [torch.cat(pair, dim=1) for pair in zip(before, hidden, strict=True)]
+
+    def _forward(
+        self, full: FullCache, masks: Sequence[np.ndarray], block: Sequence[int] | np.ndarray, logits: int, start: int
+    ) -> torch.Tensor:
+        """Return the last `logits` logits [rows,logits,vocab] of one block behind each of the masks of a prompt."""
         for layer, (key, value) in enumerate(zip(full.keys, full.values, strict=True)):
-            cache.update(torch.from_numpy(key)[None], torch.from_numpy(value)[None], layer)
-            self._modules[layer].kept_by_head = torch.tensor(kept[layer])
-        block = torch.tensor([[*fed, *answer[:-1]]])
-        positions = torch.arange(len(full), len(full) + block.shape[1])[None]
+            self._modules[layer].kept_rows = [_gathered(key, value, mask[layer]) for mask in masks]
+        positions = torch.arange(start, start + len(block))[None]
         before = self.model.config._attn_implementation
         self.model.set_attn_implementation(MASKED_ATTENTION)
         try:
-            logits = self.model(
-                block, past_key_values=cache, position_ids=positions, logits_to_keep=len(answer) - first
-            ).logits[0]
+            result: torch.Tensor = self.model(
+                torch.tensor(np.array(block))[None].expand(len(masks), -1),
+                position_ids=positions,
+                use_cache=False,
+                logits_to_keep=logits,
+            ).logits
         finally:
             self.model.set_attn_implementation(before)
+        return result
+
+    @torch.no_grad()
+    def score(
+        self, full: FullCache, masks: Sequence[np.ndarray], fed: Sequence[int], answer: Sequence[int], first: int
+    ) -> list[Scored]:
+        """Score an answer as Engine.score does on each of the masks bool [layers,Hkv,L], all at once.
+
+        A mask may hold any number of tokens per head.
+        """
+        logits = self._forward(full, masks, [*fed, *answer[:-1]], len(answer) - first, len(full)).numpy()
         expected = np.array(answer[first:], np.int64)
-        scored = logits.numpy()
-        right = scored.argmax(axis=1) == expected
-        return Scored(tuple(map(int, right)), tuple(log_probabilities(scored, expected).tolist()))
+        return [
+            Scored(
+                tuple(map(int, scored.argmax(axis=1) == expected)), tuple(log_probabilities(scored, expected).tolist())
+            )
+            for scored in logits
+        ]
+
+
+def _gathered(key: np.ndarray, value: np.ndarray, kept: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the kept keys and values [Hkv,M,D] of a layer, and which of them count: heads with fewer are filled up."""
+    counts = kept.sum(axis=1)
+    most = int(counts.max())
+    positions = np.argsort(~kept, axis=1, kind="stable")[:, :most, None]
+    taken = (torch.from_numpy(np.take_along_axis(array, positions, axis=1)) for array in (key, value))
+    return *taken, torch.from_numpy(np.arange(most) < counts[:, None])
 
 
 class PromptScores:
     """kvpress's scores of one prompt, each computed when it is first asked for."""
 
-    def __init__(self, peers: Peers, full: FullCache, zipped: np.ndarray | None) -> None:
-        self._peers, self._full, self._zipped = peers, full, zipped
-        self._hidden = peers.hidden_states(full.ids)
+    def __init__(
+        self, peers: Peers, full: FullCache, hidden: list[torch.Tensor], zipped: np.ndarray | None = None
+    ) -> None:
+        self._peers, self._full, self._hidden, self._zipped = peers, full, hidden, zipped
         positions = torch.arange(len(full))[None]
         self._rotation = peers.model.model.rotary_emb(self._hidden[0], positions)
         self._scores: dict[str, np.ndarray] = {}
@@ -152,14 +198,11 @@ class PromptScores:
             return self._chunks(ChunkKVPress(SnapKVPress()), count)
         if name.startswith("kvpress KVzip"):
             assert self._zipped is not None, "KVzip reads the context, without a question"
-            zipped = np.zeros((*self._zipped.shape[:2], len(self._full)), np.float32)
-            zipped[..., : self._zipped.shape[2]] = self._zipped
-            zipped[..., self._zipped.shape[2] :] = self._zipped.max() + 1  # the question stays, as in KVzip's use
-            return best(zipped, count, over=3)
+            return best(self._zipped, count, over=3)
         if name.startswith("kvpress AdaKV"):
             window = int(name.rsplit(maxsplit=1)[-1]) if name[-1].isdigit() else 64
             return self._ada(AdaKVPress(SnapKVPress(window_size=window)), window, count)
-        return best(self.scores(name, PRESSES[name]()), count, over=1)
+        return best(self.scores(name, SCORERS[name]()), count, over=1)
 
     def _ada(self, press: Any, window: int, count: int) -> np.ndarray:
         """AdaKVPress's rule with exactly `count` kept on average; its masks are read back from the module."""
@@ -196,14 +239,13 @@ class PromptScores:
         return mask
 
 
-PRESSES: dict[str, Any] = {
+SCORERS: dict[str, Any] = {
     "kvpress SnapKV": SnapKVPress,
     "kvpress SnapKV, window 16": lambda: SnapKVPress(window_size=16),
     "kvpress ExpectedAttention": ExpectedAttentionPress,
     "kvpress KeyDiff": KeyDiffPress,
     "kvpress TOVA": TOVAPress,
 }
-PEERS = (*PRESSES, "kvpress AdaKV", "kvpress AdaKV, window 16", "kvpress ChunkKV", "kvpress KVzip")
 
 
 def best(scores: np.ndarray, count: int, over: int) -> np.ndarray:
@@ -219,11 +261,3 @@ def best(scores: np.ndarray, count: int, over: int) -> np.ndarray:
     mask = np.zeros(flat.shape, bool)
     np.put_along_axis(mask, chosen, True, axis=-1)
     return mask.reshape(shape)
-
-
-def same_count(mask: np.ndarray) -> np.ndarray | None:
-    """Return the positions [layers,Hkv,N] of a mask where every head keeps equally many, else None."""
-    counts = mask.sum(axis=2)
-    if counts.min() != counts.max():
-        return None
-    return np.nonzero(mask)[2].reshape(*mask.shape[:2], -1)

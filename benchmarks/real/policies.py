@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -39,51 +39,26 @@ RULES: dict[str, Rule] = {
     "ChunkKV, fixed chunks of 10, window 32, mean over heads": replace(FIXED, window=32, head_reduce="mean"),
     "SnapKV, heads sharing": replace(FIXED, chunk_size=1, head_reduce="mean"),
 }
-READING = "ChunkKV, {} reading heads"  # classes: these heads read the whole text, the others sinks and recent tokens
-REREAD = "ChunkKV, reread, delimiter chunks per layer"
+RANKED = "ChunkKV, reread, one ranking of all layers"
+RECIPE = "ChunkKV, the committed recipe"
 STREAMING, RANDOM = "StreamingLLM", "random chunks"
 OWN = (*RULES, STREAMING, RANDOM)
-AFTER_OWN = (
-    "ChunkKV",
-    "ChunkKV, mean over heads",
-    "ChunkKV, a choice per head",
-    "ChunkKV, fixed chunks of 10",
-    "SnapKV, heads sharing",
-    STREAMING,
-    RANDOM,
+PRESSES = (  # names of benchmarks.real.peers, which needs torch
+    "kvpress SnapKV",
+    "kvpress SnapKV, window 16",
+    "kvpress ExpectedAttention",
+    "kvpress KeyDiff",
+    "kvpress TOVA",
+    "kvpress AdaKV",
+    "kvpress AdaKV, window 16",
+    "kvpress ChunkKV",
+    "kvpress KVzip",
 )
-
-
-@dataclass(frozen=True)
-class Classes:
-    """Budgets by head class (docs/method.md): which KV heads read, and how the total is shared.
-
-    `reading` is bool [layers,Hkv]. `reading_share` and `per_10k` are in shares of 10,000.
-    """
-
-    reading: np.ndarray
-    reading_share: int
-
-    def counts(self, length: int, per_10k: int) -> tuple[int, int]:
-        """Return how many tokens a reading and a local head keep; in total what all heads would keep at N(L)."""
-        heads, reading = self.reading.size, int(self.reading.sum())
-        whole = min(length, max(LEAST, length * per_10k // 10_000))
-        least = min(length, LEAST)
-        wanted = max(LEAST, length * per_10k * self.reading_share // 10**8)
-        most = (heads * whole - (heads - reading) * least) // reading
-        first = min(length, wanted, most)
-        return first, min(length, (heads * whole - reading * first) // (heads - reading))
-
-    def mask(self, length: int, per_10k: int, chosen: np.ndarray) -> np.ndarray:
-        """Return what is kept, bool [layers,Hkv,L]: `chosen` [layers,Hkv,N] by reading heads, else recent tokens."""
-        _, local = self.counts(length, per_10k)
-        mask = np.zeros((*self.reading.shape, length), bool)
-        mask[..., :SINKS] = True
-        mask[..., length - (local - SINKS) :] = True
-        for layer, head in zip(*np.nonzero(self.reading), strict=True):
-            mask[layer, head] = False
-            mask[layer, head, chosen[layer, head]] = True
-        return mask
+ONLY_AFTER = ("kvpress KVzip", RANKED)  # they read the text for questions that come later
+MEAN, FIXED_10 = "ChunkKV, mean over heads", "ChunkKV, fixed chunks of 10"
+METHODS = ("ChunkKV", MEAN, FIXED_10, "SnapKV, heads sharing", STREAMING, RANDOM)
+VARIANTS = tuple(name for name in RULES if name not in METHODS)
+ONLY_IN = (*VARIANTS, MEAN, FIXED_10)
 
 
 def streaming(length: int, count: int, shape: tuple[int, int]) -> np.ndarray:
@@ -98,21 +73,3 @@ def random_chunks(length: int, count: int, shape: tuple[int, int], seed: int, wi
     starts = np.arange(SINKS, length - window, 10)
     chosen = select(scores, np.append(starts, length - window)[:-1], window, SINKS, count)
     return np.broadcast_to(chosen, (*shape, count))
-
-
-def layer_budgets(scores: np.ndarray, starts: np.ndarray, window: int, count: int) -> np.ndarray:
-    """Return the mask [layers,L] of one ranking of the chunks of all layers, `count` tokens per layer on average.
-
-    `scores` [layers,L-W] are those of the reread prompt; every layer keeps sinks and window.
-    """
-    layers, end = scores.shape
-    sizes = np.diff(np.append(starts, end))
-    means = np.add.reduceat(scores.astype(np.float64), starts, axis=1) / sizes
-    ranks = np.repeat(means, sizes, axis=1)
-    budget = layers * (count - window - SINKS)
-    order = np.argsort(-ranks.ravel(), kind="stable")[:budget]
-    inner = np.zeros(ranks.size, bool)
-    inner[order] = True
-    mask = np.ones((layers, end + window), bool)
-    mask[:, SINKS:end] = inner.reshape(layers, -1)
-    return mask

@@ -37,11 +37,6 @@ class Outcomes:
             mode, task, policy, keep = key.split("|")
             self._rows[mode, task, policy, int(keep)] = [_outcome(entry) for entry in entries]
 
-    def policies(self, mode: str) -> list[str]:
-        """Return the policies that were measured in a mode, the full cache first."""
-        names = dict.fromkeys(policy for at, _, policy, _ in self._rows if at == mode)
-        return sorted(names, key=lambda name: name != FULL)
-
     def keeps(self) -> list[int]:
         """Return the shares kept, per 10,000, falling; without the full cache's."""
         return sorted({keep for *_, keep in self._rows if keep < 10_000}, reverse=True)
@@ -96,17 +91,28 @@ def right_tokens(outcome: Outcome) -> float:
     return 100 * outcome.right
 
 
-def methods(outcomes: Outcomes, mode: str) -> str:
-    """Return right tokens (exact answers) in % by task and share kept."""
+def count(outcomes: Outcomes, mode: str, policy: str, keep: int) -> int:
+    """Return how many contexts a policy was measured on with all tasks."""
+    tasks = (FOLLOWS,) if mode == FOLLOWS else TASKS
+    rows = [outcomes.of(mode, task, policy, keep) for task in tasks]
+    return sum(None not in context for context in zip(*rows, strict=True))
+
+
+def methods(outcomes: Outcomes, mode: str, policies: Sequence[str]) -> str:
+    """Return right tokens (exact answers) in % by task and share kept; `n` are contexts."""
     keeps = outcomes.keeps()
-    lines = [f"| {_MODES[mode]} | {' | '.join(f'keep {keep / 100:g} %' for keep in keeps)} |"]
-    lines.append("| --- |" + " ---: |" * len(keeps))
-    for policy in outcomes.policies(mode):
+    lines = [f"| {_MODES[mode]} | n | {' | '.join(f'keep {keep / 100:g} %' for keep in keeps)} |"]
+    lines.append("| --- | ---: |" + " ---: |" * len(keeps))
+    for policy in policies:
+        counts = sorted({count(outcomes, mode, policy, keep) for keep in keeps} - {0})
         cells = []
         for keep in keeps:
             parts = [_cell(outcomes, mode, task, policy, keep) for task in TASKS]
             cells.append(" / ".join(parts) if all(parts) else "")
-        lines.append(f"| {policy} | {' | '.join(cells)} |")
+        if counts:
+            lines.append(
+                f"| {policy} | {'–'.join(map(str, counts[:: max(len(counts) - 1, 1)]))} | {' | '.join(cells)} |"
+            )
     return "\n".join(lines)
 
 
@@ -116,29 +122,49 @@ def _cell(outcomes: Outcomes, mode: str, task: str, policy: str, keep: int) -> s
     return "" if right is None or exact is None else f"{right:.0f} ({exact:.0f})"
 
 
-def differences(outcomes: Outcomes, mode: str, other: str) -> str:
+def differences(
+    outcomes: Outcomes, mode: str, policies: Sequence[str], other: str, tasks: Sequence[str] = TASKS
+) -> str:
     """Return every policy minus `other` in points of right tokens; bold where the interval leaves out zero."""
     keeps = outcomes.keeps()
-    lines = [f"| {_MODES[mode]}, against {other} | {' | '.join(f'keep {keep / 100:g} %' for keep in keeps)} |"]
+    lines = [f"| {_MODES[mode]}, minus {other} | {' | '.join(f'keep {keep / 100:g} %' for keep in keeps)} |"]
     lines.append("| --- |" + " ---: |" * len(keeps))
-    for policy in outcomes.policies(mode):
-        if policy != other:
-            cells = [outcomes.difference(mode, policy, other, keep, right_tokens, TASKS) for keep in keeps]
+    for policy in policies:
+        cells = [outcomes.difference(mode, policy, other, keep, right_tokens, tasks) for keep in keeps]
+        if policy != other and any(cells):
             lines.append(f"| {policy} | {' | '.join(interval(cell[0]) if cell else '' for cell in cells)} |")
     return "\n".join(lines)
 
 
-def perplexities(outcomes: Outcomes) -> str:
-    """Return how much the perplexity of the text that follows grows over the full cache's, in %."""
+def losses(outcomes: Outcomes, mode: str, policies: Sequence[str]) -> str:
+    """Return policies minus the full cache, by kind of question."""
     keeps = outcomes.keeps()
-    lines = [f"| text that follows | {' | '.join(f'keep {keep / 100:g} %' for keep in keeps)} |"]
+    lines = [f"| {_MODES[mode]}, minus the full cache | {' | '.join(f'keep {keep / 100:g} %' for keep in keeps)} |"]
     lines.append("| --- |" + " ---: |" * len(keeps))
-    for policy in outcomes.policies(FOLLOWS)[1:]:
-        cells = []
+    for policy in policies:
+        for name, tasks in (("codes and names", TASKS[:2]), ("copying", TASKS[2:])):
+            cells = [outcomes.difference(mode, policy, FULL, keep, right_tokens, tasks) for keep in keeps]
+            if any(cells):
+                lines.append(
+                    f"| {policy}, {name} | {' | '.join(interval(cell[0]) if cell else '' for cell in cells)} |"
+                )
+    return "\n".join(lines)
+
+
+def perplexities(outcomes: Outcomes, policies: Sequence[str]) -> str:
+    """Return how much the perplexity of the text that follows grows over the full cache's, in %."""
+    keeps = [keep for keep in outcomes.keeps() if any(count(outcomes, FOLLOWS, name, keep) for name in policies)]
+    lines = [f"| text that follows | n | {' | '.join(f'keep {keep / 100:g} %' for keep in keeps)} |"]
+    lines.append("| --- | ---: |" + " ---: |" * len(keeps))
+    for policy in policies:
+        cells, most = [], 0
         for keep in keeps:
             found = outcomes.difference(FOLLOWS, FULL, policy, keep, lambda one: one.log_probability, (FOLLOWS,))
-            cells.append("" if found is None else f"{100 * np.expm1(found[0][0]):+.1f} %".replace("-", "−"))
-        lines.append(f"| {policy} | {' | '.join(cells)} |")
+            most = max(most, found[1] if found else 0)
+            grown = [float(100 * np.expm1(nats)) for nats in found[0]] if found else None
+            cells.append("{:+.0f} % ({:+.0f} to {:+.0f})".format(*grown) if grown else "")
+        if any(cells):
+            lines.append(f"| {policy} | {most} | {' | '.join(cells)} |".replace("-", "−"))
     return "\n".join(lines)
 
 
@@ -154,5 +180,5 @@ def kept_note(outcomes: Outcomes) -> str:
     counts: dict[int, int] = {}
     for context in outcomes.contexts:
         counts[context["length"]] = counts.get(context["length"], 0) + 1
-    listed = [f"{count} of about {length:,} tokens" for length, count in sorted(counts.items())]
+    listed = [f"{number} of about {length:,} tokens" for length, number in sorted(counts.items())]
     return f"{len(outcomes.contexts)} contexts: {', '.join(listed)}"

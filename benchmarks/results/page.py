@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from benchmarks.real import page as real_page
 from benchmarks.results import pictures, tables
 from benchmarks.results.runs import ROOT
 from benchmarks.results.trials import runs_by_name
@@ -20,6 +21,7 @@ def parts(measured: dict[str, Any]) -> dict[str, str]:
     by_name = runs_by_name(measured)
     recall, other = by_name["recall"], by_name["others"]
     return {
+        "real model": real_page.render(real_page.outcomes()),
         "methods in": tables.methods(recall, "in"),
         "methods after": tables.methods(recall, "after"),
         "questions in": tables.questions(recall, "in"),

@@ -1,0 +1,56 @@
+"""Policies that need an engine of their own: `ChunkKVSession.compress` compresses, and answers are scored behind it.
+
+Nothing here is computed by the measurement: the session prefills, chooses and compacts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.real.full_cache import Scored
+from benchmarks.real.policies import RANKED, RECIPE
+from chunkkv.contexts.context import Context
+from chunkkv.evaluation.lm_eval.continuations import log_probabilities
+from chunkkv.session import ChunkKVSession
+from chunkkv_builder.build import main as build_engine
+
+
+@dataclass
+class Product:
+    """An engine, and the scorer that its prompts are compressed with; None for what the session takes by itself."""
+
+    session: ChunkKVSession
+    scorer: str | None
+    _last: tuple[tuple[bytes, int], Context] | None = None
+
+    def score(
+        self, ids: np.ndarray, keep: int, fed: Sequence[int], answer: Sequence[int], first: int
+    ) -> tuple[int, Scored]:
+        """Return the kept tokens per head of a prompt, and the scores of an answer as Engine.score gives them."""
+        key = (ids.tobytes(), keep)
+        if self._last is None or self._last[0] != key:
+            self._last = key, self.session.compress(ids.tolist(), keep_ratio=keep / 10_000, scorer=self.scorer)
+        context, executor = self._last[1], self.session.executor
+        block = np.array([*fed, *answer[:-1]], np.int64)
+        cache = executor.new_cache(1, executor.capacity_for(tuple(slots + len(block) for slots in context.slots)))
+        executor.continuer().copy(context.cache, context.slots, cache)
+        logits = executor.score_block(cache, block, context.slots, len(ids))[len(fed) + first - 1 :]
+        expected = np.array(answer[first:], np.int64)
+        right = tuple(map(int, logits.argmax(axis=1) == expected))
+        return context.kept_tokens, Scored(right, tuple(log_probabilities(logits, expected).tolist()))
+
+
+def products(folder: Path, gguf: Path, recipe: Path) -> dict[str, Product]:
+    """Return the policies with engines of their own; engines that are missing in `folder` are built there."""
+    made = {}
+    for name, flags in {RANKED: "--chunkkv_budget_split ranked", RECIPE: f"--chunkkv_recipe {recipe}"}.items():
+        place = folder / f"engine-{'ranked' if name == RANKED else 'recipe'}"
+        if not (place / "manifest.json").is_file():
+            common = f"--checkpoint_dir {gguf} --output_dir {place} --chunkkv --max_seq_len 16384 --log_level error"
+            build_engine([*common.split(), *flags.split()])
+        made[name] = Product(ChunkKVSession.from_dir(place, threads=1), "reread" if name == RANKED else None)
+    return made
