@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   := .venv
 PEERS  := .venv-peers
+OPENVINO := .venv-openvino
 TRITON := .venv-triton
 RTX    := .venv-tensorrt
 NATIVE := .venv-native
@@ -124,9 +125,12 @@ results: $(VENV)/.installed-demo
 	$(BIN)/python -m benchmarks.results
 
 # The same on SmolLM2-135M-Instruct with real text, beside kvpress's methods: hours, and it goes on where it stopped.
-results-real: $(PEERS)/.installed
+results-real: $(PEERS)/.installed $(OPENVINO)/.installed
 	PYTHONPATH=tests $(PEERS)/bin/python -c "from support.smollm2 import smollm2; smollm2()"
+	$(PEERS)/bin/python -m benchmarks.real
+	$(OPENVINO)/bin/python -m benchmarks.real.openvino_genai
 	$(PEERS)/bin/python -m benchmarks.real --output docs/benchmarks/results-real.json
+	$(PEERS)/bin/python -m benchmarks.results --page_only
 
 # docs/api.md from the docstrings; a test fails where it is out of date.
 docs: $(VENV)/.installed-test
@@ -142,11 +146,11 @@ lint: $(VENV)/.installed-test
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(TRITON) $(RTX) $(NATIVE) build dist engines/needle-*
+	rm -rf $(VENV) $(PEERS) $(OPENVINO) $(TRITON) $(RTX) $(NATIVE) build dist engines/needle-*
 
 # A virtual environment, or one line that says what is missing; the stamp is made last, so half an environment is made
 # again. Python 3.10 to 3.14 is what pyproject.toml asks for.
-$(VENV)/.created $(PEERS)/.created $(TRITON)/.created $(RTX)/.created $(NATIVE)/.created:
+$(VENV)/.created $(PEERS)/.created $(OPENVINO)/.created $(TRITON)/.created $(RTX)/.created $(NATIVE)/.created:
 	@version=$$($(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3]); \
 	sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null) || { \
 	echo "PYTHON=$(PYTHON) is $${version:-not a Python}; needed is 3.10 to 3.14, as in: make PYTHON=python3.12" >&2; exit 1; }
@@ -164,6 +168,10 @@ $(VENV)/.installed-demo: pyproject.toml $(VENV)/.created
 
 $(VENV)/.installed-test: pyproject.toml $(VENV)/.created
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@
+
+$(OPENVINO)/.installed: pyproject.toml $(OPENVINO)/.created
+	$(OPENVINO)/bin/python -m pip install --quiet --editable '.[openvino]'
 	@touch $@
 
 $(PEERS)/.installed: pyproject.toml $(PEERS)/.created

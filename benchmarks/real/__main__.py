@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.real.contexts import make_context
 from benchmarks.real.full_cache import Engine
 from benchmarks.real.measure import AFTER, FOLLOWS, IN, Measurement, measure_context, measured, wanted
-from benchmarks.real.policies import KEEPS, METHODS, PRESSES, RANKED, RECIPE, VARIANTS
+from benchmarks.real.policies import KEEPS, METHODS, OPENVINO_FILE, PRESSES, RANKED, RECIPE, VARIANTS
 from benchmarks.real.products import Product, products
 from benchmarks.real.tables import TASKS
 from benchmarks.results.runs import ROOT
@@ -107,7 +107,7 @@ def main() -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     measure(passes, arguments, path)
     if arguments.output:
-        write_whole(arguments.output, compact(measured(path)))
+        write_whole(arguments.output, compact(measured(path, path.with_name(OPENVINO_FILE))))
 
 
 def measure(passes: Sequence[Pass], arguments: argparse.Namespace, path: Path) -> None:
@@ -121,7 +121,7 @@ def measure(passes: Sequence[Pass], arguments: argparse.Namespace, path: Path) -
 
         peers = Peers(arguments.gguf, arguments.work_dir / "transformers")
     if needed & {RANKED, RECIPE}:
-        made = products(arguments.work_dir, arguments.gguf, arguments.recipe)
+        made = products(needed, arguments.work_dir, arguments.gguf, arguments.recipe)
     run = Measurement(engine(arguments.work_dir / "engine", arguments.gguf), peers, made)
     everything = [
         (

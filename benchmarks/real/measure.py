@@ -189,11 +189,11 @@ class _Prompt:
         return self.attention.kept(rule, count)
 
 
-def measured(path: Path) -> dict[str, dict[str, Any]]:
-    """Return per context the outcomes in a results file; a last line that was cut off is left out."""
+def measured(*paths: Path) -> dict[str, dict[str, Any]]:
+    """Return per context the outcomes in results files; a last line that was cut off is left out."""
     contexts: dict[str, dict[str, Any]] = {}
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    for line in text[: text.rfind("\n") + 1].splitlines():
+    texts = [path.read_text(encoding="utf-8") if path.exists() else "" for path in paths]
+    for line in (line for text in texts for line in text[: text.rfind("\n") + 1].splitlines()):
         record = json.loads(line)
         entry = contexts.setdefault(record["context"], {**record, "outcomes": {}, "seconds": 0.0})
         entry["outcomes"] |= record["outcomes"]
@@ -217,7 +217,7 @@ def measure_context(
         nonlocal start
         if pending:
             append_record(
-                path, {**_head(context), "seconds": round(time.process_time() - start, 1), "outcomes": pending}
+                path, {**context_head(context), "seconds": round(time.process_time() - start, 1), "outcomes": pending}
             )
         pending.clear()
         start = time.process_time()
@@ -231,7 +231,8 @@ def measure_context(
     flush()
 
 
-def _head(context: Context) -> dict[str, Any]:
+def context_head(context: Context) -> dict[str, Any]:
+    """Return what a record says of its context."""
     return {
         "context": context.name,
         "kind": context.kind,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.real.measure import AFTER, IN
 from benchmarks.real.policies import FULL, METHODS, PRESSES, RANKED, RECIPE, VARIANTS
-from benchmarks.real.tables import Outcomes, differences, kept_note, losses, methods, perplexities
+from benchmarks.real.tables import Outcomes, against_openvino, differences, kept_note, losses, methods, perplexities
 from benchmarks.results.runs import ROOT
 
 TEMPLATE = Path(__file__).with_name("page.md")
@@ -34,6 +34,7 @@ def render(measured: Outcomes) -> str:
         "differences in": differences(measured, IN, POLICIES, BASE),
         "differences after": differences(measured, AFTER, POLICIES, BASE),
         "against KVzip": differences(measured, AFTER, BUILT, "kvpress KVzip"),
+        "openvino": against_openvino(measured, BASE),
         "variants": differences(measured, IN, VARIANTS, BASE),
         "perplexities": perplexities(measured, POLICIES),
     }

@@ -5,6 +5,7 @@ Needs torch, transformers and kvpress (the extra "peers"). The model is the same
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,7 @@ from benchmarks.real.full_cache import FullCache, Scored
 from chunkkv.evaluation.lm_eval.continuations import log_probabilities
 
 disable_progress_bar()
+logging.getLogger("kvpress").setLevel(logging.ERROR)  # KVzip warns of its cost at every prompt
 
 MASKED_ATTENTION = "kept_by_head"
 SAFEGUARD = 0.2  # AdaKVPress's default: the share of N that every head keeps at least

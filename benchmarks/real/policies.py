@@ -54,6 +54,13 @@ PRESSES = (  # names of benchmarks.real.peers, which needs torch
     "kvpress ChunkKV",
     "kvpress KVzip",
 )
+OPENVINO_FULL = "OpenVINO GenAI, no eviction"
+OPENVINO = {  # by name, how many of the last queries choose
+    "OpenVINO GenAI, 8 queries": 8,
+    "OpenVINO GenAI, 16 queries": 16,
+}
+GREEDY = "greedy"  # the mode of what is generated instead of fed
+OPENVINO_FILE = "outcomes-openvino.jsonl"
 ONLY_AFTER = ("kvpress KVzip", RANKED)  # they read the text for questions that come later
 MEAN, FIXED_10 = "ChunkKV, mean over heads", "ChunkKV, fixed chunks of 10"
 METHODS = ("ChunkKV", MEAN, FIXED_10, "SnapKV, heads sharing", STREAMING, RANDOM)

@@ -5,7 +5,7 @@ Nothing here is computed by the measurement: the session prefills, chooses and c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,13 +44,18 @@ class Product:
         return context.kept_tokens, Scored(right, tuple(log_probabilities(logits, expected).tolist()))
 
 
-def products(folder: Path, gguf: Path, recipe: Path) -> dict[str, Product]:
-    """Return the policies with engines of their own; engines that are missing in `folder` are built there."""
+def products(names: Collection[str], folder: Path, gguf: Path, recipe: Path) -> dict[str, Product]:
+    """Return those of the policies that have engines of their own; missing engines are built in `folder`."""
     made = {}
-    for name, flags in {RANKED: "--chunkkv_budget_split ranked", RECIPE: f"--chunkkv_recipe {recipe}"}.items():
+    for name, flags, scorer in (
+        (RANKED, "--chunkkv_budget_split ranked", "reread"),
+        (RECIPE, f"--chunkkv_recipe {recipe}", None),
+    ):
+        if name not in names:
+            continue
         place = folder / f"engine-{'ranked' if name == RANKED else 'recipe'}"
         if not (place / "manifest.json").is_file():
-            common = f"--checkpoint_dir {gguf} --output_dir {place} --chunkkv --max_seq_len 16384 --log_level error"
+            common = f"--checkpoint_dir {gguf} --output_dir {place} --chunkkv --max_seq_len 8192 --log_level error"
             build_engine([*common.split(), *flags.split()])
-        made[name] = Product(ChunkKVSession.from_dir(place, threads=1), "reread" if name == RANKED else None)
+        made[name] = Product(ChunkKVSession.from_dir(place, threads=1), scorer)
     return made

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.real.measure import AFTER, FOLLOWS, IN
-from benchmarks.real.policies import FULL
+from benchmarks.real.policies import FULL, GREEDY, OPENVINO, OPENVINO_FULL
 
 TASKS = ("code", "keeper", "copy")
 RESAMPLES = 4_000
@@ -43,7 +43,8 @@ class Outcomes:
 
     def of(self, mode: str, task: str, policy: str, keep: int) -> list[Outcome | None]:
         """Return the outcomes per context; those of the full cache at every share."""
-        return self._rows.get((mode, task, policy, 10_000 if policy == FULL else keep), [None] * len(self.contexts))
+        key = (mode, task, policy, 10_000 if policy in (FULL, OPENVINO_FULL) else keep)
+        return self._rows.get(key, [None] * len(self.contexts))
 
     def mean(self, mode: str, task: str, policy: str, keep: int, value: Callable[[Outcome], float]) -> float | None:
         """Return the mean of a value over the contexts; None where nothing was measured."""
@@ -75,7 +76,8 @@ def _outcome(entry: list[Any] | None) -> Outcome | None:
     if entry is None:
         return None
     kept, right, log_probability = entry
-    return Outcome(kept, right.count("1") / len(right), "0" not in right, log_probability / len(right))
+    mean = float("nan") if log_probability is None else log_probability / len(right)
+    return Outcome(kept, right.count("1") / len(right), "0" not in right, mean)
 
 
 def bootstrap(values: Sequence[float], seed: int = 0) -> Interval:
@@ -148,6 +150,44 @@ def losses(outcomes: Outcomes, mode: str, policies: Sequence[str]) -> str:
                 lines.append(
                     f"| {policy}, {name} | {' | '.join(interval(cell[0]) if cell else '' for cell in cells)} |"
                 )
+    return "\n".join(lines)
+
+
+def against_openvino(outcomes: Outcomes, policy: str) -> str:
+    """Return exact answers in % of codes and names, and by how many points `policy` is ahead on the same contexts."""
+    tasks = TASKS[:2]
+    lines = ["| exact answers, code / keeper | n | kept | keep 20 % | ahead, 20 % | keep 10 % | ahead, 10 % |"]
+    lines.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for name in (FULL, policy, OPENVINO_FULL, *OPENVINO):
+        mode = GREEDY if "OpenVINO" in name else IN
+        cells, counts, kept = [], {0}, []
+        for keep in (2_000, 1_000):
+            pairs = [
+                [
+                    (mine, other)
+                    for mine, other, measured in zip(
+                        outcomes.of(IN, task, policy, keep),
+                        outcomes.of(mode, task, name, keep),
+                        outcomes.of(GREEDY, task, next(iter(OPENVINO)), keep),
+                        strict=True,
+                    )
+                    if mine and other and measured
+                ]
+                for task in tasks
+            ]
+            counts |= {len(pairs[0])}
+            if min(map(len, pairs)) < 2 or len(pairs[0]) != len(pairs[1]):
+                cells += ["", ""]
+                continue
+            cells.append(" / ".join(f"{100 * np.mean([other.exact for _, other in task]):.0f}" for task in pairs))
+            ahead = [
+                float(np.mean([100.0 * (mine.exact - other.exact) for mine, other in context]))
+                for context in zip(*pairs, strict=True)
+            ]
+            cells.append("" if name == policy else interval(bootstrap(ahead)))
+            kept.append(f"{np.mean([other.kept for task in pairs for _, other in task]):.0f}")
+        if any(cells):
+            lines.append(f"| {name} | {max(counts)} | {' / '.join(kept)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
