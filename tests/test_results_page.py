@@ -174,16 +174,6 @@ def test_what_the_page_says_of_short_and_long_answers_holds(answer: str, ahead: 
     assert sign(plans.FIXED, plans.TOKENS, 2_000, "in", answer=answer) == ahead
 
 
-def test_the_readme_quotes_the_page() -> None:
-    readme = (plans.ROOT / "README.md").read_text(encoding="utf-8")
-    rows = [row for row in RUNS["recall"].summary["suites"] if row["keep_ratio"] in (0.2, 1.0)]
-    by_policy = {(row["policy"], row["mode"]): tables.percent(row) for row in rows}
-    for policy, name in {**tables.NAMES, plans.TOKENS: "SnapKV, pooling 5, heads sharing"}.items():
-        if f"| {name} |" in readme:
-            assert f"| {name} | {by_policy[policy, 'in']} | {by_policy[policy, 'after']} |" in readme
-    assert readme.count("ChunkKV, fixed chunks of 10 |") == 1
-
-
 def test_what_the_page_says_of_dense_facts_holds() -> None:
     for chunks in (plans.FIXED, plans.FIXED_20, plans.CLAUSES):
         assert sign(chunks, plans.TOKENS, 1_250, "in", "others", suite="dense") < 0

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,14 @@ from typing import Any
 
 from benchmarks.real.contexts import make_context
 from benchmarks.real.full_cache import Engine
-from benchmarks.real.measure import AFTER, FOLLOWS, IN, Measurement, measure_context, measured, wanted
+from benchmarks.real.measure import AFTER, FOLLOWS, IN, Measurement, context_head, measure_context, measured, wanted
 from benchmarks.real.policies import KEEPS, METHODS, OPENVINO_FILE, PRESSES, RANKED, RECIPE, VARIANTS
 from benchmarks.real.products import Product, products
 from benchmarks.real.tables import TASKS
+from benchmarks.real.written import CONTEXTS, written
 from benchmarks.results.runs import ROOT
 from chunkkv.cli.progress import progress_bars
+from chunkkv.evaluation.records import append_record
 from chunkkv.files import write_whole
 from chunkkv.session import ChunkKVSession
 from chunkkv_builder.build import main as build_engine
@@ -135,6 +138,24 @@ def measure(passes: Sequence[Pass], arguments: argparse.Namespace, path: Path) -
         advance = begin("outcomes", sum(len(outcomes) for *_, outcomes in everything))
         for length, number, outcomes in everything:
             measure_context(run, make_context(run.engine.tokenizer, length, number), outcomes, path, advance)
+    if not arguments.lengths and not arguments.passes:
+        write_answers(run.engine, path)
+
+
+def write_answers(engine: Engine, path: Path) -> None:
+    """Write the answers that are compared with OpenVINO GenAI's, where `path` lacks them."""
+    known = measured(path)
+    places = [(length, number) for length, count in CONTEXTS.items() for number in range(count)]
+    with progress_bars(False) as begin:
+        advance = begin("contexts with written answers", len(places))
+        for length, number in places:
+            context, start = make_context(engine.tokenizer, length, number), time.process_time()
+            found = set(known.get(context.name, {}).get("outcomes", {}))
+            made = {key: [kept, right, None] for key, kept, right in written(engine, context, found)}
+            if made:
+                seconds = round(time.process_time() - start, 1)
+                append_record(path, {**context_head(context), "seconds": seconds, "outcomes": made})
+            advance(1)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,13 +18,14 @@ class FullCache:
     """Everything a policy may look at.
 
     `keys` and `values` [layers][Hkv,L,D] are rotated and uncompressed; `queries` [layers,Hq,W,D] are those of the last
-    W tokens of ids [L].
+    W tokens of ids [L]. `next_token` is the most likely one behind a prompt that was appended to.
     """
 
     ids: np.ndarray
     keys: list[np.ndarray]
     values: list[np.ndarray]
     queries: np.ndarray
+    next_token: int = -1
 
     def __len__(self) -> int:
         """Tokens of the prompt."""
@@ -66,8 +67,23 @@ class Engine:
         for sources, targets in ((full.keys, cache.keys), (full.values, cache.values)):
             for source, target in zip(sources, targets, strict=True):
                 target[0][:, :start] = source[:, :start]
-        _, queries = self._executor.step.append_prompt_block(cache, whole[start:], start)  # type: ignore[attr-defined]
-        return _full(whole, cache, queries)
+        logits, queries = self._executor.step.append_prompt_block(  # type: ignore[attr-defined]
+            cache, whole[start:], start
+        )
+        return replace(_full(whole, cache, queries), next_token=int(logits.argmax()))
+
+    def filled(self, full: FullCache, kept: np.ndarray | None, room: int) -> HostKVCache:
+        """Return a cache with what is kept of a prompt, and room behind it; `kept` as in score."""
+        size = len(full) if kept is None else kept.shape[2]
+        cache = self._prefiller.new_cache(1, size + room)
+        for sources, targets in ((full.keys, cache.keys), (full.values, cache.values)):
+            for layer, (source, target) in enumerate(zip(sources, targets, strict=True)):
+                if kept is None:
+                    target[0][:, :size] = source
+                else:
+                    for head, positions in enumerate(kept[layer]):
+                        np.take(source[head], positions, axis=0, out=target[0, head, :size])
+        return cache
 
     def score(
         self, full: FullCache, kept: np.ndarray | None, fed: Sequence[int], answer: Sequence[int], first: int
@@ -78,15 +94,8 @@ class Engine:
         empty: the first token behind a prompt comes from its prefill.
         """
         block = np.array([*fed, *answer[:-1]], np.int64)
+        cache = self.filled(full, kept, len(block))
         size = len(full) if kept is None else kept.shape[2]
-        cache = self._prefiller.new_cache(1, size + len(block))
-        for sources, targets in ((full.keys, cache.keys), (full.values, cache.values)):
-            for layer, (source, target) in enumerate(zip(sources, targets, strict=True)):
-                if kept is None:
-                    target[0][:, :size] = source
-                else:
-                    for head, positions in enumerate(kept[layer]):
-                        np.take(source[head], positions, axis=0, out=target[0, head, :size])
         logits = self._executor.score_block(cache, block, size, len(full))
         scored = logits[len(fed) + first - 1 :]
         expected = np.array(answer[first:], np.int64)

@@ -2,8 +2,8 @@
 
 python -m benchmarks.real.openvino_genai      # after benchmarks.real has made its engine and the transformers folder
 
-OpenVINO GenAI generates; it cannot be fed an answer. So the words of the answer before the value end the prompt, and
-the value is generated greedily. Needs the extra "openvino".
+OpenVINO GenAI cannot be fed an answer, so it writes one greedily, and so does ChunkKV for this comparison
+(benchmarks/real/written.py). Needs the extra "openvino".
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from benchmarks.real.contexts import Context, make_context
 from benchmarks.real.measure import context_head, measured
 from benchmarks.real.openvino_model import write_model
 from benchmarks.real.policies import GREEDY, LEAST, OPENVINO, OPENVINO_FILE, OPENVINO_FULL
+from benchmarks.real.written import CONTEXTS, KEEPS, TASKS, answer_room, holds
 from benchmarks.results.runs import ROOT
 from chunkkv.cli.progress import progress_bars
 from chunkkv.evaluation.records import append_record
 from chunkkv.session import ChunkKVSession
+from chunkkv.text.tokenizer import Tokenizer
 
 BLOCK = 32  # tokens of a block of its cache on a CPU; everything else is a multiple
-CONTEXTS = {1_000: 12, 2_000: 6}
-TASKS = ("code", "keeper")
 PROPERTIES = {
     "INFERENCE_PRECISION_HINT": "f32",
     "KV_CACHE_PRECISION": "f32",
@@ -62,26 +62,24 @@ class Generation:
     most: int
     window: int
 
-    def right(self, pipe: Any) -> str:
-        """Return per token of the value whether it is the one that is generated."""
+    def right(self, pipe: Any, tokenizer: Tokenizer) -> str:
+        """Return 1 where the greedy answer holds the value, else 0."""
         asked = next(one for one in self.context.asked if one.name == self.task)
-        prompt = (*self.context.ids, *asked.question, *asked.answer[: asked.first_scored])
-        value = asked.answer[asked.first_scored :]
         config = genai.GenerationConfig()
-        config.max_new_tokens, config.do_sample, config.ignore_eos = len(value), False, True
-        (result,) = pipe.generate([ov.Tensor(np.array([prompt], np.int64))], [config])
-        generated = result.m_generation_ids[0]
-        return "".join(str(int(index < len(generated) and generated[index] == one)) for index, one in enumerate(value))
+        config.max_new_tokens, config.do_sample = answer_room(asked), False
+        prompt = np.array([(*self.context.ids, *asked.question)], np.int64)
+        (result,) = pipe.generate([ov.Tensor(prompt)], [config])
+        return holds(tokenizer, asked, result.m_generation_ids[0])
 
 
-def generations(context: Context, keeps: tuple[int, ...]) -> Iterator[Generation]:
+def generations(context: Context) -> Iterator[Generation]:
     """Yield the answers of a context: from all tokens, and from the next multiple of a block of each share."""
     for task in TASKS:
         asked = next(one for one in context.asked if one.name == task)
         length = len(context.ids) + len(asked.question)
         yield Generation(context, task, f"{GREEDY}|{task}|{OPENVINO_FULL}|10000", 0, 0)
         for policy, window in OPENVINO.items():
-            for keep in keeps:
+            for keep in KEEPS:
                 most = -(-max(LEAST, length * keep // 10_000) // BLOCK) * BLOCK
                 yield Generation(context, task, f"{GREEDY}|{task}|{policy}|{keep}", most, window)
 
@@ -100,7 +98,7 @@ def main() -> None:
         one
         for length, count in CONTEXTS.items()
         for number in range(count)
-        for one in generations(make_context(tokenizer, length, number), (2_000, 1_000))
+        for one in generations(make_context(tokenizer, length, number))
         if one.key not in known.get(one.context.name, {}).get("outcomes", {})
     ]
     with progress_bars(False) as begin:
@@ -110,7 +108,7 @@ def main() -> None:
             for one in todo:
                 if (one.most, one.window) == (most, window):
                     start = time.process_time()
-                    right = one.right(pipe)
+                    right = one.right(pipe, tokenizer)
                     seconds = round(time.process_time() - start, 1)
                     kept = most or len(one.context.ids)
                     append_record(

@@ -7,8 +7,20 @@ import re
 from pathlib import Path
 
 from benchmarks.real.measure import AFTER, IN
-from benchmarks.real.policies import FULL, METHODS, PRESSES, RANKED, RECIPE, VARIANTS
-from benchmarks.real.tables import Outcomes, against_openvino, differences, kept_note, losses, methods, perplexities
+from benchmarks.real.policies import FULL, METHODS, PRESSES, RANKED, RECIPE, STREAMING, VARIANTS
+from benchmarks.real.tables import (
+    FEWEST,
+    TASKS,
+    Outcomes,
+    against_openvino,
+    count,
+    differences,
+    kept_note,
+    losses,
+    methods,
+    perplexities,
+    right_tokens,
+)
 from benchmarks.results.runs import ROOT
 
 TEMPLATE = Path(__file__).with_name("page.md")
@@ -39,3 +51,20 @@ def render(measured: Outcomes) -> str:
         "perplexities": perplexities(measured, POLICIES),
     }
     return re.sub(r"\{\{(.+?)\}\}", lambda place: texts[place[1]], TEMPLATE.read_text(encoding="utf-8")).rstrip()
+
+
+README = (FULL, BASE, RECIPE, RANKED, "kvpress SnapKV, window 16", "kvpress ChunkKV", "kvpress KVzip", STREAMING)
+
+
+def readme_table(measured: Outcomes) -> str:
+    """Return README's table: right tokens in %, code / keeper / copy, 20 % kept."""
+    lines = []
+    for policy in README:
+        cells = []
+        for mode in (IN, AFTER):
+            values = [measured.mean(mode, task, policy, 2_000, right_tokens) for task in TASKS]
+            known = count(measured, mode, policy, 10_000 if policy == FULL else 2_000) >= FEWEST
+            cells.append(" / ".join(f"{value:.0f}" for value in values if value is not None) if known else "–")
+        if set(cells) != {"–"}:
+            lines.append(f"| {policy} | {' | '.join(cells)} |")
+    return "\n".join(lines)

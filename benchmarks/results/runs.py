@@ -17,8 +17,8 @@ MODEL: Final = ROOT / "examples" / "needle" / "model"
 # Every setting that a default might change is named, so that the numbers stay those of these settings.
 ENGINE_FLAGS: Final = (
     "--chunkkv --chunkkv_window 32 --chunkkv_chunk_size 10 --chunkkv_sinks 4 --chunkkv_boundaries fixed "
-    "--chunkkv_pooling 1 --chunkkv_score softmax --chunkkv_leader last --chunkkv_layer_reuse 1 "
-    "--chunkkv_min_tokens 64 --max_batch_size 64"
+    "--chunkkv_pooling 1 --chunkkv_score softmax --chunkkv_head_reduce mean --chunkkv_leader last "
+    "--chunkkv_layer_reuse 1 --chunkkv_min_tokens 64 --max_batch_size 64"
 )
 FIXED, FIXED_20, CLAUSES = "chunkkv", "chunkkv:chunk_size=20", "chunkkv-delimiter:chunk_size=20"
 CLAUSES_10, LOGITS = "chunkkv-delimiter", "chunkkv:score=logits"

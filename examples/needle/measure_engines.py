@@ -54,7 +54,7 @@ def build(name: str, flags: dict[str, object], folder: Path) -> Path:
     output = folder / name.replace(", ", "-").replace(" ", "_")
     command = ["--checkpoint_dir", str(MODEL), "--output_dir", str(output), "--log_level", "error"]
     # A grid's own losses: docs/method.md has what pooling saves.
-    command += ["--chunkkv", "--chunkkv_pooling", "1", "--chunkkv_window", "32"]
+    command += ["--chunkkv", "--chunkkv_pooling", "1", "--chunkkv_window", "32", "--chunkkv_head_reduce", "mean"]
     for flag, value in flags.items():
         command += [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
     build_engine(command)

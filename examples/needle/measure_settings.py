@@ -48,6 +48,7 @@ def measure(folder: Path, name: str, examples: int) -> dict[str, list[dict[str, 
     engine = folder / "engine"
     if not (engine / "manifest.json").is_file():
         flags = "--chunkkv_window 64 --chunkkv_min_tokens 78 --chunkkv_pooling 1 --chunkkv_boundaries fixed "
+        flags += "--chunkkv_head_reduce mean "
         flags += "--chunkkv_leader last --max_batch_size 48 --log_level error"
         build_engine(["--checkpoint_dir", str(MODEL), "--output_dir", str(engine), "--chunkkv", *flags.split()])
     output = folder / name
