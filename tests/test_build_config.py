@@ -67,6 +67,10 @@ def test_the_longest_context_is_what_it_was_trained_for(variant: str, overrides:
         ({"dtype": "float16"}, "dtype 'float16' onnxruntime float32"),
         ({"weight_only_precision": "int2"}, "weight_only_precision 'int2' int8 int4"),
         ({"weight_only_activations": "int4"}, "weight_only_activations 'int4' int8 float32"),
+        (
+            {"weight_only_precision": "w8a8", "weight_only_activations": "float32"},
+            "weight_only_activations 'float32' w8a8 int4",
+        ),
         ({"weight_only_activations": "int8"}, "weight_only_precision None weight_only_activations 'int8'"),
     ],
 )

@@ -304,7 +304,7 @@ def test_a_value_out_of_range_is_named_with_what_is_allowed(
         ("chunkkv", "maybe", "is not offered; allowed is enable or disable"),
         ("backend", "tensorflow", "is not offered; allowed is auto or onnxruntime or tensorrt or tensorrt_llm"),
         ("dtype", "int8", "is not offered; allowed is auto or float32 or float16 or bfloat16"),
-        ("weight_only_precision", "int2", "is not offered; allowed is int8 or int4"),
+        ("weight_only_precision", "int2", "is not offered; allowed is int8 or int4 or w8a8"),
         ("weight_only_activations", "int4", "is not offered; allowed is int8 or float32"),
         ("log_level", "loud", "is not offered; allowed is error or warning or info or verbose or debug"),
     ],

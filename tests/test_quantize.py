@@ -12,11 +12,20 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from support import engines
 
+from chunkkv.executors.onnxruntime.graphs import load_graph
 from chunkkv_builder.checkpoint.hugging_face import HuggingFaceCheckpoint
 from chunkkv_builder.onnx_graph import quantize as rounding
 from chunkkv_builder.onnx_graph.emitter import GraphEmitter
 from chunkkv_builder.onnx_graph.projections import CONTRIB, Projections
-from chunkkv_builder.onnx_graph.quantize import BITS, BLOCK, dequantize, plain_scales, quantize, search_scales
+from chunkkv_builder.onnx_graph.quantize import (
+    BITS,
+    BLOCK,
+    dequantize,
+    plain_scales,
+    quantize,
+    quantize_channels,
+    search_scales,
+)
 from chunkkv_builder.onnx_graph.weights import WeightSource, write_weights
 
 
@@ -113,6 +122,41 @@ def test_onnxruntime_multiplies_with_the_dequantised_weight(bits):
     got = session.run(None, {"x": x})[0]
     expected = x @ dequantize(packed, scales, 96).T
     assert np.abs(got - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+def test_channels_have_their_largest_value_exactly_and_zeros_stay_zero() -> None:
+    weight = np.random.default_rng(7).standard_normal((5, 40)).astype(np.float32)
+    weight[2] = 0
+    codes, scales = quantize_channels(weight)
+    assert codes.dtype == np.int8 and codes.shape == (40, 5) and scales.shape == (5,)
+    values = codes.T * scales[:, None]
+    assert (np.abs(values - weight) <= 0.501 * scales[:, None]).all()
+    assert np.allclose(np.abs(values).max(axis=1), np.abs(weight).max(axis=1), rtol=1e-6)
+
+
+def test_products_of_whole_numbers_round_inputs_by_row_and_add_exactly(tmp_path: Path) -> None:
+    """Extreme codes would overflow sums of 16 bits."""
+    random = np.random.default_rng(8)
+    weight = random.choice(np.float32([-3, 3]), (12, 256))
+    weight[:4] = random.standard_normal((4, 256))
+    codes, scales = quantize_channels(weight)
+    arrays = {"model.a.weight.channels": codes, "model.a.weight.channel_scales": scales}
+    sources = [WeightSource(name, array.shape, str(array.dtype), array.copy) for name, array in arrays.items()]
+    model = HuggingFaceCheckpoint.open(engines.checkpoint_dir("llama3")).config
+    e = GraphEmitter()
+    project = Projections(e, model, write_weights(tmp_path / "weights", sources), "int8")
+    e.op("Identity", [project.emit("model.a", e.input("x", "float32", ["rows", 256]))], ["y"])
+    e.output("y", "float32", ["rows", 12])
+    onnx.save_model(e.model("product", opset=23, domains=[(CONTRIB, 1)]), tmp_path / "product.onnx")
+    x = random.standard_normal((9, 256)).astype(np.float32)
+    x[3], x[4], x[5] = 0, 1e-20, np.sign(x[5]) * 50
+    step = np.maximum(np.abs(x).max(axis=1, keepdims=True) / 127, 1e-30)
+    expected = (np.rint(x / step) * step).astype(np.float64) @ (codes * scales.astype(np.float64))
+    y = load_graph(tmp_path / "product.onnx", 1).run(None, {"x": x})[0]
+    # A value halfway between two codes may be rounded to either of them.
+    tolerance = 3 * step * np.abs(codes * scales).max()
+    assert (np.abs(y - expected) <= np.where(np.abs(x).max(axis=1, keepdims=True) == 0, 0, tolerance)).all()
+    assert (y[3] == 0).all()
 
 
 @pytest.mark.parametrize("hidden", [64, 80])

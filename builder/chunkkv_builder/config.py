@@ -12,11 +12,12 @@ from chunkkv.errors import ConfigError
 from chunkkv.settings import ChunkKVSettings
 from chunkkv_builder.checkpoint.model_config import ModelConfig
 
-WEIGHT_ONLY_PRECISIONS = ("int8", "int4")
+W8A8 = "w8a8"
+WEIGHT_ONLY_PRECISIONS = ("int8", "int4", W8A8)
 WEIGHT_ONLY_ACTIVATIONS = ("int8", "float32")
 DEFAULT_WEIGHT_ONLY_PRECISION = "int8"
 # The activations of each precision: ONNX Runtime has no fast product of int8 weights and float32 activations.
-DEFAULT_WEIGHT_ONLY_ACTIVATIONS = {"int8": "int8", "int4": "float32"}
+DEFAULT_WEIGHT_ONLY_ACTIVATIONS = {"int8": "int8", "int4": "float32", W8A8: "int8"}
 DEFAULT_MAX_BATCH_SIZE = 8
 DEFAULT_MAX_NUM_TOKENS = 512
 _LARGEST = {"max_batch_size": 4096, "max_num_tokens": 2**20, "max_seq_len": 2**31 - 1, "max_input_len": 2**31 - 1}
@@ -41,9 +42,11 @@ class BuildConfig:
     dtype : str, default "float32"
         Number type of weights and KV cache, one of DTYPES that the backend allows.
     weight_only_precision : str or None, default None
-        "int8" or "int4" stores the projections' weights in fewer bits; None keeps them in `dtype`.
+        "int8" or "int4" stores the weights in fewer bits, in blocks of 32. "w8a8" stores the projections in 8 bits with
+        a scale for each output, and multiplies whole numbers. None keeps them in `dtype`.
     weight_only_activations : str or None, default None
-        "int8" rounds the inputs of those projections to 8 bits, which is faster; "float32" leaves them as they are.
+        "int8" rounds the inputs of those projections to 8 bits, which is faster; "float32" leaves them as they are,
+        which "w8a8" cannot.
         Given exactly where weight_only_precision is.
     backend : str, default "onnxruntime"
         The engine that runs it, one of chunkkv.engine.backends.BACKENDS.
@@ -84,6 +87,11 @@ class BuildConfig:
             )
         self._check_weight_only("weight_only_precision", WEIGHT_ONLY_PRECISIONS)
         self._check_weight_only("weight_only_activations", WEIGHT_ONLY_ACTIVATIONS)
+        if self.weight_only_precision == W8A8 and self.weight_only_activations == "float32":
+            raise ConfigError(
+                "weight_only_activations is 'float32', but weight_only_precision w8a8 multiplies inputs of 8 bits: "
+                "leave it away, or give weight_only_precision int4"
+            )
         if (self.weight_only_precision is None) != (self.weight_only_activations is None):
             raise ConfigError(
                 f"weight_only_precision is {self.weight_only_precision!r} and weight_only_activations is "

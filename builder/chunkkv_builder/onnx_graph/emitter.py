@@ -18,6 +18,7 @@ NUMPY_TO_ONNX = {
     "int32": TensorProto.INT32,
     "int64": TensorProto.INT64,
     "uint8": TensorProto.UINT8,
+    "int8": TensorProto.INT8,
     "bool": TensorProto.BOOL,
 }
 

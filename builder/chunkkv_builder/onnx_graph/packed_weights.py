@@ -12,7 +12,13 @@ from chunkkv_builder.checkpoint.blocks import StoredBlocks
 from chunkkv_builder.checkpoint.interface import Checkpoint
 from chunkkv_builder.checkpoint.model_config import DTYPES
 from chunkkv_builder.onnx_graph import quantize
-from chunkkv_builder.onnx_graph.projections import OFFSETS_SUFFIX, PACKED_SUFFIX, SCALES_SUFFIX
+from chunkkv_builder.onnx_graph.projections import (
+    CHANNEL_SCALES_SUFFIX,
+    CHANNELS_SUFFIX,
+    OFFSETS_SUFFIX,
+    PACKED_SUFFIX,
+    SCALES_SUFFIX,
+)
 from chunkkv_builder.onnx_graph.weights import WeightSource
 
 _PROJECTIONS = "_proj.weight"
@@ -29,26 +35,31 @@ def weight_sources(checkpoint: Checkpoint, weight_only_precision: str | None = N
         Where the tensors come from.
     weight_only_precision : str or None, default None
         "int8" or "int4" packs the projections, the embedding table and the head; None keeps them float32. Blocks that
-        the checkpoint has already are packed as they are. Norms and biases always stay float32.
+        the checkpoint has already are packed as they are. "w8a8" rounds the projections to 8 bits with a scale for each
+        output, and packs the table and the head. Norms and biases always stay float32.
     """
     sources = []
     for name in checkpoint.names():
         if (bits := packed_bits(checkpoint, name, weight_only_precision)) is not None:
             sources += _packed(checkpoint, name, bits)
+        elif weight_only_precision == quantize.W8A8 and name.endswith(_PROJECTIONS):
+            sources += _by_channel(checkpoint, name)
         else:
             sources.append(WeightSource(name, checkpoint.shape(name), "float32", partial(_float32, checkpoint, name)))
     return sources
 
 
 def packed_bits(checkpoint: Checkpoint, name: str, weight_only_precision: str | None) -> int | None:
-    """Return in how many bits a tensor is packed, None for one that stays float32.
+    """Return in how many bits a tensor is packed in blocks, None for one that is not.
 
     The embedding table and the head have 8 bits, because rounding them to 4 costs much accuracy. Only blocks of 4 bits
     that the checkpoint has already are kept for int4, since nothing is rounded then.
     """
     if weight_only_precision is None:
         return None
-    bits = quantize.BITS[weight_only_precision]
+    bits = quantize.BITS.get(weight_only_precision)
+    if bits is None:
+        return max(quantize.BITS.values()) if name in _VOCABULARY else None
     if name in _VOCABULARY:
         return bits if checkpoint.stored_blocks(name, bits) is not None else max(quantize.BITS.values())
     return bits if name.endswith(_PROJECTIONS) else None
@@ -57,23 +68,32 @@ def packed_bits(checkpoint: Checkpoint, name: str, weight_only_precision: str | 
 def packing_report(checkpoint: Checkpoint, weight_only_precision: str | None) -> list[str]:
     """Return one line for each quantised type of weights that weight_sources packs.
 
-    It says whether their blocks are kept, or their values rounded a second time.
+    It says whether their blocks are kept, or their values rounded a second time. With "w8a8" all projections are.
     """
-    kept = Counter(
-        (checkpoint.stored_type(name), bits, checkpoint.stored_blocks(name, bits) is not None)
-        for name in checkpoint.names()
-        if (bits := packed_bits(checkpoint, name, weight_only_precision)) is not None
-        and checkpoint.stored_type(name) not in DTYPES
-    )
-    return [
-        f"{count} weights in {stored}: "
-        + (f"blocks kept as int{bits}" if is_kept else f"values rounded again, to int{bits}")
-        for (stored, bits, is_kept), count in sorted(kept.items())
-    ]
+    counts: Counter[tuple[str, str]] = Counter()
+    for name in checkpoint.names():
+        if (stored := checkpoint.stored_type(name)) in DTYPES:
+            continue
+        bits = packed_bits(checkpoint, name, weight_only_precision)
+        if bits is not None:
+            is_kept = checkpoint.stored_blocks(name, bits) is not None
+            counts[stored, f"blocks kept as int{bits}" if is_kept else f"values rounded again, to int{bits}"] += 1
+        elif name.endswith(_PROJECTIONS):
+            counts[stored, f"values rounded again, to {weight_only_precision}"] += 1
+    return [f"{count} weights in {stored}: {what}" for (stored, what), count in sorted(counts.items())]
 
 
 def _float32(checkpoint: Checkpoint, name: str) -> np.ndarray:
     return checkpoint.converted(name, "float32")
+
+
+def _by_channel(checkpoint: Checkpoint, name: str) -> list[WeightSource]:
+    out_features, in_features = checkpoint.shape(name)
+    parts = _OncePerPart(lambda: quantize.quantize_channels(_float32(checkpoint, name)))
+    return [
+        WeightSource(name + CHANNELS_SUFFIX, (in_features, out_features), "int8", partial(parts.take, 0)),
+        WeightSource(name + CHANNEL_SCALES_SUFFIX, (out_features,), "float32", partial(parts.take, 1)),
+    ]
 
 
 def _packed(checkpoint: Checkpoint, name: str, bits: int) -> list[WeightSource]:

@@ -5,15 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+import numpy as np
+from onnx import numpy_helper
+
 from chunkkv_builder.checkpoint.model_config import ModelConfig
 from chunkkv_builder.onnx_graph.emitter import GraphEmitter
-from chunkkv_builder.onnx_graph.quantize import BLOCK
+from chunkkv_builder.onnx_graph.quantize import BLOCK, LARGEST_CODE
 from chunkkv_builder.onnx_graph.weights import WeightLocation
 
 CONTRIB = "com.microsoft"
 PACKED_SUFFIX = ".packed"
 SCALES_SUFFIX = ".scales"
 OFFSETS_SUFFIX = ".offsets"
+CHANNELS_SUFFIX = ".channels"
+CHANNEL_SCALES_SUFFIX = ".channel_scales"
+ZERO_CODE = 128  # what stands for 0 in rounded inputs
+SMALLEST_SCALE = 1e-30  # of a row of zeros
 # accuracy_level of MatMulNBits: 1 multiplies in float32, 4 rounds the inputs to int8, too.
 ACCURACY_LEVELS = {"float32": 1, "int8": 4}
 
@@ -44,6 +51,8 @@ class Projections:
         self._e, self._model, self._weights = e, model, weights
         self._packed_activations = packed_activations
         self._sums: dict[str, str] = {}
+        self._rounded: dict[str, tuple[str, str]] = {}
+        self._zeros: str | None = None
 
     def rows(self, name: str, numbers: str, node: str) -> str:
         """Return the rows [n,in] of the weight [out,in] with the `numbers` [n]; packed ones are unpacked on the way."""
@@ -91,6 +100,9 @@ class Projections:
         bias = [e.weight(self._weights[f"{name}.bias"])] if f"{name}.bias" in self._weights else []
         packed = self._weights.get(f"{name}.weight{PACKED_SUFFIX}")
         node = node or "/" + name
+        if f"{name}.weight{CHANNELS_SUFFIX}" in self._weights:
+            result = self._by_channel(name, value, node)
+            return e.op("Add", [result, *bias]) if bias else result
         if packed is None:
             weight = e.weight(self._weights[f"{name}.weight"])
             return e.op("Gemm", [value, weight, *bias], name=node, transB=1)
@@ -114,6 +126,32 @@ class Projections:
             added = e.op("Gemm", [self._block_sums(value), e.weight(offsets), *bias], name=f"{node}/offsets", transB=1)
             return e.op("Add", [result, added])
         return e.op("Add", [result, *bias]) if bias else result
+
+    def _by_channel(self, name: str, value: str, node: str) -> str:
+        """Return value [rows,in] times a weight with a scale for each output, as a product of whole numbers."""
+        e = self._e
+        codes, scales = self._round_rows(value)
+        weight, weight_scales = (
+            e.weight(self._weights[f"{name}.weight{suffix}"]) for suffix in (CHANNELS_SUFFIX, CHANNEL_SCALES_SUFFIX)
+        )
+        inputs = [codes, weight, e.scalar(1.0), weight_scales, e.const(ZERO_CODE, "uint8")]
+        return e.op("Mul", [e.op("MatMulIntegerToFloat", inputs, name=node, domain=CONTRIB), scales])
+
+    def _round_rows(self, value: str) -> tuple[str, str]:
+        """Return `value` [rows,in] as codes of 8 bits with a scale for each row [rows,1], once for each value.
+
+        Codes are unsigned, because ONNX Runtime has no fast kernel of x86 for signed inputs.
+        """
+        if value not in self._rounded:
+            e = self._e
+            largest = e.op("ReduceMax", [e.op("Abs", [value]), e.ints(1)], keepdims=1)
+            scales = e.op("Max", [e.op("Mul", [largest, e.scalar(1 / LARGEST_CODE)]), e.scalar(SMALLEST_SCALE)])
+            of_rows = e.op("Squeeze", [scales, e.ints(1)])
+            if self._zeros is None:  # all values that are projected have one row for each token
+                zero = numpy_helper.from_array(np.array([ZERO_CODE], np.uint8))
+                self._zeros = e.op("ConstantOfShape", [e.op("Shape", [of_rows])], value=zero)
+            self._rounded[value] = e.op("QuantizeLinear", [value, of_rows, self._zeros], axis=0), scales
+        return self._rounded[value]
 
     def _block_sums(self, value: str) -> str:
         """Return the sum of each block of 32 inputs of `value` [rows,in]: [rows,in/32], once for each value."""

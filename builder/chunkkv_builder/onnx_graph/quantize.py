@@ -7,6 +7,8 @@ import numpy as np
 from chunkkv_builder.checkpoint.blocks import BLOCK
 
 BITS = {"int8": 8, "int4": 4}
+W8A8 = "w8a8"  # 8 bits with a scale for each output, multiplied with inputs of 8 bits with a scale for each token
+LARGEST_CODE = 127  # of the codes of W8A8
 SEARCHED_BITS = 4  # with 8 bits the plain scales are good enough
 # A candidate scale maps a block's largest magnitude to one of these codes. Codes end at -8 and 7: 8 is the plain rule,
 # and more clips the largest magnitude for finer steps of all others.
@@ -40,6 +42,25 @@ def quantize(weight: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     blocks = _blocks(weight)
     scales = search_scales(blocks) if bits == SEARCHED_BITS else plain_scales(blocks, bits)
     return pack(_codes(blocks, scales, bits), bits), scales
+
+
+def quantize_channels(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Quantise a weight to 8 bits with one scale for each output, as products of whole numbers need it.
+
+    Parameters
+    ----------
+    weight : ndarray
+        float32 [out, in].
+
+    Returns
+    -------
+    codes : ndarray
+        int8 [in, out], from -127 to 127.
+    scales : ndarray
+        float32 [out].
+    """
+    scales = (np.abs(weight).max(axis=1) / LARGEST_CODE).astype(np.float32)
+    return np.ascontiguousarray(np.rint(weight * _inverse(scales)[:, None]).T.astype(np.int8)), scales
 
 
 def plain_scales(blocks: np.ndarray, bits: int) -> np.ndarray:

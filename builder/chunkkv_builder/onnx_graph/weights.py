@@ -15,7 +15,7 @@ import numpy as np
 
 from chunkkv.errors import ConfigError
 
-SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8"}
+SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8", "int8": "I8"}
 
 
 @dataclass(frozen=True)
