@@ -41,9 +41,11 @@ from chunkkv.files import write_whole
 TEXT = Path(__file__).parent / "texts" / "moby_dick_chapter_1.txt"
 WORDS = (45, 95, 45, 190, 95, 380, 45, 190)  # of the prompts in turn; about 4 tokens for 3 words
 NEW = (16, 32, 24, 8)
+COMMAND = "make bench-serving"
 CLIENTS, KEEPS = (1, 8, 32), (1.0, 0.2)
 QUESTIONS = ("What does the narrator do when he feels grim?", "Why does he go to sea as a sailor?")
 START_S = 120.0
+LIMITS = ("--context_bytes", "0", "--queue_timeout_s", "600")
 
 
 @dataclass
@@ -116,11 +118,11 @@ def load_of(kind: Any, url: str, clients: int, requests: int, keep: float, proce
                 times, began = StreamTimes(), time.perf_counter()
                 body = kind.body(client_prompt(words, number), NEW[number % len(NEW)], keep)
                 with client.stream("POST", kind.path, json=body) as response:
+                    if response.status_code != 200:
+                        failures.append(f"request {number}: {response.status_code} {response.read()!r}")
                     for line in response.iter_lines():
                         if kind.is_token(line):
                             times.pieces.append(time.perf_counter() - began)
-                if len(times.pieces) == 0:
-                    failures.append(f"request {number}: {response.status_code}")
                 streams.append(times)
 
     threads = [threading.Thread(target=run) for _ in range(clients)]
@@ -210,7 +212,8 @@ def triton_server(engine_dir: Path, python: Path) -> Iterator[tuple[str, psutil.
     with tempfile.TemporaryDirectory() as folder:
         repository = ["--model_repository", f"{folder}/models"]
         base = [str(python), "-m", "chunkkv", "triton"]
-        subprocess.run([*base, "init", "--engine_dir", str(engine_dir), *repository], check=True, capture_output=True)
+        init = [*base, "init", "--engine_dir", str(engine_dir), *repository, "--queue_timeout_s", "600"]
+        subprocess.run(init, check=True, capture_output=True)
         ports = ["--http_port", str(http), "--grpc_port", str(grpc), "--metrics_port", str(metrics)]
         url = f"http://127.0.0.1:{http}"
         with running([*base, "serve", *repository, *ports], url, "/v2/models/chunkkv/ready") as process:
@@ -269,10 +272,10 @@ def main() -> None:
     parser.add_argument("--triton_python", type=Path)
     parser.add_argument("--requests", type=int, default=32, help="requests of a load; a quarter of them for one client")
     args = parser.parse_args()
-    values: dict[str, Any] = {"machine": machine(), "chunkkv": chunkkv.__version__}
+    values: dict[str, Any] = {"machine": machine(), "chunkkv": chunkkv.__version__, "command": COMMAND}
     values["conversation"] = [conversation(args.engine_dir, keep) for keep in KEEPS]
     servers: list[tuple[str, Any, Callable[[], Any]]] = [
-        ("chunkkv serve", OwnServer, lambda: own_server(args.engine_dir, "--context_bytes", "0"))
+        ("chunkkv serve", OwnServer, lambda: own_server(args.engine_dir, *LIMITS))
     ]
     if args.triton_python is not None:
         servers.append(("chunkkv triton", TritonServer, lambda: triton_server(args.engine_dir, args.triton_python)))
@@ -285,7 +288,7 @@ def main() -> None:
                     requests = args.requests // 4 if clients == 1 else args.requests
                     values[name].append(load_of(kind, url, clients, requests, keep, process))
                     print(name, json.dumps(values[name][-1]), flush=True)
-        write_whole(args.output, json.dumps(values, indent=2) + "\n")
+                    write_whole(args.output, json.dumps(values, indent=2) + "\n")
 
 
 def machine() -> str:
