@@ -1,4 +1,4 @@
-# ChunkKV-TRT in the last Triton container line that carries TensorRT-LLM 1.2.1 with its engine backend.
+# ChunkKV-TRT in a Triton container that carries TensorRT-LLM 1.2.1 with its engine backend; later ones do so too.
 #   docker build -f docker/tensorrt-llm.Dockerfile -t chunkkv-trtllm .
 # This recipe has not been run: neither the containers nor a GPU were at hand. Tried outside of them: CMake's configuration
 # with these targets, and that this backend imports without onnx and onnxruntime.
@@ -22,8 +22,6 @@ WORKDIR /opt/chunkkv/src
 COPY pyproject.toml README.md LICENSE ./
 COPY builder builder
 COPY python python
-# Ubuntu 24.04's own Python refuses pip unless told.
-ENV PIP_BREAK_SYSTEM_PACKAGES=1
 # Without dependencies, so that nothing TensorRT-LLM pinned is moved; onnx and onnxruntime serve the other backends.
 RUN pip install --no-cache-dir --no-deps . && pip install --no-cache-dir --upgrade-strategy only-if-needed \
     "ml_dtypes>=0.5,<1" "tokenizers>=0.20,<1" "jinja2>=3.1.6,<4" "rich>=13,<16" \

@@ -93,9 +93,11 @@ def test_a_good_engine_and_repository(machine: Path, tmp_path: Path) -> None:
     [
         ({"enable_kv_cache_reuse": "true"}, "enable_kv_cache_reuse", BREAKS, "second hit of a prefix fails"),
         ({"enable_kv_cache_reuse": "True"}, "enable_kv_cache_reuse", BREAKS, "True"),
-        ({"enable_kv_cache_reuse": None}, "enable_kv_cache_reuse", WARNING, "not set: the default differs"),
-        ({"enable_kv_cache_reuse": "${enable_kv_cache_reuse}"}, "enable_kv_cache_reuse", WARNING, "${enable"),
+        ({"enable_kv_cache_reuse": None}, "enable_kv_cache_reuse", BREAKS, "not set: the default differs"),
+        ({"enable_kv_cache_reuse": None}, "enable_kv_cache_reuse", BREAKS, "ends every running request"),
+        ({"enable_kv_cache_reuse": "${enable_kv_cache_reuse}"}, "enable_kv_cache_reuse", BREAKS, "${enable"),
         ({"enable_chunked_context": "true"}, "enable_chunked_context", BREAKS, "second chunk fails"),
+        ({"context_model_name": "context"}, "disaggregated serving", BREAKS, "answers are wrong"),
         (
             {"batching_strategy": "V1"},
             "batching_strategy",

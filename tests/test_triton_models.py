@@ -310,3 +310,15 @@ def test_a_reader_that_stalls_holds_up_nobody_and_is_told_what_it_missed() -> No
     events = [line for line in lines if line["event"] == "event"]
     assert len(events) >= 1000 and lines[-1]["count"] == 5000 - len(events) > 0
     assert lines[-1]["level"] == "warning" and lines[-1]["model"] == "m"
+
+
+def test_inputs_of_older_clients_and_switches_that_are_off() -> None:
+    from chunkkv.triton.models.inputs import parse_request
+
+    given = {"random_seed": np.array([[7]], np.uint64), "min_length": np.array([[2]], np.int32)}
+    given |= {name: np.array([[False]]) for name in ("return_log_probs", "return_perf_metrics")}
+    parsed = parse_request(given.get, [1, 2], (), frozenset(), 100)
+    assert (parsed.sampling.seed, parsed.sampling.min_tokens) == (7, 2)
+    given["return_context_logits"] = np.array([[True]])
+    with pytest.raises(RequestError, match="return_context_logits is True"):
+        parse_request(given.get, [1, 2], (), frozenset(), 100)

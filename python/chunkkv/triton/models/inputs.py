@@ -22,6 +22,10 @@ NEUTRAL_VALUES = {
     "length_penalty": (0.0, 1.0),
     "len_penalty": (0.0, 1.0),
     "return_log_probs": (False,),
+    "return_context_logits": (False,),
+    "return_generation_logits": (False,),
+    "return_perf_metrics": (False,),
+    "return_kv_cache_reuse_stats": (False,),
 }
 # Fields of a request that are Triton's own.
 _PROTOCOL_FIELDS = {
@@ -124,7 +128,7 @@ def _sampling(
         presence_penalty=value("presence_penalty", 0.0),
         frequency_penalty=value("frequency_penalty", 0.0),
         min_tokens=value("min_tokens", value("min_length", 0)),
-        seed=value("seed"),
+        seed=value("seed", value("random_seed")),
         stop=stop_words,
         stop_token_ids=stop_token_ids,
         ignore_eos=ignore_eos,

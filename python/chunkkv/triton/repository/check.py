@@ -29,14 +29,18 @@ _TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 # Settings that must be false, and what happens where they are true.
 _MUST_BE_FALSE = {
     "enable_kv_cache_reuse": "blocks of a compacted prompt hold other tokens than their hash says: "
-    "the second hit of a prefix fails",
-    "enable_chunked_context": "a prompt must come in one piece: its second chunk fails",
+    "the second hit of a prefix fails and ends every running request",
+    "enable_chunked_context": "a prompt must come in one piece: its second chunk fails and ends every running request",
 }
+# Disaggregated serving: what its model names, and the variables that choose how caches travel between processes.
+_DISAGGREGATED = ("context_model_name", "generation_model_name")
+_TRANSFERS = ("TRTLLM_USE_MPI_KVCACHE", "TRTLLM_USE_UCX_KVCACHE", "TRTLLM_USE_NIXL_KVCACHE")
+_NO_TRANSFER = "caches move between processes as if they were whole: answers are wrong, and nothing fails"
 # Settings with a largest value: the value, and why no larger one works.
 _LARGEST = {
     "max_beam_width": (1, "beams share a prompt's blocks"),
     "sink_token_length": (0, "ChunkKV keeps sinks"),
-    "kv_cache_host_memory_bytes": (0, "a live request's block on the host fails the step"),
+    "kv_cache_host_memory_bytes": (0, "a live request's block on the host ends every running request"),
 }
 
 
@@ -69,6 +73,9 @@ def check_repository(repository: Path, files: EngineFiles, environment: Mapping[
             findings.append(Finding.breaks(model, str(error), "repair the file"))
             continue
         parameters = string_parameters(config)
+        if files.settings is not None and any(name in parameters for name in _DISAGGREGATED):
+            change = "serve the engine without disaggregated serving"
+            findings.append(Finding.breaks(f"{model}: disaggregated serving", _NO_TRANSFER, change))
         if config.backend == BACKEND:
             runs_engine = True
             findings += _check_engine_model(model, config.max_batch_size, parameters, files)
@@ -130,7 +137,7 @@ def _must_be_false(model: str, name: str, value: str, reason: str) -> Finding:
         return Finding.breaks(check, f"{value}: {reason}", change)
     if value.lower() in _FALSE:
         return Finding.ok(check, value)
-    return Finding.warning(check, f"{value or 'not set'}: the default differs between versions", change)
+    return Finding.breaks(check, f"{value or 'not set'}: the default differs between versions; {reason}", change)
 
 
 def _check_batching(model: str, value: str) -> Finding:
@@ -176,11 +183,20 @@ def _check_python(model: str, environment: str) -> list[Finding]:
 def _check_environment(model: str, files: EngineFiles, environment: Mapping[str, str]) -> list[Finding]:
     if files.settings is None:
         return []
+    findings = [
+        Finding.breaks(f"{model}: {name}", f"{environment[name]}: {_NO_TRANSFER}", f"unset {name}")
+        for name in _TRANSFERS
+        if environment.get(name, "0") not in ("", "0")
+    ]
+    return [*findings, _check_preload(model, environment)]
+
+
+def _check_preload(model: str, environment: Mapping[str, str]) -> Finding:
     check, preload = f"{model}: LD_PRELOAD", environment.get("LD_PRELOAD", "")
     change = f"start tritonserver with LD_PRELOAD=/path/to/{LOADER_LIBRARY} (mpirun: -x LD_PRELOAD)"
     paths = [path for path in re.split(r"[:\s]+", preload) if Path(path).name.startswith("libchunkkv_tensorrt")]
     if not paths:
-        return [Finding.breaks(check, "the C++ backend finds no ChunkKV plugins in this environment", change)]
+        return Finding.breaks(check, "the C++ backend finds no ChunkKV plugins in this environment", change)
     if not Path(paths[0]).is_file():
-        return [Finding.breaks(check, f"{paths[0]} is no file", change)]
-    return [Finding.ok(check, paths[0])]
+        return Finding.breaks(check, f"{paths[0]} is no file", change)
+    return Finding.ok(check, paths[0])

@@ -108,7 +108,12 @@ def _bls_config() -> ModelConfig:
 
 def _ensemble_config() -> ModelConfig:
     config = new_config("ensemble", platform="ensemble", max_batch_size=1)
-    inputs = (*tensors.TEXT_INPUTS, *tensors.COUNT_REQUEST_INPUTS)
+    inputs = (
+        *tensors.TEXT_INPUTS,
+        *tensors.COUNT_REQUEST_INPUTS,
+        *tensors.CLIENT_INPUTS,
+        tensors.MIN_LENGTH_INPUT,
+    )
     add_tensors(config, inputs, ("text_input", "max_tokens"), tensors.TEXT_OUTPUTS)
     steps = config.ensemble_scheduling.step
     preprocessing = steps.add(model_name="preprocessing", model_version=-1)

@@ -84,8 +84,21 @@ SINGLE_OUTPUTS = (
     TensorSpec("compress_ms", "FP32"),
 )
 
+# What clients of TensorRT-LLM send beside that. Before 0.20 the seed had the first name. The others ask for outputs
+# that these models do not have, and are accepted when they are false.
+CLIENT_INPUTS = (
+    TensorSpec("random_seed", "UINT64"),
+    TensorSpec("return_log_probs", "BOOL"),
+    TensorSpec("return_context_logits", "BOOL"),
+    TensorSpec("return_generation_logits", "BOOL"),
+    TensorSpec("return_perf_metrics", "BOOL"),
+    TensorSpec("return_kv_cache_reuse_stats", "BOOL"),
+)
+# The least length of an answer, as it was called before 0.20.
+MIN_LENGTH_INPUT = TensorSpec("min_length", "INT32")
+
 # The model `tensorrt_llm_bls`: the same inputs, with TensorRT-LLM's outputs.
-BLS_INPUTS = SINGLE_INPUTS
+BLS_INPUTS = (*SINGLE_INPUTS, *CLIENT_INPUTS)
 
 # Layout `trtllm`: preprocessing, tensorrt_llm, postprocessing, and the models that join them, ensemble and BLS.
 PREPROCESSING_INPUTS = (
@@ -136,6 +149,8 @@ ENGINE_SCALAR_INPUTS = (
     TensorSpec("streaming", "BOOL"),
     *COUNT_REQUEST_INPUTS,
     *BUDGET_INPUTS,
+    *CLIENT_INPUTS,
+    MIN_LENGTH_INPUT,
 )
 ENGINE_LIST_INPUTS = (
     TensorSpec("input_ids", "INT32", (-1,)),
@@ -185,6 +200,7 @@ ENGINE_FROM_REQUEST: TensorMap = (
     ("budget_tokens", "budget_tokens"),
     ("return_num_input_tokens", "return_num_input_tokens"),
     ("return_num_output_tokens", "return_num_output_tokens"),
+    *((tensor.name, tensor.name) for tensor in (*CLIENT_INPUTS, MIN_LENGTH_INPUT)),
 )
 
 POSTPROCESSING_INPUTS = (
