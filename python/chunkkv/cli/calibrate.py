@@ -1,8 +1,9 @@
-"""chunkkv calibrate: measures settings, reuse groups and leaders on prompts, and writes a recipe for chunkkv-build."""
+"""chunkkv calibrate: finds reading heads, or settings and reuse groups, by measuring, and writes a recipe."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from chunkkv.cli.options import (
     whole_numbers,
 )
 from chunkkv.cli.progress import progress_bars
-from chunkkv.command_line import CommandParser, number, whole_number
+from chunkkv.command_line import CommandParser, UsageError, number, whole_number
 from chunkkv.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,15 +26,18 @@ if TYPE_CHECKING:
 
 _POLICIES = "chunkkv:pooling=1,chunkkv:chunk_size=20,chunkkv-delimiter:chunk_size=20,chunkkv-delimiter:chunk_size=32"
 
+_READ_AGAIN = 3  # prompts that reading heads are found on; each alone finds nearly the same
+
 
 def add_parser(program: CommandParser) -> None:
     """Add the command to the program."""
     parser = program.add_command(
         "calibrate",
-        "Find reuse groups, leaders and settings by measuring, and write them as a recipe for chunkkv-build.",
+        "Find the heads that read far and what they should keep, or with --data settings and reuse groups, by "
+        "measuring; write them as a recipe for chunkkv-build.",
         run,
-        usage="chunkkv calibrate --engine_dir DIR --data NAME|FILE [flags]",
-        required={**ENGINE_DIR, "data": "suites of chunkkv eval, or a file of JSON lines"},
+        usage="chunkkv calibrate --engine_dir DIR [flags]",
+        required=ENGINE_DIR,
     )
     add_engine_flags(parser)
     _add_prompt_flags(parser)
@@ -51,14 +55,31 @@ def add_parser(program: CommandParser) -> None:
 
 def _add_prompt_flags(parser: CommandParser) -> None:
     group = parser.add_argument_group("prompts")
-    group.add_argument("--data", metavar="NAME|FILE", help="required: suites of chunkkv eval, or a file of JSON lines")
+    group.add_argument(
+        "--data",
+        metavar="NAME|FILE",
+        help="find settings and reuse groups for these prompts: suites of chunkkv eval, or a file of JSON lines; "
+        "default: find reading heads on real text",
+    )
+    group.add_argument(
+        "--text_file",
+        type=path_argument,
+        metavar="FILE",
+        help="text of your own to find reading heads on; default: docstrings and code of Python",
+    )
+    template = group.add_mutually_exclusive_group()
+    template.add_argument(
+        "--chat",
+        action="store_true",
+        help="put the prompts into the model's chat template; the default where there is one, with wording english",
+    )
+    template.add_argument("--no_chat", action="store_true", help="use no chat template")
     group.add_argument(
         "--prompts",
         "--examples",
         type=whole_number,
-        default=64,
         metavar="N",
-        help="number of prompts to measure on; default: 64",
+        help="number of prompts to measure on; default: 12, with --data 64",
     )
     group.add_argument(
         "--lengths", default="1024", metavar="LIST", help="lengths in tokens of a suite's prompts; default: 1024"
@@ -73,9 +94,14 @@ def _add_search_flags(parser: CommandParser) -> None:
     group = parser.add_argument_group("search")
     group.add_argument(
         "--keep",
-        default="0.5,0.2,0.1",
         metavar="LIST",
-        help="shares of a prompt's tokens that are kept, each in (0, 1]; default: 0.5,0.2,0.1",
+        help="shares of a prompt's tokens that are kept, each in (0, 1]; reading heads are found for the first; "
+        "default: 0.2, with --data 0.5,0.2,0.1",
+    )
+    group.add_argument(
+        "--no_reread",
+        action="store_true",
+        help="propose nothing that needs a second reading of every prompt at run time",
     )
     group.add_argument(
         "--policies",
@@ -109,27 +135,84 @@ def _add_search_flags(parser: CommandParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Measure and write the recipe."""
+    if args.prompts is not None and args.prompts < 1:
+        raise ConfigError(f"prompts is {args.prompts}; give a whole number of at least 1")
+    check_output_file("output", args.output)
+    if args.data is None:
+        _find_heads(args)
+        return
+    if args.text_file is not None or args.no_reread:
+        flag = "text_file" if args.text_file is not None else "no_reread"
+        raise UsageError(f"--{flag} has no effect with --data: it is for finding reading heads")
+    _find_groups(args)
+
+
+def _find_heads(args: argparse.Namespace) -> None:
+    from chunkkv.engine.recipe import write_recipe
+    from chunkkv.evaluation.head_report import demand_picture, estimate_text, measurements
+    from chunkkv.evaluation.head_search import search_heads
+    from chunkkv.evaluation.requirements import settings_and_tokenizer
+    from chunkkv.evaluation.texts.calibration_texts import calibration_prompt, calibration_texts
+    from chunkkv.evaluation.texts.real_texts import file_text
+
+    keep, length = keep_ratios(args.keep or "0.2")[0], whole_numbers("lengths", args.lengths)[0]
+    session, quiet = open_session(args), args.log_level == "error"
+    _, tokenizer = settings_and_tokenizer(session)
+    chat = args.chat or (tokenizer.chat_template is not None and not args.no_chat)
+    own_text = None if args.text_file is None else file_text(args.text_file)
+    texts, count = calibration_texts(own_text), args.prompts or 12
+    prompts = [
+        calibration_prompt(tokenizer, texts, length, number, args.seed, chat) for number in range(_READ_AGAIN + count)
+    ]
+    if not quiet:
+        print(estimate_text(session, prompts, _READ_AGAIN), file=sys.stderr)
+    found_on, measured_on = prompts[:_READ_AGAIN], prompts[_READ_AGAIN:]
+    with progress_bars(quiet) as begin:
+        result = search_heads(session, found_on, measured_on, keep, begin, second_reading=not args.no_reread)
+    measured = measurements(result, [text.kind for text in texts], length, args.seed, chat)
+    write_recipe(args.output, result.recipe_settings(), len(result.demand), measured)
+    if not quiet:
+        print(demand_picture(result))
+        _print_heads(measured)
+        print(f"{args.output}: {result.chosen.candidate.name}")
+
+
+def _print_heads(measured: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"asked after compression, keep {measured['keep_ratio'] * 100:g} %, n = {measured['prompts']} prompts"
+    table = Table(title=title)
+    table.add_column("who keeps what", overflow="fold")
+    for name in ("scorer", "right tokens %", "gain in points, 95 %", "log p per token"):
+        table.add_column(name, justify="left" if name == "scorer" else "right")
+    for row in measured["rows"]:
+        gain, low, high = (f"{row[name] * 100:+.1f}" for name in ("gain", "low", "high"))
+        right, log_p = f"{row['right'] * 100:.1f}", f"{row['log_probability']:.2f}"
+        table.add_row(row["name"], row["scorer"], right, f"{gain} ({low} to {high})", log_p)
+    Console().print(table)
+
+
+def _find_groups(args: argparse.Namespace) -> None:
     from chunkkv.engine.recipe import write_recipe
     from chunkkv.evaluation.recipe_search import SearchBounds, parse_buildable_policies, search_recipe
     from chunkkv.evaluation.requirements import settings_and_tokenizer
     from chunkkv.evaluation.texts.calibration_prompts import calibration_prompts
 
-    if args.prompts < 1:
-        raise ConfigError(f"prompts is {args.prompts}; give a whole number of at least 1")
-    check_output_file("output", args.output)
     bounds = SearchBounds(args.max_group, args.max_loss, args.min_agreement)
-    keeps, lengths = keep_ratios(args.keep), whole_numbers("lengths", args.lengths)
-    session = open_session(args)
-    prompts = calibration_prompts(session, args.data, args.wording, lengths, args.prompts, args.seed)
+    keeps, lengths = keep_ratios(args.keep or "0.5,0.2,0.1"), whole_numbers("lengths", args.lengths)
+    session, chat = open_session(args), True if args.chat else False if args.no_chat else None
+    count = args.prompts or 64
+    prompts = calibration_prompts(session, args.data, args.wording, lengths, count, args.seed, chat)
     policies = parse_buildable_policies(args.policies, settings_and_tokenizer(session)[0])
     quiet = args.log_level == "error"
     with progress_bars(quiet) as begin:
         result = search_recipe(session, prompts, keeps, policies, bounds, begin)
-    measurements = result.measurements(args.data, bounds)
-    write_recipe(args.output, result.recipe_settings(), result.num_layers, measurements)
+    measured = result.measurements(args.data, bounds)
+    write_recipe(args.output, result.recipe_settings(), result.num_layers, measured)
     if not quiet:
         _print_agreement(result.agreement)
-        _print_rows(measurements)
+        _print_rows(measured)
         print(f"{args.output}: {result.chosen.name}")
 
 

@@ -30,6 +30,13 @@ def wilson(right: float, count: int, z: float = Z_95) -> tuple[float, float]:
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
+def bootstrap_mean(values: Sequence[float], resamples: int = 2000) -> tuple[float, float, float]:
+    """Return the mean of values, one per prompt, and the ends of its 95 % interval over resampled prompts."""
+    drawn = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
+    low, high = np.percentile(np.asarray(values)[drawn].mean(axis=1), [2.5, 97.5])
+    return float(np.mean(values)), float(low), float(high)
+
+
 def paired_difference(differences: Sequence[float], z: float = Z_95) -> tuple[float, float, float]:
     """Return the mean of differences in [-1, 1], one per prompt, and the ends of its interval.
 

@@ -16,6 +16,7 @@ from chunkkv.cache_layout import CacheLayout, Slots
 from chunkkv.errors import BackendUnavailableError
 from chunkkv.executors.host_cache import HostKVCache
 from chunkkv.requests import Request
+from chunkkv.rereading import Piece
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Capabilities:
         `Continuer.extend` may keep fewer tokens of that text than it has.
     rereads : bool, default False
         Prompts are scored by a second reading where requests ask for it (`Request.reread`).
+    head_lengths : bool, default False
+        `head_scorer()` works: every KV head may hold a number of tokens of its own.
     """
 
     reports_choice: bool
@@ -58,6 +61,7 @@ class Capabilities:
     window_per_request: bool = False
     compresses_turns: bool = False
     rereads: bool = False
+    head_lengths: bool = False
 
 
 @dataclass(frozen=True)
@@ -272,6 +276,28 @@ class BlockwisePrefiller(Protocol):
         `full` [1,Hkv,L,D] and `queries` come from fill(). Slots of `out` behind the kept tokens become meaningless.
         """
 
+    def reread_scores(self, full: HostKVCache, length: int, pieces: Sequence[Piece]) -> dict[int, np.ndarray]:
+        """Return what the tokens of a prompt receive from a second reading, per part that scores [H,length] float32.
+
+        `full` comes from fill() and has room for the longest piece behind the prompt. Needs capability `rereads`.
+        """
+
+
+class HeadScorer(Protocol):
+    """Scores blocks behind kept tokens that differ in number from head to head; for evaluation."""
+
+    def score_block(
+        self,
+        keys: Sequence[Sequence[np.ndarray]],
+        values: Sequence[Sequence[np.ndarray]],
+        ids: np.ndarray,
+        position: int,
+    ) -> np.ndarray:
+        """Return the logits [S,vocab] float32 after each of the tokens ids [S] int64, the first at logical `position`.
+
+        `keys` and `values` hold per layer and KV head the kept tokens [N,D] float32.
+        """
+
 
 class Continuer(Protocol[CacheT_contra]):
     """Goes on with rows whose first slots are filled; every cache here has one row. Lives as long as a call needs it.
@@ -385,6 +411,10 @@ class Executor(Protocol[CacheT]):
     def layer_lengths_decoder(self, cache: CacheT) -> Decoder:
         """Return a decoder whose steps take slots [layers,rows]; needs capability `layer_lengths`."""
         _refuse("decode over layers of different lengths")
+
+    def head_scorer(self) -> HeadScorer:
+        """Return what scores blocks behind kept tokens of any number per head; needs capability `head_lengths`."""
+        _refuse("hold another number of tokens in every head")
 
     def continuer(self) -> Continuer[CacheT]:
         """Return what goes on with filled rows; needs capability `continues_rows`."""

@@ -16,7 +16,13 @@ from chunkkv.session import ChunkKVSession
 
 
 def calibration_prompts(
-    session: ChunkKVSession, data: str, wording: str, lengths: tuple[int, ...], count: int, seed: int
+    session: ChunkKVSession,
+    data: str,
+    wording: str,
+    lengths: tuple[int, ...],
+    count: int,
+    seed: int,
+    chat: bool | None = None,
 ) -> list[PromptAndQuestions]:
     """Return the prompts to calibrate on.
 
@@ -35,6 +41,8 @@ def calibration_prompts(
         How many prompts are wanted; there are fewer where the file, or the suite's file, has fewer.
     seed : int
         Seed of a suite's texts.
+    chat : bool or None, default None
+        Whether a suite's prompts are in the model's chat template. None: where there is one, with wording english.
 
     Raises
     ------
@@ -48,20 +56,28 @@ def calibration_prompts(
     path = Path(data)
     if not data.startswith(FILE_PREFIX) and (path.suffix or path.exists()):
         return file_prompts(path, tokenizer, session.limits, count)
-    return suite_prompts(session, data, chosen, lengths, count, seed)
+    if chat is None:
+        chat = tokenizer.chat_template is not None and chosen.general
+    return suite_prompts(session, data, chosen, lengths, count, seed, chat)
 
 
 def suite_prompts(
-    session: ChunkKVSession, names: str, wording: Wording, lengths: tuple[int, ...], count: int, seed: int
+    session: ChunkKVSession,
+    names: str,
+    wording: Wording,
+    lengths: tuple[int, ...],
+    count: int,
+    seed: int,
+    chat: bool = False,
 ) -> list[PromptAndQuestions]:
     """Return `count` prompts of the named suites with their questions, dealt round-robin over all (suite, cell) pairs.
 
     Fewer where the suites are files with fewer examples.
     """
     settings, tokenizer = settings_and_tokenizer(session)
-    frame = PromptFrame(tokenizer, chat=False)
+    frame = PromptFrame(tokenizer, chat=chat)
     cells = []
-    for suite in parse_suites(names, session, wording):
+    for suite in parse_suites(names, session, wording, chat):
         check_suite(suite, wording.general)
         cells += [(suite, cell) for cell in suite.cells(lengths, settings)]
     prompts: list[PromptAndQuestions] = []

@@ -78,7 +78,7 @@ def real_text(kind: str) -> RealText:
 
         return RealText(kind, "\n\n".join(topics[name] for name in sorted(topics)))
     if kind == "code":
-        return RealText(kind, "\n".join(_source(name) for name in _CODE), comment="# ")
+        return RealText(kind, "\n".join(module_source(name) for name in _CODE), comment="# ")
     raise ConfigError(f"text is {kind!r}; there are {', '.join(KINDS)}")
 
 
@@ -90,7 +90,7 @@ def file_text(path: Path) -> RealText:
     return RealText("file", text)
 
 
-def _source(module: str) -> str:
+def module_source(module: str) -> str:
     """Return the source of a module of the standard library."""
     found = importlib.util.find_spec(module)
     if found is None or found.origin is None or not found.origin.endswith(".py"):

@@ -19,6 +19,7 @@ from chunkkv.executors.interface import Capabilities, Executor
 from chunkkv.executors.onnxruntime.continuation import OnnxRuntimeContinuer
 from chunkkv.executors.onnxruntime.decode import OnnxRuntimeDecoder
 from chunkkv.executors.onnxruntime.graphs import OnnxRuntimeCompress, OnnxRuntimeStep
+from chunkkv.executors.onnxruntime.head_lengths import HeadLengthsScorer
 from chunkkv.executors.onnxruntime.layer_lengths import LayerLengthsDecoder, load_layer_lengths_graph
 from chunkkv.executors.onnxruntime.prefill import OnnxRuntimePrefiller
 from chunkkv.executors.onnxruntime.rereading import OnnxRuntimeReread
@@ -52,6 +53,7 @@ class OnnxRuntimeExecutor(Executor[HostKVCache]):
         compresses_turns=True,
         elastic_rows=os.name == "posix",
         rereads=True,
+        head_lengths=True,
     )
 
     def __init__(
@@ -115,6 +117,10 @@ class OnnxRuntimeExecutor(Executor[HostKVCache]):
     def score_block(self, cache: HostKVCache, ids: np.ndarray, slot: int | Sequence[int], position: int) -> np.ndarray:
         """Append a block of tokens to a cache of one row and return the logits after each; see Executor."""
         return self.step.append_scored_block(cache, ids, slot, position)
+
+    def head_scorer(self) -> HeadLengthsScorer:
+        """Return what scores blocks behind kept tokens of any number per head; for evaluation. It is made anew."""
+        return HeadLengthsScorer(self.step)
 
     def layer_lengths_decoder(self, cache: HostKVCache) -> OnnxRuntimeDecoder:
         """Return a decoder for a cache whose layers are filled to different lengths; for evaluation.

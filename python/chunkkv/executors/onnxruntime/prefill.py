@@ -14,6 +14,7 @@ from chunkkv.executors.interface import CancelSignal, Choice, Prefiller, Prefill
 from chunkkv.executors.onnxruntime.graphs import OnnxRuntimeCompress, OnnxRuntimeStep
 from chunkkv.executors.onnxruntime.rereading import OnnxRuntimeReread
 from chunkkv.requests import Request
+from chunkkv.rereading import Piece
 
 
 class OnnxRuntimePrefiller(Prefiller[HostKVCache]):
@@ -108,6 +109,13 @@ class OnnxRuntimePrefiller(Prefiller[HostKVCache]):
         if self._compress_graph.takes_scores:
             raise EngineMismatchError("this engine was built with score 'given' and needs scorer 'reread'")
         return self._compress_graph.run(full, queries, ids, keep_per_10k, budget_tokens, out, window)
+
+    def reread_scores(self, full: HostKVCache, length: int, pieces: Sequence[Piece]) -> dict[int, np.ndarray]:
+        """Return what the tokens of a prompt receive from a second reading; see BlockwisePrefiller.reread_scores."""
+        scores = self.reread.no_scores(length)
+        for _ in self.reread.read(full, length, pieces, scores):
+            pass
+        return scores
 
     @property
     def reread(self) -> OnnxRuntimeReread:
