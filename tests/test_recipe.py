@@ -137,3 +137,13 @@ def test_a_build_reads_it(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert found is not None and found.layer_groups == ((0, 1), (2,)) and found.keep_ratio == 0.3
     message = run(*line, "--chunkkv_recipe", recipe).error(2)
     assert message == "--chunkkv_recipe has no effect without --chunkkv: add it"
+
+
+@pytest.mark.parametrize(("name", "policy"), [("recipe.json", "chunks"), ("recipe-static.json", "recent")])
+def test_the_recipes_of_smollm2_are_for_a_fifth_of_the_cache(name: str, policy: str) -> None:
+    path = Path(__file__).resolve().parent.parent / "examples" / "smollm2" / name
+    words = ["--checkpoint_dir", "c", "--chunkkv", "--chunkkv_recipe", str(path), "--chunkkv_keep_ratio", "0.2"]
+    found = chunkkv_settings(parse(words), 30, num_kv_heads=3)
+    assert found is not None and found.local_policy == policy and sum(map(len, found.reading_heads)) == 12
+    reading, local = found.class_lengths(1_000)
+    assert reading == 1_000 and 0 <= 90 * 200 - (12 * reading + 78 * local) < 78

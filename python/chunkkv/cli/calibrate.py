@@ -50,6 +50,12 @@ def add_parser(program: CommandParser) -> None:
         metavar="FILE",
         help="the recipe to write; default: recipe.json",
     )
+    output.add_argument(
+        "--output_static",
+        type=path_argument,
+        metavar="FILE",
+        help="also write the best proposal for reading heads that needs no second reading at run time",
+    )
     add_log_level(output)
 
 
@@ -99,6 +105,9 @@ def _add_search_flags(parser: CommandParser) -> None:
         "default: 0.2, with --data 0.5,0.2,0.1",
     )
     group.add_argument(
+        "--heads", type=whole_number, metavar="N", help="how many KV heads read; default: the best of three numbers"
+    )
+    group.add_argument(
         "--no_reread",
         action="store_true",
         help="propose nothing that needs a second reading of every prompt at run time",
@@ -138,11 +147,14 @@ def run(args: argparse.Namespace) -> None:
     if args.prompts is not None and args.prompts < 1:
         raise ConfigError(f"prompts is {args.prompts}; give a whole number of at least 1")
     check_output_file("output", args.output)
+    if args.output_static is not None:
+        check_output_file("output_static", args.output_static)
     if args.data is None:
         _find_heads(args)
         return
-    if args.text_file is not None or args.no_reread:
-        flag = "text_file" if args.text_file is not None else "no_reread"
+    of_heads = {"text_file": args.text_file, "no_reread": args.no_reread, "output_static": args.output_static}
+    of_heads["heads"] = args.heads
+    for flag in (flag for flag, value in of_heads.items() if value):
         raise UsageError(f"--{flag} has no effect with --data: it is for finding reading heads")
     _find_groups(args)
 
@@ -168,13 +180,18 @@ def _find_heads(args: argparse.Namespace) -> None:
         print(estimate_text(session, prompts, _READ_AGAIN), file=sys.stderr)
     found_on, measured_on = prompts[:_READ_AGAIN], prompts[_READ_AGAIN:]
     with progress_bars(quiet) as begin:
-        result = search_heads(session, found_on, measured_on, keep, begin, second_reading=not args.no_reread)
-    measured = measurements(result, [text.kind for text in texts], length, args.seed, chat)
-    write_recipe(args.output, result.recipe_settings(), len(result.demand), measured)
+        result = search_heads(session, found_on, measured_on, keep, begin, not args.no_reread, args.heads)
+    written = {args.output: result.best()}
+    if args.output_static is not None:
+        written[args.output_static] = result.best(reread=False)
+    for path, chosen in written.items():
+        measured = measurements(result, chosen, [text.kind for text in texts], length, args.seed, chat)
+        write_recipe(path, result.recipe_settings(chosen), len(result.demand), measured)
     if not quiet:
         print(demand_picture(result))
         _print_heads(measured)
-        print(f"{args.output}: {result.chosen.candidate.name}")
+        for path, chosen in written.items():
+            print(f"{path}: {chosen.candidate.name}")
 
 
 def _print_heads(measured: dict[str, Any]) -> None:

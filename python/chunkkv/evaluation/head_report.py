@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from chunkkv.evaluation.head_search import BUDGET_SHARES, HeadSearchResult
+from chunkkv.evaluation.head_search import BUDGET_SHARES, HeadSearchResult, MeasuredHeads
 from chunkkv.evaluation.run_time import duration
 from chunkkv.evaluation.texts.calibration_texts import CalibrationPrompt
 from chunkkv.limits import KEEP_SCALE
@@ -56,13 +56,17 @@ def demand_picture(result: HeadSearchResult) -> str:
     return "\n".join(lines)
 
 
-def measurements(result: HeadSearchResult, texts: Sequence[str], length: int, seed: int, chat: bool) -> dict[str, Any]:
+def measurements(
+    result: HeadSearchResult, chosen: MeasuredHeads, texts: Sequence[str], length: int, seed: int, chat: bool
+) -> dict[str, Any]:
     """Return as JSON values what a recipe says of how its heads were found.
 
     Parameters
     ----------
     result : HeadSearchResult
         The search.
+    chosen : MeasuredHeads
+        The proposal that the recipe has.
     texts : sequence of str
         The kinds of text that prompts were cut from.
     length : int
@@ -79,10 +83,10 @@ def measurements(result: HeadSearchResult, texts: Sequence[str], length: int, se
         "chat": chat,
         "found_on_prompts": len(result.per_prompt),
         "heads_found_by_every_prompt": result.agreement(),
-        "prompts": len(result.chosen.right),
+        "prompts": len(chosen.right),
         "keep_ratio": result.keep_per_10k / KEEP_SCALE,
         "asked": "after compression",
-        "chosen": result.chosen.candidate.name,
+        "chosen": chosen.candidate.name,
         "rows": result.rows(),
         "demand": result.demand.round(3).tolist(),
     }

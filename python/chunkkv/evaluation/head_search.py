@@ -56,21 +56,27 @@ class HeadSearchResult:
         The same for each prompt that was read again [prompts,layers,H].
     measured : tuple of MeasuredHeads
         All candidates, the full cache first and the engine's own settings second.
-    chosen : MeasuredHeads
-        The proposal.
     keep_per_10k : int
-        The keep ratio that it was found for, in shares of 10,000.
+        The keep ratio that they were proposed for, in shares of 10,000.
     """
 
     demand: np.ndarray
     per_prompt: np.ndarray
     measured: tuple[MeasuredHeads, ...]
-    chosen: MeasuredHeads
     keep_per_10k: int
 
-    def recipe_settings(self) -> dict[str, Any]:
-        """Return the proposal under the names of chunkkv-build's flags."""
-        settings = self.chosen.candidate.settings
+    def best(self, reread: bool = True) -> MeasuredHeads:
+        """Return what answers best; with reread=False of those that need no second reading at run time."""
+        return max((one for one in self.measured[1:] if reread or not one.candidate.reread), key=_merit)
+
+    @property
+    def chosen(self) -> MeasuredHeads:
+        """The proposal."""
+        return self.best()
+
+    def recipe_settings(self, chosen: MeasuredHeads) -> dict[str, Any]:
+        """Return a proposal under the names of chunkkv-build's flags."""
+        settings = chosen.candidate.settings
         assert settings is not None
         values: dict[str, Any] = {name: getattr(settings, name) for name in RECIPE_SETTINGS if name != "leader"}
         values |= {"head_reduce": settings.head_reduce, "layer_reuse": "1", "min_tokens": settings.min_tokens}
@@ -87,7 +93,7 @@ class HeadSearchResult:
         return [
             {
                 "name": one.candidate.name,
-                "scorer": _scorer_name(one.candidate),
+                "scorer": scorer_name(one.candidate),
                 "right": round(float(np.mean(one.right)), 4),
                 "log_probability": round(float(np.mean(one.log_probability)), 4),
                 **dict(zip(("gain", "low", "high"), _gain(one, base), strict=True)),
@@ -113,6 +119,7 @@ def search_heads(
     keep_per_10k: int,
     begin: BeginStep = lambda name, total: lambda: None,
     second_reading: bool = True,
+    count: int | None = None,
 ) -> HeadSearchResult:
     """Find the reading heads on some prompts, and measure proposals on others, asked after compression.
 
@@ -128,6 +135,8 @@ def search_heads(
         Told of every step and its number of prompts, and called back after each of them.
     second_reading : bool, default True
         Whether to propose what needs scorer "reread" at run time.
+    count : int or None, default None
+        How many heads read; None tries several numbers.
 
     Raises
     ------
@@ -147,14 +156,13 @@ def search_heads(
         HeadCandidate(ENGINE, prober.settings),
         *(
             one
-            for one in proposals(prober.settings, demand, keep_per_10k)
-            if second_reading or _scorer_name(one) != "reread"
+            for one in proposals(prober.settings, demand, keep_per_10k, count)
+            if second_reading or scorer_name(one) != "reread"
         ),
     ]
     measured = _measure(prober, measured_on, candidates, keep_per_10k, begin)
     check_full_cache(measured[0])
-    chosen = max(measured[1:], key=_merit)
-    return HeadSearchResult(demand, per_prompt, tuple(measured), chosen, keep_per_10k)
+    return HeadSearchResult(demand, per_prompt, tuple(measured), keep_per_10k)
 
 
 def check_full_cache(full: MeasuredHeads) -> None:
@@ -168,22 +176,28 @@ def check_full_cache(full: MeasuredHeads) -> None:
         )
 
 
-def proposals(engine: ChunkKVSettings, demand: np.ndarray, keep_per_10k: int) -> list[HeadCandidate]:
+def proposals(
+    engine: ChunkKVSettings, demand: np.ndarray, keep_per_10k: int, count: int | None = None
+) -> list[HeadCandidate]:
     """Return settings with classes of heads, and one ranking of all layers.
 
-    Reading heads keep everything at `keep_per_10k`; there are as many as the shares of the budget in BUDGET_SHARES
-    allow. Local heads keep recent tokens without any scores, or the chunks of a second reading.
+    Reading heads keep everything at `keep_per_10k`; there are `count` of them, or as many as BUDGET_SHARES allow. Local
+    heads keep recent tokens without any scores, or the chunks of a second reading.
     """
     layers, heads = demand.shape
     least = engine.window + engine.sinks + engine.chunk_size
     plain = dataclasses.replace(engine, min_tokens=least, keep_per_10k=keep_per_10k, budget_tokens=0)
     share = min(KEEP_SCALE * KEEP_SCALE // keep_per_10k, _LARGEST_SHARE)
     found = []
-    for count in sorted({round(demand.size * KEEP_SCALE * part / share) for part in BUDGET_SHARES}):
-        if not 0 < count < demand.size:
-            continue
-        reading = _by_layer(_largest(demand, count), layers, heads)
-        local = round((demand.size * KEEP_SCALE - count * share) / (demand.size - count))
+    most = demand.size * KEEP_SCALE // share
+    if count is not None and not 0 < count <= most:
+        raise ConfigError(
+            f"heads is {count}; 1 to {most} of {demand.size} heads can keep everything at this keep ratio"
+        )
+    counts = {round(demand.size * KEEP_SCALE * part / share) for part in BUDGET_SHARES} if count is None else {count}
+    for number in sorted(counts - {0}):
+        reading = _by_layer(_largest(demand, number), layers, heads)
+        local = round((demand.size * KEEP_SCALE - number * share) / (demand.size - number))
         for policy, reread in (("recent", False), ("chunks", True)):
             settings = dataclasses.replace(
                 plain,
@@ -195,7 +209,7 @@ def proposals(engine: ChunkKVSettings, demand: np.ndarray, keep_per_10k: int) ->
                 local_policy=policy,
             )
             others = "others sinks and recent tokens" if policy == "recent" else "others chunks"
-            found.append(HeadCandidate(f"{count} of {demand.size} heads read, {others}", settings, reread))
+            found.append(HeadCandidate(f"{number} of {demand.size} heads read, {others}", settings, reread))
     ranked = dataclasses.replace(plain, budget_split="ranked")
     return [*found, HeadCandidate("one ranking of all layers", ranked, True)]
 
@@ -210,7 +224,7 @@ def _measure(
     """Return what every candidate answers, asked after compression."""
     advance, answers = begin("answers", len(prompts)), []
     for prompt in prompts:
-        probe = prober.probe(prompt)
+        probe = prober.probe(prompt, reread=any(one.reread for one in candidates))
         answers.append([prober.answers(probe, _kept(one, probe, keep_per_10k)) for one in candidates])
         advance()
     return [
@@ -243,7 +257,8 @@ def _gain(one: MeasuredHeads, base: MeasuredHeads) -> list[float]:
     return [round(value, 4) for value in bootstrap_mean(differences)]
 
 
-def _scorer_name(candidate: HeadCandidate) -> str:
+def scorer_name(candidate: HeadCandidate) -> str:
+    """Return the scorer that a context of such an engine needs; "none" where nothing is scored."""
     settings = candidate.settings
     if settings is None or (settings.budget_split == "classes" and settings.local_policy == "recent"):
         return "none"

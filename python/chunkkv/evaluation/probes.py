@@ -14,7 +14,7 @@ from chunkkv.errors import ConfigError
 from chunkkv.evaluation.lm_eval.continuations import log_probabilities
 from chunkkv.evaluation.requirements import settings_and_tokenizer
 from chunkkv.evaluation.texts.calibration_texts import AnswerTask, CalibrationPrompt
-from chunkkv.executors.interface import HeadScorer
+from chunkkv.executors.inside import HeadScorer
 from chunkkv.reference_layers import head_classes, select_ranked
 from chunkkv.rereading import pieces_of
 from chunkkv.session import ChunkKVSession
@@ -118,6 +118,7 @@ class Probe:
             settings.window,
             settings.pooling,
             settings.score,
+            value=self.values[layer][list(heads)] if settings.value_norm == "on" else None,
             window_reduce=settings.window_reduce,
             head_reduce=settings.head_reduce,
         )
@@ -190,4 +191,9 @@ def check_prober_settings(settings: ChunkKVSettings) -> None:
         raise ConfigError(
             f"budget_split is {settings.budget_split!r} with layer groups {settings.layer_groups}; calibration looks "
             "at every head of every layer: build the engine with --chunkkv alone, without a recipe"
+        )
+    if settings.heads != "shared":
+        raise ConfigError(
+            f"heads is {settings.heads!r}; reading heads are found where the heads of a class keep the same tokens: "
+            "build the engine with --chunkkv_heads shared"
         )

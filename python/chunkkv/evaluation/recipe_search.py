@@ -12,6 +12,7 @@ import numpy as np
 from chunkkv.engine.layer_groups import layer_groups
 from chunkkv.errors import ConfigError
 from chunkkv.evaluation.calibration import FULL_CACHE, Advance, Calibration, Candidate, Groups, MeasuredCandidate
+from chunkkv.evaluation.full_cache_check import WEAK_BELOW
 from chunkkv.evaluation.policies import Policy, parse_policies
 from chunkkv.evaluation.statistics import paired_difference, wilson
 from chunkkv.evaluation.texts.questions import PromptAndQuestions
@@ -148,6 +149,12 @@ def _search_by_answers(
     """Return the best candidate, all that were measured, and the agreement of layers."""
     count, layers = calibration.num_prompts, calibration.num_layers
     full = calibration.full(begin(FULL_CACHE, count))
+    if full.accuracy < WEAK_BELOW:
+        raise ConfigError(
+            f"the full cache answers {full.accuracy:.0%} of {count} prompts right, less than {WEAK_BELOW:.0%}: a "
+            "recipe would rest on no evidence. Give shorter prompts, or the chat template of a model that was tuned "
+            "for instructions (--chat)"
+        )
     ungrouped = [Candidate(ENGINE_NAME, calibration.engine)]
     ungrouped += [Candidate(policy.name, policy.settings) for policy in policies]
     singles = calibration.measure(ungrouped, begin("settings", count))

@@ -1,0 +1,199 @@
+"""Reading heads: probes keep what built engines keep, proposals add up, and no proposal rests on no evidence."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support import engines
+from support.builds import CommandLine
+from support.class_engines import CLASSES, KV_HEADS, LAYERS, LIMITS, session, settings_of
+from support.tiny_tokenizers import write_tokenizer
+
+from chunkkv import ChunkKVSession
+from chunkkv.cli.main import main
+from chunkkv.engine.recipe import read_recipe, write_recipe
+from chunkkv.errors import ConfigError
+from chunkkv.evaluation import head_search
+from chunkkv.evaluation.head_report import demand_picture, measurements
+from chunkkv.evaluation.head_search import proposals, search_heads
+from chunkkv.evaluation.probes import Prober, check_prober_settings
+from chunkkv.evaluation.texts.calibration_texts import (
+    AnswerTask,
+    CalibrationPrompt,
+    calibration_prompt,
+    calibration_texts,
+)
+from chunkkv.settings import ChunkKVSettings
+from chunkkv.text.tokenizer import Tokenizer
+
+SPLITS: dict[str, dict[str, Any]] = {
+    "uniform": {},
+    "max over heads": {"head_reduce": "max", "value_norm": "on"},
+    "pairs": {"layer_groups": ((0, 1), (2,)), "leaders": (1, 2)},
+    "classes": CLASSES,
+    "classes of chunks": {**CLASSES, "local_policy": "chunks"},
+    "ranked": {"budget_split": "ranked"},
+}
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> CommandLine:
+    return CommandLine(capsys, main)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_tokenizer(folder, "byte_level")
+    return Tokenizer.from_dir(folder)
+
+
+def engine_of(tokenizer: Tokenizer, **changes: Any) -> ChunkKVSession:
+    made = session(settings_of(**changes))
+    return ChunkKVSession(made.executor, made.settings, LIMITS, tokenizer)
+
+
+def prompt(seed: int, length: int = 90) -> CalibrationPrompt:
+    def ids(count: int, salt: int) -> tuple[int, ...]:
+        return tuple(np.random.default_rng([seed, salt]).integers(10, 250, count).tolist())
+
+    tasks = (AnswerTask("code", ids(6, 1), ids(5, 2), 2), AnswerTask("copy", ids(4, 3), ids(7, 4), 1))
+    return CalibrationPrompt(ids(length, 0), tasks)
+
+
+@pytest.mark.parametrize("scorer", ["window", "reread"])
+@pytest.mark.parametrize("name", SPLITS)
+def test_a_probe_keeps_and_answers_as_a_built_engine(name: str, scorer: str, tokenizer: Tokenizer) -> None:
+    made = engine_of(tokenizer, **SPLITS[name])
+    prober, asked = Prober(engine_of(tokenizer)), prompt(1)
+    assert made.settings is not None
+    probe = prober.probe(asked)
+    kept = probe.kept(made.settings, 4_000, scorer == "reread")
+    context = made.compress(list(asked.ids), keep_ratio=0.4, scorer=scorer)
+    counts = {len(kept[part.layer][head]) for part in context.cache.layout.parts for head in part.kv_heads}  # type: ignore[attr-defined]
+    assert counts == set(context.slots)
+    for number, part in enumerate(made.executor.cache_layout.parts):
+        for place, head in enumerate(part.kv_heads):
+            positions = kept[part.layer][head]
+            held = context.cache.keys[number][0, place, : len(positions)]  # type: ignore[attr-defined]
+            np.testing.assert_array_equal(held, probe.keys[part.layer][head][positions])
+    for task, answered in zip(asked.tasks, prober.answers(probe, kept), strict=True):
+        block = np.array([*task.question, *task.answer[:-1]])
+        executor = made.executor
+        cache = executor.new_cache(1, executor.capacity_for(tuple(count + len(block) for count in context.slots)))
+        executor.continuer().copy(context.cache, context.slots, cache)
+        logits = executor.score_block(cache, block, context.slots, len(context))
+        scored = logits[len(task.question) + task.first_scored - 1 :].astype(np.float64)
+        expected = list(task.answer[task.first_scored :])
+        log_p = scored[np.arange(len(expected)), expected] - np.log(np.exp(scored).sum(axis=1))
+        assert answered.right == (scored.argmax(axis=1) == expected).mean()
+        np.testing.assert_allclose(answered.log_probability, log_p.mean(), rtol=1e-4)
+
+
+def test_everything_kept_is_the_full_cache(tokenizer: Tokenizer) -> None:
+    prober, asked = Prober(engine_of(tokenizer)), prompt(2)
+    probe = prober.probe(asked, reread=False)
+    everything = [[np.arange(len(probe))] * KV_HEADS] * LAYERS
+    assert prober.answers(probe, None) == prober.answers(probe, everything)
+
+
+def test_demand_is_the_share_that_a_head_wins() -> None:
+    probe = object.__new__(head_search.Probe)
+    probe.received = np.zeros((2, 2, 10), np.float32)
+    probe.received[0, 0] = 0.9
+    probe.received[1, 1, :4] = 0.8
+    probe.received[1, 0] = np.linspace(0, 0.1, 10)
+    np.testing.assert_allclose(probe.demand(3_500), [[1.0, 0.0], [0.0, 0.4]])
+    np.testing.assert_allclose(probe.demand(4_000).sum() * 10, 16)
+
+
+def test_proposals_keep_what_was_asked_for_in_total() -> None:
+    engine = ChunkKVSettings(layer_groups=tuple((layer,) for layer in range(30)), boundaries="delimiter", chunk_size=20)
+    demand = np.random.default_rng(0).random((30, 3))
+    found = proposals(engine, demand, 2_000)
+    assert [one.name.split(" heads")[0] for one in found[::2]][:3] == ["8 of 90", "12 of 90", "15 of 90"]
+    for one in found:
+        assert one.settings is not None and one.settings.min_tokens == 40
+        if one.settings.budget_split != "classes":
+            continue
+        reading, local = one.settings.class_lengths(2_000, 2_000)
+        count = sum(map(len, one.settings.reading_heads))
+        assert reading == 2_000, "reading heads keep everything at the ratio they were proposed for"
+        assert 0 <= 90 * 400 - (count * reading + (90 - count) * local) < 90
+        chosen = {demand[layer, head] for layer, heads in enumerate(one.settings.reading_heads) for head in heads}
+        assert chosen == set(np.sort(demand.ravel())[-count:])
+
+
+def test_a_search_writes_a_recipe_that_builds(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model with random weights answers nothing, so the check of the full cache is left out here."""
+    monkeypatch.setattr(head_search, "check_full_cache", lambda full: None)
+    steps: list[tuple[str, int]] = []
+
+    def begin(name: str, total: int) -> Any:
+        steps.append((name, total))
+        return lambda: None
+
+    engine = engine_of(tokenizer)
+    result = search_heads(engine, [prompt(3), prompt(4)], [prompt(5), prompt(6)], 4_000, begin)
+    assert steps == [("second reading", 2), ("answers", 2)] and result.demand.shape == (LAYERS, KV_HEADS)
+    best = max(np.mean(one.log_probability) for one in result.measured[1:])
+    assert np.mean(result.chosen.log_probability) == best
+    values = measurements(result, result.chosen, ["docstrings"], 90, 1, True)
+    json.dumps(values)
+    assert values["rows"][1]["gain"] == 0 and values["found_on_prompts"] == 2
+    write_recipe(tmp_path / "r.json", result.recipe_settings(result.chosen), LAYERS, values)
+    read = read_recipe(tmp_path / "r.json", LAYERS)
+    assert read["budget_split"] == result.chosen.candidate.settings.budget_split  # type: ignore[union-attr]
+    picture = demand_picture(result)
+    assert len([line for line in picture.splitlines() if line.startswith("head ")]) == KV_HEADS
+    assert head_search.scorer_name(result.best(reread=False).candidate) != "reread"
+    static = search_heads(engine, [prompt(3)], [prompt(5)], 4_000, second_reading=False)
+    assert {row["scorer"] for row in static.rows()} == {"none", "window"}
+
+
+def test_nothing_is_proposed_where_the_full_cache_answers_too_little(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ConfigError, match=r"the full cache answers .* would rest on no evidence"):
+        search_heads(engine_of(tokenizer), [prompt(7)], [prompt(8)], 4_000)
+
+
+@pytest.mark.parametrize("changes", [{"budget_split": "ranked"}, {"layer_groups": ((0, 1), (2,))}, {"heads": "each"}])
+def test_other_engines_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="build the engine with"):
+        check_prober_settings(settings_of(**changes))
+
+
+def test_prompts_are_cut_from_texts_that_no_suite_has(tokenizer: Tokenizer) -> None:
+    texts = calibration_texts()
+    prompts = [calibration_prompt(tokenizer, texts, 900, number, 1, True) for number in range(2)]
+    assert all(500 < len(one.ids) <= 900 for one in prompts) and prompts[0].ids != prompts[1].ids
+    assert prompts[0] == calibration_prompt(tokenizer, texts, 900, 0, 1, True)
+    for one in prompts:
+        assert {task.name for task in one.tasks} == {"code", "keeper", "copy"}
+        text = tokenizer.decode(one.ids)
+        for task in one.tasks[:2]:
+            assert tokenizer.decode(task.answer) in text
+
+
+def test_the_command_refuses_to_propose_without_evidence(run: CommandLine, tmp_path: Path) -> None:
+    model = engines.checkpoint_dir("llama3", max_position_embeddings=4096)
+    engine = engines.engine_dir("llama3", checkpoint_dir=model, max_seq_len=4096, max_num_tokens=256)
+    output = tmp_path / "r.json"
+    words = ["--engine_dir", engine, "--output", output, "--prompts", 1, "--lengths", 2000, "--threads", 1]
+    done = run("calibrate", *words)
+    assert done.code == 2 and "would rest on no evidence" in done.err and not output.exists()
+    assert "calibrate: 3 prompts to find heads, 1 to measure: about" in done.err
+    refused = run("calibrate", *words, "--data", "recall", "--no_reread")
+    assert refused.code == 2 and "--no_reread has no effect with --data" in refused.err
+
+
+def test_settings_of_a_probe_are_those_of_the_engine(tokenizer: Tokenizer) -> None:
+    engine = engine_of(tokenizer)
+    assert engine.settings is not None
+    assert Prober(engine).settings == dataclasses.replace(engine.settings)
