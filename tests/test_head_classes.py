@@ -342,7 +342,6 @@ def test_partitions_that_do_not_fit_are_refused_before_any_work(
         ("tensorrt_llm", "budget_split", {"budget_split": "ranked"}),
         ("tensorrt_llm", "budget_split", CLASSES),
         ("tensorrt_llm", "heads", {"heads": "each"}),
-        ("tensorrt_llm", "value_norm", {"value_norm": "on"}),
         ("tensorrt", "score", {"score": "given"}),
     ],
 )

@@ -66,6 +66,7 @@ def run_prefill(
         "lengths": np.array([len(request.ids) for request in requests], np.int32),
         "keep_per_10k": np.array([request.keep_per_10k for request in requests], np.int32),
         "budget_tokens": np.array([request.budget_tokens for request in requests], np.int32),
+        "window": np.array([request.window or session.settings.window for request in requests], np.int32),
         "capacity": np.array([max(request.kept_tokens for request in requests) + SPARE], np.int64),
     }
     names = [value.name for value in graph.get_outputs()]
@@ -156,7 +157,8 @@ def test_nodes_carry_all_settings_and_the_plugins_name(boundaries: str, leader: 
         given = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         assert given.pop("plugin_version") == b"1" and given.pop("plugin_namespace") == b"chunkkv"
         found = {name: value.decode() if isinstance(value, bytes) else value for name, value in given.items()}
-        assert found == ({name: settings[name] for name in SETTINGS} if node.op_type == functions.SELECT else {})
+        select = {**{name: settings[name] for name in SETTINGS}, "request_window": 1}
+        assert found == (select if node.op_type == functions.SELECT else {})
 
 
 def test_weights_are_shared_with_the_step_graph() -> None:
@@ -210,6 +212,7 @@ def test_packed_weights_run_too(precision: str) -> None:
         "lengths": np.array([len(request.ids)], np.int32),
         "keep_per_10k": np.array([request.keep_per_10k], np.int32),
         "budget_tokens": np.zeros(1, np.int32),
+        "window": np.array([session.settings.window], np.int32),
         "capacity": np.array([request.kept_tokens], np.int64),
     }
     cache = session.executor.new_cache(1, request.kept_tokens)

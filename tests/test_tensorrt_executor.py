@@ -26,7 +26,8 @@ from support.tensorrt_double import Double, machine_of
 from chunkkv import ChunkKVSession, SamplingParams
 from chunkkv.engine.tensorrt_contract import CONTRACT_FILE, Contract
 from chunkkv.errors import BackendUnavailableError, EngineError, EngineMismatchError, EngineRunError, RequestError
-from chunkkv.requests import make_requests
+from chunkkv.executors.interface import Choice
+from chunkkv.requests import Request, make_requests
 
 pytestmark = pytest.mark.contract_as_read
 
@@ -73,6 +74,43 @@ def test_rows_may_be_prefilled_together(machine: Double, tmp_path: Path, leader:
     session = ChunkKVSession.from_dir(build(tmp_path / "engine", max_num_tokens=256 * rows, **flags))
     assert session.executor.prefiller().max_rows == rows
     assert_same_answers(session.generate(PROMPTS, PARAMS, keep_ratio=RATIOS), expected)
+
+
+@pytest.mark.parametrize("ops", ["plugin", "functions"])
+def test_each_request_has_its_own_window(machine: Double, tmp_path: Path, ops: str) -> None:
+    """Rows that are prefilled together are scored by as many queries as each has, as on ONNX Runtime one by one."""
+    alone = engines.session("llama3", chunkkv_layer_reuse=3)
+    directory = build(tmp_path / "engine", max_num_tokens=1024, chunkkv_ops=ops, chunkkv_layer_reuse=3)
+    together = ChunkKVSession.from_dir(directory)
+    assert together.executor.capabilities.window_per_request
+    plain = alone.requests(PROMPTS, PARAMS)
+    requests = [dataclasses.replace(one, window=window) for one, window in zip(plain, (4, 2, 1, 3), strict=True)]
+    for row, found in enumerate(prefilled(together, requests)):
+        (expected,) = prefilled(alone, [requests[row]])
+        (whole,) = prefilled(alone, [plain[row]])
+        assert (found is None) == (expected is None) == (row == 1), "the second prompt is too short to be compressed"
+        if found is not None and expected is not None and whole is not None:
+            (part,) = expected.token_scores
+            scores = expected.token_scores[part]
+            assert np.array_equal(found.kept_indices[part], expected.kept_indices[part])
+            np.testing.assert_allclose(found.token_scores[part], scores, rtol=1e-3, atol=1e-7)
+            assert np.allclose(whole.token_scores[part], scores, rtol=1e-3, atol=1e-7) == (requests[row].window == 4)
+
+
+def prefilled(session: ChunkKVSession, requests: list[Request]) -> list[Choice | None]:
+    """Return what was chosen for each request, prefilled together."""
+    executor = session.executor
+    cache = executor.new_cache(len(requests), executor.capacity_for(max(one.kept_tokens for one in requests)))
+    return [result.choice for result in executor.prefiller().run(requests, cache, threading.Event())]
+
+
+def test_engines_of_before_take_no_windows_of_requests(machine: Double, tmp_path: Path) -> None:
+    directory = build(tmp_path / "engine")
+    contract = json.loads((directory / CONTRACT_FILE).read_text())
+    assert contract.pop("window") == 4
+    assert Contract.read(directory).window == 4
+    (directory / CONTRACT_FILE).write_text(json.dumps(contract))
+    assert Contract.read(directory).window == 0
 
 
 def test_an_engine_without_chunkkv_keeps_every_token(machine: Double, tmp_path: Path) -> None:

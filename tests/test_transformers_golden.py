@@ -80,6 +80,7 @@ def test_one_shot_prefill_gives_the_same_logits(golden, variant: str) -> None:
         "lengths": np.array([len(prompt) for prompt in prompts], np.int32),
         "keep_per_10k": rows * 4_000,
         "budget_tokens": rows * 0,
+        "window": rows * session.settings.window,
         "capacity": np.array([ids.shape[1]], np.int64),
     }
     (logits,) = graphs.load(graphs.prefill_path(variant, session)).run(["logits"], inputs)

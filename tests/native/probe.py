@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import traceback
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +34,7 @@ from native import (
     test_select,
 )
 from native.build import ROOT, runtime
-from native.devices import SMALL
+from native.devices import LARGE, SMALL, device_of
 from native.memory import Memory
 from native.native_op import NativeOp
 from native.score_checks import TOLERANCE, largest_error
@@ -71,14 +72,19 @@ def score(library: NativeLibrary, memory: Memory) -> None:
 
 def ragged(library: NativeLibrary, memory: Memory) -> None:
     """Stretches of tiles that begin and end in rows of no tiles, of one and of many."""
-    test_score.test_ragged_batches_on_every_grid(library, memory, 5, (2, 1))
+    lengths = (5, 1500, 1, 6, 700, 0, 14, 2000, 33)
+    tried = test_score.case(test_score.settings(5, 5), lengths, heads=2, kv_heads=1)
+    for multiprocessors in (1, 2, 3, 11, LARGE) if library.device == "emulated" else (LARGE,):
+        with device_of(library, multiprocessors) if library.device == "emulated" else nullcontext():
+            op = NativeOp(library, memory, layout="paged", chunks_alone=True)
+            assert largest_error(op, tried, "float16", chunks_alone=True) < TOLERANCE
 
 
 def spread(library: NativeLibrary, memory: Memory) -> None:
     """Later tokens that are far above those of the first tile."""
     rising = test_score.case(test_score.settings(8, 10), (700,), heads=2, kv_heads=1)
     inputs = rising.inputs("float16")
-    inputs.query[..., 0], inputs.key[..., 0] = 30.0, np.linspace(-60, 60, inputs.key.shape[2])
+    inputs.query[..., 0], inputs.key[..., 0] = 30.0, np.linspace(-30, 30, inputs.key.shape[2])
     op = NativeOp(library, memory)
     scores = op.select(inputs.query, inputs.key, inputs.lengths, rising.settings)[2]
     wanted = reference.select_batch(inputs.query, inputs.key, inputs.lengths, rising.settings).token_scores

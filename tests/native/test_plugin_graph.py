@@ -49,6 +49,7 @@ def run_graph(boundaries: str, folder: Path) -> tuple[list[onnx.NodeProto], dict
     rows = len(LENGTHS)
     feeds["input_ids"] = np.random.default_rng(3).integers(0, vocabulary, (rows, max(LENGTHS)))
     feeds |= {"lengths": np.array(LENGTHS, np.int32), "capacity": np.array([CAPACITY])}
+    feeds["window"] = np.array([8, 3, 5], np.int32)
     feeds |= {"keep_per_10k": np.full(rows, 4_000, np.int32), "budget_tokens": np.array([0, 0, 30], np.int32)}
     names = [value.name for value in session.get_outputs()]
     return nodes, {**feeds, **dict(zip(names, session.run(names, feeds), strict=True))}

@@ -30,8 +30,10 @@ def missing() -> str | None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip, with the reason, what needs TensorRT for RTX where there is none."""
+    """Skip, with the reason, what needs TensorRT for RTX where there is none; give the rest time to build plugins."""
     mine = [item for item in items if HERE in item.path.parents]
+    for item in mine:  # the first of a process compiles the kernels, or waits for another process that does
+        item.add_marker(pytest.mark.timeout(1200))
     if mine and (reason := missing()):
         for item in mine:
             item.add_marker(pytest.mark.skip(reason=reason))

@@ -177,7 +177,7 @@ def check_prefill(row: Row, built: Built, contract: Contract) -> None:
     assert built.layers["PLUGIN_V3"] == (len(leaders) + 2 * LAYERS if row["ops"] == "plugin" else 0)
     assert built.layers["ATTENTION_INPUT"] == built.layers["ATTENTION_OUTPUT"] == LAYERS
     assert built.layers["ROTARY_EMBEDDING"] == 2 * LAYERS and built.layers["KV_CACHE_UPDATE"] == 0
-    rows = dict.fromkeys(("lengths", "keep_per_10k", "budget_tokens"), ("INT32", (-1,)))
+    rows = dict.fromkeys(("lengths", "keep_per_10k", "budget_tokens", "window"), ("INT32", (-1,)))
     ids = {"input_ids": ("INT64", (-1, -1)), "capacity": ("INT64", (1,))}
     assert built.inputs.keys() == {*rows, *ids, *contract.weights}
     assert {**rows, **ids}.items() <= built.inputs.items()
@@ -309,6 +309,35 @@ def test_heads_of_two_classes_have_caches_of_two_lengths(
             shape = (-1, len(part.kv_heads), capacity[part.length_class], HEAD_DIM)
             assert built.inputs[f"past_key.{number}"] == built.outputs[f"present_value.{number}"] == ("FLOAT", shape)
     assert contract.capacities[-1] == (1024, 1024) and any(slots[1] < slots[0] for slots in contract.capacities)
+
+
+@pytest.mark.parametrize("ops", ["plugin", "functions"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"head_reduce": "max"},
+        {"value_norm": "on", "window_reduce": "max"},
+        {"heads": "each", "value_norm": "on", "head_reduce": "max", "boundaries": "delimiter"},
+        {"score": "logits", "heads": "each"},
+    ],
+    ids="-".join,
+)
+def test_other_scores_and_choices_per_head(build: Builds, words: dict[str, str], ops: str) -> None:
+    """Every word of a setting gets into the engine by plugins, and by functions."""
+    sizes = {**MODEL, "hidden_size": 4 * HEAD_DIM, "num_attention_heads": 4, "num_key_value_heads": 2}
+    limits = {"max_batch_size": 2, "max_seq_len": 256, "chunkkv": True, "chunkkv_ops": ops, "dtype": "float16"}
+    settings = {f"chunkkv_{name}": word for name, word in {"boundaries": "fixed", **words}.items()}
+    assert build(checkpoint_dir=engines.checkpoint_dir("llama3", **sizes), **limits, **settings).err == ""
+    prefill, contract, engine = build.recorded[0], Contract.read(build.folder), EngineFiles.load(build.folder)
+    assert engine.settings is not None and words.items() <= engine.settings.to_dict().items()
+    assert engine.tensorrt is not None and engine.tensorrt.chunkkv_ops == ops
+    assert prefill.layers["PLUGIN_V3"] == (3 * LAYERS if ops == "plugin" else 0)
+    heads = (2,) if words.get("heads") == "each" else ()
+    assert (contract.heads_choose, contract.window) == (bool(heads), engine.settings.window)
+    for layer in range(LAYERS):
+        assert prefill.outputs[f"kept_indices.{layer}"] == ("INT32", (-1, *heads, -1))
+        assert prefill.outputs[f"token_scores.{layer}"] == ("FLOAT", (-1, *heads, -1))
+        assert prefill.outputs[f"kept_key.{layer}"] == ("HALF", (-1, 2, -1, HEAD_DIM))
 
 
 def test_long_prompts_are_timed_at_a_usual_length(build: Builds) -> None:

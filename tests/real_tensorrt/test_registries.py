@@ -21,7 +21,7 @@ from native.tensorrt_headers import own_headers
 from chunkkv.gpu.tensorrt_library import TensorRT
 from chunkkv.gpu.tensorrt_plugins import PLUGIN_NAMESPACE, PLUGIN_VERSION, PLUGINS, TENSORRT_LLM_PLUGINS
 from chunkkv.settings import ChunkKVSettings
-from chunkkv_builder.onnx_graph.functions import select_attributes
+from chunkkv_builder.onnx_graph.functions import compact_attributes, select_attributes
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = (*PLUGINS, *TENSORRT_LLM_PLUGINS)
@@ -99,8 +99,18 @@ def test_all_creators_appear_with_the_documented_fields(registry: Registry, libr
     fields = {key: dict(field.split(":") for field in names) for key, *names in map(str.split, held.loaded)}
     assert fields.keys() == KEYS, "one has another name, version or namespace, or getCreator does not find it"
     select, compact = (fields[f"{PLUGIN_NAMESPACE}::{name}:{PLUGIN_VERSION}"] for name in PLUGINS)
-    assert select.keys() == {field.name for field in node_fields(select_attributes(ChunkKVSettings()))} | {"max_kept"}
-    assert compact == {}
+    words = {"window_reduce": "max", "head_reduce": "max", "value_norm": "on", "heads": "each"}
+    settings = ChunkKVSettings(**words)  # of a node that leaves no field to its default
+    of_nodes = {field.name for field in node_fields(select_attributes(settings, request_window=True))}
+    assert select.keys() == {
+        *of_nodes,
+        "max_kept",
+        "head_class",
+        "all_heads",
+        "all_reading_heads",
+        "reading_share_per_10k",
+    }
+    assert compact.keys() == {field.name for field in node_fields(compact_attributes(settings))}
     types = documented_types()
     wrong = [name for names in fields.values() for name, kind in names.items() if str(types.get(name)) != kind]
     assert wrong == []

@@ -22,6 +22,12 @@ from chunkkv_builder.plan import GraphPlan, LayerPlan
 _INT64 = onnx.TensorProto.INT64
 
 
+def takes_window(plan: GraphPlan) -> bool:
+    """Return whether the prefill graph has the input window: where a part is scored by queries."""
+    settings = plan.settings
+    return settings is not None and settings.score != "given" and any(part.scores for part in plan.parts)
+
+
 class PrefillGraph(StepGraph):
     """Emits the prefill graph of `plan`: the step graph's layers without a past, each group compacted as it ends.
 
@@ -74,7 +80,8 @@ class PrefillGraph(StepGraph):
     def _cache_nodes(self) -> ChunkKVNodes | KeepAllNodes:
         if self.plan.settings is None:
             return KeepAllNodes(self.e, self.plan, self.dtype)
-        return ChunkKVNodes(self.e, self.plan, dtype=self.dtype, sorting=self._sorting)
+        has_window = takes_window(self.plan)
+        return ChunkKVNodes(self.e, self.plan, dtype=self.dtype, sorting=self._sorting, request_window=has_window)
 
     def _attend(self, layer: LayerPlan, qkv: tuple[str, str, str]) -> str:
         """Causal attention over the block alone; a group is compacted once its leader and its members have run."""

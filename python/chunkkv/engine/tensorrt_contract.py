@@ -15,6 +15,7 @@ from chunkkv.cache_layout import HEAD_CLASSES, CacheLayout, CachePart, Slots
 from chunkkv.engine.fields import LARGEST_OFFSET, Fields
 from chunkkv.engine.json_files import read_object
 from chunkkv.errors import EngineError
+from chunkkv.limits import RANGES
 
 CONTRACT_FILE = "tensorrt.json"
 PREFILL_FILE = "prefill.engine"
@@ -66,6 +67,8 @@ class Contract:
         Offset and size in bytes of every matrix in the weights file; all engines take them as inputs.
     block_tokens : int, default 0
         Tokens that a block engine appends at most to one row; 0 where the directory has no block engines.
+    window : int, default 0
+        The longest window of a request, in tokens; 0 where prefill takes no windows of requests.
     """
 
     dtype: str
@@ -83,6 +86,7 @@ class Contract:
     capacities: tuple[Slots, ...]
     weights: dict[str, tuple[int, int]]
     block_tokens: int = 0
+    window: int = 0
 
     @property
     def item_bytes(self) -> int:
@@ -126,6 +130,7 @@ class Contract:
             capacities=capacities,
             weights=_weights(fields.section("weights"), folder / WEIGHTS_FILE),
             block_tokens=fields.integer("block_tokens", low=0, high=min(map(min, capacities)), default=0),
+            window=fields.integer("window", low=0, high=RANGES["window"][1], default=0),
         )
 
 

@@ -62,7 +62,7 @@ class EngineBuilder:
         prepare_parser(self._library)
         creators = load_plugins(self._library, self._trt.get_plugin_registry(), self._messages)
         fields = {field.name for field in creators[functions.SELECT].field_names}
-        needed = set(functions.select_attributes(settings)) - set(functions.plugin_attributes())
+        needed = set(functions.select_attributes(settings, request_window=True)) - set(functions.plugin_attributes())
         if unknown := sorted(needed - fields):
             raise BackendUnavailableError(
                 f"the plugin {functions.SELECT} knows no {unknown[0]!r}, so the library and this builder are of "

@@ -14,7 +14,7 @@ from chunkkv_builder.checkpoint.interface import Checkpoint
 from chunkkv_builder.config import BuildConfig
 from chunkkv_builder.onnx_graph import functions
 from chunkkv_builder.onnx_graph.emitter import InputWeightsEmitter
-from chunkkv_builder.onnx_graph.prefill import PrefillGraph
+from chunkkv_builder.onnx_graph.prefill import PrefillGraph, takes_window
 from chunkkv_builder.onnx_graph.transformer import StepGraph, capacity_name
 from chunkkv_builder.onnx_graph.weights import WeightLocation, WeightSource
 from chunkkv_builder.plan import GraphPlan
@@ -98,6 +98,7 @@ class Graphs:
         """Return the prefill profile: 1 to prefill_rows prompts of 1 to max_input_len tokens, any cache capacity."""
         rows, longest = self.prefill_rows, self._build.max_input_len
         row_inputs = ["lengths"] + (["keep_per_10k", "budget_tokens"] if self._plan.settings else [])
+        row_inputs += ["window"] if takes_window(self._plan) else []
         shapes = {name: ((1,), (rows,), (rows,)) for name in row_inputs}
         kept = self._plan.settings.class_lengths(longest) if self._plan.settings else (longest,)
         usual = next(capacity for capacity in self.capacities if fits(kept, capacity))
@@ -149,6 +150,7 @@ class Graphs:
             capacities=self.capacities,
             weights={place.name: (place.offset, place.nbytes) for place in self._matrices.values()},
             block_tokens=self.block_tokens,
+            window=settings.window if settings is not None and takes_window(self._plan) else 0,
         )
 
 

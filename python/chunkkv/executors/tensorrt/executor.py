@@ -53,6 +53,7 @@ class TensorRTExecutor(Executor[DeviceKVCache]):
             block_scoring=False,
             layer_lengths=False,
             continues_rows=self.contract.block_tokens > 0,
+            window_per_request=self.contract.window > 0,
         )
 
     @property

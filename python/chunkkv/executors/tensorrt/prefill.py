@@ -67,7 +67,7 @@ class TensorRTPrefiller(Prefiller[DeviceKVCache]):
     def _run(self, requests: Sequence[Request], out: DeviceKVCache) -> dict[str, np.ndarray]:
         """Bind everything, run once, and return the outputs that are not caches, on the host."""
         engines, context, stream = self._engines, self._prefill.context, self._stream
-        inputs, capacity = _prefill_inputs(requests), _aligned_int64(out.capacity)
+        inputs, capacity = _prefill_inputs(requests, self._contract.window), _aligned_int64(out.capacity)
         rows, padded = inputs["input_ids"].shape
         outputs: dict[str, np.ndarray] = {"logits": np.empty((rows, 1, self._contract.vocab_size), np.float32)}
         outputs["kept_lengths"] = np.empty((len(out.capacity), rows), np.int32)
@@ -77,6 +77,8 @@ class TensorRTPrefiller(Prefiller[DeviceKVCache]):
             outputs[f"token_scores.{part}"] = np.empty(self._choice_shape(part, rows, padded), np.float32)
         if not self._contract.leaders:
             del inputs["keep_per_10k"], inputs["budget_tokens"]
+        if not self._contract.window:
+            del inputs["window"]
         arrays = {**inputs, **outputs}
         starts = np.cumsum([0, *(aligned(array.nbytes) for array in arrays.values())])
         buffer = engines.cuda.device_memory(int(starts[-1]))
@@ -121,8 +123,8 @@ class TensorRTPrefiller(Prefiller[DeviceKVCache]):
         )
 
 
-def _prefill_inputs(requests: Sequence[Request]) -> dict[str, np.ndarray]:
-    """Return the prompts as one batch, right-padded with token 0."""
+def _prefill_inputs(requests: Sequence[Request], window: int) -> dict[str, np.ndarray]:
+    """Return the prompts as one batch, right-padded with token 0; `window` is that of requests without their own."""
     ids = np.zeros((len(requests), max(len(request.ids) for request in requests)), np.int64)
     for row, request in enumerate(requests):
         ids[row, : len(request.ids)] = request.ids
@@ -130,6 +132,7 @@ def _prefill_inputs(requests: Sequence[Request]) -> dict[str, np.ndarray]:
         "lengths": [len(request.ids) for request in requests],
         "keep_per_10k": [request.keep_per_10k for request in requests],
         "budget_tokens": [request.budget_tokens for request in requests],
+        "window": [request.window or window for request in requests],
     }
     return {"input_ids": ids, **{name: np.array(column, np.int32) for name, column in columns.items()}}
 
