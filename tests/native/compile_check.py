@@ -63,7 +63,7 @@ def compile_all(nvcc: str) -> Usage:
 def _log_of(nvcc: str, source: Path, architecture: str) -> str:
     """Return what ptxas says, from the cache where nothing has changed since."""
     key = hashlib.sha256(repr((nvcc_release(nvcc), FLAGS, source.name, architecture)).encode())
-    for path in sorted(PLUGINS.rglob("*.*h")):
+    for path in sorted(path for part in ("include", "kernels") for path in (PLUGINS / part).rglob("*.*h")):
         key.update(path.read_bytes())
     key.update(source.read_bytes())
     log = CACHE / f"{source.stem}-{architecture}-{key.hexdigest()[:16]}.log"

@@ -263,7 +263,7 @@ BUGS = (
         "compact_large",
         COMPACT,
         "left < args.slice_vectors ? left : args.slice_vectors;",
-        "args.slice_vectors;",
+        "left < 0 ? left : args.slice_vectors;",
         multiprocessors=LARGE,
     ),
     Bug(
@@ -271,7 +271,7 @@ BUGS = (
         "compact_large",
         LAYOUT,
         "return offset >= 0 && offset < extent ? at(token) : nullptr;",
-        "return at(token);",
+        "return offset >= 0 || offset < extent ? at(token) : nullptr;",
     ),
     Bug("compact: heads read another's indices", "choices", COMPACT, "args.choices > 1 ? head : 0;", "0;"),
     Bug(
@@ -290,7 +290,7 @@ BUGS = (
         "score",
         KEYS,
         "readable_ - 1) >> keys_.block_shift",
-        "readable_ - 1) + 1 >> keys_.block_shift",
+        "readable_ - 2) >> keys_.block_shift",
     ),
     Bug("compact: wrong page", "compact", LAYOUT, "block(token >> block_shift)", "block((token + 1) >> block_shift)"),
     Bug("wrong place in the page", "compact", LAYOUT, "((1 << block_shift) - 1))", "((1 << block_shift) - 2))"),

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from support import op_properties
 
 from chunkkv import reference
 from chunkkv.native import NativeLibrary, contiguous_kv
@@ -89,7 +88,8 @@ def spread(library: NativeLibrary, memory: Memory) -> None:
     scores = op.select(inputs.query, inputs.key, inputs.lengths, rising.settings)[2]
     wanted = reference.select_batch(inputs.query, inputs.key, inputs.lengths, rising.settings).token_scores
     assert np.isfinite(scores).all()
-    op_properties.assert_scores_close(scores[0], wanted[0], "softmax")
+    # A float32 logit of this size is known to 1e-5, and so is its exponential.
+    np.testing.assert_allclose(scores[0], wanted[0], rtol=1e-4, atol=1e-4 * wanted[0].max())
 
 
 def choices(library: NativeLibrary, memory: Memory) -> None:
