@@ -6,8 +6,20 @@ import pytest
 
 from benchmarks.real import page
 from benchmarks.real.measure import AFTER, FOLLOWS, IN
-from benchmarks.real.policies import FULL, MEAN, METHODS, PRESSES, RANDOM, STREAMING
-from benchmarks.real.tables import TASKS, count, right_tokens
+from benchmarks.real.policies import (
+    FULL,
+    GREEDY,
+    MEAN,
+    METHODS,
+    OPENVINO,
+    PRESSES,
+    RANDOM,
+    RANKED,
+    STATIC,
+    STREAMING,
+    VARIANTS,
+)
+from benchmarks.real.tables import TASKS, count, differences, right_tokens
 
 OUTCOMES = page.outcomes()
 SHARES = (2_000, 1_000)
@@ -15,10 +27,10 @@ KNOWN = tuple(TASKS[:2])  # codes and names
 PEERS = [name for name in PRESSES if name != "kvpress KVzip"]
 
 
-def sign(mode: str, policy: str, other: str, keep: int, tasks: tuple[str, ...] = TASKS) -> int:
+def sign(mode: str, policy: str, other: str, keep: int, tasks: tuple[str, ...] = TASKS, least: int = 12) -> int:
     """Return +1 or -1 where the interval of `policy` minus `other` leaves out zero, else 0."""
     found = OUTCOMES.difference(mode, policy, other, keep, right_tokens, tasks)
-    assert found is not None and found[1] >= 12
+    assert found is not None and found[1] >= least
     _, low, high = found[0]
     return (low > 0) - (high < 0)
 
@@ -51,6 +63,31 @@ def test_what_the_page_says_of_later_questions_holds(keep: int) -> None:
         assert sign(AFTER, "kvpress KVzip", other, keep) > 0
 
 
+def test_what_the_page_says_of_reading_heads_and_of_one_ranking_holds() -> None:
+    assert sign(AFTER, STATIC, FULL, 2_000, KNOWN) == 0 > sign(AFTER, STATIC, FULL, 2_000, ("copy",))
+    assert (
+        sign(AFTER, STATIC, "kvpress KVzip", 2_000, least=7) == 0 > sign(AFTER, STATIC, "kvpress KVzip", 1_000, least=7)
+    )
+    for keep in SHARES:
+        assert sign(AFTER, RANKED, page.BASE, keep, least=7) > 0 > sign(AFTER, RANKED, "kvpress KVzip", keep, least=7)
+
+
+@pytest.mark.parametrize("keep", SHARES)
+def test_what_the_page_says_of_openvino_holds(keep: int) -> None:
+    for name in OPENVINO:
+        if count(OUTCOMES, GREEDY, name, keep, KNOWN) >= 4:
+            assert sign(GREEDY, page.BASE, name, keep, KNOWN) > 0
+            for task in KNOWN:
+                kept = [
+                    (ours.kept, theirs.kept)
+                    for ours, theirs in zip(
+                        OUTCOMES.of(GREEDY, task, page.BASE, keep), OUTCOMES.of(GREEDY, task, name, keep), strict=True
+                    )
+                    if ours and theirs
+                ]
+                assert all(0 <= theirs - ours < 32 for ours, theirs in kept)
+
+
 def test_what_the_page_says_of_the_text_that_follows_holds() -> None:
     def grown(policy: str, keep: int) -> float:
         found = OUTCOMES.difference(FOLLOWS, STREAMING, policy, keep, lambda one: one.log_probability, (FOLLOWS,))
@@ -77,3 +114,20 @@ def test_every_kept_number_is_the_share_of_its_prompt() -> None:
                     assert first.kept == second.kept or (
                         name == "kvpress ChunkKV" and 0 < second.kept - first.kept < 40
                     )
+
+
+def test_what_the_pages_say_of_settings_holds() -> None:
+    def of(name: str, keep: int) -> int:
+        return sign(IN, f"ChunkKV, {name}", page.BASE, keep, least=8)
+
+    for keep in SHARES:
+        assert of("window 8", keep) < 0 and of("pairs of layers, last leads", keep) < 0
+        assert of("fixed chunks of 10, window 32, mean over heads", keep) < 0
+        for level in ("max over the window, mean over heads", "value norm", "a choice per head", "no pooling"):
+            assert of(level, keep) == 0
+    assert of("fixed chunks of 20", 1_000) < 0 and of("window 32", 1_000) < 0
+    method = (page.ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    rows = [
+        line for line in differences(OUTCOMES, IN, VARIANTS, page.BASE).splitlines() if line.startswith("| ChunkKV")
+    ]
+    assert rows and all(row in method for row in rows)

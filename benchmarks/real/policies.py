@@ -40,7 +40,8 @@ RULES: dict[str, Rule] = {
     "SnapKV, heads sharing": replace(FIXED, chunk_size=1, head_reduce="mean"),
 }
 RANKED = "ChunkKV, reread, one ranking of all layers"
-RECIPE = "ChunkKV, the committed recipe"
+RECIPE = "ChunkKV, reading heads, reread chunks elsewhere"  # examples/smollm2/recipe.json
+STATIC = "ChunkKV, reading heads, recent tokens elsewhere"  # examples/smollm2/recipe-static.json
 STREAMING, RANDOM = "StreamingLLM", "random chunks"
 OWN = (*RULES, STREAMING, RANDOM)
 PRESSES = (  # names of benchmarks.real.peers, which needs torch
@@ -61,7 +62,7 @@ OPENVINO = {  # by name, how many of the last queries choose
 }
 GREEDY = "greedy"  # the mode of what is generated instead of fed
 OPENVINO_FILE = "outcomes-openvino.jsonl"
-ONLY_AFTER = ("kvpress KVzip", RANKED)  # they read the text for questions that come later
+ONLY_AFTER = ("kvpress KVzip", RANKED, RECIPE, STATIC)  # they read the text for questions that come later
 MEAN, FIXED_10 = "ChunkKV, mean over heads", "ChunkKV, fixed chunks of 10"
 METHODS = ("ChunkKV", MEAN, FIXED_10, "SnapKV, heads sharing", STREAMING, RANDOM)
 VARIANTS = tuple(name for name in RULES if name not in METHODS)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.real.full_cache import Scored
-from benchmarks.real.policies import RANKED, RECIPE
+from benchmarks.real.policies import RANKED, RECIPE, STATIC
 from chunkkv.contexts.context import Context
 from chunkkv.evaluation.lm_eval.continuations import log_probabilities
 from chunkkv.session import ChunkKVSession
@@ -21,10 +21,10 @@ from chunkkv_builder.build import main as build_engine
 
 @dataclass
 class Product:
-    """An engine, and the scorer that its prompts are compressed with; None for what the session takes by itself."""
+    """An engine, and the scorer that its prompts are compressed with."""
 
     session: ChunkKVSession
-    scorer: str | None
+    scorer: str
     _last: tuple[tuple[bytes, int], Context] | None = None
 
     def score(
@@ -44,16 +44,17 @@ class Product:
         return context.kept_tokens, Scored(right, tuple(log_probabilities(logits, expected).tolist()))
 
 
-def products(names: Collection[str], folder: Path, gguf: Path, recipe: Path) -> dict[str, Product]:
+def products(names: Collection[str], folder: Path, gguf: Path, recipes: Path) -> dict[str, Product]:
     """Return those of the policies that have engines of their own; missing engines are built in `folder`."""
     made = {}
     for name, flags, scorer in (
         (RANKED, "--chunkkv_budget_split ranked", "reread"),
-        (RECIPE, f"--chunkkv_recipe {recipe}", None),
+        (RECIPE, f"--chunkkv_recipe {recipes / 'recipe.json'}", "reread"),
+        (STATIC, f"--chunkkv_recipe {recipes / 'recipe-static.json'}", "window"),
     ):
         if name not in names:
             continue
-        place = folder / f"engine-{'ranked' if name == RANKED else 'recipe'}"
+        place = folder / f"engine-{Path(flags.split()[-1]).stem}"
         if not (place / "manifest.json").is_file():
             common = f"--checkpoint_dir {gguf} --output_dir {place} --chunkkv --max_seq_len 8192 --log_level error"
             build_engine([*common.split(), *flags.split()])

@@ -94,9 +94,9 @@ def right_tokens(outcome: Outcome) -> float:
     return 100 * outcome.right
 
 
-def count(outcomes: Outcomes, mode: str, policy: str, keep: int) -> int:
+def count(outcomes: Outcomes, mode: str, policy: str, keep: int, tasks: Sequence[str] = TASKS) -> int:
     """Return how many contexts a policy was measured on with all tasks."""
-    tasks = (FOLLOWS,) if mode == FOLLOWS else TASKS
+    tasks = (FOLLOWS,) if mode == FOLLOWS else tasks
     rows = [outcomes.of(mode, task, policy, keep) for task in tasks]
     return sum(None not in context for context in zip(*rows, strict=True))
 
