@@ -69,7 +69,7 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]
     (folder / "Llama-3.2-1B-Instruct").symlink_to(MODEL)
     text = PROMPT.read_text(encoding="utf-8")
     (folder / "question.txt").write_text(text, encoding="utf-8")
-    lines = re.findall(r"^    (chunkkv.+)$", README.split("## Use it on your model")[1], re.MULTILINE)
+    lines = re.findall(r"^    (chunkkv.+)$", README.split("## Use it on your model")[1].split("```")[0], re.M)
     outputs = []
     for line in lines:
         words = [text if "$(cat question.txt)" in word else word for word in shlex.split(line)]

@@ -1,9 +1,10 @@
 """The whole path in one command: a real model reads a text, and answers from all of its KV cache and from parts of it.
 
-Fetches SmolLM2-135M-Instruct once (93 MB), builds engines without and with ChunkKV, and asks questions about two
-chapters of Moby-Dick: from the full cache, from 20 % and 10 % of it, and from what SnapKV-style selection and
-StreamingLLM keep at the same size. Prints answers and costs, and writes a picture and two HTML pages. Where the model
-cannot be fetched, a small model that is shipped takes its place.
+Fetches SmolLM2-135M-Instruct once (93 MB), builds two engines with ChunkKV, and asks questions about a chapter of
+Moby-Dick. First the questions stand in the prompt, and 20 % or 10 % of the cache stays. Then the chapter is compressed
+once to 20 %, without a question, and all questions are asked afterwards. Beside ChunkKV stand the full cache,
+SnapKV-style selection and StreamingLLM. Prints answers and costs, and writes a picture and two HTML pages. Where the
+model cannot be fetched, a small model that is shipped takes its place.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ from rich.console import Console  # noqa: E402
 
 from chunkkv import ChunkKVSession  # noqa: E402
 from chunkkv.errors import ChunkKVError  # noqa: E402
-from examples.demo import fetch, reading, report, small  # noqa: E402
+from examples.demo import asking, fetch, reading, report, small  # noqa: E402
 
 TEXT = Path(__file__).parent / "whaling.json"
+RECIPE = ROOT / "examples" / "smollm2" / "recipe.json"  # of the model that is fetched
+ANY_MODEL = ("--chunkkv_budget_split", "ranked")  # for later questions, where there is no recipe
 WEIGHTS = {"float32": (), "int8": ("--use_weight_only",), "int4": ("--use_weight_only", "--weight_only_precision=int4")}
 
 
@@ -53,6 +56,13 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--weights", choices=WEIGHTS, help="of the engines; default: int4 for a GGUF file, float32 for a directory"
     )
+    parser.add_argument(
+        "--recipe",
+        type=Path,
+        metavar="FILE",
+        help="of chunkkv calibrate, for the engine that is asked afterwards; default: SmolLM2's, and for a model of "
+        "your own one ranking of all layers",
+    )
     parser.add_argument("--output_dir", type=Path, default=ROOT / "engines", help="for engines, picture and pages")
     parser.add_argument("--cache_dir", type=Path, default=fetch.FOLDER, help="where the fetched model is kept")
     arguments = parser.parse_args(words)
@@ -65,7 +75,8 @@ def main(words: Sequence[str] | None = None) -> None:
         if model is None:
             small.show(console, folder, build)
         else:
-            read(console, model, arguments.weights, folder, reading.Reading.load(TEXT))
+            recipe = arguments.recipe or (None if arguments.model else RECIPE)
+            read(console, model, arguments.weights, folder, reading.Reading.load(TEXT), recipe)
     except KeyboardInterrupt:
         raise SystemExit("interrupted; nothing half-written is left") from None
     except ChunkKVError as problem:
@@ -99,21 +110,29 @@ def stage(console: Console, text: str) -> Iterator[None]:
     console.print(f"{time.perf_counter() - started:.1f} s")
 
 
-def read(console: Console, model: Path, weights: str | None, folder: Path, asked: reading.Reading) -> None:
-    """Build two engines of a model, ask every question, and show, draw and write what came of it."""
+def read(
+    console: Console,
+    model: Path,
+    weights: str | None,
+    folder: Path,
+    asked: reading.Reading,
+    recipe: Path | None = None,
+) -> None:
+    """Build two engines of a model, ask every question in both ways, and show, draw and write what came of it."""
     weights = weights or ("int4" if model.suffix == ".gguf" else "float32")
-    full_engine, chunk_engine = folder / "demo-full", folder / "demo-chunkkv"
-    with stage(console, f"Building an engine of {model.name} without ChunkKV"):
-        build(model, full_engine, *WEIGHTS[weights])
-    with stage(console, "Building an engine with ChunkKV"):
-        build(model, chunk_engine, "--chunkkv", *WEIGHTS[weights])
-    full, chunked = (ChunkKVSession.from_dir(engine) for engine in (full_engine, chunk_engine))
+    engine, tuned_engine = folder / "demo-chunkkv", folder / "demo-tuned"
+    with stage(console, f"Building an engine of {model.name} with ChunkKV"):
+        build(model, engine, "--chunkkv", *WEIGHTS[weights])
+    split = ("--chunkkv_recipe", str(recipe)) if recipe else ANY_MODEL
+    with stage(console, f"Building one for later questions, {'from a recipe' if recipe else 'which ranks all layers'}"):
+        build(model, tuned_engine, "--chunkkv", *split, *WEIGHTS[weights])
+    session, tuned = (ChunkKVSession.from_dir(path) for path in (engine, tuned_engine))
     console.print(f"Text: {asked.about}.", soft_wrap=True)
-    halves = [reading.ask_in_prompt(full, chunked, asked, lambda text: stage(console, text))]
+    halves = asking.ask_both_halves(session, tuned, asked, lambda text: stage(console, text))
     picture, page, kept_page = folder / "demo.png", folder / "demo.html", folder / "demo-kept.html"
     with stage(console, "Drawing"):
-        choice = reading.inspect(chunked, asked.prompt(asked.questions[0]), reading.KEEP_RATIOS[0])
-        conditions = report.conditions(model.name, weights, chunked, asked)
+        choice = asking.inspect(session, asked.prompt(asked.questions[0]), asking.KEEP_RATIOS[0])
+        conditions = report.conditions(model.name, weights, session, asked)
         report.write_all(conditions, halves, asked, choice, picture=picture, page=page, kept_page=kept_page)
     for half in halves:
         report.show_half(console, half)

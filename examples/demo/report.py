@@ -38,12 +38,19 @@ def shortened(answer: str) -> str:
     return answer if len(answer) <= ANSWER_CHARACTERS else answer[: ANSWER_CHARACTERS - 1] + "…"
 
 
+def columns(half: reading.Half) -> tuple[str, ...]:
+    """Return the headings of what costs() returns."""
+    is_afterwards = half.outcomes[0].document_s is not None
+    return "kept tokens", "KV cache", *(("text, once",) if is_afterwards else ()), "first token", "per token"
+
+
 def costs(outcome: reading.Outcome) -> tuple[str, ...]:
-    """Return what an outcome cost, as texts: kept tokens, cache, first token, per token; means over the questions."""
-    first, each = outcome.first_token_s, outcome.per_token_s
+    """Return what an outcome cost, as texts, means over the questions; see columns()."""
+    first, each, once = outcome.first_token_s, outcome.per_token_s, outcome.document_s
     return (
         f"{mean(outcome.kept_tokens):.0f}",
         f"{mean(outcome.cache_bytes) / 2**20:.1f} MiB",
+        *((f"{once:.2f} s",) if once is not None else ()),
         f"{mean(first):.2f} s" if first else "–",
         f"{mean(each) * 1e3:.1f} ms" if each else "–",
     )
@@ -52,13 +59,14 @@ def costs(outcome: reading.Outcome) -> tuple[str, ...]:
 def show_half(console: Console, half: reading.Half) -> None:
     """Print the table of one half, and below it every answer."""
     table = Table(title=half.heading, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("cache", "right", "kept tokens", "KV cache", "first token", "per token"):
+    for column in ("cache", "right", *columns(half)):
         table.add_column(column, justify="left" if column == "cache" else "right", no_wrap=True)
     for outcome in half.outcomes:
         right = f"{sum(outcome.is_right)} of {len(outcome.is_right)}"
         table.add_row(outcome.name, right, *costs(outcome))
     console.print()
     console.print(table)
+    console.print(half.note, soft_wrap=True, markup=False)
     for number, question in enumerate(half.questions):
         console.print(f"{number + 1}. {escape(question.text)}", style="bold", soft_wrap=True)
         for outcome in half.outcomes:
@@ -72,7 +80,8 @@ def draw(path: Path, halves: Sequence[reading.Half], choice: Inspection) -> None
     rows = figure.subfigures(len(halves) + 1, 1, height_ratios=[*[2.6] * len(halves), 1.6], squeeze=False)[:, 0]
     for half, part in zip(halves, rows[:-1], strict=True):
         names = [outcome.name for outcome in half.outcomes]
-        colours = [OURS if outcome.method == reading.OURS else OTHER for outcome in half.outcomes]
+        own = (reading.OURS, reading.OURS_WINDOW)
+        colours = [OURS if outcome.method in own else OTHER for outcome in half.outcomes]
         right, sizes = part.subplots(1, 2, sharey=True)
         counts = [sum(outcome.is_right) for outcome in half.outcomes]
         labelled_bars(right, names, counts, [str(count) for count in counts], colours=colours)
@@ -125,6 +134,7 @@ def write_all(
     text = environment.get_template("page.html").render(
         conditions=shown,
         halves=halves,
+        columns=columns,
         costs=costs,
         picture=base64.b64encode(picture.read_bytes()).decode("ascii"),
         kept_page=kept_page.name,

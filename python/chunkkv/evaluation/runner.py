@@ -53,8 +53,11 @@ class PromptRunner:
             )
         return self._executor.blockwise_prefiller()
 
-    def prefill(self, ids: np.ndarray, seed: int = 0) -> PrefilledPrompt:
-        """Prefill one prompt [L] and keep all of it; raises RequestError for a prompt the engine cannot take."""
+    def prefill(self, ids: np.ndarray, seed: int = 0, window: int = 0) -> PrefilledPrompt:
+        """Prefill one prompt [L] and keep all of it; raises RequestError for a prompt the engine cannot take.
+
+        The last `window` queries choose in policy "engine", 0 stands for all of the engine's window.
+        """
         prefiller = self._prefiller()
         request = make_requests([ids], None, self.session.limits, None, None, None, 0)[0]
         cache = prefiller.new_cache(1, len(ids))
@@ -67,7 +70,7 @@ class PromptRunner:
 
             def engine_choice(kept: int) -> list[np.ndarray]:
                 out = prefiller.new_cache(1, kept)
-                choice = prefiller.compress(cache, queries, request.ids, settings.keep_per_10k, kept, out)
+                choice = prefiller.compress(cache, queries, request.ids, settings.keep_per_10k, kept, out, window)
                 leaders = [settings.leader_of(group) for group in settings.layer_groups for _ in group]
                 return [choice.kept_indices[leader] for leader in leaders]
 
