@@ -80,10 +80,10 @@ def ragged(library: NativeLibrary, memory: Memory) -> None:
 
 
 def spread(library: NativeLibrary, memory: Memory) -> None:
-    """Later tokens that are far above those of the first tile."""
-    rising = test_score.case(test_score.settings(8, 10), (700,), heads=2, kv_heads=1)
+    """Later tokens that are far above those of the first tile, and so many heads that a piece has several tiles."""
+    rising = test_score.case(test_score.settings(8, 10), (700,), heads=256, kv_heads=256)
     inputs = rising.inputs("float16")
-    inputs.query[..., 0], inputs.key[..., 0] = 30.0, np.linspace(-30, 30, inputs.key.shape[2])
+    inputs.query[..., 0], inputs.key[..., 0] = 30.0, np.linspace(-60, 60, inputs.key.shape[2])
     op = NativeOp(library, memory)
     scores = op.select(inputs.query, inputs.key, inputs.lengths, rising.settings)[2]
     wanted = reference.select_batch(inputs.query, inputs.key, inputs.lengths, rising.settings).token_scores
