@@ -256,8 +256,10 @@ def test_compress_nodes_carry_all_settings_and_the_plugins_name(boundaries: str)
         given = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         given = {name: value.decode() if isinstance(value, bytes) else value for name, value in given.items()}
         assert given.pop("plugin_version") == "1" and given.pop("plugin_namespace") == "chunkkv"
+        request_window = given.pop("request_window", None)
+        assert request_window == (1 if node.op_type == functions.SELECT else None)
         expected = settings.to_dict() if node.op_type == functions.SELECT else {}
-        assert given.items() <= expected.items()
+        assert given == {name: expected[name] for name in given}
         assert len(given) == (7 if node.op_type == functions.SELECT else 0)
     assert {(function.domain, function.name) for function in model.functions} == {
         (functions.DOMAIN, functions.SELECT),
