@@ -17,6 +17,7 @@ from support.messages import naming
 from chunkkv.engine.directory import EngineFiles
 from chunkkv.gpu.tensorrt_library import RTX, TensorRT
 from chunkkv.gpu.tensorrt_plugins import library_name
+from chunkkv.settings import ChunkKVSettings
 from chunkkv_builder.backends.tensorrt.graphs import Graphs
 from chunkkv_builder.onnx_graph import functions
 
@@ -81,15 +82,23 @@ def assert_functions(outcome: Outcome, folder: Path) -> None:
     assert build is not None and build.chunkkv_ops == "functions"
 
 
-def test_a_field_that_the_plugin_does_not_know(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+def add_to_select(monkeypatch: pytest.MonkeyPatch, **attributes: Any) -> None:
+    """Let the select nodes of a build have these attributes, too."""
     select_attributes = functions.select_attributes
-    monkeypatch.setattr(functions, "select_attributes", lambda settings: {**select_attributes(settings), "widow": 1})
+
+    def with_more(settings: ChunkKVSettings, request_window: bool = False) -> dict[str, Any]:
+        return {**select_attributes(settings, request_window), **attributes}
+
+    monkeypatch.setattr(functions, "select_attributes", with_more)
+
+
+def test_a_field_that_the_plugin_does_not_know(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    add_to_select(monkeypatch, widow=1)
     assert re.search(naming("ChunkKVSelect 'widow'"), build().error(1))
 
 
 def test_a_value_that_the_plugin_does_not_take(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    select_attributes = functions.select_attributes
-    monkeypatch.setattr(functions, "select_attributes", lambda settings: {**select_attributes(settings), "window": 129})
+    add_to_select(monkeypatch, window=129)
     assert re.search(naming("prefill ChunkKVSelect window 129 1 128"), build().error(1))
 
 
