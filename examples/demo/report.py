@@ -60,7 +60,8 @@ def show_half(console: Console, half: reading.Half) -> None:
     """Print the table of one half, and below it every answer."""
     table = Table(title=half.heading, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("cache", "right", *columns(half)):
-        table.add_column(column, justify="left" if column == "cache" else "right", no_wrap=True)
+        # A line for each word of a heading lets the widest table stand in 80 columns.
+        table.add_column(column.replace(" ", "\n"), justify="left" if column == "cache" else "right", no_wrap=True)
     for outcome in half.outcomes:
         right = f"{sum(outcome.is_right)} of {len(outcome.is_right)}"
         table.add_row(outcome.name, right, *costs(outcome))
