@@ -41,8 +41,8 @@ install: $(VENV)/.installed-test
 test: lint
 	$(BIN)/python -m pytest -n 2
 
-# What is worth having and not worth waiting for after each change: about 40 minutes on two cores, downloads 1.9 GB.
-test-deep: test-tensorrt-api test-tensorrt-llm test-tensorrt test-triton test-soak test-peers test-slow sass
+# What is worth having and not worth waiting for after each change: about 30 minutes on two cores, downloads 1.9 GB.
+test-deep: test-tensorrt-api test-tensorrt-llm test-tensorrt test-triton test-soak test-peers test-slow
 
 # Sanitizers, races, planted bugs and nvcc's table of the kernels; pages of the docs that are measured again.
 test-slow: $(VENV)/.installed-test
