@@ -27,6 +27,7 @@ def test_a_planted_bug_is_found(bug: Bug) -> None:
 
 
 @pytest.mark.deep
+@pytest.mark.timeout(900)  # every check, one of the flavours under the thread sanitizer
 @pytest.mark.parametrize("flavour", ["plain", "asan", "tsan"])
 def test_without_a_bug_nothing_is_found(flavour: str) -> None:
     """The mutants leave out most of score; what is left must be right, or every bug would seem to be found."""
