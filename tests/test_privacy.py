@@ -127,7 +127,8 @@ def test_the_demo_without_a_network_writes_where_it_was_told_and_opens_no_connec
     command = (sys.executable, "-m", "examples.demo", *output, *cache)
     internet, written = trace_command(tmp_path, *command, MPLCONFIGDIR=str(tmp_path / "matplotlib"))
     folders = [tmp_path / name for name in ("made", "cache", "matplotlib", "temporary")]
-    assert internet == [] and outside(written, *folders) == []
+    # pip is called for the model and has no index: it makes a socket to learn about IPv6, and connects it to nothing.
+    assert [call for call in internet if "connect(" in call] == [] and outside(written, *folders) == []
     assert (tmp_path / "made" / "needle.html").is_file()
     assert (
         files_below(tmp_path / "home") == files_below(tmp_path / "temporary") == files_below(tmp_path / "cache") == []
