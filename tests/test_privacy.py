@@ -125,7 +125,9 @@ def test_a_gguf_build_and_an_answer_write_what_they_were_told_and_open_no_connec
 def test_the_demo_without_a_network_writes_where_it_was_told_and_opens_no_connection(tmp_path: Path) -> None:
     output, cache = ("--output_dir", tmp_path / "made"), ("--cache_dir", tmp_path / "cache")
     command = (sys.executable, "-m", "examples.demo", *output, *cache)
-    internet, written = trace_command(tmp_path, *command, MPLCONFIGDIR=str(tmp_path / "matplotlib"))
+    # Without rustup on the path: pip asks rustc for its version, and rustup then writes to the home directory.
+    own = {"MPLCONFIGDIR": str(tmp_path / "matplotlib"), "PATH": "/usr/bin:/bin"}
+    internet, written = trace_command(tmp_path, *command, **own)
     folders = [tmp_path / name for name in ("made", "cache", "matplotlib", "temporary")]
     # pip is called for the model and has no index: it makes a socket to learn about IPv6, and connects it to nothing.
     assert [call for call in internet if "connect(" in call] == [] and outside(written, *folders) == []
