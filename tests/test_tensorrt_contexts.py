@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import json
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,19 +28,12 @@ from chunkkv_builder.progress import Progress
 pytestmark = pytest.mark.contract_as_read
 
 machine = pytest.fixture(machine_of)
+build = partial(engines.build_tensorrt, max_seq_len=512)
 PARAMS = SamplingParams(max_new_tokens=8, ignore_eos=True, logprobs=True)
 DOCUMENT, SHORT, LONG, MIDDLE = (
     np.random.default_rng([6, length]).integers(3, 300, length) for length in (150, 5, 90, 33)
 )
 TOLERANCE = 1e-4
-
-
-def build(output: Path, variant: str = "llama3", chunkkv: bool = True, **flags: object) -> Path:
-    limits = {"max_batch_size": 4, "max_seq_len": 512, "log_level": "error", "dtype": "float32"}
-    settings = {**engines.SMALL_CHUNKKV, "chunkkv": True} if chunkkv else {}
-    named = {"checkpoint_dir": engines.checkpoint_dir(variant), "output_dir": output, "backend": "tensorrt"}
-    engines.build_engine.main(engines.command_line({**named, **limits, **settings, **flags}))
-    return output
 
 
 @pytest.fixture

@@ -32,18 +32,11 @@ from chunkkv.requests import Request, make_requests
 pytestmark = pytest.mark.contract_as_read
 
 machine = pytest.fixture(machine_of)
+build = engines.build_tensorrt
 PARAMS = SamplingParams(max_new_tokens=8, ignore_eos=True, logprobs=True)
 PROMPTS = [np.random.default_rng([5, length]).integers(3, 300, length) for length in (61, 9, 100, 200)]
 RATIOS = [None, None, 0.7, None]  # the last has more tokens than the cache of the answer has slots
 TOLERANCE = 1e-4
-
-
-def build(output: Path, variant: str = "llama3", chunkkv: bool = True, **flags: object) -> Path:
-    limits = {"max_batch_size": 4, "max_seq_len": 256, "log_level": "error", "dtype": "float32"}
-    settings = {**engines.SMALL_CHUNKKV, "chunkkv": True} if chunkkv else {}
-    named = {"checkpoint_dir": engines.checkpoint_dir(variant), "output_dir": output, "backend": "tensorrt"}
-    engines.build_engine.main(engines.command_line({**named, **limits, **settings, **flags}))
-    return output
 
 
 @pytest.fixture

@@ -159,8 +159,8 @@ def _parser() -> BuildParser:
         "--weight_only_precision",
         choices=config.WEIGHT_ONLY_PRECISIONS,
         help="number type of those weights: int8 costs hardly any accuracy, int4 much unless a GGUF file has 4-bit "
-        "blocks already; w8a8 has 8 bits with a scale for each output instead of each 32 values, and the fastest "
-        "prefill; embedding table and head have 8 bits with each; "
+        "blocks already; w8a8 has 8 bits with a scale for each output instead of each 32 values, for long "
+        "prompts; embedding table and head have 8 bits with each; "
         f"default: {config.DEFAULT_WEIGHT_ONLY_PRECISION}",
     )
     build.add_argument(

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 from support import engines
-from support.checkpoints import VARIANTS
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
 from chunkkv import SamplingParams
 from chunkkv.requests import make_requests
@@ -49,19 +48,6 @@ class TorchRow:
 def by_layer(session: ChunkKVSession, kept_indices) -> dict[int, np.ndarray]:
     settings = session.settings
     return {layer: kept_indices[settings.leader_of(group)] for group in settings.layer_groups for layer in group}
-
-
-@pytest.fixture(scope="module", params=sorted(VARIANTS))
-def variant(request) -> str:
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def model(variant: str):
-    torch.set_num_threads(1)
-    return AutoModelForCausalLM.from_pretrained(
-        engines.checkpoint_dir(variant), dtype=torch.float32, attn_implementation="eager"
-    ).eval()
 
 
 @pytest.mark.parametrize("keep_ratio", [1.0, 0.4, 0.1])

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support import engines
-from support.checkpoints import VARIANTS
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
 from chunkkv import SamplingParams, reference
 from chunkkv.requests import make_requests
@@ -25,19 +24,6 @@ KEEP_RATIO = 0.2
 
 def prompt(length: int, vocabulary: int = 384, seed: int = 0) -> np.ndarray:
     return np.random.default_rng([seed, length]).integers(3, vocabulary, length)
-
-
-@pytest.fixture(scope="module", params=sorted(VARIANTS))
-def variant(request) -> str:
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def model(variant: str):
-    torch.set_num_threads(1)
-    return AutoModelForCausalLM.from_pretrained(
-        engines.checkpoint_dir(variant), dtype=torch.float32, attn_implementation="eager"
-    ).eval()
 
 
 def engine_steps(session: ChunkKVSession, ids: np.ndarray, forced: np.ndarray, keep_ratio: float | None):

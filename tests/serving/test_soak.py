@@ -1,7 +1,6 @@
 """Requests of mixed lengths for minutes: no server ends, no client waits for ever, every whole answer is the library's.
 
-make test-soak runs it, a part of make test-deep: up to 20,000 requests for each model in one minute each. With three
-minutes, MOST_S = 180, a model takes nearly all of them.
+make test-soak runs it, a part of make test-deep: up to 20,000 requests for each model, in at most one minute each.
 """
 
 from __future__ import annotations

@@ -41,6 +41,15 @@ def engine_dir(variant: str, chunkkv: bool = True, **flags: Any) -> Path:
     return output
 
 
+def build_tensorrt(output: Path, variant: str = "llama3", chunkkv: bool = True, **flags: Any) -> Path:
+    """Build a float32 engine for TensorRT in `output`, with the TensorRT that this process imports; return `output`."""
+    limits = {"max_batch_size": 4, "max_seq_len": 256, "log_level": "error", "dtype": "float32"}
+    settings = {**SMALL_CHUNKKV, "chunkkv": True} if chunkkv else {}
+    named = {"checkpoint_dir": checkpoint_dir(variant), "output_dir": output, "backend": "tensorrt"}
+    build_engine.main(command_line({**named, **limits, **settings, **flags}))
+    return output
+
+
 def command_line(flags: dict[str, Any]) -> list[str]:
     """Return `--name value` for every flag, `--name` alone where the value is True."""
     return [

@@ -6,9 +6,9 @@ already, because a step costs about as much for one row as for several.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 
+from chunkkv.batching.free_rows import FreeRows
 from chunkkv.batching.seats import Needs
 from chunkkv.cache_layout import Slots
 from chunkkv.contexts import start_prefill
@@ -35,30 +35,26 @@ class CacheBucket:
     def __init__(self, executor: Executor[KVCache], capacity: Slots, rows: int) -> None:
         self._executor, self.capacity, self.rows = executor, capacity, rows
         self.cache = executor.new_cache(rows, capacity)
-        self._free = list(range(rows))  # a heap
-        self._taken: set[int] = set()
+        self._rows = FreeRows(rows)
         self._decoders: dict[int, Decoder] = {}
 
     @property
     def is_idle(self) -> bool:
         """Whether no row is taken."""
-        return not self._taken
+        return self._rows.is_idle
 
     @property
     def is_full(self) -> bool:
         """Whether every row is taken."""
-        return not self._free
+        return self._rows.is_full
 
     def take(self) -> int:
         """Return a free row, now taken."""
-        row = heapq.heappop(self._free)
-        self._taken.add(row)
-        return row
+        return self._rows.take()
 
     def free(self, row: int) -> None:
         """Give a row back."""
-        self._taken.remove(row)
-        heapq.heappush(self._free, row)
+        self._rows.free(row)
 
     def decoder(self) -> Decoder:
         """Return a decoder over the first rows of the cache, enough for all taken ones.
@@ -66,7 +62,7 @@ class CacheBucket:
         Most engines compute every row of a decoder, idle or not. Powers of two keep the idle ones below the taken ones
         and the decoders few: each holds buffers, and on a GPU a captured graph, of its own.
         """
-        needed = max(self._taken) + 1
+        needed = self._rows.last_taken + 1
         rows = min(1 << (needed - 1).bit_length(), self.rows)
         if rows not in self._decoders:
             self._decoders[rows] = self._executor.decoder(self.cache.rows(0, rows))

@@ -7,10 +7,10 @@ it keeps then moves to the lowest free row.
 
 from __future__ import annotations
 
-import heapq
 import threading
 from collections.abc import Sequence
 
+from chunkkv.batching.free_rows import FreeRows
 from chunkkv.batching.seats import Needs
 from chunkkv.cache_layout import Slots
 from chunkkv.contexts import start_prefill
@@ -37,27 +37,23 @@ class ElasticBatch:
     def __init__(self, executor: Executor[KVCache], rows: int, capacity: int) -> None:
         self._executor = executor
         self.cache, self.rows = _largest_cache(executor, rows, capacity)
-        self._free = list(range(self.rows))  # a heap
-        self._taken: set[int] = set()
+        self._rows = FreeRows(self.rows)
         self._decoder: tuple[int, Decoder] | None = None
 
     @property
     def is_idle(self) -> bool:
         """Whether no row is taken."""
-        return not self._taken
+        return self._rows.is_idle
 
     def take(self) -> int:
         """Return a free row, now taken."""
-        row = heapq.heappop(self._free)
-        self._taken.add(row)
-        return row
+        return self._rows.take()
 
     def free(self, row: int) -> None:
         """Give a row and its memory back."""
-        self._taken.remove(row)
-        heapq.heappush(self._free, row)
+        self._rows.free(row)
         self.cache.release(row)
-        if not self._taken:
+        if self.is_idle:
             self._decoder = None  # its buffers are as large as the batch was
 
     def decoder(self) -> Decoder:
@@ -65,7 +61,7 @@ class ElasticBatch:
 
         It computes every one of its rows, idle or not, and holds buffers for each, so only the last one is kept.
         """
-        rows = self._computed_rows(max(self._taken) + 1)
+        rows = self._computed_rows(self._rows.last_taken + 1)
         if self._decoder is None or self._decoder[0] != rows:
             self._decoder = None  # frees its buffers first
             self._decoder = rows, self._executor.decoder(self.cache.rows(0, rows))
@@ -77,19 +73,17 @@ class ElasticBatch:
 
     def compact(self) -> Sequence[tuple[int, int]]:
         """Return the last row and the first free one where a step computes as many idle rows as taken ones."""
-        last = max(self._taken)
+        last = self._rows.last_taken
         computed = self._computed_rows(last + 1)
-        wasteful = computed >= 2 * len(self._taken) and computed > _FEW_ROWS
-        return [(last, self._free[0])] if wasteful else []
+        wasteful = computed >= 2 * self._rows.taken and computed > _FEW_ROWS
+        return [(last, self._rows.lowest_free)] if wasteful else []
 
     def move(self, source: int, target: int, slots: Slots) -> None:
-        """Move the first slots of a taken row to a free one."""
-        self._free.remove(target)
-        heapq.heapify(self._free)
-        self._taken.add(target)
+        """Move the first slots of a taken row to the lowest free one, as compact() says."""
+        taken = self._rows.take()
+        assert taken == target
         self.cache.take_row(self.cache, source, target, slots)
-        self._taken.remove(source)
-        heapq.heappush(self._free, source)
+        self._rows.free(source)
 
     def _computed_rows(self, needed: int) -> int:
         """Return the rows of a decoder: few different numbers, and at most an eighth more than needed above 8."""
