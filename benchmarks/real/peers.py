@@ -32,7 +32,6 @@ disable_progress_bar()
 logging.getLogger("kvpress").setLevel(logging.ERROR)  # KVzip warns of its cost at every prompt
 
 MASKED_ATTENTION = "kept_by_head"
-SAFEGUARD = 0.2  # AdaKVPress's default: the share of N that every head keeps at least
 
 
 def _masked_attention(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **_: Any) -> Any:

@@ -36,7 +36,6 @@ class ResponsePart:
     text : text since the response before.
     token_ids : token ids since the response before.
     is_first : whether no response came before.
-    sent_tokens : number of tokens in all responses up to and with this one.
     request : the checked request.
     result : the whole answer in the last response, None in all others.
     """
@@ -44,13 +43,12 @@ class ResponsePart:
     text: str
     token_ids: list[int]
     is_first: bool
-    sent_tokens: int
     request: Request
     result: GenerationResult | None
 
 
 # What a canary is answered with: no token of no request.
-CANARY_PART = ResponsePart("", [], True, 0, Request(np.zeros(0, np.int64), 0, 0, 0), None)
+CANARY_PART = ResponsePart("", [], True, Request(np.zeros(0, np.int64), 0, 0, 0), None)
 
 
 @dataclass(frozen=True)
@@ -138,7 +136,6 @@ class AnswerListener:
     _asked_at: float = field(default=0.0, init=False)
     _request: Request | None = field(default=None, init=False)
     _unsent: list[StreamEvent] = field(default_factory=list, init=False)
-    _sent_tokens: int = field(default=0, init=False)
     _first_token_at: float | None = field(default=None, init=False)
     _last_response_at: float | None = field(default=None, init=False)
 
@@ -194,12 +191,10 @@ class AnswerListener:
         assert self._request is not None, "the batcher accepts a request before it answers"
         events, self._unsent = self._unsent, []
         token_ids = [token for event in events for token in event.token_ids]
-        self._sent_tokens += len(token_ids)
         part = ResponsePart(
             text="".join(event.text for event in events),
             token_ids=token_ids,
             is_first=self._last_response_at is None,
-            sent_tokens=self._sent_tokens,
             request=self._request,
             result=result,
         )

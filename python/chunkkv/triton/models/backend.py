@@ -7,7 +7,7 @@ imported, so use `pb_utils.Tensor` and not `from triton_python_backend_utils imp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -31,9 +31,6 @@ class PbError(Protocol):
 
 class PbResponse(Protocol):
     """One of the responses to a request: output tensors, or an error."""
-
-    def has_error(self) -> bool:
-        """Return whether it carries an error."""
 
     def error(self) -> PbError:
         """Return that error."""
@@ -63,13 +60,6 @@ class PbRequest(Protocol):
 
     def get_response_sender(self) -> ResponseSender:
         """Return the sender for this request."""
-
-
-class PbModelRequest(Protocol):
-    """A request that a model makes of another model in the same server."""
-
-    def exec(self, *, decoupled: bool) -> Iterable[PbResponse]:
-        """Run it; with `decoupled` the responses come one by one."""
 
 
 class PbMetric(Protocol):
