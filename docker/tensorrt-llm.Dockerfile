@@ -2,6 +2,14 @@
 #   docker build -f docker/tensorrt-llm.Dockerfile -t chunkkv-trtllm .
 # This recipe has not been run: neither the containers nor a GPU were at hand. Tried outside of them: CMake's configuration
 # with these targets, and that this backend imports without onnx and onnxruntime.
+# With a TensorRT-LLM that gives blocks back (docs/tensorrt-llm.md, "Blocks back under the C++ runtime"):
+#   docker build -f docker/tensorrt-llm.Dockerfile --target patched-source --build-context tensorrt_llm=TensorRT-LLM \
+#       --output patched .
+# writes the changed files of that checkout to patched/. Build the checkout with them as its own documentation says, put
+# the new libtensorrt_llm.so into a folder, and give that folder and the build argument:
+#   docker build -f docker/tensorrt-llm.Dockerfile --build-arg TENSORRT_LLM=patched \
+#       --build-context tensorrt_llm_libraries=FOLDER -t chunkkv-trtllm .
+ARG TENSORRT_LLM=stock
 ARG CUDA_IMAGE=nvidia/cuda:13.0.1-devel-ubuntu24.04
 ARG TRITON_IMAGE=nvcr.io/nvidia/tritonserver:26.04-trtllm-python-py3
 
@@ -14,7 +22,26 @@ COPY plugins plugins
 RUN cmake -S . -B build -DCHUNKKV_RELEASE=ON && cmake --build build --parallel \
     --target chunkkv chunkkv_tensorrt10 chunkkv_tensorrt_loader
 
-FROM ${TRITON_IMAGE}
+# Empty unless --build-context gives folders of these names.
+FROM scratch AS tensorrt_llm
+FROM scratch AS tensorrt_llm_libraries
+
+FROM python:3.12-slim AS patcher
+COPY docker/tensorrt_llm_patch /patch
+RUN --mount=from=tensorrt_llm,target=/tree \
+    python /patch/apply.py /tree --out /changed
+
+FROM scratch AS patched-source
+COPY --from=patcher /changed /
+
+FROM ${TRITON_IMAGE} AS stock
+
+FROM ${TRITON_IMAGE} AS patched
+RUN --mount=from=tensorrt_llm_libraries,target=/libraries \
+    installed=$(find / -xdev -name libtensorrt_llm.so -not -path '/libraries/*') && test -n "$installed" \
+    && for library in $installed; do cp /libraries/libtensorrt_llm.so "$library"; done
+
+FROM ${TENSORRT_LLM}
 COPY --from=plugins /src/build/libchunkkv.so /src/build/libchunkkv.architectures /src/build/libchunkkv_tensorrt.so.10 \
     /src/build/libchunkkv_tensorrt_loader.so /opt/chunkkv/lib/
 ENV CHUNKKV_LIB=/opt/chunkkv/lib/libchunkkv.so

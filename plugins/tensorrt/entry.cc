@@ -1,4 +1,5 @@
-// What this library exports: the two functions by which TensorRT's registry loads it, and one for the loader library.
+// What this library exports: the two functions by which TensorRT's registry loads it, one for the loader library, and
+// one for a TensorRT-LLM that gives blocks back (docker/tensorrt_llm_patch).
 #include <dlfcn.h>
 
 #include <cstdio>
@@ -75,3 +76,7 @@ CHUNKKV_EXPORT int32_t chunkkv_register_creators(void* registry) {
         added += static_cast<IPluginRegistry*>(registry)->registerCreator(*creators[i], kNamespace) ? 1 : 0;
     return added;
 }
+
+/// How many tokens the engine that this thread ran last keeps of a prompt of `length` tokens; -1 if it has run none.
+/// By thread, because a process may serve other engines, whose caches stay whole; every executor has a thread.
+CHUNKKV_EXPORT int64_t chunkkv_last_kept_tokens(int64_t length) { return lastKeptTokens(length); }

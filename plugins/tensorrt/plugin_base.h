@@ -182,4 +182,7 @@ nvinfer1::IPluginCreatorInterface* ropeCreator();
 nvinfer1::IPluginCreatorInterface* scoreCreator();
 nvinfer1::IPluginCreatorInterface* compressCreator();
 
+/// N(length) of the ChunkKVPrepare node that this thread enqueued last; -1 before the first, and for a wrong length.
+int64_t lastKeptTokens(int64_t length) noexcept;
+
 }  // namespace chunkkv::trt

@@ -34,6 +34,13 @@ constexpr const char* kInputs[] = {"sequence_length",
                                    "input_ids"};
 constexpr int32_t kRanks[] = {1, 1, 1, 1, 1, 4, 2, 1};
 
+/// What the node that this thread enqueued last keeps; see chunkkv_last_kept_tokens in entry.cc.
+struct LastRun {
+    bool is_known = false;
+    Settings settings{};
+};
+thread_local LastRun last_run;
+
 /// A table in device memory, owned by one object. A copy of the object starts without one and uploads its own.
 class DeviceTable {
   public:
@@ -131,6 +138,7 @@ class Prepare final : public PackedPlugin {
             params.vocab_size = value(kVocabSize);
             params.is_delimiter = static_cast<int32_t*>(buffers.outputs[kIsDelimiter]);
         }
+        last_run = {true, params.settings};
         return done(chunkkv_prepare(&params, buffers.stream));
     }
 
@@ -178,6 +186,10 @@ class Prepare final : public PackedPlugin {
 };
 
 }  // namespace
+
+int64_t lastKeptTokens(int64_t length) noexcept {
+    return last_run.is_known ? chunkkv_kept_tokens(&last_run.settings, length) : -1;
+}
 
 IPluginCreatorInterface* prepareCreator() {
     static Creator<Prepare> creator;

@@ -42,10 +42,14 @@ def open_host(headers: Headers | None = None) -> PluginHost:
     return _open_host(headers or own_headers(11))
 
 
+def plugins_of(headers: Headers) -> Path:
+    """Return the plugin library that the host for these headers drives."""
+    return plugin_library(Path(os.environ.get("CHUNKKV_LIB") or emulated_library()), headers, FLAVOUR)
+
+
 @functools.cache  # a library keeps its first logger, as it would in TensorRT
 def _open_host(headers: Headers) -> PluginHost:
-    kernels = Path(os.environ.get("CHUNKKV_LIB") or emulated_library())
-    return PluginHost(host_library(headers, FLAVOUR), plugin_library(kernels, headers, FLAVOUR))
+    return PluginHost(host_library(headers, FLAVOUR), plugins_of(headers))
 
 
 class PluginNode:

@@ -162,6 +162,8 @@ def test_cmake_works_without_nvcc(tmp_path: Path) -> None:
     assert (tmp_path / "emulated" / "rtx" / "libtensorrt_rtx.so").is_file()
     for name in PLUGINS:
         assert hasattr(ctypes.CDLL(str(tmp_path / "emulated" / name)), "getCreators")
+        by_name = ctypes.CDLL(name, os.RTLD_NOLOAD | os.RTLD_LAZY)  # as docker/tensorrt_llm_patch finds it
+        assert hasattr(by_name, "chunkkv_last_kept_tokens")
     library = NativeLibrary(tmp_path / "libchunkkv_emulated.so")
     assert library.device == "emulated"
     lengths, kept = np.array([100], np.int32), np.zeros((1, 64), np.int32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +15,7 @@ from chunkkv.native import BatchRows, NativeLibrary, RawArray, contiguous_kv
 from native.memory import Memory, numpy_dtype
 from native.packed_batch import SETTINGS, UNUSED, PackedBatch, Pools, setting_fields
 from native.plugin_host import Range, node_fields
-from native.plugin_op import PluginNode, open_host, run
+from native.plugin_op import PluginNode, open_host, plugins_of, run
 from native.tensorrt_headers import Headers, own_headers, real_headers
 from native.test_boundaries import DELIMITERS, VOCABULARY, bitmap
 from native.test_rope import HEADS, KV_HEADS, POSITIONS, TOLERANCE, rotated, table
@@ -76,6 +78,23 @@ def test_prepare(memory: Memory, batch: PackedBatch, settings: Any) -> None:
     assert len(flags) == delimited
     if delimited:
         np.testing.assert_array_equal(flags[0], np.isin(ids, DELIMITERS))
+
+
+def test_the_last_kept_tokens_are_those_of_the_node_that_this_thread_ran(memory: Memory) -> None:
+    library = ctypes.CDLL(str(plugins_of(own_headers(11))))
+    kept = library.chunkkv_last_kept_tokens
+    kept.restype, kept.argtypes = ctypes.c_int64, [ctypes.c_int64]
+    batch = PackedBatch()
+    for settings in (SETTINGS, replace(SETTINGS, budget_tokens=12)):
+        batch = replace(batch, settings=settings)
+        node = PluginNode("ChunkKVPrepare", prepare_fields(batch), memory=memory)
+        node.run(prepare_inputs(batch, Pools(batch, memory)))
+        assert [kept(length) for length in (0, 9, 40, 50_000)] == [
+            settings.kept_tokens(length) for length in (0, 9, 40, 50_000)
+        ]
+        assert kept(-1) == -1
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(kept, 40).result() == -1
 
 
 @pytest.mark.parametrize("style", ["neox", "gptj"])
