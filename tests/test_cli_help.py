@@ -12,7 +12,8 @@ import pytest
 from support.builds import CommandLine, Outcome
 
 import chunkkv
-from chunkkv.batching.batcher import MOST_SLOTS, BatchingLimits
+from chunkkv.batching.limits import BatchingLimits
+from chunkkv.batching.pools import MOST_SLOTS
 from chunkkv.cli.main import main, make_parser
 from chunkkv.triton.server.supervisor import ServeSettings
 

@@ -9,28 +9,25 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from chunkkv.answer import cancelled_in_queue, decode_step
-from chunkkv.batching.bounds import cache_bytes
-from chunkkv.batching.bucket_pool import BucketPool
-from chunkkv.batching.elastic_pool import ElasticPool
-from chunkkv.batching.job import AnswerJob
+from chunkkv.batching.heartbeat import STALL_TIMEOUT_S, Heartbeat
+from chunkkv.batching.job import AnswerJob, as_chunkkv_error, share_prompt
 from chunkkv.batching.limits import BatchingLimits, Load
 from chunkkv.batching.listener import Listener, QueueListener
+from chunkkv.batching.pools import check_room, make_pool
 from chunkkv.batching.schedule import PIECE_TOKENS, Turns, admissible, count_overtaken
-from chunkkv.batching.seats import Batch, Needs, Pool
+from chunkkv.batching.seats import Batch
 from chunkkv.contexts import Context, check_continues
-from chunkkv.errors import ChunkKVError, ConfigError, EngineRunError, OverloadedError, RequestError
+from chunkkv.errors import ChunkKVError, EngineRunError, OverloadedError, RequestError
 from chunkkv.requests import Prompt
 from chunkkv.results import StreamEvent
 from chunkkv.sampling import SamplingParams
 from chunkkv.session import ChunkKVSession
 
 _CLOSED = "the batcher was closed before the answer was complete; ask again"
-MOST_SLOTS = 256  # default of an engine whose rows cost what they hold
-STALL_TIMEOUT_S = 600.0  # a block or step that takes longer will not end
 _ASK_WAITING_S = 0.1  # whether waiting requests were cancelled is asked so often; asking may be a message to a server
 
 
@@ -60,19 +57,14 @@ class ContinuousBatcher:
 
     def __init__(self, session: ChunkKVSession, limits: BatchingLimits | None = None) -> None:
         self.session, self.limits = session, BatchingLimits() if limits is None else limits
-        self.slots = _slots(session, self.limits.slots)
-        self._pool = _pool(session, self.slots, cache_bytes(session, self.limits.kv_bytes))
-        if not self._pool.could_hold(_shortest(session)):
-            raise ConfigError(
-                f"kv_bytes {self._pool.bound} has no room for the shortest answer: give more, or free memory"
-            )
+        self._pool, self.slots = make_pool(session, self.limits)
         self._queue: deque[AnswerJob] = deque()
         self._prefilling: list[AnswerJob] = []
         self._open: list[AnswerJob] = []
         self._turns = Turns()
         self._queue_may_move = False  # something was added to the queue or given back since it was last looked at
         self._asked_waiting_at = 0.0
-        self._beat_at: float | None = None  # when the last piece of work ended; None while there is nothing to do
+        self._heart = Heartbeat()
         self._wake = threading.Condition()
         self._closing: ChunkKVError | None = None
         self._draining = False
@@ -111,29 +103,68 @@ class ContinuousBatcher:
             Called on the batcher's thread before the last event of an answer that was not cancelled, with a Context
             that holds the prompt and the answer, without its last token, which no step has read.
         """
+        self.submit_answers(
+            prompt,
+            [sampling],
+            [listener],
+            keep_ratio=keep_ratio,
+            budget_tokens=budget_tokens,
+            add_special_tokens=add_special_tokens,
+            context=context,
+            scorer=scorer,
+            on_context=on_context,
+        )
+
+    def submit_answers(
+        self,
+        prompt: Prompt,
+        samplings: Sequence[SamplingParams],
+        listeners: Sequence[Listener],
+        *,
+        keep_ratio: float | None = None,
+        budget_tokens: int | None = None,
+        add_special_tokens: bool = True,
+        context: Context | None = None,
+        scorer: str | None = None,
+        on_context: Callable[[Context], None] | None = None,
+    ) -> None:
+        """Queue one prompt with several answers, all of them or none; see submit.
+
+        Where the engine can copy rows (capability `continues_rows`), the prompt is prefilled once, and every answer
+        begins with a copy of what it keeps.
+
+        Parameters
+        ----------
+        samplings : sequence of SamplingParams
+            How the tokens of each answer are chosen; all with the same `max_new_tokens`.
+        listeners : sequence of Listener
+            Who waits for each answer.
+        prompt, keep_ratio, budget_tokens, add_special_tokens, context, scorer, on_context : optional
+            As for submit, for every answer.
+        """
         if on_context is not None:
             check_continues(self.session)
+        if len({sampling.max_new_tokens for sampling in samplings}) != 1:
+            raise RequestError("answers to one prompt need the same max_new_tokens; submit others by themselves")
         (request,) = self.session.requests(
-            [prompt], sampling, keep_ratio, budget_tokens, add_special_tokens, context, scorer
+            [prompt], samplings[0], keep_ratio, budget_tokens, add_special_tokens, context, scorer
         )
-        job = AnswerJob(request, sampling, listener, self.limits, on_context)
-        if not self._pool.could_hold(job.needs):
-            raise RequestError(
-                f"a prompt of {request.prompt_tokens} tokens of which {request.kept_tokens} stay, with "
-                f"{sampling.max_new_tokens} new ones, does not fit kv_bytes {self._pool.bound}: ask for fewer new "
-                "tokens or a smaller budget, or give the server more memory"
-            )
-        listener.on_accepted(request)
+        jobs = [
+            AnswerJob(request, sampling, listener, self.limits, on_context)
+            for sampling, listener in zip(samplings, listeners, strict=True)
+        ]
+        check_room(self._pool, self.slots + self.limits.waiting, jobs)
+        for listener in listeners:
+            listener.on_accepted(request)
         with self._wake:
             if self._closing or self._draining:
                 raise self._closing or OverloadedError("the batcher is closing; ask again later")
-            in_work = len(self._open) + len(self._prefilling)
-            if in_work + len(self._queue) >= self.slots + self.limits.waiting:
+            in_work, waiting = len(self._open) + len(self._prefilling), self._waiting()
+            if in_work + waiting + len(jobs) > self.slots + self.limits.waiting:
                 raise OverloadedError(
-                    f"the queue is full: {in_work} answers in work, {len(self._queue)} requests waiting; "
-                    "ask again later"
+                    f"the queue is full: {in_work} answers in work, {waiting} requests waiting; ask again later"
                 )
-            self._queue.append(job)
+            self._queue.extend(share_prompt(jobs) if self.session.executor.capabilities.continues_rows else jobs)
             self._queue_may_move = True
             self._wake.notify()
 
@@ -155,7 +186,7 @@ class ContinuousBatcher:
     def load(self) -> Load:
         """Return what the batcher is doing now."""
         with self._wake:
-            prefilling, jobs, waiting = list(self._prefilling), list(self._open), len(self._queue)
+            prefilling, jobs, waiting = list(self._prefilling), list(self._open), self._waiting()
         tokens = sum(job.request.kept_tokens + job.new_tokens for job in jobs)
         tokens += sum(job.request.read_tokens - job.tokens_left for job in prefilling)
         return Load(
@@ -173,13 +204,9 @@ class ContinuousBatcher:
         Raises EngineRunError where the batcher has stopped, or where no block and no step has ended for
         `stall_timeout_s` seconds although there is work. A prompt of many blocks may take longer than that.
         """
-        beat_at = self._beat_at
         if not self._thread.is_alive():
             raise EngineRunError(str(self._closing or _CLOSED))
-        if beat_at is not None and (silent_s := time.monotonic() - beat_at) > stall_timeout_s:
-            raise EngineRunError(
-                f"the engine is stuck: no block of a prompt and no step has ended for {silent_s:.0f} s"
-            )
+        self._heart.check(stall_timeout_s)
 
     def close(self, drain: bool = False) -> None:
         """Take no more requests and return when all have ended: answered with `drain`, else with OverloadedError."""
@@ -202,9 +229,10 @@ class ContinuousBatcher:
         try:
             while self._wait_for_work():
                 self._drop_stale()
+                self._seat_followers()
                 for batch in self._pool.busy():
                     self._step(batch)
-                    self._beat()
+                    self._heart.beat()
                 self._prefill_round()
         except BaseException as error:
             failure = EngineRunError(f"the batcher stopped: {type(error).__name__}: {error}")
@@ -214,18 +242,14 @@ class ContinuousBatcher:
                 self._closing = self._closing or failure
                 left = [*self._open, *self._prefilling, *self._queue]
             for job in left:
-                self._fail(job, failure)
-
-    def _beat(self) -> None:
-        self._beat_at = time.monotonic()
+                self._fail_all(job, failure)
 
     def _wait_for_work(self) -> bool:
         with self._wake:
             while not (self._queue or self._prefilling or self._open or self._draining):
-                self._beat_at = None
+                self._heart.rest()
                 self._wake.wait()
-            if self._beat_at is None:
-                self._beat()
+            self._heart.wake()
             return not self._closing and bool(self._queue or self._prefilling or self._open)
 
     def _drop_stale(self) -> None:
@@ -236,6 +260,7 @@ class ContinuousBatcher:
             if now - self._asked_waiting_at >= _ASK_WAITING_S:
                 self._asked_waiting_at = now
                 jobs += self._queue
+                jobs += [follower for job in jobs for follower in job.followers]
         for job in jobs:
             if job.is_cancelled():
                 self._end_cancelled(job)
@@ -251,7 +276,7 @@ class ContinuousBatcher:
                 return
             spent += tokens
             self._prefill_piece(job)
-            self._beat()
+            self._heart.beat()
 
     def _next_prompt(self) -> AnswerJob | None:
         """Return the prompt whose turn it is, among those in work and the waiting ones for which there is room."""
@@ -272,7 +297,7 @@ class ContinuousBatcher:
                 self._seat(job)
             event = job.prefill_piece(self.session, is_whole=not self._pool.prefills_in_pieces)
         except Exception as error:  # of an engine, a driver or a library: this request fails, the others go on
-            self._fail(job, _as_chunkkv_error(error))
+            self._fail_all(job, as_chunkkv_error(error))
             return
         if event is not None:
             with self._wake:
@@ -300,7 +325,7 @@ class ContinuousBatcher:
         except Exception as error:
             self._pool.discard(batch)  # what it holds is undefined now
             for job in jobs:
-                self._fail(job, _as_chunkkv_error(error))
+                self._fail_all(job, as_chunkkv_error(error))
             return
         for job, row_logits in zip(jobs, logits, strict=True):
             self._advance(job, partial(job.open_answer.accept, row_logits))
@@ -310,7 +335,7 @@ class ContinuousBatcher:
         try:
             event = next_event()
         except Exception as error:
-            self._fail(job, _as_chunkkv_error(error))
+            self._fail(job, as_chunkkv_error(error))
             return
         job.new_tokens += len(event.token_ids)
         if event.finished is not None:
@@ -333,13 +358,39 @@ class ContinuousBatcher:
         self._release(job)
         self._tell(job, lambda: job.listener.on_error(error))
 
+    def _fail_all(self, job: AnswerJob, error: ChunkKVError) -> None:
+        """Fail a job and those that wait for its prompt, of which nothing is left."""
+        followers = job.part_with_followers()
+        for each in (job, *followers):
+            self._fail(each, error)
+
     def _release(self, job: AnswerJob) -> None:
+        """Let a job go. If others wait for its prompt, the next one takes its place, where and as far as it is."""
         with self._wake:
+            heir = job.next_follower()
             for jobs in (self._queue, self._prefilling, self._open):
-                if job in jobs:
+                if job in jobs and heir is not None:
+                    jobs[jobs.index(job)] = heir
+                elif job in jobs:
                     jobs.remove(job)
             self._queue_may_move = True
         job.leave()
+        if heir is not None and heir.prefilled is not None:
+            self._advance(heir, partial(heir.begin_answer, self.session))
+
+    def _seat_followers(self) -> None:
+        """Give the answers that wait for a prompt which is prefilled seats of their own, as far as there is room."""
+        for holder in [job for job in self._open if job.followers]:
+            while holder.followers and self._fits(holder.followers[0]):
+                with self._wake:
+                    follower = holder.followers.popleft()
+                    self._open.append(follower)
+                self._advance(follower, partial(follower.begin_beside, holder, self._pool.take, self.session))
+                self._heart.beat()
+
+    def _waiting(self) -> int:
+        """Return how many requests wait for their turn; the lock is held."""
+        return len(self._queue) + sum(len(job.followers) for job in (*self._queue, *self._prefilling, *self._open))
 
     def _tell(self, job: AnswerJob, call: Callable[[], None]) -> None:
         """Call a listener; one that fails has lost its client and takes nothing else down."""
@@ -347,35 +398,3 @@ class ContinuousBatcher:
             call()
         except Exception:
             job.client_gone = True
-
-
-def _slots(session: ChunkKVSession, slots: int | None) -> int:
-    """Return how many requests are in work at once; only rows with memory of their own are bounded by the engine."""
-    most = session.limits.max_batch_size
-    if session.executor.capabilities.elastic_rows:
-        return MOST_SLOTS if slots is None else slots
-    if slots is not None and slots > most:
-        raise ConfigError(
-            f"slots is {slots}; this engine takes at most {most} rows: give fewer slots, or build with a larger "
-            "--max_batch_size"
-        )
-    return most if slots is None else slots
-
-
-def _shortest(session: ChunkKVSession) -> Needs:
-    """Return what a prompt of one token with one new one needs."""
-    slots = session.executor.cache_layout.slots
-    return Needs(slots(1), slots(2))
-
-
-def _pool(session: ChunkKVSession, slots: int, bound: int | None) -> Pool:
-    executor, longest = session.executor, session.limits.max_seq_len
-    if executor.capabilities.elastic_rows:
-        return ElasticPool(executor, slots, longest, bound)
-    return BucketPool(executor, slots, longest, bound)
-
-
-def _as_chunkkv_error(error: Exception) -> ChunkKVError:
-    if isinstance(error, ChunkKVError):
-        return error
-    return EngineRunError(f"the engine failed: {type(error).__name__}: {error}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from chunkkv.batching.free_rows import FreeRows
-from chunkkv.batching.seats import Needs
+from chunkkv.batching.seats import Needs, Seat
 from chunkkv.cache_layout import Slots
 from chunkkv.contexts import start_prefill
 from chunkkv.errors import CacheFullError, RequestError
@@ -62,7 +62,7 @@ class CacheBucket:
         Most engines compute every row of a decoder, idle or not. Powers of two keep the idle ones below the taken ones
         and the decoders few: each holds buffers, and on a GPU a captured graph, of its own.
         """
-        needed = self._rows.last_taken + 1
+        needed = self._rows.last_taken() + 1
         rows = min(1 << (needed - 1).bit_length(), self.rows)
         if rows not in self._decoders:
             self._decoders[rows] = self._executor.decoder(self.cache.rows(0, rows))
@@ -103,6 +103,11 @@ class BucketSeat:
 
     def settle(self, kept: Slots) -> None:
         """Do nothing: the answer decodes where its prompt was prefilled."""
+
+    def copy_from(self, other: Seat, kept: Slots) -> None:
+        """Fill the row with a copy of the first slots of another; the engine continues rows."""
+        source, row = other.batch.row_cache(other.row), self.batch.row_cache(self.row)
+        self._executor.continuer().copy(source, kept, row)
 
     def leave(self) -> None:
         """Give the row back."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Set
 
 
 class FreeRows:
@@ -33,10 +34,9 @@ class FreeRows:
         """How many rows are taken."""
         return len(self._taken)
 
-    @property
-    def last_taken(self) -> int:
-        """The highest row that is taken."""
-        return max(self._taken)
+    def last_taken(self, but: Set[int] = frozenset()) -> int:
+        """Return the highest row that is taken, `but` some."""
+        return max(self._taken - but)
 
     @property
     def lowest_free(self) -> int:

@@ -76,6 +76,9 @@ class Seat(Protocol):
     def settle(self, kept: Slots) -> None:
         """Take the row in which the answer decodes; the prefill is over and has filled `kept` slots."""
 
+    def copy_from(self, other: Seat, kept: Slots) -> None:
+        """Take a row as settle() does, with a copy of the `kept` first slots of a seat that decodes; no prefill."""
+
     def leave(self) -> None:
         """Give everything back."""
 

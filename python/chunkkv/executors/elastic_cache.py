@@ -63,6 +63,15 @@ class ElasticHostKVCache(HostKVCache):
             target[row, :, :filled] = array[source_row, :, :filled]
             _give_back(array, memory, source_row)
 
+    def slot_0(self, row: int) -> tuple[np.ndarray, ...]:
+        """Return a copy of the slot that steps of other rows may overwrite while `row` is idle, [H,D] per array."""
+        return tuple(array[row, :, 0].copy() for array in self.arrays)
+
+    def restore_slot_0(self, row: int, held: Sequence[np.ndarray]) -> None:
+        """Write back what slot_0() returned for this row."""
+        for array, values in zip(self.arrays, held, strict=True):
+            array[row, :, 0] = values
+
     def _filled(self, slots: Sequence[int]) -> list[int]:
         """Return the filled slots of each array."""
         return 2 * [slots[part.length_class] for part in self.layout.parts]

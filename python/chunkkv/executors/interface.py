@@ -133,6 +133,12 @@ class ElasticKVCache(Protocol):
         `source` is an elastic cache of the same executor, or this one. `slots` has one number for each length class.
         """
 
+    def slot_0(self, row: int) -> Sequence[np.ndarray]:
+        """Return a copy of the slot that steps of other rows may overwrite while `row` is idle."""
+
+    def restore_slot_0(self, row: int, held: Sequence[np.ndarray]) -> None:
+        """Write back what slot_0() returned for this row."""
+
 
 CacheT = TypeVar("CacheT", bound=KVCache)
 CacheT_contra = TypeVar("CacheT_contra", bound=KVCache, contravariant=True)

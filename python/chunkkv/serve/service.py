@@ -137,9 +137,8 @@ class Service:
             number = 0
             for planned in [self._plan(ask, prompt) for prompt in ask.prompts]:
                 max_new = self._max_new_tokens(ask, planned.length)
-                for _ in range(ask.n):
-                    self._submit(ask, planned, ask.params(max_new, number), group)
-                    number += 1
+                self._submit(ask, planned, [ask.params(max_new, number + each) for each in range(ask.n)], group)
+                number += ask.n
         except BaseException:
             group.cancel()
             raise
@@ -237,15 +236,15 @@ class Service:
         base, context = self.store.find(ids, named.budget, 0, root=name) or (named, held)
         return Planned(ids[len(context) :], len(ids), base, context, named.budget)
 
-    def _submit(self, ask: Ask, planned: Planned, sampling: SamplingParams, group: AnswerGroup) -> None:
+    def _submit(self, ask: Ask, planned: Planned, samplings: list[SamplingParams], group: AnswerGroup) -> None:
         fresh = planned.context is None
         on_context: Callable[[Context], None] | None = None
         if self._holds and ask.cache_prompt:
             on_context = partial(self._hold, planned)
-        self.batcher.submit(
+        self.batcher.submit_answers(
             planned.prompt,
-            sampling,
-            group.listener(),
+            samplings,
+            [group.listener() for _ in samplings],
             keep_ratio=ask.keep_ratio if fresh else None,
             budget_tokens=ask.budget_tokens if fresh else None,
             add_special_tokens=ask.add_special_tokens,
