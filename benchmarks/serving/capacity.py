@@ -7,15 +7,11 @@ them take hours on a CPU. The memory of the process is measured beside the bound
 
 The second table runs the engine: eight answers at once whose clients gave the same `max_tokens`, and eight whose
 clients gave different ones.
-
-    python benchmarks/serving_capacity.py --engine_dir engines/smollm2 --output docs/benchmarks/serving-capacity.json
 """
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +26,6 @@ from chunkkv.batching import BatchingLimits, ContinuousBatcher
 from chunkkv.batching.elastic_pool import ElasticPool, ElasticSeat
 from chunkkv.batching.seats import Needs
 from chunkkv.executors.interface import PrefillResult
-from chunkkv.files import write_whole
 from chunkkv.requests import Request
 
 PROMPT, NEW, SLOTS = 4096, 128, 256
@@ -85,12 +80,12 @@ def resident() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def capacity(session: ChunkKVSession, bound: int, keep_ratio: float) -> dict[str, Any]:
+def capacity(session: ChunkKVSession, bound: int, keep_ratio: float, prompt: int) -> dict[str, Any]:
     """Admit requests until the pool refuses one, and let every answer grow to its end."""
     pool = ElasticPool(WrittenPrefills(session.executor), SLOTS, session.limits.max_seq_len, bound)
     sampling, before, most = SamplingParams(max_new_tokens=NEW), resident(), 0
     seats: list[ElasticSeat] = []
-    ids = np.arange(PROMPT) % 1000 + 3
+    ids = np.arange(prompt) % 1000 + 3
     while True:
         (request,) = session.requests([ids], sampling, keep_ratio)
         needs = Needs.of(request, NEW)
@@ -137,42 +132,31 @@ def mixed_lengths(session: ChunkKVSession, caps: Sequence[int], tokens: int) -> 
     return spent / (tokens * len(caps)) * 1e3
 
 
-def main() -> None:
-    """Measure, print the tables and write the JSON file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine_dir", required=True, help="engine for ONNX Runtime of at least 4,224 tokens")
-    parser.add_argument("--kv_bytes", type=float, nargs="+", default=[1.5e9, 3e9, 6e9], help="bounds to measure")
-    parser.add_argument("--tokens", type=int, default=16, help="tokens per answer of the second table")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
-    args = parser.parse_args()
-    session = ChunkKVSession.from_dir(args.engine_dir, threads=1)
-    rows = [capacity(session, int(bound), keep) for bound in args.kv_bytes for keep in (1.0, 0.1)]
-    for row in rows:
-        print(
-            f"{row['kv_bytes'] / 1e9:.1f} GB, keep {row['keep_ratio']}: {row['requests']} requests, "
-            f"{row['most_resident_bytes'] / 1e9:.2f} GB at most, {row['resident_bytes_after'] / 1e6:.0f} MB after"
-        )
-    rounds = [
-        {name: mixed_lengths(session, caps, args.tokens) for name, caps in (("same", (60,) * 8), ("mixed", MIXED))}
-        for _ in range(2)
-    ]
-    batching = [{name: round(value, 2) for name, value in measured.items()} for measured in rounds]
-    print(f"CPU ms per token, 8 answers, two rounds: {batching}")
-    if args.output:
-        per_token = session.executor.kv_bytes_per_token
-        result = {
-            "command": "python benchmarks/serving_capacity.py --engine_dir engines/smollm2 "
-            "--output docs/benchmarks/serving-capacity.json",
-            "prompt_tokens": PROMPT,
-            "new_tokens": NEW,
-            "slots": SLOTS,
-            "kv_bytes_per_token": per_token,
-            "capacity": rows,
-            "max_tokens": {"same": [60] * 8, "mixed": list(MIXED)},
-            "cpu_ms_per_token": batching,
-        }
-        write_whole(args.output, (json.dumps(result, indent=1) + "\n").encode())
+def measure(engine_dir: Path, bounds: Sequence[int], tokens: int, prompt: int = PROMPT) -> dict[str, Any]:
+    """Return both tables.
 
-
-if __name__ == "__main__":
-    main()
+    Parameters
+    ----------
+    engine_dir : Path
+        An engine for ONNX Runtime, of at least `prompt` + 128 tokens.
+    bounds : sequence of int
+        Bytes of KV memory of the first table.
+    tokens : int
+        Tokens of each answer of the second table.
+    prompt : int, default 4096
+        Tokens of each prompt of the first table.
+    """
+    session = ChunkKVSession.from_dir(engine_dir, threads=1)
+    longest = session.limits.max_seq_len - 64
+    caps = {"same": (60,) * 8, "mixed": tuple(min(cap, longest) for cap in MIXED)}
+    rows = [capacity(session, bound, keep, prompt) for bound in bounds for keep in (1.0, 0.1)]
+    rounds = [{name: mixed_lengths(session, cap, tokens) for name, cap in caps.items()} for _ in range(2)]
+    return {
+        "prompt_tokens": prompt,
+        "new_tokens": NEW,
+        "slots": SLOTS,
+        "kv_bytes_per_token": session.executor.kv_bytes_per_token,
+        "capacity": rows,
+        "max_tokens": caps,
+        "cpu_ms_per_token": [{name: round(value, 2) for name, value in row.items()} for row in rounds],
+    }

@@ -24,7 +24,6 @@ ELSEWHERE = {  # run by other tests, under another name or on another double
     "pip install --no-deps nvidia-pytriton==0.7.0 'numpy<2'": "the environment of these tests is made so",
     "chunkkv-build": "the fixture engine_dir, with the same flags and more",
     "chunkkv triton patch": "tests/test_triton_repository.py",
-    ".venv-triton/bin/python benchmarks/triton_load.py": "tests/serving/test_load.py",
 }
 
 
