@@ -63,5 +63,4 @@ def test_a_model_outlives_a_soak(servers, session, layout: str, model: str) -> N
     print(f"{model}: {counts} requests, {len(wrong)} wrong")
     assert wrong == [] and counts >= min(REQUESTS, 1000)
     assert not server.events("restarting") and {server.server_pid, *server.model_processes()} == pids
-    if model != "ensemble":  # Triton does not tell an ensemble's steps that a client has gone
-        wait_for(lambda: server.metric("chunkkv_requests", state="active") == 0, 30)
+    wait_for(lambda: server.metric("chunkkv_requests", state="active") == 0, 30)

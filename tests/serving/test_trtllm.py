@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -122,6 +123,20 @@ def test_a_client_that_leaves_is_noticed_through_bls(server) -> None:
     wait_for(lambda: active(server) == 0, 5)
 
 
+def test_a_client_that_leaves_is_noticed_through_the_ensemble(server) -> None:
+    """Triton cancels the step after the engine's, which tells the engine; another stream goes on."""
+    before = server.metric("chunkkv_requests_total", outcome="cancelled")
+    stays = sse(server.open_stream({**LONG, "max_tokens": 3000}, "ensemble"))
+    next(stays)
+    response = server.open_stream(LONG, "ensemble")
+    next(sse(response))
+    response.fp.raw._sock.shutdown(socket.SHUT_RDWR)
+    response.close()
+    wait_for(lambda: server.metric("chunkkv_requests_total", outcome="cancelled") == before + 1, 5)
+    assert [event["finish_reason"] for event in stays][-1] == "length"
+    wait_for(lambda: active(server) == 0, 5)
+
+
 def test_a_client_of_bls_that_leaves_before_its_answer_is_noticed_and_no_other_with_its_id(server) -> None:
     """Without a stream there is no response at which to notice; both clients chose the same id."""
     before = server.metric("chunkkv_requests_total", outcome="cancelled")
@@ -211,6 +226,18 @@ def test_bad_ids_are_refused_by_name(server, more, named) -> None:
     with pytest.raises(InferenceServerException, match=naming(named)):
         stream.all()
     stream.close()
+
+
+def test_what_knocks_at_the_engines_door_with_nonsense_harms_nobody(server) -> None:
+    names = [line.rsplit(" ", 1)[1] for line in Path("/proc/net/unix").read_text().splitlines() if " @" in line]
+    (name,) = {name[1:] for name in names if name.endswith(f"-{server.server_pid}-tensorrt_llm")}
+    for line in (b"{", b"[]", b'{"stop": "a"}', b'{"stop": 999999}', b'{"id": 1}', b'{"inputs": {"x": [1]}, "id": ""}'):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.connect(f"\0{name}")
+            connection.sendall(line + b"\n")
+            connection.settimeout(5)
+            assert connection.recv(1) == b"", line
+    assert server.generate({"text_input": "a", "max_tokens": 2}, "ensemble")[0] == 200
 
 
 def test_postprocessing_alone_turns_ids_into_text(server, session) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 from chunkkv.triton.repository.config_text import read_config
 
 TRITONSERVER_RESPONSE_COMPLETE_FINAL = 1
-_TYPES = {"STRING": object, "INT32": np.int32, "FP32": np.float32, "BOOL": bool, "UINT64": np.uint64}
+_TYPES = {"STRING": object, "INT32": np.int32, "INT64": np.int64, "FP32": np.float32, "BOOL": bool, "UINT64": np.uint64}
 
 
 class Tensor:
@@ -82,6 +82,9 @@ class Request:
 
     def get_response_sender(self) -> Sender:
         return self.sender
+
+    def is_cancelled(self) -> bool:
+        return False
 
 
 class MetricFamily:

@@ -61,6 +61,9 @@ class PbRequest(Protocol):
     def get_response_sender(self) -> ResponseSender:
         """Return the sender for this request."""
 
+    def is_cancelled(self) -> bool:
+        """Return whether the client has gone, of a request with one response."""
+
 
 class PbMetric(Protocol):
     """One time series of the server's metrics page."""

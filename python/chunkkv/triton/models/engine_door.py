@@ -1,13 +1,15 @@
-"""How `tensorrt_llm_bls` reaches the engine: a local socket of the process that holds it, without calls through Triton.
+"""How other models reach the engine: a local socket of the process that holds it, without calls through Triton.
 
 Triton crashes under many concurrent calls from one model to another, and each call holds a process. Here a request is a
 connection to a name that only this server's model processes know: one line of JSON with its inputs, answered by one
-line per response. Closing the connection cancels it. The name is in Linux's abstract namespace, so no file is left
+line per response. Closing the connection cancels it. `tensorrt_llm_bls` asks so, and `postprocessing` has answers
+stopped whose clients have left an ensemble. The name is in Linux's abstract namespace, so no file is left
 behind, and connections of other users are refused.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -151,6 +153,10 @@ class DoorRequest:
         """Return the sender for this request."""
         return self.sender
 
+    def is_cancelled(self) -> bool:
+        """Return whether the client has gone."""
+        return self.sender.is_cancelled()
+
 
 class EngineDoor:
     """Accepts connections and hands each one's request to the engine's model.
@@ -160,6 +166,7 @@ class EngineDoor:
     address : name of the socket.
     inputs : the inputs that a request may have.
     queue_request : takes a request; whatever is wrong with it becomes its client's answer.
+    stop_answer : ends the answer of a number, if it is still open.
     """
 
     def __init__(
@@ -167,8 +174,9 @@ class EngineDoor:
         address: str,
         inputs: Sequence[TensorSpec],
         queue_request: Callable[[DoorRequest], None],
+        stop_answer: Callable[[int], None],
     ) -> None:
-        self._inputs, self._queue_request = inputs, queue_request
+        self._inputs, self._queue_request, self._stop_answer = inputs, queue_request, stop_answer
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.bind(address)
         self._socket.listen(512)
@@ -193,7 +201,11 @@ class EngineDoor:
             with connection:
                 if _peer_user(connection) != os.getuid():
                     return
-                self._queue_request(self._read(connection, sender))
+                content = _content(connection)
+                if "stop" in content:
+                    self._stop_answer(int(content["stop"]))
+                    return
+                self._queue_request(self._request(content, sender))
                 while (line := sender.lines.get()) is not None:
                     connection.sendall(line)
         except OSError:  # the other side has gone, which the batcher notices, too
@@ -201,12 +213,7 @@ class EngineDoor:
         except Exception as error:  # of a request that is not as it should be: nobody else may suffer
             _log.warning("door_failed", extra=fields(message=f"{type(error).__name__}: {error}"))
 
-    def _read(self, connection: socket.socket, sender: DoorSender) -> DoorRequest:
-        with connection.makefile("rb") as file:
-            line = file.readline(MOST_BYTES)
-        if not line.endswith(_LINE_END):
-            raise RequestError(f"a request has more than {MOST_BYTES} bytes")
-        content = json.loads(line)
+    def _request(self, content: Mapping[str, Any], sender: DoorSender) -> DoorRequest:
         kinds = {tensor.name: tensor.data_type for tensor in self._inputs}
         tensors = {name: DoorTensor(name, _array(values, kinds[name])) for name, values in content["inputs"].items()}
         return DoorRequest(str(content["id"]), tensors, sender)
@@ -217,6 +224,23 @@ def request_line(request_id: str, inputs: Sequence[TensorSpec], read: ReadTensor
     arrays = ((tensor.name, read(tensor.name)) for tensor in inputs)
     values = {name: _plain(array.reshape(-1)) for name, array in arrays if array is not None}
     return json.dumps({"id": request_id, "inputs": values}).encode() + _LINE_END
+
+
+def stop_answer(address: str, number: int) -> None:
+    """Have the engine's process end the answer of that number; where it cannot be reached, nothing is left to end."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.connect(address)
+        connection.sendall(json.dumps({"stop": number}).encode() + _LINE_END)
+
+
+def _content(connection: socket.socket) -> dict[str, Any]:
+    """Return the JSON object that the other side sends first."""
+    with connection.makefile("rb") as file:
+        line = file.readline(MOST_BYTES)
+    if not line.endswith(_LINE_END):
+        raise RequestError(f"a request has more than {MOST_BYTES} bytes")
+    content: dict[str, Any] = json.loads(line)
+    return content
 
 
 def _plain(array: np.ndarray) -> list[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +18,7 @@ from chunkkv.triton.models.engine_door import DoorBackend, DoorRequest, DoorTens
 from chunkkv.triton.models.inputs import ParsedRequest, parse_request, scalar, unpack_word_lists
 from chunkkv.triton.models.serving import Parameters, Serving
 from chunkkv.triton.models.text_requests import ShownText, parse_text_request
-from chunkkv.triton.repository.tensors import BLS_INPUTS, ENGINE_TEXT
+from chunkkv.triton.repository.tensors import BLS_INPUTS, ENGINE_ANSWER, ENGINE_TEXT
 
 _TENSOR_NAMES = {
     "max_tokens": "request_output_len",
@@ -35,11 +36,13 @@ class TritonPythonModel:
         """Load the engine that config.pbtxt names."""
         self._serving = Serving(pb_utils, args)
         self._excludes_input = Parameters(args["model_config"]).text("exclude_input_in_output", "true") == "true"
-        # By the id that the client chose, for stop requests. The batcher's thread removes answers that have ended.
-        self._running: dict[str, AnswerListener] = {}
+        # By the id that the client chose, for stop requests, and by their own number. The batcher's thread removes
+        # answers that have ended.
+        self._running: dict[str | int, AnswerListener] = {}
+        self._next_number = itertools.count(1).__next__
         self._lock = threading.Lock()
         self._door_backend = DoorBackend()
-        self._door = EngineDoor(door_address(args["model_name"]), BLS_INPUTS, self._queue_text)
+        self._door = EngineDoor(door_address(args["model_name"]), BLS_INPUTS, self._queue_text, self._stop)
 
     def execute(self, requests: list[PbRequest]) -> None:
         """Queue the requests; one with `stop` ends the running request of the same id."""
@@ -60,20 +63,22 @@ class TritonPythonModel:
 
     def _queue(self, request: PbRequest, read: ReadTensor) -> None:
         responder, request_id = self._serving.responder(request), request.request_id()
+        number = self._next_number()
         try:
             parsed = self._parse(read)
             listener = AnswerListener(
                 responder,
-                reply=partial(_output_tensors, *self._echoed(parsed)),
+                reply=partial(_output_tensors, *self._echoed(parsed), number=number),
                 stream=parsed.stream,
                 stream_interval_s=self._serving.stream_interval_s,
-                on_end=lambda: self._forget(request_id, listener),
+                on_end=lambda: self._forget((request_id, number), listener),
             )
         except Exception as error:
             responder.fail(error)
             return
-        if request_id:
-            with self._lock:
+        with self._lock:
+            self._running[number] = listener
+            if request_id:
                 self._running[request_id] = listener
         self._serving.submit(parsed, listener)
 
@@ -93,16 +98,17 @@ class TritonPythonModel:
         reply = partial(_text_tensors, ShownText(read, parsed).of)
         serving.submit(parsed, AnswerListener(responder, reply, parsed.stream, serving.stream_interval_s))
 
-    def _stop(self, request_id: str) -> None:
+    def _stop(self, name: str | int) -> None:
         with self._lock:
-            listener = self._running.pop(request_id, None)
+            listener = self._running.pop(name, None)
         if listener is not None:
             listener.stop()
 
-    def _forget(self, request_id: str, listener: AnswerListener) -> None:
+    def _forget(self, names: tuple[str, int], listener: AnswerListener) -> None:
         with self._lock:
-            if self._running.get(request_id) is listener:  # a later request may have the same id
-                del self._running[request_id]
+            for name in names:
+                if self._running.get(name) is listener:  # a later request may have the same id
+                    del self._running[name]
 
     def _parse(self, read: ReadTensor) -> ParsedRequest:
         input_ids, length = read("input_ids"), scalar(read, "input_lengths")
@@ -147,7 +153,7 @@ class TritonPythonModel:
         return ids, "" if tokenizer is None else tokenizer.decode(ids)
 
 
-def _output_tensors(echoed_ids: list[int], echoed_text: str, part: ResponsePart) -> list[PbTensor]:
+def _output_tensors(echoed_ids: list[int], echoed_text: str, part: ResponsePart, number: int = 0) -> list[PbTensor]:
     """Return the outputs of one response; `echoed` is what the first one repeats of the prompt."""
     ids, text = part.token_ids, part.text
     if part.is_first:
@@ -156,6 +162,7 @@ def _output_tensors(echoed_ids: list[int], echoed_text: str, part: ResponsePart)
         "output_ids": np.array([[ids]], np.int32),
         ENGINE_TEXT: np.array([[text.encode()]], dtype=object),
         "sequence_length": np.array([[len(ids)]], np.int32),
+        ENGINE_ANSWER: np.array([[number]], np.int64),
         **_report(part),
     }
     return [pb_utils.Tensor(name, value) for name, value in values.items()]

@@ -58,7 +58,8 @@ def trtllm_layout(parameters: Mapping[str, object]) -> list[RepositoryModel]:
         ("TOKENS_BATCH", "SEQUENCE_LENGTH"),
         tensors.POSTPROCESSING_OUTPUTS,
     )
-    set_parameters(postprocessing, {"tokenizer_dir": parameters["engine_dir"]})
+    engine = {"tensorrt_llm_model_name": "tensorrt_llm"}
+    set_parameters(postprocessing, {"tokenizer_dir": parameters["engine_dir"], **engine})
     return [
         RepositoryModel(preprocessing, f"{_MODELS}.trtllm_preprocessing"),
         RepositoryModel(_engine_config(parameters), f"{_MODELS}.trtllm_engine"),

@@ -166,10 +166,14 @@ REPORT_OUTPUTS = (
 # The engine's model sends its text along, because later models cannot reconstruct it from the ids of one response: a
 # character may be split between two responses, and a tokenizer may strip the space before the first token.
 ENGINE_TEXT = "chunkkv_text"
+# The answer's number in the engine's model, by which postprocessing, which Triton tells of a client that has left an
+# ensemble, has it stopped.
+ENGINE_ANSWER = "chunkkv_answer"
 ENGINE_OUTPUTS = (
     TensorSpec("output_ids", "INT32", (-1, -1)),
     TensorSpec("sequence_length", "INT32", (-1,)),
     TensorSpec(ENGINE_TEXT, "STRING"),
+    TensorSpec(ENGINE_ANSWER, "INT64"),
     *REPORT_OUTPUTS,
 )
 ENGINE_FROM_PREPROCESSING: TensorMap = (
@@ -207,11 +211,13 @@ POSTPROCESSING_INPUTS = (
     TensorSpec("TOKENS_BATCH", "INT32", (-1, -1)),
     TensorSpec("SEQUENCE_LENGTH", "INT32", (-1,)),
     TensorSpec(ENGINE_TEXT, "STRING"),
+    TensorSpec(ENGINE_ANSWER, "INT64"),
 )
 POSTPROCESSING_OUTPUTS = (TensorSpec("OUTPUT", "STRING", (-1,)),)
 POSTPROCESSING_FROM_ENGINE: TensorMap = (
     ("TOKENS_BATCH", "output_ids"),
     ("SEQUENCE_LENGTH", "sequence_length"),
     (ENGINE_TEXT, ENGINE_TEXT),
+    (ENGINE_ANSWER, ENGINE_ANSWER),
 )
 TEXT_OUTPUTS = (TensorSpec("text_output", "STRING", (-1,)), *REPORT_OUTPUTS)
