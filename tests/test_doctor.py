@@ -32,11 +32,13 @@ GOOD = {
     "gpt_model_path": "",  # the engine's own
     "enable_kv_cache_reuse": "false",
     "enable_chunked_context": "false",
-    "batching_strategy": "inflight_fused_batching",
+    "gpt_model_type": "inflight_fused_batching",
     "batch_scheduler_policy": "guaranteed_no_evict",
     "max_beam_width": "1",
     "decoding_mode": "top_k_top_p",
 }
+
+BATCHING = "gpt_model_type (batching_strategy)"
 
 
 @pytest.fixture
@@ -81,7 +83,11 @@ def test_a_good_engine_and_repository(machine: Path, tmp_path: Path) -> None:
     found = checked(engine_dir("late"), repository(tmp_path), machine)
     states = {finding.check: finding.state for finding in found}
     assert not doctor.would_break(found)
-    assert {check for check, state in states.items() if state != OK} == {"tensorrt_llm: memory"}
+    assert {check for check, state in states.items() if state != OK} == {
+        "tensorrt_llm: memory",
+        "tensorrt_llm: plugin errors",
+    }
+    assert "ends every request that is running" in named(found, "plugin errors").found
     assert "keeps 0.4 of a prompt, fixed in the engine" in named(found, "ChunkKV").found
     assert named(found, "LD_PRELOAD").found == str(machine)
     (machine.parent / "libchunkkv_tensorrt.so.10").write_bytes(b"built later")
@@ -98,12 +104,9 @@ def test_a_good_engine_and_repository(machine: Path, tmp_path: Path) -> None:
         ({"enable_kv_cache_reuse": "${enable_kv_cache_reuse}"}, "enable_kv_cache_reuse", BREAKS, "${enable"),
         ({"enable_chunked_context": "true"}, "enable_chunked_context", BREAKS, "second chunk fails"),
         ({"context_model_name": "context"}, "disaggregated serving", BREAKS, "answers are wrong"),
-        (
-            {"batching_strategy": "V1"},
-            "batching_strategy",
-            WARNING,
-            "V1; ChunkKV was checked with inflight_fused_batching",
-        ),
+        ({"gpt_model_type": "V1"}, BATCHING, WARNING, "V1; only the source for inflight_fused_batching"),
+        ({"gpt_model_type": "${batching_strategy}"}, BATCHING, WARNING, "${batching_strategy}"),
+        ({"gpt_model_type": None, "batching_strategy": "inflight_fused_batching"}, BATCHING, WARNING, "not set"),
         ({"batch_scheduler_policy": "max_utilization"}, "batch_scheduler_policy", WARNING, "prefilled again"),
         ({"batch_scheduler_policy": None}, "batch_scheduler_policy", WARNING, "not set"),
         ({"max_beam_width": "2"}, "max_beam_width", BREAKS, "2: beams share"),
@@ -131,6 +134,17 @@ def test_each_setting_of_a_repository(
     assert finding.state == state and words in finding.found
     assert bool(finding.change) == (state != OK)
     assert doctor.would_break(found) == (state == BREAKS)
+
+
+@pytest.mark.parametrize("way", ["MPI", "UCX", "NIXL", "MOONCAKE"])
+def test_caches_that_travel_between_processes(machine: Path, tmp_path: Path, way: str) -> None:
+    variable = f"TRTLLM_USE_{way}_KVCACHE"
+    path, repo = engine_dir("late"), repository(tmp_path)
+    for value, state in (("1", BREAKS), ("0", None), ("", None)):
+        found = doctor.diagnose(path, repo, {"LD_PRELOAD": str(machine), variable: value})
+        states = [finding.state for finding in found if finding.check == f"tensorrt_llm: {variable}"]
+        assert states == ([state] if state else []), value
+        assert doctor.would_break(found) == (state == BREAKS)
 
 
 def test_what_a_server_needs_around_the_repository(machine: Path, tmp_path: Path) -> None:
@@ -256,7 +270,7 @@ def test_the_command(machine: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("would break  tensorrt_llm: LD_PRELOAD") for line in lines)
     assert any("-> start tritonserver with LD_PRELOAD=" in line for line in lines)
-    assert lines[-1].endswith("1 would break, 1 to note")
+    assert lines[-1].endswith("1 would break, 2 to note")
 
 
 def test_an_engine_for_onnx_runtime(capsys: pytest.CaptureFixture[str]) -> None:

@@ -75,6 +75,14 @@ def test_penalties_count_the_tokens_of_the_answer_alone():
     assert [frequency.choose(logits).token for _ in range(5)] == [1, 2, 1, 2, 0]
 
 
+def test_penalties_count_the_tokens_of_the_prompt_where_asked():
+    logits, prompt = np.array([1.0, 3.0, 2.5, 0.0], np.float32), np.array([1, 2, 1])
+    presence = Sampler(SamplingParams(presence_penalty=2.5, penalise_prompt=True), prompt, 4)
+    assert [presence.choose(logits).token for _ in range(3)] == [0, 1, 1]
+    frequency = Sampler(SamplingParams(frequency_penalty=1.0, penalise_prompt=True), prompt, 4)
+    assert [frequency.choose(logits).token for _ in range(3)] == [2, 0, 1]
+
+
 def test_a_bias_is_added_to_the_logits_and_not_to_log_probabilities():
     sampler = Sampler(SamplingParams(logit_bias={0: 2.5, 1: -100}, logprobs=True), np.array([], np.int64), 5)
     choice = sampler.choose(LOGITS)

@@ -178,6 +178,44 @@ def test_penalties_and_a_least_length_are_the_librarys(repositories: Path, sessi
     assert refused[0]["error"].startswith("CHUNKKV_INVALID: min_tokens is 10")
 
 
+@pytest.mark.parametrize(
+    ("asked", "means"),
+    [
+        ({}, {}),
+        ({"temperature": 1.5}, {}),  # TensorRT-LLM samples only where top_k or top_p says so
+        ({"top_k": 0, "top_p": -1.0, "temperature": 0.7}, {}),
+        ({"top_k": 50}, {"temperature": 1.0, "top_k": 50}),
+        ({"top_k": 5000, "top_p": 0.0}, {"temperature": 1.0, "top_k": 1024}),
+        ({"top_p": 0.9, "temperature": 0.5}, {"temperature": 0.5, "top_p": 0.9}),
+        ({"top_p": 1.0, "temperature": 0.0}, {}),
+        ({"top_p": 1.0, "presence_penalty": 2.0}, {"temperature": 1.0, "presence_penalty": 2.0}),
+        (
+            {"top_k": 9, "temperature": 0.5, "presence_penalty": 2.0, "frequency_penalty": 1.0},
+            {"temperature": 0.5, "top_k": 9, "presence_penalty": 1.0, "frequency_penalty": 0.5},
+        ),
+        ({"temperature": 2.0, "presence_penalty": 1.0}, {"presence_penalty": 2.0}),
+        ({"random_seed": 7}, {"seed": 7}),
+        ({"seed": 2**64 - 1}, {"seed": 2**63 - 1}),
+        ({"repetition_penalty": 1.25}, {"repetition_penalty": 1.25}),
+    ],
+)
+def test_sampling_of_layout_trtllm_is_tensorrt_llms(asked: dict[str, float], means: dict[str, float]) -> None:
+    types = {"top_k": np.int32, "seed": np.uint64, "random_seed": np.uint64}
+    arrays = {name: np.array([[value]], types.get(name, np.float32)) for name, value in asked.items()}
+    parsed = inputs.parse_request(arrays.get, "a", (), frozenset({2}), 100, as_tensorrt_llm=True)
+    assert parsed.sampling == SamplingParams(**{"seed": 0, "penalise_prompt": True, **means})
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [({"temperature": -1.0}, "temperature is -1.0"), ({"top_k": -2}, "top_k is -2"), ({"top_p": 1.5}, "top_p is 1.5")],
+)
+def test_sampling_of_layout_trtllm_is_refused_by_name(asked: dict[str, float], named: str) -> None:
+    arrays = {name: np.array([[value]], np.int32 if name == "top_k" else np.float32) for name, value in asked.items()}
+    with pytest.raises(RequestError, match=naming(named)):
+        inputs.parse_request(arrays.get, "a", (), frozenset({2}), 100, as_tensorrt_llm=True)
+
+
 def test_stop_words_without_text_end_an_answer_by_their_id(repositories: Path, session: ChunkKVSession) -> None:
     ids = session.tokenizer.encode(PROMPT)
     free = session.generate(ids, SamplingParams(max_new_tokens=40, ignore_eos=True)).token_ids

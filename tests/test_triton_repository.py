@@ -42,12 +42,13 @@ OUTPUTS = {
     "tensorrt_llm": "output_ids INT32 -1,-1; sequence_length INT32 -1; batch_index INT32 1; sequence_index INT32 1",
     "postprocessing": "OUTPUT STRING -1",
 }
-TENSORRT_LLM["tensorrt_llm_bls"], OUTPUTS["tensorrt_llm_bls"] = TENSORRT_LLM["ensemble"], OUTPUTS["ensemble"]
+BLS = "tensorrt_llm_bls"
+TENSORRT_LLM[BLS], OUTPUTS[BLS] = TENSORRT_LLM["ensemble"], OUTPUTS["ensemble"]
 REQUIRED = {
     "ensemble": {"text_input", "max_tokens"},
     "tensorrt_llm_bls": {"text_input", "max_tokens"},
     "preprocessing": {"QUERY", "REQUEST_OUTPUT_LEN"},
-    "tensorrt_llm": {"input_ids", "input_lengths", "request_output_len"},
+    "tensorrt_llm": {"input_lengths", "request_output_len"},
     "postprocessing": {"TOKENS_BATCH", "SEQUENCE_LENGTH"},
 }
 
@@ -81,6 +82,27 @@ def test_names_types_and_shapes_are_tensorrt_llms(trtllm, model: str) -> None:
     assert table(TENSORRT_LLM[model]).items() <= tensors(config.input).items()
     assert table(OUTPUTS[model]).items() <= tensors(config.output).items()
     assert {tensor.name for tensor in config.input if not tensor.optional} == REQUIRED[model]
+
+
+ASKED_FOR = (
+    "cum_log_probs FP32 -1; output_log_probs FP32 -1,-1; context_logits FP32 -1,-1; generation_logits FP32 -1,-1,-1; "
+    "kv_cache_alloc_new_blocks INT32 1; kv_cache_reused_blocks INT32 1; kv_cache_alloc_total_blocks INT32 1; "
+    "arrival_time_ns INT64 1; first_scheduled_time_ns INT64 1; first_token_time_ns INT64 1; "
+    "last_token_time_ns INT64 1; acceptance_rate FP32 1; total_accepted_draft_tokens INT32 1; "
+    "total_draft_tokens INT32 1"
+)  # outputs that TensorRT-LLM gives where a request asks for them
+
+
+@pytest.mark.parametrize("model", ["tensorrt_llm", "tensorrt_llm_bls", "ensemble"])
+def test_outputs_that_nobody_may_ask_for_are_declared(trtllm, model: str) -> None:
+    assert table(ASKED_FOR).items() <= tensors(trtllm[model].output).items()
+
+
+def test_one_value_is_a_scalar_where_it_is_tensorrt_llms(trtllm) -> None:
+    reshaped = {
+        model: {each.name for each in trtllm[model].input if each.HasField("reshape")} for model in ("ensemble", BLS)
+    }
+    assert reshaped == {"ensemble": set(), BLS: {"num_return_sequences"}}
 
 
 def test_the_ensemble_fits_its_steps(trtllm) -> None:
@@ -202,7 +224,8 @@ def test_a_patched_repository_passes_the_doctor(stock, capsys) -> None:
     assert "preprocessing" not in shown and "LD_PRELOAD" in shown
     findings = check_repository(stock, EngineFiles.load(engine), {})
     assert [finding.check for finding in findings if finding.state == BREAKS] == ["tensorrt_llm: LD_PRELOAD"]
-    assert [finding.check for finding in findings if finding.state == WARNING] == ["tensorrt_llm: memory"]
+    noted = ["tensorrt_llm: memory", "tensorrt_llm: plugin errors"]
+    assert [finding.check for finding in findings if finding.state == WARNING] == noted
     assert read_config(stock / "tensorrt_llm" / "config.pbtxt").max_batch_size == 4
     assert "# TensorRT-LLM's backend" in (stock / "tensorrt_llm" / "config.pbtxt").read_text()
     again = patch_repository(engine, stock)

@@ -46,7 +46,9 @@ class SamplingParams:
     presence_penalty : float, default 0.0
         Is taken from the logits of all tokens that the answer holds already, from -100 to 100; 0 is off.
     frequency_penalty : float, default 0.0
-        The same, once for every time that the token stands in the answer.
+        The same, once for every time that the token stands there.
+    penalise_prompt : bool, default False
+        Presence and frequency penalties count the tokens of the prompt, too.
     logit_bias : mapping of int to float, default {}
         Is added to the logits of these token ids, each from -100 to 100.
     min_tokens : int, default 0
@@ -75,6 +77,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    penalise_prompt: bool = False
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     min_tokens: int = 0
     seed: int | None = None
@@ -85,7 +88,7 @@ class SamplingParams:
     top_logprobs: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("ignore_eos", "logprobs"):
+        for name in ("ignore_eos", "logprobs", "penalise_prompt"):
             if not isinstance(getattr(self, name), (bool, np.bool_)):
                 raise RequestError(f"{name} is {getattr(self, name)!r}; give True or False")
             object.__setattr__(self, name, bool(getattr(self, name)))
@@ -175,7 +178,9 @@ class Sampler:
         self._random = np.random.default_rng(params.seed)
         self._seen = np.zeros(vocab_size, dtype=bool)
         self._seen[seen] = True
-        self._counts: dict[int, int] = {}  # of the answer's tokens
+        self._counts: dict[int, int] = {}  # of the tokens that presence and frequency penalties hit
+        if params.penalise_prompt and (params.presence_penalty or params.frequency_penalty):
+            self._counts = dict(zip(*(part.tolist() for part in np.unique(seen, return_counts=True)), strict=True))
         self._chosen = 0
         self._biased = np.fromiter(params.logit_bias, np.int64)
         self._bias = np.fromiter(params.logit_bias.values(), np.float32)

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,11 +155,21 @@ def sse(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
 class GrpcStream:
     """One request over gRPC streaming; its results come by next()."""
 
-    def __init__(self, server: Server, inputs: list[Any], model: str = "chunkkv", request_id: str = "") -> None:
+    def __init__(
+        self,
+        server: Server,
+        inputs: list[Any],
+        model: str = "chunkkv",
+        request_id: str = "",
+        outputs: Sequence[str] | None = None,
+    ) -> None:
         self.client = grpc_client.InferenceServerClient(f"127.0.0.1:{server.grpc}")
         self._results: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.client.start_stream(lambda result, error: self._results.put(error if result is None else result))
-        self.client.async_stream_infer(model, inputs, request_id=request_id, enable_empty_final_response=True)
+        listed = None if outputs is None else [grpc_client.InferRequestedOutput(name) for name in outputs]
+        self.client.async_stream_infer(
+            model, inputs, request_id=request_id, outputs=listed, enable_empty_final_response=True
+        )
 
     def next(self, timeout: float = 30) -> Any:
         """Return the next result; raises the error where it is one."""

@@ -47,8 +47,9 @@ def test_the_answer_is_the_librarys_own(server, session, document, case, model) 
 
 @pytest.mark.parametrize("model", TEXT_MODELS)
 def test_streams(server, session, short, model) -> None:
-    events = server.stream({"text_input": short, "max_tokens": 10, "temperature": 1.1, "seed": 3}, model)
-    own = own_answer(session, short, {"max_tokens": 10, "temperature": 1.1, "seed": 3})
+    sampled = {"max_tokens": 10, "temperature": 1.1, "top_p": 1.0, "seed": 3}
+    events = server.stream({"text_input": short, **sampled}, model)
+    own = own_answer(session, short, sampled)
     assert "".join(event["text_output"] for event in events) == own.text
     assert events[-1]["finish_reason"] == own.finish_reason and len(events) > 2
 
@@ -66,10 +67,11 @@ def ids_request(ids: list[int], new: int, **more) -> list:
 
 def test_token_ids_in_and_out(server, session, short) -> None:
     ids = session.tokenizer.encode(short)
-    stream = GrpcStream(server, ids_request(ids, 20, streaming=True, temperature=0.8, seed=9), "tensorrt_llm", "direct")
+    asked = ids_request(ids, 20, streaming=True, temperature=0.8, runtime_top_k=40, seed=9)
+    stream = GrpcStream(server, asked, "tensorrt_llm", "direct")
     results = stream.all()
     stream.close()
-    own = own_answer(session, short, {"max_tokens": 20, "temperature": 0.8, "seed": 9})
+    own = own_answer(session, short, {"max_tokens": 20, "temperature": 0.8, "top_k": 40, "seed": 9})
     pieces = [result.as_numpy("output_ids") for result in results]
     assert tuple(int(t) for piece in pieces if piece is not None for t in piece[0, 0]) == own.token_ids
     lengths = [
@@ -143,7 +145,7 @@ def test_a_client_of_bls_that_leaves_before_its_answer_is_noticed_and_no_other_w
     stays = server.open_stream({**LONG, "max_tokens": 3000, "id": "same"}, "tensorrt_llm_bls")
     events = sse(stays)
     next(events)
-    sampled = [tensor("temperature", [1.0], "FP32"), tensor("seed", [1], "UINT64")]
+    sampled = [tensor("top_p", [1.0], "FP32"), tensor("seed", [1], "UINT64")]
     leaves = GrpcStream(
         server, [*text_request("the access code", 20_000, stream=False), *sampled], "tensorrt_llm_bls", "same"
     )
@@ -176,6 +178,52 @@ def test_tritons_openai_frontend_is_served(server, session, short, model) -> Non
     assert {count.dtype for count in counts} == {np.dtype(np.int32)} and len(counts) > 2
     assert sum(int(count[0, 0]) for count in counts) == len(own.token_ids)
     assert results[-1].as_numpy("num_input_tokens")[0, 0] == own.statistics.prompt_tokens
+
+
+SAMPLING = [  # what a client of TensorRT-LLM asks, and what that is in SamplingParams
+    ({"temperature": 1.5}, {}),
+    ({"top_k": 5}, {"temperature": 1.0, "top_k": 5, "seed": 0}),
+    ({"top_p": 0.9, "seed": 2}, {"temperature": 1.0, "top_p": 0.9, "seed": 2}),
+    ({"top_k": 4, "top_p": 0.0, "temperature": 2.0}, {"temperature": 2.0, "top_k": 4, "seed": 0}),
+    ({"temperature": 0.0, "top_k": 50}, {}),
+    (
+        {"temperature": 2.0, "top_k": 50, "presence_penalty": 0.5, "frequency_penalty": 0.25},
+        {"temperature": 2.0, "top_k": 50, "seed": 0, "penalise_prompt": True}
+        | {"presence_penalty": 1.0, "frequency_penalty": 0.5},
+    ),
+]
+
+
+@pytest.mark.parametrize("model", TEXT_MODELS)
+@pytest.mark.parametrize(("asked", "means"), SAMPLING, ids=[json.dumps(asked) for asked, _ in SAMPLING])
+def test_sampling_is_read_as_tensorrt_llm_reads_it(server, session, document, asked, means, model) -> None:
+    more = {"max_tokens": 16, "ignore_eos": True}  # behind its end the model is sure of nothing
+    status, answer = server.generate({"text_input": document, **more, **asked}, model)
+    assert status == 200, answer
+    assert answer["text_output"] == own_answer(session, document, {**more, **means}).text
+
+
+ABSENT = ("cum_log_probs", "output_log_probs", "context_logits", "generation_logits", "kv_cache_reused_blocks")
+SWITCHES = ("return_log_probs", "return_context_logits", "return_generation_logits", "return_perf_metrics")
+
+
+@pytest.mark.parametrize("model", TEXT_MODELS)
+def test_a_client_may_list_outputs_that_it_does_not_ask_for(server, session, short, model) -> None:
+    """Clients of TensorRT-LLM send the switches for these outputs as false, and list the outputs all the same."""
+    inputs = [*text_request(short, 8), *(tensor(name, [False], "BOOL") for name in SWITCHES)]
+    stream = GrpcStream(server, inputs, model, outputs=["text_output", *ABSENT])
+    results = [result for result in stream.all() if result.as_numpy("text_output") is not None]
+    stream.close()
+    text = b"".join(result.as_numpy("text_output").reshape(-1)[0] for result in results).decode()
+    assert text == own_answer(session, short, {"max_tokens": 8}).text
+    assert [name for name in ABSENT for result in results if result.as_numpy(name) is not None] == []
+
+
+@pytest.mark.parametrize("model", TEXT_MODELS)
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_asking_for_an_output_that_is_not_there_is_refused(server, switch, model) -> None:
+    status, answer = server.generate({"text_input": "a", "max_tokens": 2, switch: True}, model)
+    assert status == 400 and f"{switch} is True; this engine does not have it" in answer["error"]
 
 
 def test_bls_serves_more_than_a_few_at_once(server) -> None:

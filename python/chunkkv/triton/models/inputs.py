@@ -14,6 +14,7 @@ from chunkkv.errors import RequestError
 from chunkkv.requests import Prompt
 from chunkkv.sampling import SamplingParams
 from chunkkv.triton.models.backend import ReadTensor
+from chunkkv.triton.models.trtllm_sampling import tensorrt_llm_choice
 
 # Inputs that TensorRT-LLM clients send and that change nothing at these values; any other value is refused.
 NEUTRAL_VALUES = {
@@ -72,6 +73,7 @@ def parse_request(
     *,
     stop_token_ids: Sequence[int] = (),
     excludes_input: bool = True,
+    as_tensorrt_llm: bool = False,
     tensor_names: Mapping[str, str] | None = None,
 ) -> ParsedRequest:
     """Return what a request asks for.
@@ -85,6 +87,7 @@ def parse_request(
     vocab_size : number of tokens; an `end_id` that is none means that no token ends the answer.
     stop_token_ids : tokens that end the answer. Default: none but the end tokens.
     excludes_input : value of `exclude_input_in_output` for a request that does not give it. Default: True.
+    as_tensorrt_llm : read temperature, top_k, top_p, penalties and seed as TensorRT-LLM does. Default: False.
     tensor_names : tensors that this model has under another name: {name in layout `single`: name here}. Default: none.
 
     Raises RequestError for a value out of range, and for one that asks for what the engine does not have.
@@ -99,7 +102,14 @@ def parse_request(
     if 0 <= end_id < vocab_size and end_id not in eos_token_ids:
         raise RequestError(f"end_id is {end_id}; this model's end tokens are {sorted(eos_token_ids)}: leave it out")
     ends_nowhere = value("ignore_eos", False) or end_id >= vocab_size
-    sampling = _sampling(value, tuple(stop_words), tuple(stop_token_ids), ends_nowhere)
+    sampling = SamplingParams(
+        max_new_tokens=value("max_tokens", SamplingParams.max_new_tokens),
+        min_tokens=value("min_tokens", value("min_length", 0)),
+        stop=tuple(stop_words),
+        stop_token_ids=tuple(stop_token_ids),
+        ignore_eos=ends_nowhere,
+        **(tensorrt_llm_choice if as_tensorrt_llm else _choice)(value),
+    )
     keep_ratio = value("keep_ratio")
     if keep_ratio is not None and math.isnan(keep_ratio):
         raise RequestError("keep_ratio is nan; give a number in (0, 1]")
@@ -114,25 +124,18 @@ def parse_request(
     )
 
 
-def _sampling(
-    value: Callable[..., Any], stop_words: tuple[str, ...], stop_token_ids: tuple[int, ...], ignore_eos: bool
-) -> SamplingParams:
+def _choice(value: Callable[..., Any]) -> dict[str, Any]:
     """Return how tokens are chosen; `value` reads an input by name, with its default."""
     top_p = value("top_p", 1.0)
-    return SamplingParams(
-        max_new_tokens=value("max_tokens", SamplingParams.max_new_tokens),
-        temperature=value("temperature", 0.0),
-        top_k=value("top_k", 0),
-        top_p=1.0 if top_p == 0 else top_p,  # 0 is TensorRT-LLM's way to say off
-        repetition_penalty=value("repetition_penalty", 1.0),
-        presence_penalty=value("presence_penalty", 0.0),
-        frequency_penalty=value("frequency_penalty", 0.0),
-        min_tokens=value("min_tokens", value("min_length", 0)),
-        seed=value("seed", value("random_seed")),
-        stop=stop_words,
-        stop_token_ids=stop_token_ids,
-        ignore_eos=ignore_eos,
-    )
+    return {
+        "temperature": value("temperature", 0.0),
+        "top_k": value("top_k", 0),
+        "top_p": 1.0 if top_p == 0 else top_p,  # 0 is TensorRT-LLM's way to say off
+        "repetition_penalty": value("repetition_penalty", 1.0),
+        "presence_penalty": value("presence_penalty", 0.0),
+        "frequency_penalty": value("frequency_penalty", 0.0),
+        "seed": value("seed", value("random_seed")),
+    }
 
 
 def _refuse_what_is_missing(value: Callable[[str], Any]) -> None:

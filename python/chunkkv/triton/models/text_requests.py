@@ -9,7 +9,9 @@ from chunkkv.triton.models.inputs import ParsedRequest, parse_request, prompt_te
 from chunkkv.triton.models.serving import Serving
 
 
-def parse_text_request(read: ReadTensor, serving: Serving, excludes_input: bool = True) -> ParsedRequest:
+def parse_text_request(
+    read: ReadTensor, serving: Serving, excludes_input: bool = True, as_tensorrt_llm: bool = False
+) -> ParsedRequest:
     """Return what a request with `text_input` asks for; raises RequestError as parse_request does."""
     prompt = prompt_text(read, "text_input", serving.max_prompt_bytes)
     if bad_words := strings(read, "bad_words"):
@@ -21,6 +23,7 @@ def parse_text_request(read: ReadTensor, serving: Serving, excludes_input: bool 
         serving.session.eos_token_ids,
         serving.session.limits.vocab_size,
         excludes_input=excludes_input,
+        as_tensorrt_llm=as_tensorrt_llm,
     )
 
 

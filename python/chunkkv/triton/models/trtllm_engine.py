@@ -91,7 +91,7 @@ class TritonPythonModel:
             return
         responder = serving.responder(request, backend)
         try:
-            parsed = parse_text_request(read, serving, self._excludes_input)
+            parsed = parse_text_request(read, serving, self._excludes_input, as_tensorrt_llm=True)
         except Exception as error:
             responder.fail(error)
             return
@@ -128,6 +128,7 @@ class TritonPythonModel:
             self._serving.session.limits.vocab_size,
             stop_token_ids=ids,
             excludes_input=self._excludes_input,
+            as_tensorrt_llm=True,
             tensor_names=_TENSOR_NAMES,
         )
 

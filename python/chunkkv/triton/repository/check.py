@@ -34,7 +34,7 @@ _MUST_BE_FALSE = {
 }
 # Disaggregated serving: what its model names, and the variables that choose how caches travel between processes.
 _DISAGGREGATED = ("context_model_name", "generation_model_name")
-_TRANSFERS = ("TRTLLM_USE_MPI_KVCACHE", "TRTLLM_USE_UCX_KVCACHE", "TRTLLM_USE_NIXL_KVCACHE")
+_TRANSFERS = tuple(f"TRTLLM_USE_{way}_KVCACHE" for way in ("MPI", "UCX", "NIXL", "MOONCAKE"))
 _NO_TRANSFER = "caches move between processes as if they were whole: answers are wrong, and nothing fails"
 # Settings with a largest value: the value, and why no larger one works.
 _LARGEST = {
@@ -103,7 +103,7 @@ def _check_engine_model(
 
     findings = _check_path(model, "gpt_model_path", value("gpt_model_path"), files)
     findings += [_must_be_false(model, name, value(name), reason) for name, reason in _MUST_BE_FALSE.items()]
-    findings.append(_check_batching(model, value("batching_strategy") or value("gpt_model_type")))
+    findings.append(_check_batching(model, value("gpt_model_type")))
     findings.append(_check_eviction(model, value("batch_scheduler_policy")))
     for name, (largest, reason) in _LARGEST.items():
         findings.append(_at_most(model, name, value(name), largest, reason))
@@ -115,7 +115,11 @@ def _check_engine_model(
         problem = f"{max_batch_size}, the engine takes {limit}"
         findings.append(Finding.breaks(f"{model}: max_batch_size", problem, f"set it to {limit}"))
     memory = "the C++ runtime keeps allocating by logical length: decode gets faster, no KV memory comes back"
-    findings.append(Finding.warning(f"{model}: memory", memory, "serve it with chunkkv triton init to get blocks back"))
+    change = "build TensorRT-LLM with docker/tensorrt_llm_patch, or serve it with chunkkv triton init"
+    findings.append(Finding.warning(f"{model}: memory", memory, change))
+    errors = "a step that a ChunkKV plugin refuses ends every request that is running, not the one at fault alone"
+    if files.settings is not None:
+        findings.append(Finding.warning(f"{model}: plugin errors", errors, "keep the settings above as they should be"))
     return findings
 
 
@@ -141,10 +145,10 @@ def _must_be_false(model: str, name: str, value: str, reason: str) -> Finding:
 
 
 def _check_batching(model: str, value: str) -> Finding:
-    check = f"{model}: batching_strategy"
+    check = f"{model}: gpt_model_type (batching_strategy)"  # what it is called, and what it is called in the templates
     if value == IN_FLIGHT_BATCHING:
         return Finding.ok(check, value)
-    problem = f"{value or 'not set'}; ChunkKV was checked with {IN_FLIGHT_BATCHING} only"
+    problem = f"{value or 'not set'}; only the source for {IN_FLIGHT_BATCHING} was read with ChunkKV in mind"
     return Finding.warning(check, problem, f"set it to {IN_FLIGHT_BATCHING}")
 
 

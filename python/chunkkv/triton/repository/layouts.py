@@ -88,8 +88,8 @@ def _python_config(
 
 def _engine_config(parameters: Mapping[str, object]) -> ModelConfig:
     inputs = (*tensors.ENGINE_LIST_INPUTS, *tensors.ENGINE_SCALAR_INPUTS)
-    required = ("input_ids", "input_lengths", "request_output_len")
-    config = _python_config("tensorrt_llm", inputs, required, tensors.ENGINE_OUTPUTS, decoupled=True)
+    outputs = (*tensors.ENGINE_OUTPUTS, *tensors.ABSENT_OUTPUTS)
+    config = _python_config("tensorrt_llm", inputs, ("input_lengths", "request_output_len"), outputs, decoupled=True)
     scalars = {tensor.name for tensor in tensors.ENGINE_SCALAR_INPUTS}
     for tensor in config.input:
         if tensor.name in scalars:
@@ -102,7 +102,9 @@ def _engine_config(parameters: Mapping[str, object]) -> ModelConfig:
 
 def _bls_config() -> ModelConfig:
     required = ("text_input", "max_tokens")
-    config = _python_config("tensorrt_llm_bls", tensors.BLS_INPUTS, required, tensors.TEXT_OUTPUTS, decoupled=True)
+    outputs = (*tensors.TEXT_OUTPUTS, *tensors.ABSENT_OUTPUTS)
+    config = _python_config("tensorrt_llm_bls", tensors.BLS_INPUTS, required, outputs, decoupled=True)
+    next(each for each in config.input if each.name == "num_return_sequences").reshape.SetInParent()  # as the original
     set_parameters(config, {"accumulate_tokens": "false", "tensorrt_llm_model_name": "tensorrt_llm"})
     return config
 
@@ -115,7 +117,7 @@ def _ensemble_config() -> ModelConfig:
         *tensors.CLIENT_INPUTS,
         tensors.MIN_LENGTH_INPUT,
     )
-    add_tensors(config, inputs, ("text_input", "max_tokens"), tensors.TEXT_OUTPUTS)
+    add_tensors(config, inputs, ("text_input", "max_tokens"), (*tensors.TEXT_OUTPUTS, *tensors.ABSENT_OUTPUTS))
     steps = config.ensemble_scheduling.step
     preprocessing = steps.add(model_name="preprocessing", model_version=-1)
     for name, source in tensors.PREPROCESSING_FROM_REQUEST:
@@ -129,7 +131,7 @@ def _ensemble_config() -> ModelConfig:
         engine.input_map[name] = source
     for _, name in tensors.POSTPROCESSING_FROM_ENGINE:
         engine.output_map[name] = f"_{name}"
-    for tensor in tensors.REPORT_OUTPUTS:
+    for tensor in (*tensors.REPORT_OUTPUTS, *tensors.ABSENT_OUTPUTS):
         engine.output_map[tensor.name] = tensor.name
     postprocessing = steps.add(model_name="postprocessing", model_version=-1)
     for name, source in tensors.POSTPROCESSING_FROM_ENGINE:

@@ -207,6 +207,25 @@ ENGINE_FROM_REQUEST: TensorMap = (
     *((tensor.name, tensor.name) for tensor in (*CLIENT_INPUTS, MIN_LENGTH_INPUT)),
 )
 
+# Declared so that clients which list every output of TensorRT-LLM's models are served; no response has them, as in
+# TensorRT-LLM where nobody asks for them, and a request that asks is refused.
+ABSENT_OUTPUTS = (
+    TensorSpec("cum_log_probs", "FP32", (-1,)),
+    TensorSpec("output_log_probs", "FP32", (-1, -1)),
+    TensorSpec("context_logits", "FP32", (-1, -1)),
+    TensorSpec("generation_logits", "FP32", (-1, -1, -1)),
+    TensorSpec("kv_cache_alloc_new_blocks", "INT32"),
+    TensorSpec("kv_cache_reused_blocks", "INT32"),
+    TensorSpec("kv_cache_alloc_total_blocks", "INT32"),
+    TensorSpec("arrival_time_ns", "INT64"),
+    TensorSpec("first_scheduled_time_ns", "INT64"),
+    TensorSpec("first_token_time_ns", "INT64"),
+    TensorSpec("last_token_time_ns", "INT64"),
+    TensorSpec("acceptance_rate", "FP32"),
+    TensorSpec("total_accepted_draft_tokens", "INT32"),
+    TensorSpec("total_draft_tokens", "INT32"),
+)
+
 POSTPROCESSING_INPUTS = (
     TensorSpec("TOKENS_BATCH", "INT32", (-1, -1)),
     TensorSpec("SEQUENCE_LENGTH", "INT32", (-1,)),
