@@ -42,20 +42,18 @@ test: lint
 	$(BIN)/python -m pytest -n 2
 
 # What is worth having and not worth waiting for after each change: about 30 minutes on two cores, downloads 1.9 GB.
-test-deep: test-tensorrt-api test-tensorrt-llm test-tensorrt test-triton test-soak test-peers test-slow
+test-deep: test-tensorrt-api test-tensorrt-llm test-tensorrt test-triton test-soak test-peers sass test-slow
 
 # Sanitizers, races, planted bugs and nvcc's table of the kernels; pages of the docs that are measured again.
 test-slow: $(VENV)/.installed-test
 	@echo "== make $@"
 	$(BIN)/python -m pytest -n 2 -m deep
 
-# The machine code of the main kernels beside the committed table; compiler and disassembler come from pip where the
-# machine has none.
-sass: $(NATIVE)/.created
+# The machine code of the main kernels beside the committed table: the compiler comes from pip where the machine has none.
+sass: $(VENV)/.installed-test
 	@echo "== make $@"
-	command -v nvdisasm >/dev/null || $(NATIVE)/bin/python -m pip install --quiet 'nvidia-cuda-nvdisasm>=13,<14'
-	command -v nvcc >/dev/null || $(NATIVE)/bin/python -m pip install --quiet --requirement plugins/nvcc.txt
-	$(NATIVE)/bin/python tests/native/machine_code.py
+	command -v nvcc >/dev/null || $(BIN)/python -m pip install --quiet --requirement plugins/nvcc.txt
+	$(BIN)/python tests/native/machine_code.py
 
 # Against a real tritonserver, in an environment of its own; where none can be installed its tests are skipped by name.
 test-triton: $(TRITON)/.installed

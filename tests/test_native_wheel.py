@@ -1,10 +1,12 @@
 """The wheel with native code: built with the compiler from pip, installed and used where no compiler is.
 
-It is built for one architecture, which takes a fifth of the time of the real one.
+It is built for one architecture, which takes a fifth of the time of the real one. This is the one place where the tests
+compile every kernel for a GPU, so what the compiler says of them is looked at here too.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -12,9 +14,16 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+from native import compile_check
+from support.messages import naming
 from test_packaging import ROOT, content, shipped_python
+
+from chunkkv.errors import NativeError
+from chunkkv.native import BatchRows, NativeLibrary, RawArray
+from chunkkv.settings import ChunkKVSettings
 
 pytestmark = [pytest.mark.deep, pytest.mark.timeout(1200)]
 
@@ -45,16 +54,29 @@ def environments(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "build" / "bin" / "python", folder / "use" / "bin" / "python"
 
 
+class Built(NamedTuple):
+    """A wheel, and what its build wrote."""
+
+    path: Path
+    log: str
+
+
 @pytest.fixture(scope="module")
-def wheel(environments: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(environments: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Built:
     """The wheel of one architecture, as `make wheel` builds it where there is no CUDA toolkit."""
     folder = tmp_path_factory.mktemp("native")
     command = [environments[0], ROOT / "plugins" / "build.py", "--pip_nvcc", "--architectures", "90a-real"]
     command += ["--build_dir", folder / "build", "--wheel", folder]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    told = {**os.environ, "CUDAFLAGS": "-Xptxas=-v"}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, env=told)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     (path,) = folder.glob("*.whl")
-    return path
+    return Built(path, done.stdout)
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Built) -> Path:
+    return built.path
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +86,27 @@ def unpacked(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder)
     return folder / "chunkkv" / "lib"
+
+
+def test_no_kernel_uses_more_than_the_table_says(built: Built) -> None:
+    table = json.loads(compile_check.TABLE.read_text(encoding="utf-8"))
+    pinned = re.search(r"nvidia-cuda-nvcc==(\d+\.\d+)", (ROOT / "plugins" / "nvcc.txt").read_text(encoding="utf-8"))
+    usage = compile_check.usage_of(built.log)
+    assert all(list(places) == ["sm_90a"] for places in usage.values())
+    assert pinned is not None and compile_check.complaints(usage, table, pinned[1]) == []
+
+
+@pytest.mark.skipif(os.path.exists("/dev/nvidiactl"), reason="this machine has a GPU: make gpu-check runs the library")
+def test_the_library_loads_and_names_a_missing_driver(unpacked: Path) -> None:
+    """Without a driver every launch fails with CUDA's own words, and nothing crashes."""
+    library = NativeLibrary(unpacked / "libchunkkv.so")
+    assert library.device == "cuda"
+    settings = ChunkKVSettings()
+    assert library.kept_tokens(settings, 1000) == settings.kept_tokens(1000)
+    rows = BatchRows(RawArray(4096, "int32", (1,)), 100)
+    scores, kept = RawArray(4096, "float32", (1, 20)), RawArray(4096, "int32", (1, 100))
+    with pytest.raises(NativeError, match=naming("chunkkv_select CUDA driver")):
+        library.select(settings, rows, scores, kept, RawArray(4096, "int32", (1,)))
 
 
 def dynamic(library: Path, entry: str) -> set[str]:

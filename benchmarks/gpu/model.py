@@ -24,6 +24,7 @@ EXPONENTIAL_CLOCKS = 8.0  # of one ex2 of a warp
 BLOCK_BYTES, IN_FLIGHT_BYTES = 32e3, 3e6  # what a block of compact waits for at a time, and what fills the memory
 ISSUE_SHARE = 0.75  # of the slots that three warps of a scheduler fill
 LAUNCH, NEXT_LAUNCH, FILL = 2.5, 1.0, 1.5  # microseconds: a launch, one ahead of the end of the one before, a pipeline
+EAGER_HOST, EAGER_DEVICE, HOST_WAIT = 6.0, 2.0, 20.0  # of an op of torch on the host and the device, and of one .item()
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,17 @@ class Layer:
     def key_bytes(self) -> float:
         """Bytes of K of all rows and heads."""
         return float(self.batch * self.length * self.kv_heads * self.head_dim * (2 if self.key == "bfloat16" else 1))
+
+    @property
+    def score_bytes(self) -> float:
+        """Bytes that score moves: K twice, and the scores of tokens of every 32 query rows, written and read."""
+        groups = self.kv_heads * math.ceil(self.heads // self.kv_heads * self.window / 32)
+        return 2 * self.key_bytes + 8.0 * self.batch * self.length * groups
+
+    @property
+    def compact_bytes(self) -> float:
+        """Bytes of the kept rows of K and of V, read and written."""
+        return 4 * self.key_bytes * self.keep_per_10k / 1e4
 
     @property
     def floor(self) -> float:
@@ -115,8 +127,7 @@ def select(layer: Layer) -> float:
 
 def compact(layer: Layer, layers: int = 1) -> float:
     """Return the microseconds of compaction in place."""
-    row_bytes = layer.key_bytes / (layer.batch * layer.length) * 2
-    moved = 2 * layer.batch * layer.length * layer.keep_per_10k / 1e4 * row_bytes * layers
+    moved = layer.compact_bytes * layers
     blocks = 2 * layer.kv_heads * layer.batch * layers * 4  # slices of 64 bytes
     filled = min(1.0, blocks * BLOCK_BYTES / IN_FLIGHT_BYTES)
     return LAUNCH + 1.0 + moved / (MEMORY_GB_PER_S * 0.85 * filled) / 1e3
@@ -126,6 +137,33 @@ def all_layers(layer: Layer, layers: int, reuse: int) -> float:
     """Return the microseconds of the compression of all layers of a prompt, where groups of `reuse` share a choice."""
     leaders = math.ceil(layers / reuse)
     return leaders * (score(layer)["score"] + select(layer)) + leaders * compact(layer, reuse)
+
+
+def against(layer: Layer) -> dict[str, float]:
+    """Return the microseconds of the same layer in torch, op by op: score, choose, gather.
+
+    The bytes are those of the ops in benchmarks/gpu/peers.py; the host issues one op at a time, so whichever of host
+    and device is slower counts. In `published`, every kept chunk is an op of its own.
+    """
+    group = layer.heads // layer.kv_heads
+    weights = float(layer.batch * layer.heads * layer.window * layer.length)
+    chunks = layer.length / layer.chunk * layer.keep_per_10k / 1e4
+
+    def torch_time(moved: float, ops: float, waits: int) -> float:
+        device = (moved + layer.compact_bytes) / MEMORY_GB_PER_S / 1e3 + ops * EAGER_DEVICE
+        return max(device, ops * EAGER_HOST) + waits * HOST_WAIT
+
+    repeated = layer.key_bytes * (1 + 2 * group) + 32 * weights  # K for every query head; mask, softmax and a cast
+    return {
+        "kvpress_arithmetic": torch_time(repeated, 25 + chunks, waits=2),
+        "kvpress_vectorised": torch_time(repeated, 28, waits=1),
+        "torch_plain": torch_time(layer.key_bytes + 28 * weights, 22, waits=0),
+    }
+
+
+def one_layer(layer: Layer) -> float:
+    """Return the microseconds of score, select and compact of one layer."""
+    return score(layer)["score"] + select(layer) + compact(layer)
 
 
 def main() -> None:
@@ -145,6 +183,10 @@ def main() -> None:
         layer = Layer(1, length)
         times = ", ".join(f"reuse {reuse}: {all_layers(layer, 32, reuse) / 1e3:.2f} ms" for reuse in (1, 2, 4))
         print(f"32 layers, 1 x {length}, window 16: {times}")
+    for length in (8192, 32768):
+        layer = Layer(1, length)
+        times = ", ".join(f"{name} {taken:.0f}" for name, taken in against(layer).items())
+        print(f"one layer, 1 x {length}, window 16: {one_layer(layer):.0f}; in torch: {times}")
 
 
 if __name__ == "__main__":

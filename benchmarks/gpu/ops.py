@@ -43,6 +43,12 @@ def rate(op: str, microseconds: float, moved: int, copy_gbps: float, **sizes: An
     return {"op": op, **sizes, "bytes": moved, **figures, "percent_of_copy": round(100 * gbps / copy_gbps, 1)}
 
 
+def score_line(microseconds: float, layer: model.Layer, copy_gbps: float, **sizes: Any) -> Line:
+    """Return the line of score: all bytes that it moves, and the share of the copy bandwidth if K were read once."""
+    line = rate("score", microseconds, int(layer.score_bytes), copy_gbps, **sizes)
+    return {**line, "percent_of_copy_k_once": round(layer.key_bytes / microseconds / copy_gbps / 10, 1)}
+
+
 def predicted(line: Line, microseconds: float) -> Line:
     """Return the line with what the model said before, and how far off it is."""
     error = round(100 * (line["microseconds"] / microseconds - 1))
@@ -58,12 +64,13 @@ def single_ops(device: Device, library: NativeLibrary, batch: int, length: int, 
         for keep in shapes.keeps:
             sizes = {"batch": batch, "length": length, "window": window, "keep_per_10k": keep}
             work = Compression(device, library, shapes.settings(window, keep), batch, length)
-            layer = model.Layer(batch, length, window=window, keep_per_10k=keep)
+            heads = (shapes.heads, shapes.kv_heads, shapes.head_dim)
+            layer = model.Layer(batch, length, *heads, window=window, keep_per_10k=keep)
             if batch == 1 and length == min(shapes.lengths):
                 sizes["differ_near_cut"] = work.check(caches[0][0][0], caches[0][2])
             if keep == shapes.keeps[0]:
                 calls = [partial(work.score, cache) for _, _, cache in caches]
-                line = rate("score", device.microseconds(calls), key_bytes, copy_gbps, **sizes)
+                line = score_line(device.microseconds(calls), layer, copy_gbps, **sizes)
                 yield predicted({**line, "kernels": device.kernels(calls[0])}, model.score(layer)["score"])
             work.select()
             moved = batch * (16 * work.max_chunks + 4 * work.kept)  # the scores four times, the indices once
@@ -88,10 +95,10 @@ def variant_lines(device: Device, library: NativeLibrary, copy_gbps: float) -> I
         caches = caches_of(device, variant, batch, longest)
         heads, kv_heads, head_dim = variant.heads or (shapes.heads, shapes.kv_heads, shapes.head_dim)
         tokens = sum(variant.lengths) or batch * longest
-        moved = tokens * kv_heads * head_dim * (2 if variant.key == "bfloat16" else 1)
         sizes = {"variant": variant.name, "batch": batch, "length": longest, "window": window, "tokens": tokens}
-        line = rate("score", device.microseconds([partial(work.score, c) for c in caches]), moved, copy_gbps, **sizes)
         layer = model.Layer(1, tokens, heads, kv_heads, head_dim, window, key=variant.key)
+        taken = device.microseconds([partial(work.score, cache) for cache in caches])
+        line = score_line(taken, layer, copy_gbps, **sizes)
         yield predicted(
             {**line, "kernels": device.kernels(partial(work.score, caches[0]))}, model.score(layer)["score"]
         )
@@ -143,7 +150,8 @@ def all_layers(device: Device, library: NativeLibrary, length: int, copy_gbps: f
     caches = pool(device, 1, length, shapes.layers)
     for keep in shapes.keeps:
         work = Compression(device, library, shapes.settings(shapes.windows[0], keep), 1, length)
-        layer = model.Layer(1, length, window=shapes.windows[0], keep_per_10k=keep)
+        heads = (shapes.heads, shapes.kv_heads, shapes.head_dim)
+        layer = model.Layer(1, length, *heads, window=shapes.windows[0], keep_per_10k=keep)
         for reuse in REUSE:
 
             def compress(work: Compression = work, reuse: int = reuse) -> None:
@@ -154,7 +162,7 @@ def all_layers(device: Device, library: NativeLibrary, length: int, copy_gbps: f
                     work.compact(group)
 
             leaders = -(-shapes.layers // reuse)
-            moved = leaders * length * shapes.row_bytes + shapes.layers * 4 * work.kept * shapes.row_bytes
+            moved = leaders * int(layer.score_bytes) + shapes.layers * 4 * work.kept * shapes.row_bytes
             sizes = {"length": length, "keep_per_10k": keep, "reuse": reuse, "layers": shapes.layers}
             line = rate("all layers", device.microseconds([compress]), moved, copy_gbps, **sizes)
             line["times_byte_floor"] = round(100 / max(line["percent_of_copy"], 1e-9), 2)

@@ -9,6 +9,7 @@ from itertools import cycle
 from types import SimpleNamespace
 from typing import Any
 
+from benchmarks.gpu import model
 from benchmarks.gpu.compression import Compression, contiguous
 from benchmarks.gpu.device import Device, Line, measure
 from benchmarks.gpu.shapes import POOLING
@@ -130,8 +131,10 @@ def against_kvpress(device: Device, library: NativeLibrary, length: int) -> Line
     if installed is not None:
         times["kvpress_itself"] = device.eager_microseconds(installed, repeats=1)
     line = {f"{name}_microseconds": round(taken, 1) for name, taken in times.items()}
-    for name in ("kvpress_arithmetic", "kvpress_vectorised", "torch_plain"):
+    layer = model.Layer(1, length, shapes.heads, shapes.kv_heads, shapes.head_dim, window, keep_per_10k=keep)
+    for name, taken in model.against(layer).items():
         line[f"faster_than_{name}"] = round(times[name] / times["ours"], 1)
+        line[f"predicted_faster_than_{name}"] = round(taken / model.one_layer(layer), 1)
     return {"op": "one layer", "length": length, "window": window, "keep_per_10k": keep, **line}
 
 

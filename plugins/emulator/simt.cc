@@ -109,7 +109,7 @@ Fiber* fiber = nullptr;
 const std::function<void()>* kernel_body = nullptr;
 SyncPoint launch_sync[2];
 int launch_number = 0;
-std::atomic<long long> enqueued{0};
+std::atomic<long long> enqueued{0}, ahead{0};
 
 uint32_t nextRandom() {
     random_state ^= random_state << 13;
@@ -332,6 +332,8 @@ const char* failureText() { return failure_text; }
 
 void countEnqueued() { ++enqueued; }
 
+void countAhead() { ++ahead; }
+
 int multiprocessors() { return multiprocessor_count; }
 
 }  // namespace emulator
@@ -344,6 +346,8 @@ void chunkkv_emulator_configure(int order, unsigned seed, int async_early) {
 }
 
 long long chunkkv_emulator_enqueued() { return emulator::enqueued; }
+
+long long chunkkv_emulator_ahead() { return emulator::ahead; }
 
 void chunkkv_emulator_multiprocessors(int count) {
     const std::lock_guard<std::mutex> lock(emulator::launch_mutex);

@@ -63,6 +63,8 @@ int run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>&
 const char* failureText();
 /// Count a copy or clear that a GPU would be given as work of its own; launches count themselves.
 void countEnqueued();
+/// Count a launch that a GPU may start before the one before it has ended.
+void countAhead();
 
 template <class P>
 int launch(void (*kernel)(const P), dim3 grid, dim3 block, size_t shared_bytes, const P& params) {
@@ -77,6 +79,8 @@ extern "C" {
 __attribute__((visibility("default"))) void chunkkv_emulator_configure(int order, unsigned seed, int async_early);
 /// How many launches, copies and clears were enqueued in this process so far.
 __attribute__((visibility("default"))) long long chunkkv_emulator_enqueued();
+/// How many of the launches may start on a GPU before the one before has ended: their cost is hidden behind it.
+__attribute__((visibility("default"))) long long chunkkv_emulator_ahead();
 /// How many multiprocessors the emulated device has.
 __attribute__((visibility("default"))) void chunkkv_emulator_multiprocessors(int count);
 }

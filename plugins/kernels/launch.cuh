@@ -75,7 +75,8 @@ LaunchStatus launch(void (*kernel)(const P), dim3 grid, dim3 block, size_t share
     if (status != cudaSuccess) cudaGetLastError();  // clear it, so that the next call is judged on its own
     return status;
 #else
-    (void)stream, (void)after;
+    (void)stream;
+    if (after == After::kKernel) emulator::countAhead();
     return emulator::launch(kernel, grid, block, shared_bytes, params);
 #endif
 }

@@ -22,16 +22,17 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "native"
 JOBS = 2
+SOURCES = (".cu", ".cuh", ".cc", ".h")
 
 COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-ffp-contract=off"]
 COMMON += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 FLAVOURS = {
     "plain": ["-O2"],
-    "asan": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
-    "tsan": ["-O1", "-g", "-fsanitize=thread"],
+    "asan": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "tsan": ["-O1", "-g1", "-fsanitize=thread"],
 }
 # The scheduler tells ThreadSanitizer about its fibers by hand and must not be instrumented itself.
-UNINSTRUMENTED = {"tsan": ["-O1", "-g", "-fno-tree-loop-distribute-patterns", "-DEMULATOR_TSAN"]}
+UNINSTRUMENTED = {"tsan": ["-O1", "-g1", "-fno-tree-loop-distribute-patterns", "-DEMULATOR_TSAN"]}
 
 
 class Mutation(NamedTuple):
@@ -97,15 +98,35 @@ def nvtx_recorder() -> Path:
 @functools.cache
 def emulated_library(flavour: str = "plain", mutations: tuple[Mutation, ...] = ()) -> Path:
     """Return the library of a flavour of FLAVOURS, built unless it exists; raises BuildError where it cannot be."""
-    tree = _source_tree(mutations)
-    sources = [*sorted((tree / "plugins" / "kernels").glob("*.cu")), tree / "plugins" / "api.cc"]
+    return _link(flavour, list(_objects(flavour, source_tree(mutations)).values()))
+
+
+@functools.cache
+def mutant_library(flavour: str, base: tuple[Mutation, ...], bug: Mutation, units: tuple[str, ...]) -> Path:
+    """Return the library of the `base` mutations in which the sources named in `units` are compiled with the bug too.
+
+    A bug in a header is in every source, but a check that runs one op need not wait for the others. The units are
+    linked first, so that a function of the header that was not inlined is theirs.
+    """
+    of_base, of_bug = _objects(flavour, source_tree(base)), _objects(flavour, source_tree((*base, bug)), units)
+    if list(of_bug.values()) == [of_base[name] for name in of_bug]:
+        raise BuildError(f"the bug changes none of {', '.join(units)}: {bug.old!r}")
+    return _link(flavour, list((of_bug | {name: of_base[name] for name in of_base.keys() - of_bug.keys()}).values()))
+
+
+def _objects(flavour: str, tree: Path, units: tuple[str, ...] = ()) -> dict[str, Path]:
+    """Return the objects of the sources named in `units`, or of all, by the names of the sources."""
+    emulator = tree / "plugins" / "emulator" / "simt.cc"
+    sources = [*sorted((tree / "plugins" / "kernels").glob("*.cu")), tree / "plugins" / "api.cc", emulator]
+    if unknown := set(units) - {source.stem for source in sources}:
+        raise BuildError(f"no source is called {', '.join(unknown)}")
     flags = [*COMMON, *FLAVOURS[flavour]]
     scheduler = [*COMMON, *UNINSTRUMENTED.get(flavour, FLAVOURS[flavour])]
-    jobs = [(source, [*flags, *(nvtx_flags() if source.name == "api.cc" else [])]) for source in sources]
-    jobs.append((tree / "plugins" / "emulator" / "simt.cc", scheduler))
+    more = {"api": [*flags, *nvtx_flags()], emulator.stem: scheduler}
+    chosen = [source for source in sources if not units or source.stem in units]
     with ThreadPoolExecutor(JOBS) as pool:
-        objects = list(pool.map(lambda job: _compile(*job, tree), jobs))
-    return _link(flavour, objects)
+        made = pool.map(lambda source: _compile(source, more.get(source.stem, flags), tree), chosen)
+        return dict(zip([source.stem for source in chosen], made, strict=True))
 
 
 def probe_library(source: Path, flags: tuple[str, ...] = ()) -> Path:
@@ -116,20 +137,28 @@ def probe_library(source: Path, flags: tuple[str, ...] = ()) -> Path:
     return _make(target, [compiler(), "-shared", *map(str, objects), "-lpthread"])
 
 
-def _source_tree(mutations: tuple[Mutation, ...]) -> Path:
+@functools.cache
+def source_tree(mutations: tuple[Mutation, ...]) -> Path:
     """Return the folder that holds plugins/: the checkout, or a copy with the planted bugs."""
     if not mutations:
         return ROOT
-    tree = BUILD / "mutants" / hashlib.sha256(repr(mutations).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr(mutations).encode())
+    for path in sorted(path for path in (ROOT / "plugins").rglob("*.*") if path.suffix in SOURCES):
+        key.update(str(path).encode() + path.read_bytes())
+    tree = BUILD / "mutants" / key.hexdigest()[:16]
     with _locked(tree):
-        shutil.rmtree(tree, ignore_errors=True)
-        shutil.copytree(ROOT / "plugins", tree / "plugins")
+        if tree.exists():  # another process may be compiling from it
+            return tree
+        partial = tree.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(ROOT / "plugins", partial / "plugins", ignore=shutil.ignore_patterns("__pycache__"))
         for mutation in mutations:
-            path = tree / "plugins" / mutation.file
+            path = partial / "plugins" / mutation.file
             text = path.read_text(encoding="utf-8")
             if text.count(mutation.old) != 1:
                 raise BuildError(f"{mutation.file} holds {text.count(mutation.old)} times, not once: {mutation.old!r}")
             path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
+        partial.rename(tree)
     return tree
 
 

@@ -2,6 +2,8 @@
 
 python tests/native/compile_check.py            print the table, fail on anything that got worse
 python tests/native/compile_check.py --update   write registers.json anew
+
+With --architectures or --sources it compiles and compares a part: everything takes ten minutes of a core.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -34,9 +37,17 @@ _USED = re.compile(r"Used (\d+) registers")
 _SHARED = re.compile(r"(\d+) bytes smem")
 
 
+def find_cuda_tool(name: str) -> str | None:
+    """Return the path of one of CUDA's programs: on PATH, or of its package from pip in this environment; or None."""
+    for folder in (None, *(str(Path(entry, "nvidia", "cu13", "bin")) for entry in sys.path if entry)):
+        if found := shutil.which(name, path=folder):
+            return found
+    return None
+
+
 def find_nvcc() -> str | None:
     """Return the path of nvcc, or None."""
-    return shutil.which("nvcc")
+    return find_cuda_tool("nvcc")
 
 
 @functools.cache
@@ -52,12 +63,17 @@ def sources() -> list[Path]:
     return sorted((PLUGINS / "kernels").glob("*.cu"), key=lambda path: -path.stat().st_size)
 
 
-def compile_all(nvcc: str) -> Usage:
-    """Return what every kernel uses on every architecture; raises RuntimeError where nvcc refuses."""
-    jobs = [(source, architecture) for source in sources() for architecture in ARCHITECTURES]
+def compile_all(nvcc: str, files: Sequence[Path], architectures: Sequence[str]) -> Usage:
+    """Return what every kernel of the files uses on every architecture; raises RuntimeError where nvcc refuses."""
+    jobs = [(source, architecture) for source in files for architecture in architectures]
     with ThreadPoolExecutor(JOBS) as pool:
         logs = list(pool.map(lambda job: _log_of(nvcc, *job), jobs))
-    return _short_names(_parse("\n".join(logs)))
+    return usage_of("\n".join(logs))
+
+
+def usage_of(log: str) -> Usage:
+    """Return what the kernels use of which a build's output speaks, where ptxas was told -v."""
+    return _short_names(_parse(log))
 
 
 def _log_of(nvcc: str, source: Path, architecture: str) -> str:
@@ -108,10 +124,14 @@ def _short_names(usage: Usage) -> Usage:
 MOST_REGISTERS = {"boundariesKernel": 64}  # 1024 threads share 65536; a launch bound would make it spill
 
 
-def complaints(usage: Usage, table: dict[str, Any], release: str) -> list[str]:
-    """Return what is worse than the table says, or not in it; the table must be true for its own nvcc release."""
+def complaints(usage: Usage, table: dict[str, Any], release: str, *, complete: bool = True) -> list[str]:
+    """Return what is worse than the table says, or not in it; the table must be true for its own nvcc release.
+
+    Unless `complete`, only some kernels were compiled.
+    """
     found = [f"{name}: not in the table" for name in usage if name not in table["kernels"]]
-    found += [f"{name}: in the table, but no longer compiled" for name in table["kernels"] if name not in usage]
+    gone = [name for name in table["kernels"] if name not in usage] if complete else []
+    found += [f"{name}: in the table, but no longer compiled" for name in gone]
     for name in sorted(set(usage) & set(table["kernels"])):
         for architecture, now in usage[name].items():
             then = table["kernels"][name].get(architecture, {})
@@ -133,9 +153,10 @@ def as_table(usage: Usage, release: str) -> str:
 
 def show(usage: Usage) -> None:
     """Print one line per kernel: registers, static shared memory and spilled bytes on every architecture."""
-    print(f"{'kernel':58}" + "".join(f"{'sm_' + architecture:>16}" for architecture in ARCHITECTURES))
+    columns = list(dict.fromkeys(place for places in usage.values() for place in places))
+    print(f"{'kernel':58}" + "".join(f"{column:>16}" for column in columns))
     for name, places in usage.items():
-        cells = [places.get(f"sm_{architecture}", {}) for architecture in ARCHITECTURES]
+        cells = [places.get(column, {}) for column in columns]
         numbers = [f"{cell['registers']}r {cell['shared']}B {cell['spills']}s" if cell else "-" for cell in cells]
         print(f"{name[:57]:58}" + "".join(f"{number:>16}" for number in numbers))
 
@@ -143,24 +164,30 @@ def show(usage: Usage) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [path.stem for path in sources()]
     parser.add_argument("--update", action="store_true", help="write registers.json instead of comparing with it")
+    parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES, metavar="NUMBER")
+    parser.add_argument("--sources", nargs="+", choices=names, default=names, metavar="NAME")
     options = parser.parse_args(arguments)
+    complete = set(options.sources) == set(names)
+    if options.update and not (complete and set(options.architectures) == set(ARCHITECTURES)):
+        parser.error("--update writes the whole table: leave --architectures and --sources out")
     nvcc = find_nvcc()
     if nvcc is None:
         print("nvcc was not found; install the CUDA toolkit or put it on PATH", file=sys.stderr)
         return 2
     started = time.monotonic()
-    usage, release = compile_all(nvcc), nvcc_release(nvcc)
+    files = [path for path in sources() if path.stem in options.sources]
+    usage, release = compile_all(nvcc, files, options.architectures), nvcc_release(nvcc)
     show(usage)
-    print(
-        f"{len(usage)} kernels, {len(ARCHITECTURES)} architectures, {time.monotonic() - started:.0f} s, nvcc {release}"
-    )
+    sizes = f"{len(usage)} kernels, {len(options.architectures)} architectures"
+    print(f"{sizes}, {time.monotonic() - started:.0f} s, nvcc {release}")
     if options.update:
         partial = TABLE.with_suffix(".partial")
         partial.write_text(as_table(usage, release), encoding="utf-8")
         partial.replace(TABLE)
         return 0
-    found = complaints(usage, json.loads(TABLE.read_text(encoding="utf-8")), release)
+    found = complaints(usage, json.loads(TABLE.read_text(encoding="utf-8")), release, complete=complete)
     print("\n".join(found), file=sys.stderr)
     return 1 if found else 0
 

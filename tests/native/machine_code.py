@@ -1,7 +1,9 @@
 """What a GPU executes: the machine code of the main kernels, counted by nvdisasm and held to a table.
 
 python tests/native/machine_code.py             print the table, fail on anything that got worse
-python tests/native/machine_code.py --update    write machine_code.json anew
+python tests/native/machine_code.py --update    write machine_code.json anew, for every architecture
+
+The oldest architecture and the main one are compiled, or those of --architectures: each takes half a minute of a core.
 
 Slots are the instructions that a warp issues on the shortest way round a kernel's main loop that does all of its work:
 the way of a whole tile of contiguous keys, without the rare branches. Every branch of the loop is looked at, so no
@@ -16,11 +18,10 @@ import heapq
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +30,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests")]
 
-from native.compile_check import PLUGINS, find_nvcc, nvcc_release  # noqa: E402
+from native.compile_check import PLUGINS, find_cuda_tool, find_nvcc, nvcc_release  # noqa: E402
 
 PASSES = "the passes of score"
 TABLE = Path(__file__).parent / "machine_code.json"
 CACHE = ROOT / "build" / "machine_code"
 ARCHITECTURES = ("80", "89", "90a", "100", "120")
+COMPARED = ("80", "90a")
 JOBS = 2
 SHARED_BYTES = {"80": 164, "89": 100, "90a": 228, "100": 228, "120": 100}  # KiB of a multiprocessor
 REGISTERS, THREADS = 65_536, {"80": 2048, "89": 1536, "90a": 2048, "100": 2048, "120": 1536}
@@ -90,11 +92,8 @@ MAIN = (
 
 
 def find_nvdisasm() -> str | None:
-    """Return the path of nvdisasm: on PATH, or of the package from pip in this environment; None without one."""
-    for folder in (None, *(str(Path(entry, "nvidia", "cu13", "bin")) for entry in sys.path if entry)):
-        if found := shutil.which("nvdisasm", path=folder):
-            return found
-    return None
+    """Return the path of nvdisasm, or None."""
+    return find_cuda_tool("nvdisasm")
 
 
 @dataclass(frozen=True)
@@ -228,30 +227,40 @@ def measure(wanted: Main, function: str, usage: str, architecture: str) -> dict[
         row["generic loads"] = sum(n for name, n in of.items() if re.match(r"LD\.", name) or name == "LD")
         row["local"] = sum(n for name, n in of.items() if re.match(r"(LDL|STL)", name))
         row["shuffles"] = sum(n for name, n in of.items() if name.startswith("SHFL"))
+        if int(architecture.rstrip("a")) >= 90:  # where the policy of a copy is put together in plain sight
+            row["evict first"] = int(re.search(r"UMOV UR\d+, 0xf0 ;", function) is not None)
     return row
 
 
-def measure_all(nvcc: str, nvdisasm: str) -> Table:
-    """Return the whole table; raises RuntimeError where nvcc refuses."""
-    sources = dict.fromkeys(one.source for one in MAIN)
-    jobs = [(source, architecture) for architecture in ARCHITECTURES for source in sources]
+def measure_all(
+    nvcc: str,
+    nvdisasm: str,
+    kernels: Sequence[Main] = MAIN,
+    architectures: Sequence[str] = ARCHITECTURES,
+    plugins: Path = PLUGINS,
+) -> Table:
+    """Return the rows of these kernels, whose sources lie in `plugins`; raises RuntimeError where nvcc refuses."""
+    sources = dict.fromkeys(one.source for one in kernels)
+    jobs = [(source, architecture, plugins) for architecture in architectures for source in sources]
     with ThreadPoolExecutor(JOBS) as pool:
         compiled = dict(zip(jobs, pool.map(lambda job: _compile(nvcc, nvdisasm, *job), jobs), strict=True))
     table: Table = {}
-    for one in MAIN:
-        for architecture in ARCHITECTURES:
-            functions, usages = compiled[one.source, architecture]
+    for one in kernels:
+        for architecture in architectures:
+            functions, usages = compiled[one.source, architecture, plugins]
             (name,) = [name for name in functions if one.instance in name]
             row = measure(one, functions[name], usages[name], architecture)
             table.setdefault(one.name, {})[f"sm_{architecture}"] = row
     return table
 
 
-def _compile(nvcc: str, nvdisasm: str, source: str, architecture: str) -> tuple[dict[str, str], dict[str, str]]:
+def _compile(
+    nvcc: str, nvdisasm: str, source: str, architecture: str, plugins: Path
+) -> tuple[dict[str, str], dict[str, str]]:
     """Return listings and ptxas's words by demangled kernel, from the cache where nothing has changed since."""
     text = _passes_source() if source == PASSES else f'#include "{source}"\n'
-    key = hashlib.sha256(repr((nvcc_release(nvcc), text, architecture)).encode())
-    for path in sorted(path for path in PLUGINS.rglob("*.*") if path.suffix in (".h", ".cuh", ".cu")):
+    key = hashlib.sha256(repr((nvcc_release(nvcc), nvdisasm, text, architecture)).encode())
+    for path in sorted(path for part in ("include", "kernels") for path in (plugins / part).rglob("*.*")):
         key.update(path.read_bytes())
     stem = f"{Path(source).stem}-{architecture}-{key.hexdigest()[:16]}"
     listing, log = CACHE / f"{stem}.sass", CACHE / f"{stem}.log"
@@ -261,7 +270,7 @@ def _compile(nvcc: str, nvdisasm: str, source: str, architecture: str) -> tuple[
         file.write_text(text, encoding="utf-8")
         flags = ["-std=c++17", "-O3", "-cubin", "-Xptxas", "-v"]
         flags += [f"-gencode=arch=compute_{architecture},code=sm_{architecture}"]
-        flags += [f"-I{PLUGINS / part}" for part in ("include", "kernels")]
+        flags += [f"-I{plugins / part}" for part in ("include", "kernels")]
         done = subprocess.run([nvcc, *flags, str(file), "-o", str(cubin)], capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(done.stderr[-4000:])
@@ -293,7 +302,7 @@ def _passes_source() -> str:
     return "\n".join(['#include "score_tiles.cuh"', "namespace chunkkv {", *numbers, "}", ""])
 
 
-LARGER_IS_BETTER = ("blocks",)
+LARGER_IS_BETTER = ("blocks", "evict first")
 
 
 def complaints(table: Table, known: dict[str, Any], release: str) -> list[str]:
@@ -326,14 +335,16 @@ def main(arguments: list[str] | None = None) -> int:
     """Print the table and compare it with the committed one, or write that; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--update", action="store_true", help="write machine_code.json anew")
-    update = parser.parse_args(arguments).update
+    parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=COMPARED, metavar="NUMBER")
+    options = parser.parse_args(arguments)
     nvcc, nvdisasm = find_nvcc(), find_nvdisasm()
     if nvcc is None or nvdisasm is None:
-        print("nvcc or nvdisasm was not found; pip has both: nvidia-cuda-nvcc, nvidia-cuda-nvdisasm", file=sys.stderr)
+        print("nvcc or nvdisasm was not found; make sass gets both from pip", file=sys.stderr)
         return 1
-    table, release = measure_all(nvcc, nvdisasm), nvcc_release(nvcc)
+    chosen = ARCHITECTURES if options.update else options.architectures
+    table, release = measure_all(nvcc, nvdisasm, architectures=chosen), nvcc_release(nvcc)
     print(shown(table))
-    if update:
+    if options.update:
         rows = [f"  {json.dumps(name)}: {json.dumps(places)}" for name, places in table.items()]
         text = ",\n".join(rows)
         TABLE.write_text(f'{{"nvcc": "{release}", "kernels": {{\n{text}\n}}}}\n', encoding="utf-8")

@@ -1,76 +1,24 @@
-"""Planted bugs, each with the check of the probe that meets it and the mode that shows it.
-
-A bug is a text that occurs once in the source, so one that no longer fits fails as well. Every bug runs in the mode
-that finds it; races that give right results in every order are ThreadSanitizer's to find.
-"""
+"""Planted bugs, each with the check of the probe that meets it and the mode that shows it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from native.build import Mutation
-from native.devices import LARGE, SMALL
-
-TILES, KEYS, SCHEDULE, REDUCE, SCORE, PASSES = (
-    "kernels/score_tiles.cuh",
-    "kernels/score_keys.cuh",
-    "kernels/score_schedule.cuh",
-    "kernels/score_reduce.cuh",
-    "kernels/score.cu",
-    "kernels/score_pass.cuh",
+from native.devices import LARGE
+from native.mutants import (
+    BOUNDARIES,
+    BUDGET,
+    COMPACT,
+    DEVICE,
+    KEYS,
+    LAYOUT,
+    PASSES,
+    PREPARE,
+    REDUCE,
+    SCAN,
+    SCHEDULE,
+    SELECT,
+    TILES,
+    Bug,
 )
-SELECT, COMPACT, SCAN, LAYOUT, BUDGET, DEVICE = (
-    "kernels/select.cu",
-    "kernels/compact.cu",
-    "kernels/scan.cuh",
-    "include/chunkkv/layout.h",
-    "include/chunkkv/budget.h",
-    "kernels/dev.h",
-)
-PREPARE = "kernels/prepare.cu"
-RACE = 66
-
-# Most bugs lie in score, whose kernels for one type and head size show them; the others need not be compiled.
-NO_PASSES = """template <>
-void ScorePasses<{0}>::divide(ScoreArgs&) {{}}
-template <>
-LaunchStatus ScorePasses<{0}>::launchPass(const ScoreArgs&, Pass, void*, After) {{
-    return 1;
-}}"""
-PRUNED = (
-    *(
-        Mutation(
-            PASSES, f"        case {size}:\n            return withKey(std::integral_constant<int, {size}>());\n", ""
-        )
-        for size in (80, 96, 128)
-    ),
-    Mutation(PASSES, "std::integral_constant<int, 256>()", "std::integral_constant<int, 64>()"),
-    *(
-        Mutation(f"kernels/score_{name}.cu", f"template struct ScorePasses<{query}>;", NO_PASSES.format(query))
-        for name, query in (("float", "float"), ("bfloat16", "__nv_bfloat16"))
-    ),
-)
-
-
-@dataclass(frozen=True)
-class Bug:
-    """What is planted, the check that meets it, and the mode that shows it: a race is only seen by TSan."""
-
-    name: str
-    check: str
-    file: str
-    old: str
-    new: str
-    order: str = "forward"
-    copies: str = "late"
-    flavour: str = "plain"
-    says: str = ""
-    multiprocessors: int = SMALL
-
-    @property
-    def mutations(self) -> tuple[Mutation, ...]:
-        return (*PRUNED, Mutation(self.file, self.old, self.new))
-
 
 BOTH_READ = "this tile has arrived, and all threads have read the one that the next copy overwrites"
 ARRIVED = f"            __syncthreads();  // {BOTH_READ}\n"
@@ -269,6 +217,40 @@ BUGS = (
     Bug(
         "select: one token too few", "select", SELECT, "clampTo(cut.to_give - given", "clampTo(cut.to_give - 1 - given"
     ),
+    # What an earlier review planted.
+    Bug("score: bands ignored", "bands", SCHEDULE, "run.band = pair % work.bands;", "run.band = 0 * pair;"),
+    Bug("score: a row that sees nothing", "score", TILES, "higher == -INFINITY ? 0.0f", "higher == INFINITY ? 0.0f"),
+    Bug(
+        "score: rows behind the last",
+        "score",
+        KEYS,
+        "number < work.query_rows && position < work.window",
+        "position < work.window",
+    ),
+    Bug("select: -0 is below 0", "select_special", SELECT, "score + 0.0f", "score"),
+    Bug("select: NaN is not lowest", "select_special", SELECT, "if (score != score) return 0;", ""),
+    Bug(
+        "compact: a copy leaves out what stays",
+        "compact",
+        COMPACT,
+        "kInPlace && source[i] == slot",
+        "source[i] == slot",
+    ),
+    Bug("compact: layer 64 is layer 0", "compact_layers", COMPACT, "params.layers[first + i]", "params.layers[i]"),
+    Bug(
+        "scan: one lane left out",
+        "boundaries",
+        SCAN,
+        "if (lane >= distance) inclusive",
+        "if (lane > distance) inclusive",
+    ),
+    Bug(
+        "boundaries: a run ends with its tile",
+        "boundaries",
+        BOUNDARIES,
+        "(Max()(run_start, lower_run))",
+        "(Max()(0, lower_run))",
+    ),
     # Wrong addresses.
     Bug(
         "score: wrong page",
@@ -282,7 +264,7 @@ BUGS = (
     Bug("keys read from the pages of values", "score", LAYOUT, "row) * 2 + kv) *", "row) * 2 + 1 - kv) *"),
     Bug(
         "page trusted",
-        "garbage",
+        "garbage_compact",
         LAYOUT,
         "return offset >= 0 && offset < extent ? offset : 0;",
         "return offset;",
@@ -290,7 +272,7 @@ BUGS = (
     ),
     Bug(
         "page number trusted",
-        "garbage",
+        "garbage_compact",
         LAYOUT,
         "offsets[clampTo(number, 0, max_blocks - 1)]",
         "offsets[number]",
@@ -328,7 +310,7 @@ BUGS = (
     ),
     Bug(
         "packed: row starts trusted",
-        "garbage",
+        "garbage_packed",
         LAYOUT,
         "clampTo(rows.row_starts[row], 0, rows.num_tokens)",
         "rows.row_starts[row]",
@@ -336,7 +318,7 @@ BUGS = (
     ),
     Bug(
         "packed: end of the array trusted",
-        "garbage",
+        "garbage_packed",
         LAYOUT,
         "clampTo(rows.num_tokens - first, 0, most)",
         "most",
@@ -347,7 +329,7 @@ BUGS = (
     Bug("prepare: rows before the tile forgotten", "prepare", PREPARE, "tokens_before += tile_tokens;", ""),
     Bug("prepare: wrong row", "prepare", PREPARE, "row_starts[middle] <= token", "row_starts[middle] < token"),
     Bug("prepare: attention sees what was dropped", "prepare", PREPARE, "- (length - kept)", "- 0 * (length - kept)"),
-    Bug("prepare: sum trusted", "garbage", PREPARE, "clampTo(start, 0, params.num_tokens)", "start"),
+    Bug("prepare: sum trusted", "garbage_prepare", PREPARE, "clampTo(start, 0, params.num_tokens)", "start"),
     # What only the emulator or ThreadSanitizer can see.
     Bug("blocks do the same tiles", "compact", COMPACT, "+= args.splits * tile", "+= tile", flavour="tsan"),
     Bug("tiles split in place", "compact", COMPACT, "args.splits = in_place ? 1 :", "args.splits =", flavour="tsan"),

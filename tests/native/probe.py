@@ -69,6 +69,12 @@ def score(library: NativeLibrary, memory: Memory) -> None:
     assert largest_error(NativeOp(library, memory), pooled, "float16", chunks_alone=True) < TOLERANCE
 
 
+def bands(library: NativeLibrary, memory: Memory) -> None:
+    """More query rows of a KV head than a block holds."""
+    tried = test_score.case(test_score.settings(16, 10), (130, 75), heads=16, kv_heads=1)
+    assert largest_error(NativeOp(library, memory), tried, "float16", chunks_alone=False) < TOLERANCE
+
+
 def ragged(library: NativeLibrary, memory: Memory) -> None:
     """Stretches of tiles that begin and end in rows of no tiles, of one and of many."""
     lengths = (5, 1500, 1, 6, 700, 0, 14, 2000, 33)
@@ -81,7 +87,7 @@ def ragged(library: NativeLibrary, memory: Memory) -> None:
 
 def spread(library: NativeLibrary, memory: Memory) -> None:
     """Later tokens that are far above those of the first tile, and so many heads that a piece has several tiles."""
-    rising = test_score.case(test_score.settings(8, 10), (700,), heads=256, kv_heads=256)
+    rising = test_score.case(test_score.settings(8, 10), (300,), heads=256, kv_heads=256)
     inputs = rising.inputs("float16")
     inputs.query[..., 0], inputs.key[..., 0] = 30.0, np.linspace(-60, 60, inputs.key.shape[2])
     op = NativeOp(library, memory)
@@ -123,6 +129,12 @@ def select(library: NativeLibrary, memory: Memory) -> None:
     test_select.make(test_select.SMALL, [3700, 9], "few values").check(library, memory)
 
 
+def select_special(library: NativeLibrary, memory: Memory) -> None:
+    """Zeros of both signs, NaN, infinities."""
+    for seed in range(4):
+        test_select.make(test_select.SMALL, test_select.LENGTHS, "special values", seed).check(library, memory)
+
+
 def compact(library: NativeLibrary, memory: Memory) -> None:
     """In place over several tiles, across pages; and out of place."""
     pool = test_compact.Pool.make(np.random.default_rng(1), 1, 2, 16, 64, "float16", (1300, 61))
@@ -144,6 +156,11 @@ def compact_large(library: NativeLibrary, memory: Memory) -> None:
     for row_bytes in (66, 160):
         test_compact.test_slices_that_do_not_fill_the_row(library, memory, row_bytes)
     test_compact.test_what_would_go_outside_the_pool_is_not_written(library, memory)
+
+
+def compact_layers(library: NativeLibrary, memory: Memory) -> None:
+    """More layers than one launch takes."""
+    test_compact.test_in_place_in_more_layers_than_one_launch_takes(library, memory)
 
 
 def select_cut(library: NativeLibrary, memory: Memory) -> None:
@@ -181,36 +198,44 @@ def prepare(library: NativeLibrary, memory: Memory) -> None:
     test_prepare.Batch.draw(2, 3, 2).check(library, memory)
 
 
-def garbage(library: NativeLibrary, memory: Memory) -> None:
-    """Nothing leaves the buffers; AddressSanitizer and the guard bytes watch."""
+def garbage_score(library: NativeLibrary, memory: Memory) -> None:
+    """Here and below nothing leaves the buffers; AddressSanitizer and the guard bytes watch."""
     for chunks_alone in (True, False):
         test_score.test_garbage_stays_inside(library, memory, "float16", chunks_alone)
+
+
+def garbage_compact(library: NativeLibrary, memory: Memory) -> None:
+    """Block tables, lists and lengths of any value."""
     test_compact.test_garbage_is_memory_safe(library, memory, 1)
+
+
+def garbage_packed(library: NativeLibrary, memory: Memory) -> None:
+    """Row starts of any value, in every op."""
     for boundaries_kind in ("fixed", "delimiter"):
         for seed in range(3):
             test_packed.test_garbage_stays_inside(library, memory, boundaries_kind, seed)
+
+
+def garbage_prepare(library: NativeLibrary, memory: Memory) -> None:
+    """A batch of any content."""
     test_prepare.test_garbage_stays_inside(library, memory, 1)
 
 
-CHECKS = {
-    check.__name__: check
-    for check in (
-        *(
-            boundaries,
-            score,
-            score_types,
-            quantized,
-            ragged,
-            spread,
-            choices,
-            select,
-            select_cut,
-            compact,
-            compact_large,
-        ),
-        *(rope, packed, whole, prepare, garbage),
-    )
-}
+GARBAGE = (garbage_score, garbage_compact, garbage_packed, garbage_prepare)
+OF_SCORE = (score, bands, score_types, quantized, ragged, spread, choices)
+OF_OTHERS = (
+    boundaries,
+    select,
+    select_special,
+    select_cut,
+    compact,
+    compact_large,
+    compact_layers,
+    rope,
+    whole,
+    prepare,
+)
+CHECKS = {check.__name__: check for check in (*OF_SCORE, *OF_OTHERS, packed, *GARBAGE)}
 
 
 def run(

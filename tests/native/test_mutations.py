@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 
 from native import probe
-from native.build import ROOT, BuildError, Mutation, emulated_library
-from native.planted_bugs import BUGS, PRUNED, RACE, SCORE, Bug
+from native.build import ROOT, BuildError, Mutation, emulated_library, mutant_library
+from native.mutants import PRUNED, RACE, SCORE, Bug
+from native.planted_bugs import BUGS
 
 
 @pytest.mark.deep
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
 def test_a_planted_bug_is_found(bug: Bug) -> None:
-    library = emulated_library(bug.flavour, bug.mutations)
+    library = mutant_library(bug.flavour, PRUNED, bug.mutation, bug.units)
     preload = "" if bug.flavour == "plain" else f"lib{bug.flavour}.so"
     sizes = {"multiprocessors": bug.multiprocessors}
     outcome = probe.run(library, bug.check, order=bug.order, copies=bug.copies, preload=preload, **sizes)
@@ -40,7 +41,7 @@ def test_without_a_bug_nothing_is_found(flavour: str) -> None:
 def test_every_planted_bug_fits_the_sources() -> None:
     """Without compiling anything: whoever changes a line that a bug replaces learns it here."""
     plugins = ROOT / "plugins"
-    for mutation in {mutation for bug in BUGS for mutation in bug.mutations}:
+    for mutation in {*PRUNED, *(bug.mutation for bug in BUGS)}:
         assert (plugins / mutation.file).read_text(encoding="utf-8").count(mutation.old) == 1, mutation
 
 

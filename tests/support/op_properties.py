@@ -114,10 +114,10 @@ def check_chunks(select: Select, case: OpCase) -> int:
 
 def check_matches_reference(select: Select, case: OpCase) -> int:
     """Token scores agree closely with the reference's, kept indices exactly outside chunks near the cut."""
-    return _matches_reference(select, case.inputs(), case)
+    return matches_reference(select, case.inputs(), case)
 
 
-def _matches_reference(select: Select, inputs: OpInputs, case: OpCase) -> int:
+def matches_reference(select: Select, inputs: OpInputs, case: OpCase) -> int:
     indices, lengths, scores = run(select, inputs, case.settings)
     wanted_indices, wanted_lengths, wanted_scores = run(reference.select_batch, inputs, case.settings)
     assert (lengths == wanted_lengths).all()
@@ -380,7 +380,7 @@ def check_spread(select: Select, case: OpCase) -> int:
     key = inputs.key.copy()
     key[..., 0] = 0
     key[:, :, min(case.lengths) // 2] = 30 * direction
-    return _matches_reference(select, replace(inputs, query=query, key=key), case)
+    return matches_reference(select, replace(inputs, query=query, key=key), case)
 
 
 PROPERTIES: tuple[Check, ...] = (
