@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -16,6 +16,13 @@ on_both_devices = (
     pytest.mark.usefixtures("multiprocessors"),
     pytest.mark.parametrize("multiprocessors", (SMALL, LARGE), indirect=True),
 )
+
+
+def on_every_device(test: Callable[..., None]) -> Callable[..., None]:
+    """Run a test on both, without an argument for it."""
+    for mark in on_both_devices:
+        test = mark(test)
+    return test
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import pytest
 
 from native import probe
 from native.build import ROOT, BuildError, Mutation, emulated_library, mutant_library
+from native.devices import LARGE, SMALL
 from native.mutants import PRUNED, RACE, SCORE, Bug
 from native.planted_bugs import BUGS
 
@@ -34,8 +35,10 @@ def test_without_a_bug_nothing_is_found(flavour: str) -> None:
     """The mutants leave out most of score; what is left must be right, or every bug would seem to be found."""
     preload = "" if flavour == "plain" else f"lib{flavour}.so"
     checks = {bug.check for bug in BUGS if bug.flavour == flavour}
-    outcome = probe.run(emulated_library(flavour, PRUNED), *sorted(checks), preload=preload)
-    assert outcome.status == 0, outcome.text
+    for multiprocessors in (SMALL,) if flavour == "tsan" else (SMALL, LARGE):
+        sizes = {"multiprocessors": multiprocessors}
+        outcome = probe.run(emulated_library(flavour, PRUNED), *sorted(checks), preload=preload, **sizes)
+        assert outcome.status == 0, outcome.text
 
 
 def test_every_planted_bug_fits_the_sources() -> None:

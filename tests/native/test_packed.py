@@ -14,6 +14,7 @@ from support.op_cases import KERNEL_CASES, OpCase, named
 from chunkkv import reference
 from chunkkv.native import BatchRows, Chunks, NativeLibrary, contiguous_kv, paged_kv
 from chunkkv.settings import ChunkKVSettings
+from native.devices import on_every_device
 from native.memory import POISON, Memory
 from native.native_op import NativeOp
 from native.test_compact import Pool, check_bytes, choose, noise
@@ -99,6 +100,7 @@ def packed_list(indices: NDArray[np.int32], lengths: Any, trailing: int) -> NDAr
     return packed
 
 
+@on_every_device
 def test_compact_in_place(library: NativeLibrary, memory: Memory) -> None:
     indices, counts = choose(np.random.default_rng(1), LENGTHS, KEPT)
     pool = Pool.make(np.random.default_rng(2), 3, 2, 16, 64, "float16", LENGTHS)
@@ -112,6 +114,7 @@ def test_compact_in_place(library: NativeLibrary, memory: Memory) -> None:
     check_bytes(memory.get(data), pool.data)
 
 
+@on_every_device
 def test_compact_out_of_place(library: NativeLibrary, memory: Memory) -> None:
     """Slots behind a row's N keep what they held."""
     rng = np.random.default_rng(6)
@@ -128,6 +131,7 @@ def test_compact_out_of_place(library: NativeLibrary, memory: Memory) -> None:
         check_bytes(memory.get(target), wanted)
 
 
+@on_every_device
 @pytest.mark.parametrize("packed", [False, True])
 def test_rows_that_are_kept_whole_are_not_touched_in_place(
     library: NativeLibrary, memory: Memory, packed: bool

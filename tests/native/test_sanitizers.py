@@ -14,7 +14,8 @@ from native.build import ROOT, Mutation, compiler, emulated_library
 pytestmark = pytest.mark.deep
 
 HERE = Path(__file__).parent
-# Where a choice is made, it covers every type, layout and page size, several tiles, and garbage.
+# Where a choice is made, it covers every type, layout and page size, several tiles, devices of 1 to 132
+# multiprocessors, and garbage.
 SELECTED = {
     "test_select.py": "garbage or reference or cut or threads or million",
     "test_boundaries.py": None,
@@ -23,7 +24,7 @@ SELECTED = {
     "test_prepare.py": None,
     "test_device_memory.py": None,
     "test_packed.py": "garbage or whole or compact or select or pooling or delimiter",
-    "test_score.py": "garbage or every_type or page",
+    "test_score.py": "garbage or every_type or page or every_grid",
 }
 
 
