@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import json
+import os
 import shutil
 import subprocess
 from dataclasses import replace
