@@ -247,7 +247,9 @@ def test_layers_of_different_lengths_attend_to_their_own_tokens_only(
     uneven = executor.layer_lengths_decoder(caches[0])
     even = executor.decoder(caches[1])
     found = uneven.step([0], [7], [long], lengths)
-    query = uneven._queries[f"query.{layer}"][0, :, 0]  # [4,64], two heads to a key
+    # The layers before this one are of full length, so a step over full layers has the same query here.
+    queries = executor.step.append_block(caches[1], np.array([7], np.int64), long, long, query_count=1)[1]
+    query = queries[layer][0, :, 0]  # [4,64], two heads to a key
     for head in range(2):
         unreachable = np.linalg.lstsq(query[2 * head : 2 * head + 2], np.full(2, -1e5, np.float32), rcond=None)[0]
         caches[1].keys[layer][0, head, short:long] = unreachable

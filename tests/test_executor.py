@@ -15,7 +15,7 @@ from support.messages import naming
 from support.op_cases import OpCase
 
 from chunkkv import SamplingParams, reference_layers
-from chunkkv.errors import ConfigError, EngineRunError
+from chunkkv.errors import EngineRunError
 from chunkkv.executors.host_cache import HostKVCache
 from chunkkv.executors.onnxruntime.executor import OnnxRuntimeExecutor
 from chunkkv.session import ChunkKVSession
@@ -237,11 +237,9 @@ def test_answers_agree_between_both_attentions(variant: str) -> None:
 def test_standard_attention_needs_no_operator_beyond_onnx() -> None:
     session = small_session()
     _, locations = graphs.weights_of("llama3")
-    model = StepGraph(graphs.plan_of("llama3", session), locations, attention="standard").build()
+    model = StepGraph(graphs.plan_of("llama3", session), locations).build()
     assert {node.domain for node in model.graph.node} == {""}
     assert [(entry.domain, entry.version) for entry in model.opset_import] == [("", 24)]
-    with pytest.raises(ConfigError, match=naming("attention 'flash' fused standard")):
-        StepGraph(graphs.plan_of("llama3", session), locations, attention="flash")
 
 
 @pytest.mark.parametrize("boundaries", ["fixed", "delimiter"])

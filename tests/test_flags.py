@@ -92,7 +92,7 @@ def test_the_defaults_are_the_documented_ones() -> None:
     flags = parse(["--checkpoint_dir", "c", "--use_weight_only"])
     assert (flags.weight_only_precision, flags.weight_only_activations) == ("int8", "int8")
     flags = parse(["--checkpoint_dir", "c", "--use_weight_only", "--weight_only_precision", "int4"])
-    assert flags.weight_only_activations == "float32"
+    assert flags.weight_only_activations == "int8"
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from chunkkv.requests import Request, make_requests
 from chunkkv.session import ChunkKVSession
 from chunkkv_builder.onnx_graph import functions
 from chunkkv_builder.onnx_graph.compress import compress_graph
+from chunkkv_builder.onnx_graph.transformer import StepGraph
 from chunkkv_builder.plan import make_plan
 
 TOLERANCE = 1e-4
@@ -163,7 +164,7 @@ def test_nodes_carry_all_settings_and_the_plugins_name(boundaries: str, leader: 
 
 def test_weights_are_shared_with_the_step_graph() -> None:
     session = session_of("llama3", "fixed", "last", 2)
-    step = onnx.load(engines.engine_dir("llama3", chunkkv_layer_reuse=2) / "step.onnx", load_external_data=False)
+    step = StepGraph(graphs.plan_of("llama3", session), graphs.weights_of("llama3")[1]).build()
     prefill = onnx.load(graphs.prefill_path("llama3", session), load_external_data=False)
 
     def places(model: onnx.ModelProto) -> dict:

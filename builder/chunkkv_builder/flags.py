@@ -64,10 +64,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         if getattr(flags, name) and not flags.use_weight_only:
             raise UsageError(f"--{name} has no effect without --use_weight_only: add it")
     if flags.use_weight_only:
-        precision = flags.weight_only_precision = flags.weight_only_precision or config.DEFAULT_WEIGHT_ONLY_PRECISION
-        flags.weight_only_activations = (
-            flags.weight_only_activations or config.DEFAULT_WEIGHT_ONLY_ACTIVATIONS[precision]
-        )
+        flags.weight_only_precision = flags.weight_only_precision or config.DEFAULT_WEIGHT_ONLY_PRECISION
+        flags.weight_only_activations = flags.weight_only_activations or config.DEFAULT_WEIGHT_ONLY_ACTIVATIONS
     flags.chunkkv = flags.chunkkv == "enable"
     settings = [name for name, value in vars(flags).items() if name.startswith(PREFIX) and value is not None]
     if settings and not flags.chunkkv:
@@ -167,18 +165,13 @@ def _parser() -> BuildParser:
         "--weight_only_activations",
         choices=config.WEIGHT_ONLY_ACTIVATIONS,
         help="number type of what those weights are multiplied with: int8 rounds it, float32 does not and is slower, "
-        f"much slower for int8 weights; default: {_default_activations()}",
+        f"much slower for int8 weights; default: {config.DEFAULT_WEIGHT_ONLY_ACTIVATIONS}",
     )
     _add_tensorrt(parser)
     _add_output(parser)
     add_chunkkv(parser)
     _add_budget(parser, max_keep_ratio=True)
     return parser
-
-
-def _default_activations() -> str:
-    """Return the activations of each precision, for --help."""
-    return ", ".join(f"{kind} for {weights}" for weights, kind in config.DEFAULT_WEIGHT_ONLY_ACTIVATIONS.items())
 
 
 def _auto_dtypes() -> str:

@@ -14,8 +14,9 @@ from chunkkv.executors.onnxruntime.executor import OnnxRuntimeExecutor
 from chunkkv.requests import Limits
 from chunkkv.session import ChunkKVSession
 from chunkkv.settings import ChunkKVSettings
-from chunkkv_builder.backends.onnxruntime import WEIGHTS_FILE, compression_graphs
+from chunkkv_builder.backends.onnxruntime import WEIGHTS_FILE, compression_graphs, step_weights
 from chunkkv_builder.checkpoint.hugging_face import HuggingFaceCheckpoint
+from chunkkv_builder.onnx_graph.fused_step import FusedStepGraph
 from chunkkv_builder.onnx_graph.packed_weights import weight_sources
 from chunkkv_builder.onnx_graph.transformer import StepGraph
 from chunkkv_builder.onnx_graph.weights import WeightLocation, write_weights
@@ -50,9 +51,11 @@ def checkpoint(variant: str = VARIANT) -> Path:
 
 
 @cache
-def _weights(variant: str) -> tuple[Path, dict[str, WeightLocation]]:
+def _weights(variant: str, attention: str) -> tuple[Path, dict[str, WeightLocation]]:
     folder = Path(tempfile.mkdtemp(dir=_FOLDER.name))
-    sources = weight_sources(HuggingFaceCheckpoint.open(checkpoint(variant)), None)
+    opened = HuggingFaceCheckpoint.open(checkpoint(variant))
+    fused = attention == "fused"
+    sources = step_weights(opened, None, LIMITS.max_seq_len) if fused else weight_sources(opened, None)
     return folder, write_weights(folder / WEIGHTS_FILE, sources)
 
 
@@ -63,12 +66,16 @@ def plan_of(settings: ChunkKVSettings | None, variant: str = VARIANT) -> GraphPl
 
 @cache
 def session(settings: ChunkKVSettings | None, attention: str = "fused", variant: str = VARIANT) -> ChunkKVSession:
-    """Return a session on an engine with `settings`, which has no tokenizer."""
-    weights, locations = _weights(variant)
+    """Return a session on an engine with `settings`, which has no tokenizer.
+
+    Its step graph is ONNX Runtime's own where `attention` is "fused", and that of other engines for "standard".
+    """
+    weights, locations = _weights(variant, attention)
     folder = Path(tempfile.mkdtemp(dir=_FOLDER.name))
     (folder / WEIGHTS_FILE).hardlink_to(weights / WEIGHTS_FILE)
     plan = plan_of(settings, variant)
-    onnx.save_model(StepGraph(plan, locations, attention=attention).build(), folder / STEP_FILE)
+    graph = FusedStepGraph(plan, locations) if attention == "fused" else StepGraph(plan, locations)
+    onnx.save_model(graph.build(), folder / STEP_FILE)
     if settings is not None:
         for name, graph in compression_graphs(plan).items():
             onnx.save_model(graph, folder / name)

@@ -20,7 +20,7 @@ from chunkkv_builder.onnx_graph.compress import compress_graph
 from chunkkv_builder.onnx_graph.emitter import GraphEmitter
 from chunkkv_builder.onnx_graph.packed_weights import weight_sources
 from chunkkv_builder.onnx_graph.prefill import PrefillGraph
-from chunkkv_builder.onnx_graph.transformer import ATTENTION_OPSET, StepGraph
+from chunkkv_builder.onnx_graph.transformer import STANDARD_OPSET, StepGraph
 from chunkkv_builder.onnx_graph.weights import WeightLocation, write_weights
 from chunkkv_builder.plan import GraphPlan, make_plan
 from support import engines
@@ -68,7 +68,7 @@ def knows_standard_attention() -> bool:
     e.op("Identity", [e.input("x", "float32", [1])], ["y"])
     e.output("y", "float32", [1])
     try:
-        ort.InferenceSession(e.model("probe", opset=ATTENTION_OPSET["standard"]).SerializeToString())
+        ort.InferenceSession(e.model("probe", opset=STANDARD_OPSET).SerializeToString())
     except Exception:
         return False
     return True
@@ -77,15 +77,15 @@ def knows_standard_attention() -> bool:
 def skip_without_standard_attention() -> None:
     """Skip the test where ONNX Runtime is too old for graphs that only TensorRT needs."""
     if not knows_standard_attention():
-        pytest.skip(f"ONNX Runtime {ort.__version__} ends before opset {ATTENTION_OPSET['standard']}")
+        pytest.skip(f"ONNX Runtime {ort.__version__} ends before opset {STANDARD_OPSET}")
 
 
 def standard_executor(variant: str, session: ChunkKVSession, precision: str | None = None) -> OnnxRuntimeExecutor:
-    """Return an executor of the same engine whose step graph has attention="standard"."""
+    """Return an executor of the same engine whose step graph has standard operators only."""
     skip_without_standard_attention()
     folder, locations = weights_of(variant, precision)
     plan = plan_of(variant, session)
-    onnx.save_model(StepGraph(plan, locations, attention="standard").build(), folder / STEP_FILE)
+    onnx.save_model(StepGraph(plan, locations).build(), folder / STEP_FILE)
     onnx.save_model(compress_graph(plan), folder / COMPRESS_FILE)
     return OnnxRuntimeExecutor(folder, BLOCK, plan.settings, threads=1)
 

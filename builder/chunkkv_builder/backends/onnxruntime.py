@@ -13,16 +13,27 @@ from chunkkv.engine.directory import COMPRESS_FILE, GIVEN_FILE, REREAD_FILE, STE
 from chunkkv.errors import ConfigError
 from chunkkv_builder.backends.graph_build import GraphBuild, plan_graphs
 from chunkkv_builder.backends.interface import Built
+from chunkkv_builder.checkpoint.interface import Checkpoint
 from chunkkv_builder.onnx_graph.compress import compress_graph
+from chunkkv_builder.onnx_graph.fused_step import FusedStepGraph
+from chunkkv_builder.onnx_graph.merged_weights import with_merged_projections
 from chunkkv_builder.onnx_graph.packed_weights import packing_report, weight_sources
 from chunkkv_builder.onnx_graph.reread import reread_graph
-from chunkkv_builder.onnx_graph.transformer import StepGraph
-from chunkkv_builder.onnx_graph.weights import write_weights
+from chunkkv_builder.onnx_graph.rotary_tables import rotary_tables
+from chunkkv_builder.onnx_graph.weights import WeightSource, write_weights
 from chunkkv_builder.plan import GraphPlan
 from chunkkv_builder.progress import Progress
 
 WEIGHTS_FILE = "weights.safetensors"
 HEAD_DIM_STEP = 8  # of GroupQueryAttention
+
+
+def step_weights(checkpoint: Checkpoint, precision: str | None, positions: int) -> list[WeightSource]:
+    """Return every tensor of a step graph for `positions` positions; `precision` as weight_sources takes it."""
+    return [
+        *with_merged_projections(weight_sources(checkpoint, precision)),
+        *rotary_tables(checkpoint.config, positions),
+    ]
 
 
 def compression_graphs(plan: GraphPlan) -> dict[str, onnx.ModelProto]:
@@ -59,13 +70,13 @@ class OnnxRuntimeBackend:
     def build(self, planned: GraphBuild, folder: Path, progress: Progress) -> Built:
         """Write weights, graphs and config.json to `folder`; return the version of onnx."""
         precision = planned.limits.weight_only_precision
-        sources = weight_sources(planned.checkpoint, precision)
+        sources = step_weights(planned.checkpoint, precision, planned.limits.max_seq_len)
         progress.stage("weights", len(sources))
         locations = write_weights(folder / WEIGHTS_FILE, sources, progress.advance)
         for line in packing_report(planned.checkpoint, precision):
             progress.info(line)
         activations = planned.limits.weight_only_activations
-        graphs = {STEP_FILE: StepGraph(planned.plan, locations, packed_activations=activations).build()}
+        graphs = {STEP_FILE: FusedStepGraph(planned.plan, locations, activations).build()}
         if planned.plan.settings is not None:
             graphs |= compression_graphs(planned.plan)
         progress.stage("graphs", len(graphs))

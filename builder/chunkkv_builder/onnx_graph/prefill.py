@@ -15,7 +15,7 @@ from chunkkv_builder.onnx_graph.compress import ChunkKVNodes, KeepAllNodes
 from chunkkv_builder.onnx_graph.emitter import GraphEmitter
 from chunkkv_builder.onnx_graph.head_parts import HeadParts
 from chunkkv_builder.onnx_graph.projections import CONTRIB, PACKED_SUFFIX
-from chunkkv_builder.onnx_graph.transformer import ATTENTION_OPSET, StepGraph
+from chunkkv_builder.onnx_graph.transformer import STANDARD_OPSET, StepGraph
 from chunkkv_builder.onnx_graph.weights import WeightLocation
 from chunkkv_builder.plan import GraphPlan, LayerPlan
 
@@ -42,7 +42,7 @@ class PrefillGraph(StepGraph):
         emitter: GraphEmitter | None = None,
         sorting: bool = True,
     ) -> None:
-        super().__init__(plan, weights, attention="standard", dtype=dtype, emitter=emitter)
+        super().__init__(plan, weights, dtype=dtype, emitter=emitter)
         self._sorting = sorting
 
     def build(self) -> onnx.ModelProto:
@@ -61,17 +61,13 @@ class PrefillGraph(StepGraph):
         count = e.op("Squeeze", [e.dim(ids, 1)])
         steps = e.op("Range", [e.const(0, "int64"), count, e.const(1, "int64")])
         self._rotation(e.op("Expand", [e.op("Unsqueeze", [steps, e.ints(0)]), e.op("Shape", [ids])]))
-        hidden = self._embed(ids)
-        for layer in self.plan.layers:
-            hidden = self._layer(layer, hidden)
-        self._logits(hidden, e.op("Unsqueeze", [self.last, e.ints(1)]))
+        self._logits(self._layers(self._embed(ids)), e.op("Unsqueeze", [self.last, e.ints(1)]))
         self.nodes.finish()
-        opset = ATTENTION_OPSET["standard"]
         packed = any(name.endswith(PACKED_SUFFIX) for name in self.weights)
         return e.model(
             "chunkkv_prefill",
-            opset=opset,
-            functions=self.nodes.functions(opset),
+            opset=STANDARD_OPSET,
+            functions=self.nodes.functions(STANDARD_OPSET),
             domains=[(functions.DOMAIN, functions.DOMAIN_VERSION)][: self.plan.settings is not None]
             + ([(CONTRIB, 1)] if packed else []),
             metadata=self.nodes.metadata("prefill"),

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import onnx
 
-from chunkkv.errors import ConfigError
 from chunkkv_builder.checkpoint.config_keys import GLOBAL, UNROTATED
 from chunkkv_builder.checkpoint.families import GELU_TANH
 from chunkkv_builder.checkpoint.model_config import rope_frequencies
@@ -20,11 +19,12 @@ from chunkkv_builder.onnx_graph.arithmetic import scaled, soft_cap, soft_capped_
 from chunkkv_builder.onnx_graph.emitter import NUMPY_TO_ONNX, GraphEmitter
 from chunkkv_builder.onnx_graph.head_parts import HeadParts
 from chunkkv_builder.onnx_graph.projections import CONTRIB, PACKED_SUFFIX, Projections
+from chunkkv_builder.onnx_graph.rotary_tables import rotated_kinds
 from chunkkv_builder.onnx_graph.weights import WeightLocation
 from chunkkv_builder.plan import GraphPlan, LayerPlan, PartPlan
 
-ATTENTION_OPSET = {"fused": 23, "standard": 24}
-_INT32, _INT64, _FLOAT = onnx.TensorProto.INT32, onnx.TensorProto.INT64, onnx.TensorProto.FLOAT
+STANDARD_OPSET = 24
+_INT64, _FLOAT = onnx.TensorProto.INT64, onnx.TensorProto.FLOAT
 
 
 def capacity_name(length_class: int, length_classes: int) -> str:
@@ -33,7 +33,10 @@ def capacity_name(length_class: int, length_classes: int) -> str:
 
 
 class StepGraph:
-    """Emits the step graph of a plan.
+    """Emits the step graph of a plan in operators that every engine has, for any B and S.
+
+    Attention is TensorScatter and Attention of ONNX opset 24, with a mask over slots. FusedStepGraph is the form for
+    ONNX Runtime.
 
     Parameters
     ----------
@@ -41,10 +44,6 @@ class StepGraph:
         Model, settings and layers.
     weights : mapping
         Where each tensor lies, by its name in the checkpoint.
-    attention : str, default "fused"
-        "fused" uses ONNX Runtime's GroupQueryAttention, whose memory does not grow with block x cache, and which takes
-        several tokens per row only for B = 1. "standard" uses TensorScatter and Attention of ONNX opset 24 with a mask
-        over slots: any engine, any B and S.
     dtype : str, default "float32"
         Type of weights, cache and arithmetic; logits are always float32.
     emitter : GraphEmitter, optional
@@ -55,22 +54,20 @@ class StepGraph:
         Type in which inputs are multiplied with packed weights, as Projections takes it.
     """
 
+    lengths: dict[int, tuple[str, str]]  # what attention needs of each length class
+
     def __init__(
         self,
         plan: GraphPlan,
         weights: Mapping[str, WeightLocation],
-        attention: str = "fused",
         dtype: str = "float32",
         emitter: GraphEmitter | None = None,
         window_queries: bool = True,
         packed_activations: str | None = "int8",
     ) -> None:
-        if attention not in ATTENTION_OPSET:
-            raise ConfigError(f"attention is {attention!r}; allowed is {' or '.join(ATTENTION_OPSET)}")
         self.plan = plan
         self.model = plan.model
         self.weights = weights
-        self.attention = attention
         self.dtype = dtype
         self.e = emitter or GraphEmitter()
         self._keeps_queries = window_queries
@@ -92,35 +89,31 @@ class StepGraph:
         lengths = e.input("cache_lengths", "int32", [self.plan.layout.length_classes, "batch"])
         places = e.input("logit_indices", "int64", ["batch", "logit_count"])
         if self._keeps_queries and any(part.scores for part in self.plan.parts):
-            self._first_query = e.op("Neg", [e.input("query_count", "int64", [1])])
+            self._observe(e.input("query_count", "int64", [1]))
         self.rows = e.op("Concat", [e.dim("input_ids", 0), e.dim("input_ids", 1), e.ints(-1)], axis=0)
         self._cache_inputs(lengths)
         self._rotation(positions)
-        hidden = self._embed(ids)
-        for layer in self.plan.layers:
-            hidden = self._layer(layer, hidden)
-        self._logits(hidden, places)
-        contrib = self.attention == "fused" or any(name.endswith(PACKED_SUFFIX) for name in self.weights)
-        return e.model(
+        self._logits(self._layers(self._embed(ids)), places)
+        return self._model()
+
+    def _model(self) -> onnx.ModelProto:
+        contrib = any(name.endswith(PACKED_SUFFIX) for name in self.weights)
+        return self.e.model(
             "chunkkv_step",
-            opset=ATTENTION_OPSET[self.attention],
+            opset=STANDARD_OPSET,
             domains=[(CONTRIB, 1)] if contrib else [],
             metadata={"chunkkv.graph": "step"},
         )
+
+    def _observe(self, query_count: str) -> None:
+        """Derive from query_count what the outputs query.p need."""
+        self._first_query = self.e.op("Neg", [query_count])
 
     def _cache_inputs(self, lengths: str) -> None:
         """Derive from cache_lengths what the attention operator needs, once for all parts of a length class."""
         e = self.e
         first_parts = {part.length_class: part for part in reversed(self.plan.parts)}
-        self.lengths: dict[int, tuple[str, str]] = {}
-        if self.attention == "fused":
-            block = e.op("Cast", [e.op("Squeeze", [e.dim("input_ids", 1)])], to=_INT32)
-            last = e.op("Add", [lengths, e.op("Sub", [block, e.const(1, "int32")])])
-            total = e.op("Add", [e.op("ReduceMax", [lengths, e.ints(1)], keepdims=0), block])
-            for number in sorted(first_parts):
-                self.lengths[number] = (self._of_class(last, number), self._of_class(total, number))
-            return
-        firsts = e.op("Cast", [lengths], to=_INT64)
+        firsts, self.lengths = e.op("Cast", [lengths], to=_INT64), {}
         steps = e.op("Range", [e.const(0, "int64"), e.op("Squeeze", [e.dim("input_ids", 1)]), e.const(1, "int64")])
         for number, part in sorted(first_parts.items()):
             first = self._of_class(firsts, number)
@@ -146,7 +139,7 @@ class StepGraph:
         e = self.e
         self.rotations: dict[str, tuple[str, str]] = {}
         at = e.op("Unsqueeze", [e.op("Cast", [positions], to=_FLOAT), e.ints(2)])
-        for kind in sorted({*self.model.rotations} - {UNROTATED}) or [GLOBAL]:
+        for kind in rotated_kinds(self.model):
             frequencies, factor = rope_frequencies(self.model, kind)
             wave = np.asarray(frequencies, dtype=np.float32).reshape(1, 1, -1)
             angles = e.op("Mul", [at, e.inline(f"rope.{kind}_frequencies", wave)])
@@ -163,19 +156,24 @@ class StepGraph:
         """Return float32 `value`, or a value of the graph's type, as `dtype`; float32 graphs need no Cast."""
         return value if self.dtype == "float32" else self.e.op("Cast", [value], to=NUMPY_TO_ONNX[dtype])
 
-    def _layer(self, layer: LayerPlan, hidden: str) -> str:
-        prefix = f"model.layers.{layer.index}"
-        before_mlp = "pre_feedforward" if self.model.post_norms else "post_attention"
-        mixed = self._attention(layer, self._norm(f"{prefix}.input_layernorm.weight", hidden))
-        hidden = self._add(hidden, mixed, f"{prefix}.post_attention_layernorm.weight")
-        inner = self._mlp(prefix, self._norm(f"{prefix}.{before_mlp}_layernorm.weight", hidden))
-        return self._add(hidden, inner, f"{prefix}.post_feedforward_layernorm.weight")
+    def _layers(self, hidden: str) -> str:
+        """Run all layers over the embeddings [B*S,hidden]."""
+        for layer in self.plan.layers:
+            prefix = f"model.layers.{layer.index}"
+            mixed = self._attention(layer, self._norm(f"{prefix}.input_layernorm.weight", hidden))
+            hidden = self.e.op("Add", [hidden, self._addend(mixed, f"{prefix}.post_attention_layernorm.weight")])
+            inner = self._mlp(prefix, self._norm(self._norm_before_mlp(prefix), hidden))
+            hidden = self.e.op("Add", [hidden, self._addend(inner, f"{prefix}.post_feedforward_layernorm.weight")])
+        return hidden
 
-    def _add(self, hidden: str, output: str, post_norm: str) -> str:
-        """Add the output of one half of a layer to the residual stream, normalised before where the model does so."""
+    def _norm_before_mlp(self, prefix: str) -> str:
+        return f"{prefix}.{'pre_feedforward' if self.model.post_norms else 'post_attention'}_layernorm.weight"
+
+    def _addend(self, output: str, post_norm: str) -> str:
+        """Return what one half of a layer adds to the residual stream, normalised before where the model does so."""
         if self.model.post_norms:
             output = self._norm(post_norm, output)
-        return self.e.op("Add", [hidden, scaled(self.e, output, self.model.residual_scale, self.dtype)])
+        return scaled(self.e, output, self.model.residual_scale, self.dtype)
 
     def _mlp(self, prefix: str, normed: str) -> str:
         gate = self._project.emit(f"{prefix}.mlp.gate_proj", normed)
@@ -190,12 +188,8 @@ class StepGraph:
         prefix = f"model.layers.{layer.index}.self_attn"
         query, key = self._scale_query(self._heads(f"{prefix}.q", normed)), self._heads(f"{prefix}.k", normed)
         value = self.e.op("Reshape", [self._project.emit(f"{prefix}.v_proj", normed), self.rows])
-        if self.attention == "fused":
-            query = self._rotate(layer.index, query, num_heads=self.model.num_heads)
-            key = self._rotate(layer.index, key, num_heads=self.model.num_kv_heads)
-        else:  # the operators that every engine has want the heads as an axis of their own
-            query, key, value = self._split_heads((query, key, value))
-            query, key = self._rotate(layer.index, query), self._rotate(layer.index, key)
+        query, key, value = self._split_heads((query, key, value))
+        query, key = self._rotate(layer.index, query), self._rotate(layer.index, key)
         return self._project.emit(f"{prefix}.o_proj", self._attend(layer, (query, key, value)))
 
     def _scale_query(self, query: str) -> str:
@@ -208,28 +202,30 @@ class StepGraph:
         return query if scale is None else scaled(self.e, query, scale * self.model.head_dim**0.5, self.dtype)
 
     def _attend(self, layer: LayerPlan, qkv: tuple[str, str, str]) -> str:
-        """Attention of this block over the cache, [B*S,Hq*D]; the block's keys and values are stored on the way.
+        """Attention of this block over the cache, [B*S,Hq*D]; its keys and values are stored on the way.
 
-        `qkv` are [B,S,H*D] for fused attention, [B,H,S,D] for standard.
+        `qkv` are [B,H,S,D].
         """
-        model, parts = self.model, self.plan.parts_of(layer.index)
-        axis, width = (2, model.head_dim) if self.attention == "fused" else (1, 1)
-        widths = model.num_heads // model.num_kv_heads * width, width, width
+        parts = self.plan.parts_of(layer.index)
+        return self._merge_heads(self._attend_parts(parts, qkv, axis=1, width=1))
+
+    def _attend_parts(self, parts: list[PartPlan], qkv: tuple[str, str, str], axis: int, width: int) -> str:
+        """Attention of all parts of a layer, in the layout of `qkv`, which have `width` numbers per head on `axis`."""
+        widths = self.model.num_heads // self.model.num_kv_heads * width, width, width
         heads = HeadParts(self.e, parts)
         pieces = [heads.split(value, size, axis) for value, size in zip(qkv, widths, strict=True)]
         mixed = [self._attend_part(part, piece) for part, *piece in zip(parts, *pieces, strict=True)]
-        return self._merge_heads(heads.merge(mixed, widths[0], axis))
+        return heads.merge(mixed, widths[0], axis)
 
     def _attend_part(self, part: PartPlan, qkv: list[str]) -> str:
-        """Attention of the heads of one part, in the layout of `qkv`: [B,S,H*D] or [B,H,S,D]."""
+        """Attention of the heads of one part over its cache, in the layout of `qkv`."""
         e, number = self.e, part.number
         cache_shape: list[int | str] = ["batch", len(part.kv_heads), self._capacity_name(part), self.model.head_dim]
         past = [e.input(f"past_{kind}.{number}", self.dtype, cache_shape) for kind in ("key", "value")]
         present = [f"present_key.{number}", f"present_value.{number}"]
         if part.scores and self._keeps_queries:
             self._window_queries(part, qkv[0])
-        emit = self._fused_attention if self.attention == "fused" else self._standard_attention
-        mixed = emit(part, qkv, past, present)
+        mixed = self._attention_over(part, qkv, past, present)
         for name in present:
             e.output(name, self.dtype, cache_shape)
         return mixed
@@ -250,44 +246,35 @@ class StepGraph:
     def _heads(self, prefix: str, normed: str) -> str:
         """Project to heads, with Qwen3's per-head norm where the model has it: [B,S,H*D]."""
         heads = self._project.emit(f"{prefix}_proj", normed)
-        if self.model.qk_norm:
-            heads = self.e.op("Reshape", [heads, self.e.ints(-1, self.model.head_dim)])
-            heads = self._norm(f"{prefix}_norm.weight", heads)
-        return self.e.op("Reshape", [heads, self.rows])
+        return self._norm_heads(prefix, heads) if self.model.qk_norm else self.e.op("Reshape", [heads, self.rows])
+
+    def _norm_heads(self, prefix: str, heads: str) -> str:
+        by_head = self.e.op("Reshape", [heads, self.e.ints(-1, self.model.head_dim)])
+        return self.e.op("Reshape", [self._norm(f"{prefix}_norm.weight", by_head), self.rows])
 
     def _rotate(self, layer: int, heads: str, **attributes: Any) -> str:
-        kind = self.model.rotations[layer] if self.model.rotations else GLOBAL
+        kind = self._rotation_of(layer)
         if kind == UNROTATED:
             return heads
-        if self.model.rotary_dim is not None:
-            attributes["rotary_embedding_dim"] = self.model.rotary_dim
-        return self.e.op("RotaryEmbedding", [heads, *self.rotations[kind]], **attributes)
+        return self.e.op("RotaryEmbedding", [heads, *self.rotations[kind]], **attributes, **self._rotary_attributes())
+
+    def _rotation_of(self, layer: int) -> str:
+        return self.model.rotations[layer] if self.model.rotations else GLOBAL
+
+    def _rotary_attributes(self) -> dict[str, Any]:
+        return {} if self.model.rotary_dim is None else {"rotary_embedding_dim": self.model.rotary_dim}
 
     def _window_queries(self, part: PartPlan, query: str) -> None:
-        e, heads, size = self.e, self._query_heads(part), self.model.head_dim
-        name, end = f"query.{part.number}", e.ints(np.iinfo(np.int64).max)
-        if self.attention == "fused":
-            last = e.op("Slice", [query, self._first_query, end, e.ints(1)])
-            shape = e.op("Concat", [e.dim("input_ids", 0), e.ints(-1, heads, size)], axis=0)
-            e.op("Transpose", [e.op("Reshape", [last, shape])], [name], perm=[0, 2, 1, 3])
-        else:
-            e.op("Slice", [query, self._first_query, end, e.ints(2)], [name])
-        e.output(name, self.dtype, ["batch", heads, "window", size])
+        """Emit the output query.p of a part, from its rotated queries."""
+        e, name = self.e, f"query.{part.number}"
+        e.op("Slice", [query, self._first_query, e.ints(np.iinfo(np.int64).max), e.ints(2)], [name])
+        e.output(name, self.dtype, self._queries_shape(part))
 
-    def _fused_attention(self, part: PartPlan, qkv: list[str], past: list[str], present: list[str]) -> str:
-        name = self._attention_name(part)
-        return self.e.op(
-            "GroupQueryAttention",
-            [*qkv, *past, *self.lengths[part.length_class]],
-            [f"{name}_output", *present],
-            name=name,
-            domain=CONTRIB,
-            num_heads=self._query_heads(part),
-            kv_num_heads=len(part.kv_heads),
-            **({} if self.model.attention_soft_cap is None else {"softcap": self.model.attention_soft_cap}),
-        )
+    def _queries_shape(self, part: PartPlan) -> list[int | str]:
+        return ["batch", self._query_heads(part), "window", self.model.head_dim]
 
-    def _standard_attention(self, part: PartPlan, qkv: list[str], past: list[str], present: list[str]) -> str:
+    def _attention_over(self, part: PartPlan, qkv: list[str], past: list[str], present: list[str]) -> str:
+        """Store the keys and values of `qkv` [B,H,S,D] in a part's cache and return its attention [B,Hq,S,D]."""
         e = self.e
         first, visible = self.lengths[part.length_class]
         for old, new, name in zip(past, qkv[1:], present, strict=True):
@@ -321,8 +308,8 @@ class StepGraph:
         return [e.op("Transpose", [heads], perm=[0, 2, 1, 3]) for heads in shaped]
 
     def _merge_heads(self, heads: str) -> str:
-        """Bring the output of attention, [B,S,Hq*D] for fused and [B,Hq,S,D] for standard, to [B*S,Hq*D]."""
-        rows = heads if self.attention == "fused" else self.e.op("Transpose", [heads], perm=[0, 2, 1, 3])
+        """Bring the output of attention [B,Hq,S,D] to [B*S,Hq*D]."""
+        rows = self.e.op("Transpose", [heads], perm=[0, 2, 1, 3])
         return self.e.op("Reshape", [rows, self.e.ints(-1, self.model.num_heads * self.model.head_dim)])
 
     def _logits(self, hidden: str, places: str) -> None:

@@ -88,9 +88,7 @@ class Graphs:
 
     def _step(self, capacity: Slots, sizes: dict[str, int]) -> onnx.ModelProto:
         emitter = InputWeightsEmitter(self._load)
-        graph = StepGraph(
-            self._plan, self._weights, "standard", self._build.dtype, emitter, window_queries=False
-        ).build()
+        graph = StepGraph(self._plan, self._weights, self._build.dtype, emitter, window_queries=False).build()
         slots = {capacity_name(number, len(capacity)): count for number, count in enumerate(capacity)}
         return with_fixed_dims(graph, {**sizes, "logit_count": 1, **slots})
 

@@ -37,20 +37,15 @@ class OnnxRuntimeDecoder:
         )
         self._logit_indices = np.zeros((rows, 1), np.int64)  # a block of one token: its logits are wanted
         self._logits = np.empty((rows, 1, step.vocab_size), np.float32)
-        # The graph computes the window's queries in every step; decode has no use for them, but outputs must be bound.
-        self._queries = {
-            f"query.{leader}": np.empty((rows, heads, 1, step.head_dim), np.float32)
-            for leader, heads in step.query_heads.items()
-        }
         inputs = {
             "input_ids": self._arrays.input_ids,
             "position_ids": self._arrays.position_ids,
             "cache_lengths": self._arrays.cache_lengths,
             "logit_indices": self._logit_indices,
         }
-        if self._queries:
-            inputs["query_count"] = self._query_count = np.ones(1, np.int64)
-        bind_arrays(self._binding, inputs, {"logits": self._logits, **self._queries})
+        if step.query_heads:  # decode has no use for the window's queries, and an output that is not bound is dropped
+            inputs["query_count"] = self._query_count = np.zeros(1, np.int64)
+        bind_arrays(self._binding, inputs, {"logits": self._logits})
 
     def step(
         self, rows: Sequence[int], tokens: Sequence[int], positions: Sequence[int], slots: Sequence[int] | np.ndarray

@@ -16,6 +16,8 @@ from onnx import helper
 from chunkkv.errors import EngineError
 from chunkkv.executors.onnxruntime.graphs import CPU, OnnxRuntimeStep, bind_arrays, session_options
 
+_KINDS = ("query", "key", "value")
+_ROTARY_INPUT = 7  # of com.microsoft.GroupQueryAttention: cosines, sines and positions, where it rotates
 _FOLDER_OPTION = "session.model_external_initializers_file_folder_path"
 
 
@@ -101,7 +103,7 @@ def _with_head_caches(model: onnx.ModelProto, step: OnnxRuntimeStep, path: Path)
     layers = {node.name: layer for layer, node in enumerate(attention)}
     nodes = _length_nodes(per_head)
     for node in graph.node:
-        nodes.extend([node] if node.name not in layers else _head_nodes(node, layers[node.name], heads))
+        nodes.extend([node] if node.name not in layers else _head_nodes(node, layers[node.name], heads, size))
     live = _live(nodes, [value.name for value in graph.output])
     del graph.node[:]
     graph.node.extend(live)
@@ -131,22 +133,32 @@ def _length_nodes(per_head: int) -> list[onnx.NodeProto]:
     return nodes
 
 
-def _head_nodes(node: onnx.NodeProto, layer: int, heads: int) -> list[onnx.NodeProto]:
-    """Return what computes the attention `node` head by head."""
+def _head_nodes(node: onnx.NodeProto, layer: int, heads: int, size: int) -> list[onnx.NodeProto]:
+    """Return what computes the attention `node` over `heads` KV heads of `size` numbers head by head."""
     attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
     group = attributes.pop("num_heads") // attributes.pop("kv_num_heads")
     pieces, nodes, mixed = [], [], []
-    for value, kind in zip(node.input[:3], ("query", "key", "value"), strict=True):
+    values = list(node.input[:3])
+    if not values[1]:  # query, key and value are one tensor
+        values = [f"head.{kind}.of_{layer}" for kind in _KINDS]
+        widths = [group * heads * size, heads * size, heads * size]
+        sizes = helper.make_tensor("sizes", onnx.TensorProto.INT64, [len(widths)], widths)
+        nodes += [
+            helper.make_node("Constant", [], [f"head.sizes.{layer}"], value=sizes),
+            helper.make_node("Split", [node.input[0], f"head.sizes.{layer}"], values, axis=2),
+        ]
+    for value, kind in zip(values, _KINDS, strict=True):
         names = [f"head.{kind}.{layer * heads + head}" for head in range(heads)]
         nodes.append(helper.make_node("Split", [value], names, axis=2, num_outputs=heads))
         pieces.append(names)
     for head, qkv in enumerate(zip(*pieces, strict=True)):
         number = layer * heads + head
         mixed.append(f"head.mixed.{number}")
+        cache = [f"{name}.{number}" for name in ("past_key", "past_value", "head.last", "head.total")]
         nodes.append(
             helper.make_node(
                 node.op_type,
-                [*qkv, *(f"{name}.{number}" for name in ("past_key", "past_value", "head.last", "head.total"))],
+                [*qkv, *cache, *node.input[_ROTARY_INPUT:]],
                 [mixed[-1], f"present_key.{number}", f"present_value.{number}"],
                 domain=node.domain,
                 num_heads=group,

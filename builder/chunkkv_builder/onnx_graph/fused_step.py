@@ -1,0 +1,191 @@
+"""The step graph for ONNX Runtime: its own attention, which rotates heads itself, and sums fused with norms.
+
+The attention's memory does not grow with block x cache. It takes several tokens per row only for B = 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from chunkkv_builder.checkpoint.config_keys import UNROTATED
+from chunkkv_builder.onnx_graph.arithmetic import scaled
+from chunkkv_builder.onnx_graph.emitter import NUMPY_TO_ONNX, NodeEmitter
+from chunkkv_builder.onnx_graph.merged_weights import MERGED
+from chunkkv_builder.onnx_graph.projections import CONTRIB
+from chunkkv_builder.onnx_graph.rotary_tables import rotated_kinds, table_names
+from chunkkv_builder.onnx_graph.transformer import StepGraph
+from chunkkv_builder.onnx_graph.weights import WeightLocation
+from chunkkv_builder.plan import GraphPlan, LayerPlan, PartPlan
+
+_OPSET = 23
+_END = np.iinfo(np.int64).max  # of a slice: to the last
+_INT32 = onnx.TensorProto.INT32
+
+
+class FusedStepGraph(StepGraph):
+    """Emits the step graph of a plan for ONNX Runtime.
+
+    The inputs and outputs are those of StepGraph. With a query_count of 0 the outputs query.p have no queries, and
+    decode spares computing them.
+
+    Parameters
+    ----------
+    plan : GraphPlan
+        Model, settings and layers.
+    weights : mapping
+        Where each tensor lies, by name: those of with_merged_projections, and of rotary_tables where it gives any.
+    packed_activations : str or None, default "int8"
+        Type in which inputs are multiplied with packed weights, as Projections takes it.
+    """
+
+    def __init__(
+        self, plan: GraphPlan, weights: Mapping[str, WeightLocation], packed_activations: str | None = "int8"
+    ) -> None:
+        super().__init__(plan, weights, packed_activations=packed_activations)
+        self._rotates_inside = all(name in weights for kind in rotated_kinds(plan.model) for name in table_names(kind))
+        self._observed: list[tuple[PartPlan, str]] = []
+
+    def _model(self) -> onnx.ModelProto:
+        if self._observed:
+            self._emit_queries()
+        metadata = {"chunkkv.graph": "step", "chunkkv.queries": "counted"}
+        return self.e.model("chunkkv_step", opset=_OPSET, domains=[(CONTRIB, 1)], metadata=metadata)
+
+    def _cache_inputs(self, lengths: str) -> None:
+        e = self.e
+        block = e.op("Cast", [e.op("Squeeze", [e.dim("input_ids", 1)])], to=_INT32)
+        last = e.op("Add", [lengths, e.op("Sub", [block, e.const(1, "int32")])])
+        total = e.op("Add", [e.op("ReduceMax", [lengths, e.ints(1)], keepdims=0), block])
+        classes = sorted({part.length_class for part in self.plan.parts})
+        self.lengths = {number: (self._of_class(last, number), self._of_class(total, number)) for number in classes}
+
+    def _rotation(self, positions: str) -> None:
+        self._positions = positions
+        if not self._rotates_inside:
+            super()._rotation(positions)
+
+    def _layers(self, hidden: str) -> str:
+        normed = self._norm("model.layers.0.input_layernorm.weight", hidden)
+        for layer in self.plan.layers:
+            prefix, following = f"model.layers.{layer.index}", f"model.layers.{layer.index + 1}"
+            mixed = self._addend(self._attention(layer, normed), f"{prefix}.post_attention_layernorm.weight")
+            hidden, normed = self._add_and_norm(hidden, mixed, self._norm_before_mlp(prefix))
+            inner = self._addend(self._mlp(prefix, normed), f"{prefix}.post_feedforward_layernorm.weight")
+            if layer is not self.plan.layers[-1]:
+                hidden, normed = self._add_and_norm(hidden, inner, f"{following}.input_layernorm.weight")
+        return self.e.op("Add", [hidden, inner])
+
+    def _add_and_norm(self, hidden: str, addend: str, norm: str) -> tuple[str, str]:
+        """Return the sum of both, and that sum normalised."""
+        added, normed = f"/{norm}_sum", f"/{norm}_output"
+        self.e.op(
+            "SkipSimplifiedLayerNormalization",
+            [hidden, addend, self.e.weight(self.weights[norm])],
+            [normed, "", "", added],
+            name="/" + norm,
+            domain=CONTRIB,
+            epsilon=self.model.rms_norm_eps,
+        )
+        return added, normed
+
+    def _attention(self, layer: LayerPlan, normed: str) -> str:
+        e, model, prefix = self.e, self.model, f"model.layers.{layer.index}.self_attn"
+        parts = self.plan.parts_of(layer.index)
+        qkv = e.op("Reshape", [self._project.emit(f"{prefix}.{MERGED}", normed), self.rows])
+        is_ready = self._rotates_inside or self._rotation_of(layer.index) == UNROTATED
+        if is_ready and len(parts) == 1 and not model.qk_norm:
+            mixed = self._attend_part(parts[0], [qkv, "", ""])
+        else:
+            mixed = self._attend_parts(parts, self._apart(layer, qkv), axis=2, width=model.head_dim)
+        return self._project.emit(
+            f"{prefix}.o_proj", e.op("Reshape", [mixed, e.ints(-1, model.num_heads * model.head_dim)])
+        )
+
+    def _apart(self, layer: LayerPlan, qkv: str) -> tuple[str, str, str]:
+        """Return query, key and value [B,S,H*D] of `qkv`, ready for the attention."""
+        e, model, prefix = self.e, self.model, f"model.layers.{layer.index}.self_attn"
+        heads = (model.num_heads, model.num_kv_heads, model.num_kv_heads)
+        query, key, value = outputs = [f"{qkv}/{name}" for name in ("query", "key", "value")]
+        e.op("Split", [qkv, e.ints(*(count * model.head_dim for count in heads))], outputs, axis=2)
+        if model.qk_norm:
+            query, key = self._norm_heads(f"{prefix}.q", query), self._norm_heads(f"{prefix}.k", key)
+        if not self._rotates_inside:
+            query = self._rotate(layer.index, query, num_heads=model.num_heads)
+            key = self._rotate(layer.index, key, num_heads=model.num_kv_heads)
+        return query, key, value
+
+    def _attention_over(self, part: PartPlan, qkv: list[str], past: list[str], present: list[str]) -> str:
+        """Store keys and values in a part's cache and return its attention [B,S,Hq*D].
+
+        `qkv` are [B,S,H*D], or [B,S,(Hq+2*Hkv)*D] and two empty names.
+        """
+        name, model, kind = self._attention_name(part), self.model, self._rotation_of(part.layer)
+        rotary = []
+        if self._rotates_inside and kind != UNROTATED:
+            rotary = [*(self.e.weight(self.weights[table]) for table in table_names(kind)), self._positions]
+        return self.e.op(
+            "GroupQueryAttention",
+            [*qkv, *past, *self.lengths[part.length_class], *rotary],
+            [f"{name}_output", *present],
+            name=name,
+            domain=CONTRIB,
+            num_heads=self._query_heads(part),
+            kv_num_heads=len(part.kv_heads),
+            do_rotary=int(bool(rotary)),
+            **({} if model.attention_scale is None else {"scale": model.attention_scale}),
+            **({} if model.attention_soft_cap is None else {"softcap": model.attention_soft_cap}),
+        )
+
+    def _observe(self, query_count: str) -> None:
+        e, block = self.e, self.e.dim("input_ids", 1)
+        self._query_count = query_count
+        self._first_place = e.op("Sub", [block, e.op("Min", [query_count, block])])
+        self._first_query = e.op("Concat", [self._first_place, e.ints(0)], axis=0)
+
+    def _window_queries(self, part: PartPlan, query: str) -> None:
+        """Keep the block's last queries of a part; `query` [B,S,n] begins with its queries, or is only they."""
+        e = self.e
+        ends = e.ints(_END, self._query_heads(part) * self.model.head_dim)
+        self._observed.append((part, e.op("Slice", [query, self._first_query, ends, e.ints(1, 2)])))
+        e.output(f"query.{part.number}", self.dtype, self._queries_shape(part))
+
+    def _emit_queries(self) -> None:
+        """Emit the outputs query.p from the kept queries, where the caller asks for any."""
+        then, otherwise = NodeEmitter("queries/"), NodeEmitter("no_queries/")
+        found, none = [], []
+        places = then.op("Slice", [self._positions, self._first_place, then.ints(_END), then.ints(1)])
+        for part, last in self._observed:
+            found.append(self._queries_of(then, part, last, places))
+            empty = np.zeros((0, self._query_heads(part), 0, self.model.head_dim), np.float32)
+            none.append(otherwise.op("Constant", [], value=numpy_helper.from_array(empty)))
+        is_asked = self.e.op("Squeeze", [self.e.op("Greater", [self._query_count, self.e.ints(0)])])
+        self.e.op(
+            "If",
+            [is_asked],
+            [f"query.{part.number}" for part, _ in self._observed],
+            name="/queries",
+            then_branch=self._branch(then, found),
+            else_branch=self._branch(otherwise, none),
+        )
+
+    def _queries_of(self, e: NodeEmitter, part: PartPlan, last: str, positions: str) -> str:
+        """Return the queries `last` [B,w,g*H*D] of a part as [B,g*H,w,D], rotated and with the model's own scale."""
+        kind, heads, model = self._rotation_of(part.layer), self._query_heads(part), self.model
+        if self._rotates_inside and kind != UNROTATED:
+            tables = [self.e.weight(self.weights[name]) for name in table_names(kind)]
+            rotation = [e.op("Gather", [table, positions]) for table in tables]
+            last = e.op("RotaryEmbedding", [last, *rotation], num_heads=heads, **self._rotary_attributes())
+        if model.attention_scale is not None:  # the scores use 1/sqrt(D)
+            last = scaled(e, last, model.attention_scale * model.head_dim**0.5)
+        return e.op("Transpose", [e.op("Reshape", [last, e.ints(0, 0, heads, model.head_dim)])], perm=[0, 2, 1, 3])
+
+    def _branch(self, e: NodeEmitter, names: list[str]) -> onnx.GraphProto:
+        values = [
+            helper.make_tensor_value_info(name, NUMPY_TO_ONNX[self.dtype], self._queries_shape(part))
+            for name, (part, _) in zip(names, self._observed, strict=True)
+        ]
+        return helper.make_graph(e.nodes, names[0], [], values)
