@@ -266,3 +266,24 @@ def test_a_server_with_every_place_taken_is_not_taken_for_a_dead_one(servers, la
     assert not server.events("restarting") and not server.events("request_rejected")
     assert server.metric("chunkkv_requests_total") == 0, "canaries are not counted"
     server.stop(signal.SIGKILL)
+
+
+@pytest.mark.parametrize(("layout", "model"), [("single", "chunkkv"), ("trtllm", "ensemble")])
+def test_model_processes_stop_without_a_crash(servers, layout: str, model: str) -> None:
+    """An object of Triton's python backend that outlives its connection to the server ends its process by SIGSEGV.
+
+    Nothing but the kernel's log tells of that.
+    """
+
+    def kernel_log() -> str:
+        return subprocess.run(["dmesg"], capture_output=True, text=True, check=False).stdout
+
+    if not kernel_log():
+        pytest.skip("the kernel's log cannot be read here (dmesg)")
+    server = servers("--layout", layout)
+    for name in {model, "chunkkv" if layout == "single" else "tensorrt_llm_bls"}:
+        assert server.generate({"text_input": "a", "max_tokens": 3}, name)[0] == 200
+        assert len(server.stream({"text_input": "a", "max_tokens": 3}, name)) >= 3
+    pids = server.model_processes()
+    assert server.stop() == 0
+    assert [line for line in kernel_log().splitlines() for pid in pids if f"[{pid}]: segfault" in line] == []

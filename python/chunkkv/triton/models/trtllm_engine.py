@@ -36,13 +36,14 @@ class TritonPythonModel:
         """Load the engine that config.pbtxt names."""
         self._serving = Serving(pb_utils, args)
         self._excludes_input = Parameters(args["model_config"]).text("exclude_input_in_output", "true") == "true"
-        # By the id that the client chose, for stop requests, and by their own number. The batcher's thread removes
-        # answers that have ended.
-        self._running: dict[str | int, AnswerListener] = {}
+        # Answers by their number, and the number of the newest one of each id that a client chose, for stop requests.
+        # The batcher's thread removes answers that have ended.
+        self._running: dict[int, AnswerListener] = {}
+        self._numbers: dict[str, int] = {}
         self._next_number = itertools.count(1).__next__
         self._lock = threading.Lock()
         self._door_backend = DoorBackend()
-        self._door = EngineDoor(door_address(args["model_name"]), BLS_INPUTS, self._queue_text, self._stop)
+        self._door = EngineDoor(door_address(args["model_name"]), BLS_INPUTS, self._queue_text, self._stop_answer)
 
     def execute(self, requests: list[PbRequest]) -> None:
         """Queue the requests; one with `stop` ends the running request of the same id."""
@@ -71,7 +72,8 @@ class TritonPythonModel:
                 reply=partial(_output_tensors, *self._echoed(parsed), number=number),
                 stream=parsed.stream,
                 stream_interval_s=self._serving.stream_interval_s,
-                on_end=lambda: self._forget((request_id, number), listener),
+                # Nothing of the listener: in a circle with it, what it holds of Triton would outlive Triton.
+                on_end=partial(self._forget, request_id, number),
             )
         except Exception as error:
             responder.fail(error)
@@ -79,7 +81,7 @@ class TritonPythonModel:
         with self._lock:
             self._running[number] = listener
             if request_id:
-                self._running[request_id] = listener
+                self._numbers[request_id] = number
         self._serving.submit(parsed, listener)
 
     def _queue_text(self, request: DoorRequest) -> None:
@@ -98,17 +100,22 @@ class TritonPythonModel:
         reply = partial(_text_tensors, ShownText(read, parsed).of)
         serving.submit(parsed, AnswerListener(responder, reply, parsed.stream, serving.stream_interval_s))
 
-    def _stop(self, name: str | int) -> None:
+    def _stop(self, request_id: str) -> None:
         with self._lock:
-            listener = self._running.pop(name, None)
+            number = self._numbers.pop(request_id, 0)
+        self._stop_answer(number)
+
+    def _stop_answer(self, number: int) -> None:
+        with self._lock:
+            listener = self._running.get(number)
         if listener is not None:
             listener.stop()
 
-    def _forget(self, names: tuple[str, int], listener: AnswerListener) -> None:
+    def _forget(self, request_id: str, number: int) -> None:
         with self._lock:
-            for name in names:
-                if self._running.get(name) is listener:  # a later request may have the same id
-                    del self._running[name]
+            self._running.pop(number, None)
+            if self._numbers.get(request_id) == number:  # a later request may have the same id
+                del self._numbers[request_id]
 
     def _parse(self, read: ReadTensor) -> ParsedRequest:
         input_ids, length = read("input_ids"), scalar(read, "input_lengths")
