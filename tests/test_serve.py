@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from support.http_server import ServedEngine, served
 
 from chunkkv import ChunkKVSession, SamplingParams
 from chunkkv.batching import BatchingLimits
+from chunkkv.executors.onnxruntime.graphs import OnnxRuntimeStep
 from chunkkv.serve.bodies import chat_ask, completion_ask
 from chunkkv.serve.errors import api_error
 from chunkkv.serve.service import ServiceLimits
@@ -141,7 +143,7 @@ def test_what_steers_tokens_is_obeyed(engine: ServedEngine, session: ChunkKVSess
         ("completions", {"prompt": "a", "temperature": "warm"}, "temperature", "number"),
         ("completions", {"prompt": "a", "top_p": 0}, "top_p", "(0, 1]"),
         ("completions", {"prompt": "a", "max_tokens": 0}, "max_tokens", "1"),
-        ("completions", {"prompt": "a", "max_tokens": 9000}, "prompt", "4096"),
+        ("completions", {"prompt": "a", "max_tokens": 9000}, "prompt", "lower max_tokens to 4094"),
         ("completions", {"prompt": "a", "min_tokens": 17}, "min_tokens", "16"),
         ("completions", {"prompt": "a", "n": 65}, "n", "64"),
         ("completions", {"prompt": ["a"] * 65}, "prompt", "64"),
@@ -169,6 +171,7 @@ def test_what_steers_tokens_is_obeyed(engine: ServedEngine, session: ChunkKVSess
         ("chat/completions", {"messages": chat("a"), "seed": 0.5}, "seed", "whole"),
         ("contexts", {}, "document", "one"),
         ("contexts", {"document": "a b", "id": "/"}, "id", "letters"),
+        ("contexts", {"document": " "}, "document", "word"),
     ],
 )
 def test_a_wrong_field_is_named(engine: ServedEngine, path: str, body: dict, param: str | None, says: str) -> None:
@@ -273,12 +276,34 @@ def test_a_server_that_stops_lets_open_requests_end(session: ChunkKVSession) -> 
             socket.create_connection(("127.0.0.1", engine.server.port), timeout=2)
 
 
+def test_a_server_that_ends_within_a_block_tells_its_clients(session: ChunkKVSession, monkeypatch) -> None:
+    monkeypatch.setattr("chunkkv.serve.server._ERRORS_S", -4)  # one second in all
+    came, go_on, append = threading.Event(), threading.Event(), OnnxRuntimeStep.append_block
+
+    def block(self, *args, **named):
+        came.set()
+        assert go_on.wait(30)
+        return append(self, *args, **named)
+
+    monkeypatch.setattr(OnnxRuntimeStep, "append_block", block)
+    with served(session) as engine, ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(lambda: engine.post("/v1/completions", prompt=TEXT, **GREEDY))
+        assert came.wait(30)
+        engine.server.stop()
+        reply = asked.result(30)
+        go_on.set()
+    assert reply.status_code == 503 and reply.json()["error"]["code"] == "closing"
+    assert "retry-after" in reply.headers
+
+
 def test_tokens_go_there_and_back(engine: ServedEngine, session: ChunkKVSession) -> None:
     reply = engine.post("/tokenize", prompt=TEXT, add_special_tokens=False).json()
     assert reply["tokens"] == session.tokenizer.encode(TEXT, add_special_tokens=False)
     assert reply["count"] == len(reply["tokens"]) and reply["max_model_len"] == session.limits.max_seq_len
     text = engine.post("/detokenize", tokens=reply["tokens"]).json()["prompt"]
     assert text == session.tokenizer.decode(reply["tokens"], skip_special_tokens=False)
-    assert engine.post("/detokenize", tokens=["a"]).status_code == 400
+    for token in ("a", -1, 1024, 1.5, True, None, 2**70):
+        error = engine.post("/detokenize", tokens=[5, token]).json()["error"]
+        assert error["param"] == "tokens" and "tokens[1]" in error["message"] and "1023" in error["message"], error
     assert engine.client.get("/v1/models/needle").json()["id"] == "needle"
     assert engine.client.get("/v1/models/other").status_code == 404

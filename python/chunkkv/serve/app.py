@@ -126,6 +126,10 @@ class Pages:
         body.refuse_others()
         if tokenizer is None:
             raise ApiError(400, "this engine was built without a tokenizer")
+        size = self._service.session.limits.vocab_size
+        for number, token in enumerate(tokens):
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < size:
+                raise ApiError(400, f"tokens[{number}] is {token!r}; give a token id from 0 to {size - 1}", "tokens")
         return JSONResponse({"prompt": tokenizer.decode(tokens, skip_special_tokens=False)})
 
     def _model_card(self) -> dict[str, Any]:
@@ -207,6 +211,8 @@ class ContextPages:
         value = body.any(given[0])
         if given[0] == "document":
             text = body.text("document") or ""
+            if not text.strip():
+                raise body.error("document", "give at least one word")
             tokenizer = self._service.session.tokenizer
             chats = tokenizer is not None and tokenizer.chat_template is not None
             return [{"role": "user", "content": text}] if chats else text

@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from chunkkv.errors import OverloadedError
 from chunkkv.results import StreamEvent
 from chunkkv.serve.answering import AnswerGroup, AnswerPiece
 from chunkkv.serve.bodies import Ask, chat_ask, completion_ask
@@ -74,6 +75,9 @@ class Completions:
         except Exception as error:
             group.cancel()
             return self._doors.refusal(request, api_error(error, ask.prompt_field, has_begun), began)
+        except asyncio.CancelledError:  # the server has to end before a block of the engine does
+            closing = OverloadedError("the server was stopped before the answer was complete; ask again")
+            return self._doors.refusal(request, api_error(closing, ask.prompt_field, has_begun), began)
         finally:
             leaving.cancel()
 

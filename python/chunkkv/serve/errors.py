@@ -108,17 +108,12 @@ def _not_now(error: ChunkKVError, has_begun: bool) -> ApiError:
 
 def _invalid(message: str, prompt_field: str) -> ApiError:
     """Return the error of a wrong request; the library's messages begin with the name of what is wrong."""
-    name, _, rest = message.partition(" ")
+    for name, field in _API_NAMES.items():
+        message = message.replace(name, field)
+    field = message.partition(" ")[0]
     if re.match(r"(prompts?|the context|question) ", message):
         code = "context_length_exceeded" if _TOO_LONG.search(message) else None
         return ApiError(400, re.sub(r"^prompt 0 ", "the prompt ", message), prompt_field, code)
-    field = _API_NAMES.get(name, name)
-    if (re.fullmatch(r"[a-z_]+", name) and "_" in name) or name in (
-        "seed",
-        "temperature",
-        "stop",
-        "logprobs",
-        "scorer",
-    ):
-        return ApiError(400, f"{field} {rest}", field)
+    if (re.fullmatch(r"[a-z_]+", field) and "_" in field) or field in _ONE_WORD:
+        return ApiError(400, message, field)
     return ApiError(400, message, prompt_field)
