@@ -292,13 +292,13 @@ RECIPE: dict[str, Any] = {
 }
 
 
-def build_from_recipe(tmp_path: Path, changes: dict[str, Any], *words: str) -> Path:
+def build_from_recipe(tmp_path: Path, changes: dict[str, Any]) -> Path:
     """Build an engine from a recipe with the command line and return its directory."""
     write_recipe(tmp_path / "recipe.json", {**RECIPE, **changes}, LAYERS, {})
     flags = {"checkpoint_dir": class_engines.checkpoint(), "output_dir": tmp_path / "engine", "log_level": "error"}
     limits = {"max_batch_size": 4, "max_input_len": 192, "max_seq_len": 256, "max_num_tokens": 192}
     recipe = {"chunkkv": True, "chunkkv_recipe": tmp_path / "recipe.json", **engines.SMALL_CHUNKKV}
-    build_engine.main([*engines.command_line({**flags, **limits, **recipe}), *words])
+    build_engine.main(engines.command_line({**flags, **limits, **recipe}))
     return tmp_path / "engine"
 
 
@@ -310,26 +310,21 @@ def test_a_recipe_lists_the_reading_heads_of_an_engine(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "words", "named"),
+    ("changes", "named"),
     [
-        ({"reading_heads": [[0, 3], [], [1]]}, (), "reading_heads of layer 0 | (0, 3) | 0 to 2"),
-        ({"reading_heads": [[2, 0], [], [1]]}, (), "reading_heads of layer 0 | (2, 0) | ascending"),
-        ({"reading_heads": [[0, 0], [], [1]]}, (), "reading_heads of layer 0 | (0, 0) | once"),
-        ({"reading_heads": [[0], [1]]}, (), "reading_heads lists 2 layers | 3"),
-        ({"local_share_per_10k": 9_000}, (), "reading_share_per_10k 18000 | local_share_per_10k 9000 | 10000"),
-        ({"layer_reuse": "0-1,2"}, (), "(0, 1) | same reading_heads"),
-        (
-            {},
-            ("--backend", "tensorrt", "--dry_run", "--chunkkv_ops", "plugin"),
-            "--chunkkv_ops is plugin | budget_split is 'classes' | --chunkkv_ops functions",
-        ),
+        ({"reading_heads": [[0, 3], [], [1]]}, "reading_heads of layer 0 | (0, 3) | 0 to 2"),
+        ({"reading_heads": [[2, 0], [], [1]]}, "reading_heads of layer 0 | (2, 0) | ascending"),
+        ({"reading_heads": [[0, 0], [], [1]]}, "reading_heads of layer 0 | (0, 0) | once"),
+        ({"reading_heads": [[0], [1]]}, "reading_heads lists 2 layers | 3"),
+        ({"local_share_per_10k": 9_000}, "reading_share_per_10k 18000 | local_share_per_10k 9000 | 10000"),
+        ({"layer_reuse": "0-1,2"}, "(0, 1) | same reading_heads"),
     ],
 )
 def test_partitions_that_do_not_fit_are_refused_before_any_work(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], words: tuple[str, ...], named: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], named: str
 ) -> None:
     with pytest.raises(SystemExit):
-        build_from_recipe(tmp_path, changes, *words)
+        build_from_recipe(tmp_path, changes)
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and all(part in message for part in named.split(" | ")), message
     assert not (tmp_path / "engine").exists()

@@ -188,23 +188,13 @@ class PluginOp:
         head_class: str = ALL_HEADS,
     ) -> tuple[Built, Running]:
         """Return the select node for these settings, types and sizes, from the build phase through the bytes."""
-        attributes = functions.select_attributes(settings, request_window) | self._class_attributes(
-            settings, head_class
-        )
+        attributes = functions.select_attributes(settings, request_window, head_class)
         attributes |= {"max_kept": self.max_kept} if self.max_kept else {}
         known = repr((attributes, [(value.dtype, value.shape) for value in values]))
         if known not in self._nodes:
             built = self.host.build(SELECT, node_fields(attributes), profile(values, room=3))
             self._nodes[known] = built, self.host.attach(SELECT, built.fields)
         return self._nodes[known]
-
-    @staticmethod
-    def _class_attributes(settings: ChunkKVSettings, head_class: str) -> dict[str, Any]:
-        if head_class == ALL_HEADS:
-            return {}
-        counts = {"all_heads": settings.num_kv_heads * len(settings.reading_heads)}
-        counts["all_reading_heads"] = sum(map(len, settings.reading_heads))
-        return {"head_class": head_class, "reading_share_per_10k": settings.reading_share_per_10k, **counts}
 
     def select(
         self,

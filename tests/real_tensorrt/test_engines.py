@@ -264,9 +264,10 @@ def test_engines_without_chunkkv_keep_every_token(build: Builds) -> None:
     assert engine.settings is None and engine.tensorrt is not None and engine.tensorrt.chunkkv_ops == "none"
 
 
-@pytest.mark.parametrize(("local_policy", "heads"), [("recent", "each"), ("chunks", "shared")])
+@pytest.mark.parametrize("ops", ["plugin", "functions"])
+@pytest.mark.parametrize(("local_policy", "heads"), [("recent", "each"), ("recent", "shared"), ("chunks", "shared")])
 def test_heads_of_two_classes_have_caches_of_two_lengths(
-    build: Builds, monkeypatch: pytest.MonkeyPatch, local_policy: str, heads: str
+    build: Builds, monkeypatch: pytest.MonkeyPatch, local_policy: str, heads: str, ops: str
 ) -> None:
     """One layer of both classes and one of local heads: prefill keeps three parts, decode updates three caches."""
     settings = ChunkKVSettings(
@@ -286,12 +287,13 @@ def test_heads_of_two_classes_have_caches_of_two_lengths(
     monkeypatch.setattr(graph_build, "chunkkv_settings", lambda flags, *sizes: settings)
     sizes = {**MODEL, "hidden_size": 4 * HEAD_DIM, "num_attention_heads": 4, "num_key_value_heads": 2}
     limits = {"max_batch_size": 2, "max_seq_len": 1024, "max_num_tokens": 2048, "chunkkv": True}
-    build(checkpoint_dir=engines.checkpoint_dir("llama3", **sizes), dtype="float32", **limits)
+    done = build(checkpoint_dir=engines.checkpoint_dir("llama3", **sizes), dtype="float32", chunkkv_ops=ops, **limits)
+    assert done.err == ""
     prefill, *others = build.recorded
     contract, engine = Contract.read(build.folder), EngineFiles.load(build.folder)
     parts = [(part.layer, part.kv_heads, part.length_class) for part in contract.layout.parts]
     assert parts == [(0, (1,), 0), (0, (0,), 1), (1, (0, 1), 1)]
-    assert engine.tensorrt is not None and engine.tensorrt.chunkkv_ops == "functions", "no plugin splits heads"
+    assert engine.tensorrt is not None and engine.tensorrt.chunkkv_ops == ops
     scored = (0,) if local_policy == "recent" else (0, 1, 2)
     assert (contract.leaders, contract.scored) == ((0, 1, 2), scored)
     chosen = {0, 1} if local_policy == "recent" else {0, 1, 2}

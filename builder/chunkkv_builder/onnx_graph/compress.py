@@ -7,7 +7,7 @@ import json
 import numpy as np
 import onnx
 
-from chunkkv.cache_layout import ALL_HEADS, LOCAL, READING
+from chunkkv.cache_layout import LOCAL, READING
 from chunkkv.errors import ConfigError
 from chunkkv_builder.onnx_graph import functions, ranked
 from chunkkv_builder.onnx_graph.budgets import kept_tokens, recent_indices
@@ -39,6 +39,9 @@ class ChunkKVNodes:
         name the plugins, so that TensorRT takes the bodies.
     request_window : bool, default False
         Whether each row says how many of the last W queries score.
+    padded_lists : bool, default False
+        Whether lists of recent tokens are as long as the prompts, -1 behind N, as those of plugins are. TensorRT must
+        know sizes before it knows N.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class ChunkKVNodes:
         dtype: str = "float32",
         sorting: bool = True,
         request_window: bool = False,
+        padded_lists: bool = False,
     ) -> None:
         if plan.settings is None:
             raise ConfigError("this plan has no ChunkKV settings, so there is nothing to compress")
@@ -56,7 +60,7 @@ class ChunkKVNodes:
             raise ConfigError("budget_split is 'ranked', whose lengths depend on the scores: use backend onnxruntime")
         self._e, self._plan, self.settings, self._dtype = e, plan, plan.settings, dtype
         self._sorting = sorting
-        self._request_window = request_window
+        self._request_window, self._padded_lists = request_window, padded_lists
         self._names = functions.select_inputs(self.settings, request_window)
         per_row = ("lengths", "keep_per_10k", "budget_tokens", *(["window"] if "window" in self._names else []))
         self._shared = {name: e.input(name, "int32", ["batch"]) for name in per_row}
@@ -96,13 +100,14 @@ class ChunkKVNodes:
             e.op(functions.SCORE, inputs, [values, scores], name=f"{self._place(part)}/score", domain=functions.DOMAIN)
             return
         indices = f"kept_indices.{part.number}"
+        attributes = functions.select_attributes(self.settings, self._request_window, part.head_class)
         e.op(
-            self._select_name(part),
+            functions.select_name(part.head_class, len(part.kv_heads)),
             inputs,
             [indices, f"kept_lengths.{part.number}", scores],
             name=f"{self._place(part)}/select",
             domain=functions.DOMAIN,
-            **(functions.select_attributes(self.settings, self._request_window) if self._sorting else {}),
+            **(attributes if self._sorting else {}),
         )
         kept = f"kept_{part.length_class}"
         e.output(indices, "int32", ["batch", len(part.kv_heads), kept] if each else ["batch", kept])
@@ -129,7 +134,8 @@ class ChunkKVNodes:
         e, indices = self._e, f"kept_indices.{part.number}"
         length = e.op("Unsqueeze", [e.op("Cast", ["lengths"], to=onnx.TensorProto.INT64), e.ints(1)])
         kept = kept_tokens(e, self.settings, length, part.head_class)
-        count = e.op("ReduceMax", [kept], keepdims=0) if self._sorting else e.op("Squeeze", [e.dim(key, 2)])
+        tokens = e.op("Squeeze", [e.dim(key, 2)])
+        count = tokens if self._padded_lists else e.op("ReduceMax", [kept], keepdims=0)
         e.op("Identity", [recent_indices(e, self.settings, length, kept, count)], [indices])
         e.output(indices, "int32", ["batch", f"kept_{part.length_class}"])
         if self.settings.heads == "each":  # all heads keep the same recent tokens
@@ -147,11 +153,14 @@ class ChunkKVNodes:
         """Emit the compaction of a part's caches [B,H,S,D] to kept_key.p and kept_value.p [B,H,capacity,D]."""
         recent = self._recent is not None and not self._plan.parts[part.leader].scores
         leader = self._recent.number if recent and self._recent is not None else part.leader
+        slots = f"slots.{leader}"
+        if recent and self.settings.heads == "each":  # one list for all of them, and a plugin wants one for each head
+            slots = self._e.op("Expand", [slots, self._e.ints(1, len(part.kv_heads), 1)])
         for kind, full in (("key", key), ("value", value)):
             output = f"kept_{kind}.{part.number}"
             self._e.op(
                 functions.COMPACT,
-                [full, f"slots.{leader}"],
+                [full, slots],
                 [output],
                 name=f"{self._place(part)}/compact_{kind}",
                 domain=functions.DOMAIN,
@@ -182,8 +191,8 @@ class ChunkKVNodes:
             heads = model.num_heads, model.num_kv_heads
             bodies[functions.SCORE] = functions.score_function(self.settings, *heads, opset, **options)
         for part in self._plan.parts if not bodies else ():
-            if part.scores and (name := self._select_name(part)) not in bodies:
-                kv_heads = len(part.kv_heads)
+            kv_heads = len(part.kv_heads)
+            if part.scores and (name := functions.select_name(part.head_class, kv_heads)) not in bodies:
                 bodies[name] = functions.select_function(
                     self.settings,
                     kv_heads * group,
@@ -195,12 +204,6 @@ class ChunkKVNodes:
                     **options,
                 )
         return [*bodies.values(), functions.compact_function(opset, self.settings.heads)]
-
-    def _select_name(self, part: PartPlan) -> str:
-        """Return the operator that chooses for a part: a plugin's name where all heads of a layer choose together."""
-        if part.head_class == ALL_HEADS:
-            return functions.SELECT
-        return f"{functions.SELECT}_{part.head_class}_{len(part.kv_heads)}"
 
     def _place(self, part: PartPlan) -> str:
         """Return how the names of a part's nodes begin."""

@@ -37,12 +37,30 @@ def plugin_attributes() -> dict[str, Any]:
     return {"plugin_version": PLUGIN_VERSION, "plugin_namespace": PLUGIN_NAMESPACE}
 
 
-def select_attributes(settings: ChunkKVSettings, request_window: bool = False) -> dict[str, Any]:
+def select_name(head_class: str, kv_heads: int) -> str:
+    """Return the operator that chooses for `kv_heads` heads of a class; its function has a body of its own."""
+    return SELECT if head_class == ALL_HEADS else f"{SELECT}_{head_class}_{kv_heads}"
+
+
+def is_select(operator: str) -> bool:
+    """Return whether an operator chooses tokens; the plugin ChunkKVSelect does what each of them does."""
+    return operator.partition("_")[0] == SELECT
+
+
+def select_attributes(
+    settings: ChunkKVSettings, request_window: bool = False, head_class: str = ALL_HEADS
+) -> dict[str, Any]:
     """Return the attributes of a ChunkKVSelect node that a plugin takes: its settings, and the plugin's own name.
 
     Those of _VERSION_1 are left out where they have that value; `request_window` is there where the node has an input
-    `window`.
+    `window`, and what N of a class of heads follows from where the node chooses for one.
     """
+    of_class = {
+        "head_class": head_class,
+        "all_heads": settings.num_kv_heads * len(settings.reading_heads),
+        "all_reading_heads": sum(map(len, settings.reading_heads)),
+        "reading_share_per_10k": settings.reading_share_per_10k,
+    }
     return {
         "window": settings.window,
         "chunk_size": settings.chunk_size,
@@ -53,6 +71,7 @@ def select_attributes(settings: ChunkKVSettings, request_window: bool = False) -
         "min_tokens": settings.min_tokens,
         **{name: getattr(settings, name) for name, word in _VERSION_1.items() if getattr(settings, name) != word},
         **({"request_window": 1} if "window" in select_inputs(settings, request_window) else {}),
+        **(of_class if head_class != ALL_HEADS else {}),
         **plugin_attributes(),
     }
 

@@ -77,7 +77,8 @@ class PrefillGraph(StepGraph):
         if self.plan.settings is None:
             return KeepAllNodes(self.e, self.plan, self.dtype)
         has_window = takes_window(self.plan)
-        return ChunkKVNodes(self.e, self.plan, dtype=self.dtype, sorting=self._sorting, request_window=has_window)
+        form = self.dtype, self._sorting, has_window
+        return ChunkKVNodes(self.e, self.plan, "input_ids", *form, padded_lists=True)
 
     def _attend(self, layer: LayerPlan, qkv: tuple[str, str, str]) -> str:
         """Causal attention over the block alone; a group is compacted once its leader and its members have run."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import onnx
 
+from chunkkv.cache_layout import ALL_HEADS, READING
 from chunkkv.engine.tensorrt_build import FUNCTIONS, PACKAGES, PLUGIN, TensorRTBuild
 from chunkkv.errors import BackendUnavailableError, BuildError
 from chunkkv.files import write_whole
@@ -62,7 +63,9 @@ class EngineBuilder:
         prepare_parser(self._library)
         creators = load_plugins(self._library, self._trt.get_plugin_registry(), self._messages)
         fields = {field.name for field in creators[functions.SELECT].field_names}
-        needed = set(functions.select_attributes(settings, request_window=True)) - set(functions.plugin_attributes())
+        head_class = READING if settings.budget_split == "classes" else ALL_HEADS
+        needed = set(functions.select_attributes(settings, request_window=True, head_class=head_class))
+        needed -= set(functions.plugin_attributes())
         if unknown := sorted(needed - fields):
             raise BackendUnavailableError(
                 f"the plugin {functions.SELECT} knows no {unknown[0]!r}, so the library and this builder are of "

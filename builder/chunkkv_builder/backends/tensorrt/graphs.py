@@ -228,14 +228,15 @@ def with_fixed_dims(model: onnx.ModelProto, sizes: dict[str, int]) -> onnx.Model
 def for_parser(model: onnx.ModelProto) -> bytes:
     """Return the bytes that TensorRT's parser gets.
 
-    Attention may fall back to several kernels, as in float32. Select plugins get every field that they have: the parser
-    warns of one that is left to its default.
+    Attention may fall back to several kernels, as in float32. Nodes that choose for a class of heads get the name of
+    their plugin, and select plugins every field that they have: the parser warns of one that is left to its default.
     """
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     for node in copy.graph.node:
         if node.op_type == "Attention":
             node.attribute.append(onnx.helper.make_attribute("TRT_decomposable", 1))
-        if node.op_type == functions.SELECT and node.attribute:
+        if functions.is_select(node.op_type) and node.attribute:
+            node.op_type = functions.SELECT
             node.attribute.extend(onnx.helper.make_attribute(name, value) for name, value in _NO_BOUND.items())
     return copy.SerializeToString()

@@ -161,10 +161,6 @@ def _decide_ops(
     if settings is not None and options.chunkkv_ops != FUNCTIONS:
         try:
             settings.check_kernels()
-            if settings.budget_split != "uniform":  # a plugin chooses for all heads of a layer
-                raise ConfigError(
-                    f"budget_split is {settings.budget_split!r}, and no plugin node splits the heads of a layer"
-                )
         except ConfigError as error:
             if options.chunkkv_ops == PLUGIN:
                 raise UsageError(f"--chunkkv_ops is {PLUGIN}, but {error}; or give --chunkkv_ops {FUNCTIONS}") from None
