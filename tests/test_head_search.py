@@ -19,9 +19,12 @@ from chunkkv.cli.main import main
 from chunkkv.engine.recipe import read_recipe, write_recipe
 from chunkkv.errors import ConfigError
 from chunkkv.evaluation import head_search
-from chunkkv.evaluation.head_report import demand_picture, measurements
-from chunkkv.evaluation.head_search import proposals, search_heads
-from chunkkv.evaluation.probes import Prober, check_prober_settings
+from chunkkv.evaluation.head_proposals import proposals_after, proposals_in_prompt, shortened
+from chunkkv.evaluation.head_report import decisions, demand_picture, measurements
+from chunkkv.evaluation.head_search import search_heads
+from chunkkv.evaluation.measured_heads import HeadCandidate, MeasuredHeads, scorer_name
+from chunkkv.evaluation.probes import Probe, Prober, check_prober_settings
+from chunkkv.evaluation.settings_search import better, group_fields, groupings, variations
 from chunkkv.evaluation.texts.calibration_texts import (
     AnswerTask,
     CalibrationPrompt,
@@ -103,7 +106,7 @@ def test_everything_kept_is_the_full_cache(tokenizer: Tokenizer) -> None:
 
 
 def test_demand_is_the_share_that_a_head_wins() -> None:
-    probe = object.__new__(head_search.Probe)
+    probe = object.__new__(Probe)
     probe.received = np.zeros((2, 2, 10), np.float32)
     probe.received[0, 0] = 0.9
     probe.received[1, 1, :4] = 0.8
@@ -112,19 +115,26 @@ def test_demand_is_the_share_that_a_head_wins() -> None:
     np.testing.assert_allclose(probe.demand(4_000).sum() * 10, 16)
 
 
-def test_proposals_keep_what_was_asked_for_in_total() -> None:
+@pytest.mark.parametrize(
+    ("keep", "counts"),
+    [(3_000, ((12, 18, 23), ())), (2_000, ((8, 12, 15), (22,))), (1_000, ((4, 6), (11, 22)))],
+)
+def test_proposals_keep_what_was_asked_for_in_total(keep: int, counts: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
     engine = ChunkKVSettings(layer_groups=tuple((layer,) for layer in range(30)), boundaries="delimiter", chunk_size=20)
     demand = np.random.default_rng(0).random((30, 3))
-    found = proposals(engine, demand, 2_000)
-    assert [one.name.split(" heads")[0] for one in found[::2]][:3] == ["8 of 90", "12 of 90", "15 of 90"]
-    for one in found:
-        assert one.settings is not None and one.settings.min_tokens == 40
+    found = proposals_after(engine, demand, keep, 2_000)
+    keeping_all, choosing = counts
+    assert sorted({int(one.name.split(" of")[0]) for one in found[:-1]}) == sorted((*keeping_all, *choosing))
+    for one in (*found, *proposals_in_prompt(engine, demand, keep, 2_000)):
+        assert one.settings is not None and one.settings.min_tokens == (22 if "of 10" in one.name else 40)
         if one.settings.budget_split != "classes":
             continue
-        reading, local = one.settings.class_lengths(2_000, 2_000)
+        reading, local = one.settings.class_lengths(2_000, keep)
         count = sum(map(len, one.settings.reading_heads))
-        assert reading == 2_000, "reading heads keep everything at the ratio they were proposed for"
-        assert 0 <= 90 * 400 - (count * reading + (90 - count) * local) < 90
+        assert (reading == 2_000) == (count in keeping_all), "as many as can keep everything do"
+        assert local == one.settings.min_tokens or count in keeping_all
+        assert 0 <= 90 * 2_000 * keep // 10_000 - (count * reading + (90 - count) * local) < 90
+        assert scorer_name(one) == ("reread" if one.reread else "none" if count in keeping_all else "window")
         chosen = {demand[layer, head] for layer, heads in enumerate(one.settings.reading_heads) for head in heads}
         assert chosen == set(np.sort(demand.ravel())[-count:])
 
@@ -142,9 +152,11 @@ def test_a_search_writes_a_recipe_that_builds(
 
     engine = engine_of(tokenizer)
     result = search_heads(engine, [prompt(3), prompt(4)], [prompt(5), prompt(6)], 4_000, begin)
-    assert steps == [("second reading", 2), ("answers", 2)] and result.demand.shape == (LAYERS, KV_HEADS)
+    assert steps == [("second reading", 2), ("question in the prompt", 2), ("asked after compression", 2)]
+    assert result.demand.shape == (LAYERS, KV_HEADS)
     best = max(np.mean(one.log_probability) for one in result.measured[1:])
     assert np.mean(result.chosen.log_probability) == best
+    assert len(decisions(result)) == 2 and decisions(result)[1].startswith("layer groups: none")
     values = measurements(result, result.chosen, ["docstrings"], 90, 1, True)
     json.dumps(values)
     assert values["rows"][1]["gain"] == 0 and values["found_on_prompts"] == 2
@@ -156,6 +168,69 @@ def test_a_search_writes_a_recipe_that_builds(
     assert head_search.scorer_name(result.best(reread=False).candidate) != "reread"
     static = search_heads(engine, [prompt(3)], [prompt(5)], 4_000, second_reading=False)
     assert {row["scorer"] for row in static.rows()} == {"none", "window"}
+    asked_in = search_heads(engine, [prompt(3)], [prompt(5)], 4_000, asked_later=False)
+    assert asked_in.measured == asked_in.in_prompt and not asked_in.chosen.candidate.reread
+    assert "rows" not in measurements(asked_in, asked_in.chosen, ["docstrings"], 90, 1, True)
+
+
+def test_a_prompt_that_goes_on_with_a_question_has_the_cache_and_window_of_the_whole_prompt(
+    tokenizer: Tokenizer,
+) -> None:
+    """The question has fewer tokens than the window, so that some before it run again."""
+    prober, ids = Prober(engine_of(tokenizer)), prompt(9).ids
+    task = dataclasses.replace(prompt(9).tasks[1], question=(20, 21))
+    asked = CalibrationPrompt(ids, (task,))
+    assert len(task.question) < prober.settings.window
+    goes_on = prober.asked(prober.probe(asked, reread=False), task)
+    whole = prober.probe(CalibrationPrompt((*asked.ids, *task.question), ()), reread=False)
+    assert np.array_equal(goes_on.ids, whole.ids)
+    for name in ("keys", "values", "queries"):
+        for found, expected in zip(getattr(goes_on, name), getattr(whole, name), strict=True):
+            np.testing.assert_allclose(found, expected, atol=1e-5)
+    (answered,) = prober.answers(goes_on, None)
+    (later,) = prober.answers(prober.probe(asked, reread=False), None)
+    np.testing.assert_allclose(answered.log_probability, later.log_probability, rtol=1e-4)
+
+
+def test_one_setting_changes_at_a_time_and_no_window_is_larger_than_the_observed_one() -> None:
+    engine = ChunkKVSettings(layer_groups=((0,),), boundaries="delimiter", chunk_size=20, window=16)
+    found = [one.settings for one in variations(engine)]
+    changed = [
+        {
+            name
+            for name in ("window", "chunk_size", "boundaries", "head_reduce")
+            if getattr(one, name) != getattr(engine, name)
+        }
+        for one in found
+    ]
+    assert all(len(names) == 1 for names in changed) and set().union(*changed) == {
+        "window",
+        "chunk_size",
+        "boundaries",
+        "head_reduce",
+    }
+    assert max(one.window for one in found if one is not None) == 16
+    assert shortened(engine).window == 8
+
+
+def test_layers_that_read_stay_alone_or_lead() -> None:
+    engine = ChunkKVSettings(layer_groups=tuple((layer,) for layer in range(7)))
+    demand = np.array([[0.1], [0.1], [0.9], [0.1], [0.1], [0.15], [0.1]])
+    first, reads, quiet = (one.settings for one in groupings(engine, demand, 2_000))
+    assert first is not None and first.leaders == (0, 2, 4, 6)
+    assert reads is not None and reads.leaders == (0, 2, 5, 6)
+    assert quiet is not None and quiet.layer_groups == ((0, 1), (2,), (3, 4, 5, 6)) and quiet.leaders == (0, 2, 5)
+    assert group_fields(groupings(engine, demand, 2_000)[2]) == {"layer_reuse": "0-1,2,3-6", "leaders": [0, 2, 5]}
+
+
+def test_settings_are_replaced_only_by_surely_better_ones() -> None:
+    def measured(name: str, *right: float) -> MeasuredHeads:
+        return MeasuredHeads(HeadCandidate(name, None), right, right)
+
+    base = measured("base", *[0.5] * 6)
+    lucky, sure = measured("lucky", 1.0, 0.9, 0.5, 0.4, 0.2, 0.5), measured("sure", 0.6, 0.55, 0.6, 0.6, 0.5, 0.6)
+    assert better(base, [lucky]) is base and better(base, [lucky, sure]) is sure
+    assert better(measured("few", 0.5), [measured("one prompt", 0.6)]).candidate.name == "few"
 
 
 def test_nothing_is_proposed_where_the_full_cache_answers_too_little(tokenizer: Tokenizer) -> None:

@@ -139,11 +139,22 @@ def test_a_build_reads_it(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert message == "--chunkkv_recipe has no effect without --chunkkv: add it"
 
 
-@pytest.mark.parametrize(("name", "policy"), [("recipe.json", "chunks"), ("recipe-static.json", "recent")])
-def test_the_recipes_of_smollm2_are_for_a_fifth_of_the_cache(name: str, policy: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "policy", "count", "keep", "whole"),
+    [
+        ("recipe.json", "chunks", 12, 2_000, True),
+        ("recipe-static.json", "recent", 12, 2_000, True),
+        ("recipe-10.json", "recent", 11, 1_000, False),
+    ],
+)
+def test_the_recipes_of_smollm2_are_for_their_share_of_the_cache(
+    name: str, policy: str, count: int, keep: int, whole: bool
+) -> None:
     path = Path(__file__).resolve().parent.parent / "examples" / "smollm2" / name
-    words = ["--checkpoint_dir", "c", "--chunkkv", "--chunkkv_recipe", str(path), "--chunkkv_keep_ratio", "0.2"]
-    found = chunkkv_settings(parse(words), 30, num_kv_heads=3)
-    assert found is not None and found.local_policy == policy and sum(map(len, found.reading_heads)) == 12
+    words = ["--checkpoint_dir", "c", "--chunkkv", "--chunkkv_recipe", str(path)]
+    found = chunkkv_settings(parse([*words, "--chunkkv_keep_ratio", str(keep / 10_000)]), 30, num_kv_heads=3)
+    assert found is not None and found.local_policy == policy and sum(map(len, found.reading_heads)) == count
     reading, local = found.class_lengths(1_000)
-    assert reading == 1_000 and 0 <= 90 * 200 - (12 * reading + 78 * local) < 78
+    assert (reading == 1_000) == whole and 0 <= 90 * keep // 10 - (count * reading + (90 - count) * local) < 90
+    measured = json.loads(path.read_text(encoding="utf-8"))["measured"]
+    assert measured["keep_ratio"] == keep / 10_000 and measured["chosen"] in {row["name"] for row in measured["rows"]}

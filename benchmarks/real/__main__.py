@@ -20,7 +20,18 @@ from typing import Any
 from benchmarks.real.contexts import make_context
 from benchmarks.real.full_cache import Engine
 from benchmarks.real.measure import AFTER, FOLLOWS, IN, Measurement, context_head, measure_context, measured, wanted
-from benchmarks.real.policies import KEEPS, METHODS, OPENVINO_FILE, PRESSES, RANKED, RECIPE, STATIC, VARIANTS
+from benchmarks.real.policies import (
+    BUILT,
+    KEEPS,
+    METHODS,
+    OPENVINO_FILE,
+    PRESSES,
+    RANKED,
+    RECIPE,
+    RECIPE_10,
+    STATIC,
+    VARIANTS,
+)
 from benchmarks.real.products import Product, products
 from benchmarks.real.tables import TASKS
 from benchmarks.real.written import CONTEXTS, written
@@ -75,6 +86,7 @@ PASSES = (  # the order in which a run that is cut off is worth most
     Pass({4_000: 4}, (*METHODS, *PRESSES), (2_000, 1_000)),
     Pass({1_000: 20, 2_000: 8}, (*METHODS, *PRESSES), (5_000, 3_000), (AFTER, IN)),
     Pass({1_000: 6, 2_000: 6}, VARIANTS, (2_000, 1_000), (IN,)),
+    Pass({1_000: 12}, (RECIPE_10,), (1_000,), (AFTER,)),
 )
 
 
@@ -105,7 +117,7 @@ def main() -> None:
     if arguments.lengths:
         contexts = dict.fromkeys(map(int, arguments.lengths.split(",")), arguments.contexts)
         keeps = [int(keep) for keep in arguments.keeps.split(",")]
-        passes = [Pass(contexts, (*METHODS, *VARIANTS, *PRESSES, RANKED, RECIPE, STATIC), keeps)]
+        passes = [Pass(contexts, (*METHODS, *VARIANTS, *PRESSES, *BUILT), keeps)]
     path = arguments.work_dir / "outcomes.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     measure(passes, arguments, path)
@@ -123,7 +135,7 @@ def measure(passes: Sequence[Pass], arguments: argparse.Namespace, path: Path) -
         from benchmarks.real.peers import Peers
 
         peers = Peers(arguments.gguf, arguments.work_dir / "transformers")
-    if needed & {RANKED, RECIPE, STATIC}:
+    if needed & set(BUILT):
         made = products(needed, arguments.work_dir, arguments.gguf, arguments.recipes)
     run = Measurement(engine(arguments.work_dir / "engine", arguments.gguf), peers, made)
     everything = [

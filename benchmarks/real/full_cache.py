@@ -67,9 +67,8 @@ class Engine:
         for sources, targets in ((full.keys, cache.keys), (full.values, cache.values)):
             for source, target in zip(sources, targets, strict=True):
                 target[0][:, :start] = source[:, :start]
-        logits, queries = self._executor.step.append_prompt_block(  # type: ignore[attr-defined]
-            cache, whole[start:], start
-        )
+        logits, queries = self._prefiller.fill(whole[start:], cache, threading.Event(), filled=start)
+        assert logits is not None
         return replace(_full(whole, cache, queries), next_token=int(logits.argmax()))
 
     def filled(self, full: FullCache, kept: np.ndarray | None, room: int) -> HostKVCache:

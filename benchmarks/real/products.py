@@ -6,13 +6,13 @@ Nothing here is computed by the measurement: the session prefills, chooses and c
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.real.full_cache import Scored
-from benchmarks.real.policies import RANKED, RECIPE, STATIC
+from benchmarks.real.policies import RANKED, RECIPE, RECIPE_10, STATIC
 from chunkkv.contexts.context import Context
 from chunkkv.evaluation.lm_eval.continuations import log_probabilities
 from chunkkv.session import ChunkKVSession
@@ -25,16 +25,20 @@ class Product:
 
     session: ChunkKVSession
     scorer: str
-    _last: tuple[tuple[bytes, int], Context] | None = None
+    _ids: bytes = b""
+    _contexts: dict[int, Context] = field(default_factory=dict)  # of the last prompt, by share kept
 
     def score(
         self, ids: np.ndarray, keep: int, fed: Sequence[int], answer: Sequence[int], first: int
     ) -> tuple[int, Scored]:
         """Return the kept tokens per head of a prompt, and the scores of an answer as Engine.score gives them."""
-        key = (ids.tobytes(), keep)
-        if self._last is None or self._last[0] != key:
-            self._last = key, self.session.compress(ids.tolist(), keep_ratio=keep / 10_000, scorer=self.scorer)
-        context, executor = self._last[1], self.session.executor
+        if self._ids != ids.tobytes():
+            self._ids = ids.tobytes()
+            self._contexts.clear()
+        if keep not in self._contexts:
+            made = self.session.compress(ids.tolist(), keep_ratio=keep / 10_000, scorer=self.scorer)
+            self._contexts[keep] = made
+        context, executor = self._contexts[keep], self.session.executor
         block = np.array([*fed, *answer[:-1]], np.int64)
         cache = executor.new_cache(1, executor.capacity_for(tuple(slots + len(block) for slots in context.slots)))
         executor.continuer().copy(context.cache, context.slots, cache)
@@ -51,6 +55,7 @@ def products(names: Collection[str], folder: Path, gguf: Path, recipes: Path) ->
         (RANKED, "--chunkkv_budget_split ranked", "reread"),
         (RECIPE, f"--chunkkv_recipe {recipes / 'recipe.json'}", "reread"),
         (STATIC, f"--chunkkv_recipe {recipes / 'recipe-static.json'}", "window"),
+        (RECIPE_10, f"--chunkkv_recipe {recipes / 'recipe-10.json'}", "reread"),
     ):
         if name not in names:
             continue

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.real.measure import AFTER, FOLLOWS, IN
-from benchmarks.real.policies import FULL, GREEDY, OPENVINO, OPENVINO_FULL
+from benchmarks.real.policies import FULL, GREEDY, KEEPS, OPENVINO, OPENVINO_FULL
 
 TASKS = ("code", "keeper", "copy")
 RESAMPLES = 4_000
@@ -39,8 +39,8 @@ class Outcomes:
             self._rows[mode, task, policy, int(keep)] = [_outcome(entry) for entry in entries]
 
     def keeps(self) -> list[int]:
-        """Return the shares kept, per 10,000, falling; without the full cache's."""
-        return sorted({keep for *_, keep in self._rows if keep < 10_000}, reverse=True)
+        """Return the measured ones of KEEPS, the shares kept per 10,000, falling."""
+        return sorted({keep for *_, keep in self._rows if keep in KEEPS}, reverse=True)
 
     def of(self, mode: str, task: str, policy: str, keep: int) -> list[Outcome | None]:
         """Return the outcomes per context; those of the full cache at every share."""
@@ -101,9 +101,9 @@ def count(outcomes: Outcomes, mode: str, policy: str, keep: int, tasks: Sequence
     return sum(None not in context for context in zip(*rows, strict=True))
 
 
-def methods(outcomes: Outcomes, mode: str, policies: Sequence[str]) -> str:
+def methods(outcomes: Outcomes, mode: str, policies: Sequence[str], keeps: Sequence[int] = ()) -> str:
     """Return right tokens (exact answers) in % by task and share kept; `n` are contexts."""
-    keeps = outcomes.keeps()
+    keeps = keeps or outcomes.keeps()
     lines = [f"| {_MODES[mode]} | n | {' | '.join(f'keep {keep / 100:g} %' for keep in keeps)} |"]
     lines.append("| --- | ---: |" + " ---: |" * len(keeps))
     for policy in policies:
@@ -126,10 +126,15 @@ def _cell(outcomes: Outcomes, mode: str, task: str, policy: str, keep: int) -> s
 
 
 def differences(
-    outcomes: Outcomes, mode: str, policies: Sequence[str], other: str, tasks: Sequence[str] = TASKS
+    outcomes: Outcomes,
+    mode: str,
+    policies: Sequence[str],
+    other: str,
+    tasks: Sequence[str] = TASKS,
+    keeps: Sequence[int] = (),
 ) -> str:
     """Return every policy minus `other` in points of right tokens; bold where the interval leaves out zero."""
-    keeps = outcomes.keeps()
+    keeps = keeps or outcomes.keeps()
     lines = [f"| {_MODES[mode]}, minus {other} | {' | '.join(f'keep {keep / 100:g} %' for keep in keeps)} |"]
     lines.append("| --- |" + " ---: |" * len(keeps))
     for policy in policies:

@@ -105,6 +105,12 @@ def _add_search_flags(parser: CommandParser) -> None:
         "default: 0.2, with --data 0.5,0.2,0.1",
     )
     group.add_argument(
+        "--asked",
+        choices=("after", "in"),
+        default="after",
+        help="where the questions of reading heads stand: after compression, or in the prompt; default: after",
+    )
+    group.add_argument(
         "--heads", type=whole_number, metavar="N", help="how many KV heads read; default: the best of three numbers"
     )
     group.add_argument(
@@ -153,7 +159,7 @@ def run(args: argparse.Namespace) -> None:
         _find_heads(args)
         return
     of_heads = {"text_file": args.text_file, "no_reread": args.no_reread, "output_static": args.output_static}
-    of_heads["heads"] = args.heads
+    of_heads |= {"heads": args.heads, "asked": args.asked != "after"}
     for flag in (flag for flag, value in of_heads.items() if value):
         raise UsageError(f"--{flag} has no effect with --data: it is for finding reading heads")
     _find_groups(args)
@@ -161,7 +167,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _find_heads(args: argparse.Namespace) -> None:
     from chunkkv.engine.recipe import write_recipe
-    from chunkkv.evaluation.head_report import demand_picture, estimate_text, measurements
+    from chunkkv.evaluation.head_report import decisions, demand_picture, estimate_text, measurements
     from chunkkv.evaluation.head_search import search_heads
     from chunkkv.evaluation.requirements import settings_and_tokenizer
     from chunkkv.evaluation.texts.calibration_texts import calibration_prompt, calibration_texts
@@ -172,15 +178,15 @@ def _find_heads(args: argparse.Namespace) -> None:
     _, tokenizer = settings_and_tokenizer(session)
     chat = args.chat or (tokenizer.chat_template is not None and not args.no_chat)
     own_text = None if args.text_file is None else file_text(args.text_file)
-    texts, count = calibration_texts(own_text), args.prompts or 12
+    texts, count, asked_later = calibration_texts(own_text), args.prompts or 12, args.asked == "after"
     prompts = [
         calibration_prompt(tokenizer, texts, length, number, args.seed, chat) for number in range(_READ_AGAIN + count)
     ]
     if not quiet:
-        print(estimate_text(session, prompts, _READ_AGAIN), file=sys.stderr)
+        print(estimate_text(session, prompts, _READ_AGAIN, asked_later), file=sys.stderr)
     found_on, measured_on = prompts[:_READ_AGAIN], prompts[_READ_AGAIN:]
     with progress_bars(quiet) as begin:
-        result = search_heads(session, found_on, measured_on, keep, begin, not args.no_reread, args.heads)
+        result = search_heads(session, found_on, measured_on, keep, begin, not args.no_reread, args.heads, asked_later)
     written = {args.output: result.best()}
     if args.output_static is not None:
         written[args.output_static] = result.best(reread=False)
@@ -190,6 +196,8 @@ def _find_heads(args: argparse.Namespace) -> None:
     if not quiet:
         print(demand_picture(result))
         _print_heads(measured)
+        for sentence in decisions(result):
+            print(sentence)
         for path, chosen in written.items():
             print(f"{path}: {chosen.candidate.name}")
 
@@ -197,17 +205,22 @@ def _find_heads(args: argparse.Namespace) -> None:
 def _print_heads(measured: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    title = f"asked after compression, keep {measured['keep_ratio'] * 100:g} %, n = {measured['prompts']} prompts"
-    table = Table(title=title)
-    table.add_column("who keeps what", overflow="fold")
-    for name in ("scorer", "right tokens %", "gain in points, 95 %", "log p per token"):
-        table.add_column(name, justify="left" if name == "scorer" else "right")
-    for row in measured["rows"]:
-        gain, low, high = (f"{row[name] * 100:+.1f}" for name in ("gain", "low", "high"))
-        right, log_p = f"{row['right'] * 100:.1f}", f"{row['log_probability']:.2f}"
-        table.add_row(row["name"], row["scorer"], right, f"{gain} ({low} to {high})", log_p)
-    Console().print(table)
+    keep, count = f"keep {measured['keep_ratio'] * 100:g} %", f"n = {measured['prompts']} prompts"
+    for name, title in (("rows_in_prompt", "question in the prompt"), ("rows", "asked after compression")):
+        if name not in measured:
+            continue
+        table = Table(title=f"{title}, {keep}, {count}")
+        table.add_column("who keeps what", overflow="fold")
+        for column in ("right %", "gain in points, 95 %", "log p"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for row in measured[name]:
+            gain, low, high = (f"{row[value] * 100:+.1f}" for value in ("gain", "low", "high"))
+            who = row["name"] + (", reread" if row["scorer"] == "reread" else "")
+            right, log_p = f"{row['right'] * 100:.1f}", f"{row['log_probability']:.2f}"
+            table.add_row(Text(who), right, f"{gain} ({low} to {high})", log_p)
+        Console().print(table)
 
 
 def _find_groups(args: argparse.Namespace) -> None:

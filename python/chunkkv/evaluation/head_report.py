@@ -9,19 +9,25 @@ from typing import Any
 
 import numpy as np
 
-from chunkkv.evaluation.head_search import BUDGET_SHARES, HeadSearchResult, MeasuredHeads
+from chunkkv.evaluation.head_search import HeadSearchResult
+from chunkkv.evaluation.measured_heads import MeasuredHeads
 from chunkkv.evaluation.run_time import duration
+from chunkkv.evaluation.settings_search import group_fields
 from chunkkv.evaluation.texts.calibration_texts import CalibrationPrompt
 from chunkkv.limits import KEEP_SCALE
 from chunkkv.session import ChunkKVSession
 
 _SHADES = " ·░▒▓█"
 _PROBE_TOKENS = 256
-_READINGS = 3.0  # what a prompt that is read again takes, in prefills
-_CANDIDATES = 3 + 2 * len(BUDGET_SHARES)
+# As measured on SmolLM2, in prefills and in tokens of a prefill.
+_READINGS = 4.2  # what a prompt that is read again takes
+_SMALL, _CHOSEN = 2.0, 7.0  # a token of a small block, and one of an answer with the choice of tokens before it
+_IN_PROMPT, _AFTER = 14, 8  # about how many candidates are asked
 
 
-def estimate_text(session: ChunkKVSession, prompts: Sequence[CalibrationPrompt], found_on: int) -> str:
+def estimate_text(
+    session: ChunkKVSession, prompts: Sequence[CalibrationPrompt], found_on: int, asked_later: bool = True
+) -> str:
     """Return how many prompts will be run and about how long that takes; a short prefill is timed."""
     prefiller = session.executor.blockwise_prefiller()
     probe = min(_PROBE_TOKENS, session.limits.max_input_len)
@@ -29,9 +35,13 @@ def estimate_text(session: ChunkKVSession, prompts: Sequence[CalibrationPrompt],
     start = time.monotonic()
     prefiller.fill(ids, cache, threading.Event())
     per_token = (time.monotonic() - start) / len(ids)
-    read = sum(len(prompt.ids) for prompt in prompts) * _READINGS
-    asked = sum(len(task.question) + len(task.answer) for prompt in prompts[found_on:] for task in prompt.tasks)
-    seconds = per_token * (read + 2 * _CANDIDATES * asked)
+    tasks = [task for prompt in prompts[found_on:] for task in prompt.tasks]
+    questions, answers = (sum(len(getattr(task, part)) for task in tasks) for part in ("question", "answer"))
+    first, others = (sum(len(prompt.ids) for prompt in some) for some in (prompts[:found_on], prompts[found_on:]))
+    tokens = _READINGS * first + others + _SMALL * questions + _CHOSEN * _IN_PROMPT * answers
+    if asked_later:
+        tokens += _READINGS * others + _SMALL * _AFTER * (questions + answers)
+    seconds = per_token * tokens
     return (
         f"calibrate: {found_on} prompts to find heads, {len(prompts) - found_on} to measure: about {duration(seconds)}"
     )
@@ -54,6 +64,43 @@ def demand_picture(result: HeadSearchResult) -> str:
         marks = ["R" if reading and head in reading[layer] else shade for layer, shade in enumerate(shades)]
         lines += [f"head {head:<2}" + "".join(shades), "       " + "".join(m if m == "R" else " " for m in marks)]
     return "\n".join(lines)
+
+
+def decisions(result: HeadSearchResult) -> list[str]:
+    """Return a sentence on the settings and one on the layer groups that the question in the prompt speaks for."""
+    engine, tried = result.in_prompt[1], result.in_prompt[2:]
+    uniform = [one for one in tried if _budget_split(one) == "uniform"]
+    grouped = [one for one in uniform if group_fields(one.candidate)]
+    changed = [one for one in uniform if one not in grouped]
+    sentences = []
+    if result.taken is not engine:
+        sentences.append(f"settings: {result.taken.candidate.name}, {_points(result.taken, engine)}")
+    elif changed:
+        sentences.append(
+            "settings: the engine's, because no other is better with 95 % confidence; nearest is "
+            f"{_best(changed, engine)}"
+        )
+    if grouped:
+        sentences.append(
+            f"layer groups: none, every layer chooses for itself; groups would change least with "
+            f"{_best(grouped, engine)}"
+        )
+    return sentences
+
+
+def _budget_split(one: MeasuredHeads) -> str:
+    return "" if one.candidate.settings is None else one.candidate.settings.budget_split
+
+
+def _best(measured: Sequence[MeasuredHeads], base: MeasuredHeads) -> str:
+    best = max(measured, key=lambda one: one.gain(base)[0])
+    return f"{best.candidate.name}, {_points(best, base)}"
+
+
+def _points(one: MeasuredHeads, base: MeasuredHeads) -> str:
+    row = one.row(base)
+    gain, low, high = (f"{100 * row[name]:+.1f}" for name in ("gain", "low", "high"))
+    return f"{gain} ({low} to {high}) points"
 
 
 def measurements(
@@ -85,8 +132,10 @@ def measurements(
         "heads_found_by_every_prompt": result.agreement(),
         "prompts": len(chosen.right),
         "keep_ratio": result.keep_per_10k / KEEP_SCALE,
-        "asked": "after compression",
+        "asked": "in the prompt" if result.measured is result.in_prompt else "after compression",
         "chosen": chosen.candidate.name,
-        "rows": result.rows(),
+        "settings": result.taken.candidate.name,
+        **({} if result.measured is result.in_prompt else {"rows": result.rows()}),
+        "rows_in_prompt": result.rows_in_prompt(),
         "demand": result.demand.round(3).tolist(),
     }

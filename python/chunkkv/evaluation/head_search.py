@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,37 +10,22 @@ import numpy as np
 
 from chunkkv.errors import ConfigError
 from chunkkv.evaluation.full_cache_check import WEAK_BELOW
-from chunkkv.evaluation.probes import Answered, KeptHeads, Probe, Prober, check_prober_settings
+from chunkkv.evaluation.head_proposals import largest, proposals_after, proposals_in_prompt
+from chunkkv.evaluation.measured_heads import (
+    ENGINE,
+    FULL,
+    BeginStep,
+    HeadCandidate,
+    MeasuredHeads,
+    measure_after,
+    measure_in_prompt,
+    scorer_name,
+)
+from chunkkv.evaluation.probes import Prober, check_prober_settings
 from chunkkv.evaluation.recipe_search import RECIPE_SETTINGS
-from chunkkv.evaluation.statistics import bootstrap_mean
+from chunkkv.evaluation.settings_search import better, group_fields, groupings, variations
 from chunkkv.evaluation.texts.calibration_texts import CalibrationPrompt
-from chunkkv.limits import KEEP_SCALE
 from chunkkv.session import ChunkKVSession
-from chunkkv.settings import ChunkKVSettings
-
-# Of the budget, what reading heads take together; the others share the rest.
-BUDGET_SHARES = (0.45, 0.65, 0.85)
-FULL, ENGINE = "full cache", "the engine's settings"
-_LARGEST_SHARE = 100_000  # of a reading head, in shares of 10,000
-BeginStep = Callable[[str, int], Callable[[], None]]
-
-
-@dataclass(frozen=True)
-class HeadCandidate:
-    """Settings with a name, and whether a second reading scores; `settings` None is the full cache."""
-
-    name: str
-    settings: ChunkKVSettings | None
-    reread: bool = False
-
-
-@dataclass(frozen=True)
-class MeasuredHeads:
-    """What a candidate answered: `right` and `log_probability` are means over the tasks of each prompt [prompts]."""
-
-    candidate: HeadCandidate
-    right: tuple[float, ...]
-    log_probability: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -55,7 +39,12 @@ class HeadSearchResult:
     per_prompt : numpy.ndarray
         The same for each prompt that was read again [prompts,layers,H].
     measured : tuple of MeasuredHeads
-        All candidates, the full cache first and the engine's own settings second.
+        All candidates, asked as the search was told: the full cache first and the engine's own settings second.
+    in_prompt : tuple of MeasuredHeads
+        The full cache, the engine's own settings, changes of them, groups of layers and partitions, with the question
+        in the prompt.
+    taken : MeasuredHeads
+        Those of `in_prompt` whose settings the proposals have: the engine's own, or others that are surely better.
     keep_per_10k : int
         The keep ratio that they were proposed for, in shares of 10,000.
     """
@@ -63,11 +52,22 @@ class HeadSearchResult:
     demand: np.ndarray
     per_prompt: np.ndarray
     measured: tuple[MeasuredHeads, ...]
+    in_prompt: tuple[MeasuredHeads, ...]
+    taken: MeasuredHeads
     keep_per_10k: int
 
     def best(self, reread: bool = True) -> MeasuredHeads:
-        """Return what answers best; with reread=False of those that need no second reading at run time."""
-        return max((one for one in self.measured[1:] if reread or not one.candidate.reread), key=_merit)
+        """Return what answers best; with reread=False of those that need no second reading at run time.
+
+        Candidates are the engine's own settings or those that were taken in their place, and what splits the budget.
+        """
+        return max((one for one in self.measured if self._may_be_chosen(one, reread)), key=_merit)
+
+    def _may_be_chosen(self, one: MeasuredHeads, reread: bool) -> bool:
+        settings = one.candidate.settings
+        if settings is None or (one.candidate.reread and not reread):
+            return False
+        return settings.budget_split != "uniform" or one.candidate.name in (ENGINE, self.taken.candidate.name)
 
     @property
     def chosen(self) -> MeasuredHeads:
@@ -79,8 +79,9 @@ class HeadSearchResult:
         settings = chosen.candidate.settings
         assert settings is not None
         values: dict[str, Any] = {name: getattr(settings, name) for name in RECIPE_SETTINGS if name != "leader"}
-        values |= {"head_reduce": settings.head_reduce, "layer_reuse": "1", "min_tokens": settings.min_tokens}
-        values["budget_split"] = settings.budget_split
+        values |= {"layer_reuse": "1"}
+        for name in ("window_reduce", "head_reduce", "value_norm", "heads", "min_tokens", "budget_split"):
+            values[name] = getattr(settings, name)
         if settings.budget_split == "classes":
             values["reading_heads"] = [list(heads) for heads in settings.reading_heads]
             for name in ("reading_share_per_10k", "local_share_per_10k", "local_policy"):
@@ -88,23 +89,17 @@ class HeadSearchResult:
         return values
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return every candidate's right answer tokens, and its paired difference to the engine's own settings."""
-        base = self.measured[1]
-        return [
-            {
-                "name": one.candidate.name,
-                "scorer": scorer_name(one.candidate),
-                "right": round(float(np.mean(one.right)), 4),
-                "log_probability": round(float(np.mean(one.log_probability)), 4),
-                **dict(zip(("gain", "low", "high"), _gain(one, base), strict=True)),
-            }
-            for one in self.measured
-        ]
+        """Return what every candidate answers after compression, and its gain over the engine's own settings."""
+        return [one.row(self.measured[1]) for one in self.measured]
+
+    def rows_in_prompt(self) -> list[dict[str, Any]]:
+        """Return the same with the question in the prompt; groups of layers as a recipe takes them."""
+        return [{**one.row(self.in_prompt[1]), **group_fields(one.candidate)} for one in self.in_prompt]
 
     def agreement(self) -> int:
         """Return how many of the reading heads every single prompt would have found, too."""
         count = self._reading()
-        found = [set(_largest(one, count)) for one in (self.demand, *self.per_prompt)]
+        found = [set(largest(one, count)) for one in (self.demand, *self.per_prompt)]
         return len(set.intersection(*found))
 
     def _reading(self) -> int:
@@ -120,8 +115,12 @@ def search_heads(
     begin: BeginStep = lambda name, total: lambda: None,
     second_reading: bool = True,
     count: int | None = None,
+    asked_later: bool = True,
 ) -> HeadSearchResult:
-    """Find the reading heads on some prompts, and measure proposals on others, asked after compression.
+    """Find the reading heads on some prompts, and measure proposals on others.
+
+    Changes of single settings, groups of layers and partitions of heads are measured with the question in the prompt,
+    and partitions also where the question comes after compression.
 
     Parameters
     ----------
@@ -137,6 +136,9 @@ def search_heads(
         Whether to propose what needs scorer "reread" at run time.
     count : int or None, default None
         How many heads read; None tries several numbers.
+    asked_later : bool, default True
+        Whether questions come after compression. False leaves that measurement out, and what answers best with the
+        question in the prompt is proposed.
 
     Raises
     ------
@@ -151,18 +153,26 @@ def search_heads(
         advance()
     per_prompt = np.stack(demands)
     demand = per_prompt.mean(axis=0)
-    candidates = [
-        HeadCandidate(FULL, None),
-        HeadCandidate(ENGINE, prober.settings),
-        *(
-            one
-            for one in proposals(prober.settings, demand, keep_per_10k, count)
-            if second_reading or scorer_name(one) != "reread"
-        ),
+    known = [HeadCandidate(FULL, None), HeadCandidate(ENGINE, prober.settings)]
+    changed = variations(prober.settings)
+    tried = [*known, *changed, *groupings(prober.settings, demand, keep_per_10k)]
+    length = min(len(prompt.ids) for prompt in measured_on)
+    tried += proposals_in_prompt(prober.settings, demand, keep_per_10k, length, count)
+    in_prompt = tuple(measure_in_prompt(prober, measured_on, tried, keep_per_10k, begin))
+    check_full_cache(in_prompt[0])
+    taken = better(in_prompt[1], in_prompt[2 : 2 + len(changed)])
+    settings = taken.candidate.settings
+    assert settings is not None
+    if not asked_later:
+        return HeadSearchResult(demand, per_prompt, in_prompt, in_prompt, taken, keep_per_10k)
+    candidates = [*known, *([] if taken is in_prompt[1] else [taken.candidate])]
+    candidates += [
+        one
+        for one in proposals_after(settings, demand, keep_per_10k, length, count)
+        if second_reading or scorer_name(one) != "reread"
     ]
-    measured = _measure(prober, measured_on, candidates, keep_per_10k, begin)
-    check_full_cache(measured[0])
-    return HeadSearchResult(demand, per_prompt, tuple(measured), keep_per_10k)
+    measured = measure_after(prober, measured_on, candidates, keep_per_10k, begin)
+    return HeadSearchResult(demand, per_prompt, tuple(measured), in_prompt, taken, keep_per_10k)
 
 
 def check_full_cache(full: MeasuredHeads) -> None:
@@ -176,98 +186,6 @@ def check_full_cache(full: MeasuredHeads) -> None:
         )
 
 
-def proposals(
-    engine: ChunkKVSettings, demand: np.ndarray, keep_per_10k: int, count: int | None = None
-) -> list[HeadCandidate]:
-    """Return settings with classes of heads, and one ranking of all layers.
-
-    Reading heads keep everything at `keep_per_10k`; there are `count` of them, or as many as BUDGET_SHARES allow. Local
-    heads keep recent tokens without any scores, or the chunks of a second reading.
-    """
-    layers, heads = demand.shape
-    least = engine.window + engine.sinks + engine.chunk_size
-    plain = dataclasses.replace(engine, min_tokens=least, keep_per_10k=keep_per_10k, budget_tokens=0)
-    share = min(KEEP_SCALE * KEEP_SCALE // keep_per_10k, _LARGEST_SHARE)
-    found = []
-    most = demand.size * KEEP_SCALE // share
-    if count is not None and not 0 < count <= most:
-        raise ConfigError(
-            f"heads is {count}; 1 to {most} of {demand.size} heads can keep everything at this keep ratio"
-        )
-    counts = {round(demand.size * KEEP_SCALE * part / share) for part in BUDGET_SHARES} if count is None else {count}
-    for number in sorted(counts - {0}):
-        reading = _by_layer(_largest(demand, number), layers, heads)
-        local = round((demand.size * KEEP_SCALE - number * share) / (demand.size - number))
-        for policy, reread in (("recent", False), ("chunks", True)):
-            settings = dataclasses.replace(
-                plain,
-                budget_split="classes",
-                num_kv_heads=heads,
-                reading_heads=reading,
-                reading_share_per_10k=share,
-                local_share_per_10k=local,
-                local_policy=policy,
-            )
-            others = "others sinks and recent tokens" if policy == "recent" else "others chunks"
-            found.append(HeadCandidate(f"{number} of {demand.size} heads read, {others}", settings, reread))
-    ranked = dataclasses.replace(plain, budget_split="ranked")
-    return [*found, HeadCandidate("one ranking of all layers", ranked, True)]
-
-
-def _measure(
-    prober: Prober,
-    prompts: Sequence[CalibrationPrompt],
-    candidates: Sequence[HeadCandidate],
-    keep_per_10k: int,
-    begin: BeginStep,
-) -> list[MeasuredHeads]:
-    """Return what every candidate answers, asked after compression."""
-    advance, answers = begin("answers", len(prompts)), []
-    for prompt in prompts:
-        probe = prober.probe(prompt, reread=any(one.reread for one in candidates))
-        answers.append([prober.answers(probe, _kept(one, probe, keep_per_10k)) for one in candidates])
-        advance()
-    return [
-        MeasuredHeads(
-            candidate,
-            tuple(_mean(of_prompt[number], "right") for of_prompt in answers),
-            tuple(_mean(of_prompt[number], "log_probability") for of_prompt in answers),
-        )
-        for number, candidate in enumerate(candidates)
-    ]
-
-
-def _kept(candidate: HeadCandidate, probe: Probe, keep_per_10k: int) -> KeptHeads | None:
-    if candidate.settings is None:
-        return None
-    return probe.kept(candidate.settings, keep_per_10k, candidate.reread)
-
-
-def _mean(answers: Sequence[Answered], name: str) -> float:
-    return float(np.mean([getattr(one, name) for one in answers]))
-
-
 def _merit(measured: MeasuredHeads) -> float:
     """Return what proposals are compared by: log probability, which is finer than right tokens."""
     return float(np.mean(measured.log_probability))
-
-
-def _gain(one: MeasuredHeads, base: MeasuredHeads) -> list[float]:
-    differences = [a - b for a, b in zip(one.right, base.right, strict=True)]
-    return [round(value, 4) for value in bootstrap_mean(differences)]
-
-
-def scorer_name(candidate: HeadCandidate) -> str:
-    """Return the scorer that a context of such an engine needs; "none" where nothing is scored."""
-    settings = candidate.settings
-    if settings is None or (settings.budget_split == "classes" and settings.local_policy == "recent"):
-        return "none"
-    return "reread" if candidate.reread else "window"
-
-
-def _largest(demand: np.ndarray, count: int) -> list[int]:
-    return sorted(np.argsort(-demand.ravel(), kind="stable")[:count].tolist())
-
-
-def _by_layer(numbers: Sequence[int], layers: int, heads: int) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(n - layer * heads for n in numbers if n // heads == layer) for layer in range(layers))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -59,7 +60,7 @@ class Probe:
     received: np.ndarray
     is_delimiter: np.ndarray
     tasks: tuple[AnswerTask, ...]
-    _scores: dict[object, list[np.ndarray]] = field(default_factory=dict)
+    _scores: dict[tuple[object, ...], np.ndarray] = field(default_factory=dict)
 
     def __len__(self) -> int:
         """Tokens of the prompt."""
@@ -107,6 +108,13 @@ class Probe:
 
     def _scored(self, settings: ChunkKVSettings, layer: int, heads: tuple[int, ...], reread: bool) -> np.ndarray:
         """Return the token scores [L] of some heads of a layer."""
+        names = ("window", "pooling", "score", "window_reduce", "head_reduce", "value_norm")
+        known = (layer, heads, reread, *(getattr(settings, name) for name in names))
+        if known not in self._scores:
+            self._scores[known] = self._score(settings, layer, heads, reread)
+        return self._scores[known]
+
+    def _score(self, settings: ChunkKVSettings, layer: int, heads: tuple[int, ...], reread: bool) -> np.ndarray:
         if reread:
             received = self.received[layer, list(heads)].max(axis=0)
             return reference.given_scores(received, settings.window, settings.pooling)
@@ -163,6 +171,28 @@ class Prober:
             prompt.tasks,
         )
 
+    def asked(self, probe: Probe, task: AnswerTask) -> Probe:
+        """Return the probe of a prompt that goes on with the question of a task, which is all that it asks.
+
+        The block that is run holds at least as many tokens as the window, so tokens before the question may run again.
+        """
+        ids = np.concatenate([probe.ids, np.array(task.question, np.int64)])
+        start = min(len(probe), len(ids) - self.settings.window)
+        cache = self._prefiller.new_cache(1, len(ids))
+        for sources, targets in ((probe.keys, cache.keys), (probe.values, cache.values)):
+            for source, target in zip(sources, targets, strict=True):
+                target[0, :, :start] = source[:, :start]
+        _, queries = self._prefiller.fill(ids[start:], cache, threading.Event(), filled=start)
+        return Probe(
+            ids,
+            [array[0, :, : len(ids)] for array in cache.keys],
+            [array[0, :, : len(ids)] for array in cache.values],
+            [queries[layer][0] for layer in range(len(cache.keys))],
+            np.zeros(0, np.float32),
+            self._delimiters[ids],
+            (dataclasses.replace(task, question=()),),
+        )
+
     def answers(self, probe: Probe, kept: KeptHeads | None) -> list[Answered]:
         """Return how every task of a probe is answered on what is kept of it; None keeps everything."""
         layers = range(len(probe.keys))
@@ -179,7 +209,7 @@ class Prober:
         self, task: AnswerTask, keys: Sequence[Sequence[np.ndarray]], values: Sequence[Sequence[np.ndarray]], at: int
     ) -> Answered:
         block = np.array([*task.question, *task.answer[:-1]], np.int64)
-        logits = self._scorer.score_block(keys, values, block, at)[len(task.question) + task.first_scored - 1 :]
+        logits = self._scorer.score_block(keys, values, block, at, len(task.question) + task.first_scored - 1)
         expected = np.array(task.answer[task.first_scored :], np.int64)
         right = float((logits.argmax(axis=1) == expected).mean())
         return Answered(right, float(log_probabilities(logits, expected).mean()))

@@ -47,12 +47,13 @@ class BlockwisePrefiller(Protocol):
         """Return an empty cache of `rows` rows; `capacity` slots each, or one number for each length class."""
 
     def fill(
-        self, ids: np.ndarray, cache: HostKVCache, cancel: CancelSignal
+        self, ids: np.ndarray, cache: HostKVCache, cancel: CancelSignal, *, filled: int = 0
     ) -> tuple[np.ndarray | None, dict[int, np.ndarray]]:
         """Write the keys and values of a whole prompt, ids [L] int64, to the first L slots of a cache of one row.
 
         Returns the logits [vocab] after its last token, None where cancelled, and per leader layer its last w rotated
-        queries [1,Hq,min(w,L),D], or those of each part of the cache that scores.
+        queries [1,Hq,min(w,L),D], or those of each part of the cache that scores. Where `filled` slots hold the
+        beginning of a prompt, `ids` are the tokens behind it, and queries are those of `ids` alone.
         """
 
     def compress(
@@ -87,8 +88,10 @@ class HeadScorer(Protocol):
         values: Sequence[Sequence[np.ndarray]],
         ids: np.ndarray,
         position: int,
+        first: int = 0,
     ) -> np.ndarray:
-        """Return the logits [S,vocab] float32 after each of the tokens ids [S] int64, the first at logical `position`.
+        """Return the logits [S-first,vocab] float32 after the tokens ids [S] int64 from number `first` on.
 
-        `keys` and `values` hold per layer and KV head the kept tokens [N,D] float32.
+        Token 0 stands at logical `position`. `keys` and `values` hold per layer and KV head the kept tokens [N,D]
+        float32.
         """

@@ -45,8 +45,9 @@ class HeadLengthsScorer:
         values: Sequence[Sequence[np.ndarray]],
         ids: np.ndarray,
         position: int,
+        first: int = 0,
     ) -> np.ndarray:
-        """Return the logits [S,vocab] float32 after each of the tokens ids [S] int64.
+        """Return the logits [S-first,vocab] float32 after the tokens ids [S] int64 from number `first` on.
 
         Parameters
         ----------
@@ -56,6 +57,8 @@ class HeadLengthsScorer:
             The block.
         position : int
             Logical position of its first token.
+        first : int, default 0
+            The first token of the block whose logits are needed: multiplying with a whole vocabulary takes time.
         """
         size, binding = len(ids), self._session.io_binding()
         lengths, held = [], []
@@ -70,12 +73,12 @@ class HeadLengthsScorer:
                 cache[0, 0, : len(kept)] = kept
                 bind_arrays(binding, {f"past_{kind}.{number}": cache}, {f"present_{kind}.{number}": cache})
                 held.append(cache)
-        logits = np.empty((1, size, self._step.vocab_size), np.float32)
+        logits = np.empty((1, size - first, self._step.vocab_size), np.float32)
         inputs: dict[str, np.ndarray] = {
             "input_ids": np.ascontiguousarray(ids, np.int64)[None],
             "position_ids": np.arange(position, position + size, dtype=np.int64)[None],
             "cache_lengths": np.array(lengths, np.int32)[:, None],
-            "logit_indices": np.arange(size, dtype=np.int64)[None],
+            "logit_indices": np.arange(first, size, dtype=np.int64)[None],
         }
         bind_arrays(binding, inputs, {"logits": logits})
         self._session.run_with_iobinding(binding)

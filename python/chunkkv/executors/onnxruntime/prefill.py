@@ -70,12 +70,12 @@ class OnnxRuntimePrefiller(Prefiller[HostKVCache]):
         return self._step.new_cache(rows, capacity)
 
     def fill(
-        self, ids: np.ndarray, cache: HostKVCache, cancel: CancelSignal, progress: PrefillProgress = no_progress
+        self, ids: np.ndarray, cache: HostKVCache, cancel: CancelSignal, *, filled: int = 0
     ) -> tuple[np.ndarray | None, dict[int, np.ndarray]]:
         """Write the keys and values of a whole prompt to a cache of one row; see BlockwisePrefiller.fill."""
         logits: np.ndarray | None = None
         queries: dict[int, np.ndarray] = {}
-        blocks = self.blocks(ids, cache, progress)
+        blocks = self.blocks(ids, cache, filled=filled)
         while not cancel.is_set():
             if (made := next(blocks, None)) is None:
                 return logits, queries
@@ -83,14 +83,17 @@ class OnnxRuntimePrefiller(Prefiller[HostKVCache]):
         return None, {}
 
     def blocks(
-        self, ids: np.ndarray, cache: HostKVCache, progress: PrefillProgress
+        self, ids: np.ndarray, cache: HostKVCache, progress: PrefillProgress = no_progress, filled: int = 0
     ) -> Iterator[tuple[np.ndarray, dict[int, np.ndarray]]]:
-        """Append a prompt to a cache of one row, a block per item: its last logits and its window's queries."""
-        filled = 0
+        """Append a prompt to a cache of one row, a block per item: its last logits and its window's queries.
+
+        The first `filled` slots hold what stands before `ids`.
+        """
+        done = 0
         for size in block_sizes(len(ids), self._block, self._window):
-            made = self._step.append_prompt_block(cache, ids[filled : filled + size], filled)
-            filled += size
-            progress(filled, len(ids))
+            made = self._step.append_prompt_block(cache, ids[done : done + size], filled + done)
+            done += size
+            progress(done, len(ids))
             yield made
 
     def compress(
