@@ -64,6 +64,35 @@ def test_the_prompt_is_prefilled_once_however_many_seats_there_are(session, bloc
     assert held == {(*ids, *tokens[:-1]) for tokens in expected}
 
 
+@pytest.mark.parametrize("slots", [4, 1])
+def test_rows_of_caches_of_fixed_sizes_are_copied_too(session, blocks, monkeypatch, slots: int) -> None:
+    """As on engines whose rows have memory of their own; other answers take rows in between."""
+    executor, (log, _) = type(session.executor), blocks
+    fixed = dataclasses.replace(executor.capabilities, elastic_rows=False)
+    monkeypatch.setattr(executor, "capabilities", fixed)
+    ids, other = prompt(100, 3), prompt(60, 7)
+    expected = [session.generate(ids, sampling).token_ids for sampling in DRAWN]
+    beside = session.generate(other, GREEDY).token_ids
+    log.clear()
+    with ContinuousBatcher(session, BatchingLimits(slots=slots)) as batcher:
+        streams = [batcher.stream(other, GREEDY)]
+        listeners = submit(batcher, ids)
+        streams.append(batcher.stream(other, GREEDY))
+        assert [last(listener.events()).token_ids for listener in listeners] == expected
+        assert [last(stream).token_ids for stream in streams] == [beside, beside]
+    assert sum(log) == 100 + 2 * 60
+
+
+def test_engines_that_cannot_copy_rows_prefill_for_each_answer(session, blocks, monkeypatch) -> None:
+    executor, (log, _) = type(session.executor), blocks
+    monkeypatch.setattr(executor, "capabilities", dataclasses.replace(executor.capabilities, continues_rows=False))
+    expected = [session.generate(prompt(40), sampling).token_ids for sampling in DRAWN]
+    log.clear()
+    with ContinuousBatcher(session, BatchingLimits(slots=2)) as batcher:
+        assert [last(listener.events()).token_ids for listener in submit(batcher, prompt(40))] == expected
+    assert sum(log) == 5 * 40
+
+
 def test_answers_behind_a_context_share_the_question(session, blocks) -> None:
     log, _ = blocks
     context = session.compress(prompt(90), keep_ratio=0.5)
