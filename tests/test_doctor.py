@@ -13,7 +13,7 @@ import pytest
 from support import engines
 from support.cuda_double import CudartDouble
 from support.tensorrt_llm_builds import llm_checkpoint
-from test_tensorrt_llm_executor import TOKENS_PER_BLOCK, engine_dir
+from test_tensorrt_llm_executor import TOKENS_PER_BLOCK, engine_dir, engine_of_another_tensorrt
 
 from chunkkv.cli import doctor
 from chunkkv.cli.main import main
@@ -56,7 +56,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def repository(folder: Path, backend: str = "tensorrtllm", **changes: Any) -> Path:
     """Write a repository of one engine model and one that runs none; a value of None leaves a parameter out."""
-    values = {**GOOD, "gpt_model_path": str(engine_dir("late")), **changes}
+    values = {**GOOD, "gpt_model_path": str(engine_dir()), **changes}
     entries = "\n".join(
         f'parameters: {{\n  key: "{name}"\n  value: {{ string_value: "{value}" }}\n}}'
         for name, value in values.items()
@@ -80,7 +80,7 @@ def named(findings: list[Finding], check: str) -> Finding:
 
 
 def test_a_good_engine_and_repository(machine: Path, tmp_path: Path) -> None:
-    found = checked(engine_dir("late"), repository(tmp_path), machine)
+    found = checked(engine_dir(), repository(tmp_path), machine)
     states = {finding.check: finding.state for finding in found}
     assert not doctor.would_break(found)
     assert {check for check, state in states.items() if state != OK} == {
@@ -91,7 +91,7 @@ def test_a_good_engine_and_repository(machine: Path, tmp_path: Path) -> None:
     assert "keeps 0.4 of a prompt, fixed in the engine" in named(found, "ChunkKV").found
     assert named(found, "LD_PRELOAD").found == str(machine)
     (machine.parent / "libchunkkv_tensorrt.so.10").write_bytes(b"built later")
-    assert "another build than the engine's" in named(checked(engine_dir("late")), "plugin library").found
+    assert "another build than the engine's" in named(checked(engine_dir()), "plugin library").found
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_a_good_engine_and_repository(machine: Path, tmp_path: Path) -> None:
 def test_each_setting_of_a_repository(
     machine: Path, tmp_path: Path, changes: dict[str, Any], check: str, state: str, words: str
 ) -> None:
-    found = checked(engine_dir("late"), repository(tmp_path, **changes), machine)
+    found = checked(engine_dir(), repository(tmp_path, **changes), machine)
     finding = named(found, f": {check}")
     assert finding.state == state and words in finding.found
     assert bool(finding.change) == (state != OK)
@@ -139,7 +139,7 @@ def test_each_setting_of_a_repository(
 @pytest.mark.parametrize("way", ["MPI", "UCX", "NIXL", "MOONCAKE"])
 def test_caches_that_travel_between_processes(machine: Path, tmp_path: Path, way: str) -> None:
     variable = f"TRTLLM_USE_{way}_KVCACHE"
-    path, repo = engine_dir("late"), repository(tmp_path)
+    path, repo = engine_dir(), repository(tmp_path)
     for value, state in (("1", BREAKS), ("0", None), ("", None)):
         found = doctor.diagnose(path, repo, {"LD_PRELOAD": str(machine), variable: value})
         states = [finding.state for finding in found if finding.check == f"tensorrt_llm: {variable}"]
@@ -148,7 +148,7 @@ def test_caches_that_travel_between_processes(machine: Path, tmp_path: Path, way
 
 
 def test_what_a_server_needs_around_the_repository(machine: Path, tmp_path: Path) -> None:
-    path, repo = engine_dir("late"), repository(tmp_path)
+    path, repo = engine_dir(), repository(tmp_path)
     assert "finds no ChunkKV plugins" in named(checked(path, repo), "LD_PRELOAD").found
     gone = tmp_path / "gone" / LOADER_LIBRARY
     assert named(checked(path, repo, gone), "LD_PRELOAD").state == BREAKS
@@ -168,7 +168,7 @@ def test_what_a_server_needs_around_the_repository(machine: Path, tmp_path: Path
 
 
 def test_what_this_machine_lacks(monkeypatch: pytest.MonkeyPatch, machine: Path) -> None:
-    path = engine_dir("0.16")
+    path = engine_of_another_tensorrt()
     found = checked(path)
     assert "10.14.1.48 is installed, the engine was built with 10.7.0.23" in named(found, "package tensorrt").found
     monkeypatch.setattr(machine_check, "installed_version", lambda name: None)
@@ -181,17 +181,17 @@ def test_what_this_machine_lacks(monkeypatch: pytest.MonkeyPatch, machine: Path)
 
 def test_directories_that_are_damaged_or_not_whole(machine: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
-    shutil.copytree(engine_dir("late"), broken)
+    shutil.copytree(engine_dir(), broken)
     (broken / "rank0.engine").write_bytes(b"other")
     (finding,) = checked(broken)
     assert finding.state == BREAKS and "rank0.engine was changed" in finding.found
-    ranks = named(checked(engine_dir("late", checkpoint_dir=llm_checkpoint(tp_size=2))), "ranks")
+    ranks = named(checked(engine_dir(checkpoint_dir=llm_checkpoint(tp_size=2))), "ranks")
     assert ranks.state == WARNING and "mpirun -n 2" in ranks.change
 
 
 def built_with(folder: Path, plugin_config: dict[str, Any] | None = None, **build_config: Any) -> Path:
     """Return a copy of a good engine directory whose config.json says that it was built with other values."""
-    shutil.copytree(engine_dir("late"), folder)
+    shutil.copytree(engine_dir(), folder)
     config = json.loads((folder / "config.json").read_text())
     config["build_config"] |= build_config
     config["build_config"]["plugin_config"] |= plugin_config or {}
@@ -259,7 +259,7 @@ def test_every_precondition_is_compared() -> None:
 
 
 def test_the_command(machine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["doctor", "--engine_dir", str(engine_dir("late")), "--triton_repo", str(repository(tmp_path))]
+    words = ["doctor", "--engine_dir", str(engine_dir()), "--triton_repo", str(repository(tmp_path))]
     with pytest.raises(SystemExit) as ended:
         main([*words, "--json"])
     values = json.loads(capsys.readouterr().out)
@@ -284,7 +284,7 @@ def test_a_repository_is_not_checked_without_its_messages(
     """The other checks stay; this one names the package to install."""
     monkeypatch.setitem(sys.modules, "tritonclient", None)
     monkeypatch.setitem(sys.modules, "tritonclient.grpc", None)
-    findings = checked(engine_dir("late"), repository(tmp_path), machine)
+    findings = checked(engine_dir(), repository(tmp_path), machine)
     refused = named(findings, "triton repository")
     assert refused.state == BREAKS and "pip install 'chunkkv-trt[triton]'" in refused.change
     assert "\n" not in refused.change and named(findings, "ChunkKV").state == OK

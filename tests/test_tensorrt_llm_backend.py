@@ -15,7 +15,7 @@ import pytest
 from support import engines
 from support.messages import naming
 from support.plugin_tables import input_names, output_names
-from support.tensorrt_llm_builds import GENERATIONS, LlmBuild, build_config, doubles, llm_checkpoint, llm_model
+from support.tensorrt_llm_builds import LlmBuild, build_config, doubles, llm_checkpoint, llm_model
 from support.tensorrt_llm_double import Machine
 from support.tensorrt_llm_double.graph import Graph, Node
 
@@ -33,9 +33,9 @@ SETTINGS = ChunkKVSettings(keep_per_10k=4000, window=4, chunk_size=3, sinks=2, m
 ROPED = {"rope_gpt_neox": 2, "learned_absolute": 0}
 
 
-@pytest.fixture(params=GENERATIONS)
-def machine(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
-    with doubles(request.param, tmp_path, monkeypatch) as machine:
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    with doubles(tmp_path, monkeypatch) as machine:
         yield machine
 
 
@@ -99,7 +99,7 @@ def test_prepare_stands_once_with_the_inputs_of_the_plugins_table(machine: Machi
         **{"window": 4, "sinks": 2, "chunk_size": 3, "boundaries": "fixed", "pooling": 5, "score": "softmax"},
         **{"keep_per_10k": 4000, "budget_tokens": 0, "min_tokens": 10, "max_length": 256},
         **{"window_reduce": "mean", "head_reduce": "mean", "value_norm": "off"},
-        "tokens_per_block": 32 if machine.late else 64,
+        "tokens_per_block": 32,
     }
 
 
@@ -125,7 +125,7 @@ def test_compress_stands_behind_attention_with_the_inputs_of_the_plugins_table(
         assert is_delimiter == "is_delimiter" and node.inputs == [computed.get(name, name) for name in names]
         assert fields["layer_in_pool"] == fields["layers"] and fields["kv_bytes"] == 2
         assert fields["mapping_rank"] == len(graph.values["host_kv_cache_pool_mapping"].shape)
-        assert fields["mapping_rank"] == (2 if machine.late else 1)
+        assert fields["mapping_rank"] == 2
         # Somebody waits for the node, so that compaction is never cut away: the next Rope, at last the network itself.
         users = [user.plugin or user.op for user in graph.nodes if node.outputs[0] in user.inputs]
         is_last = layer is layers[-1]

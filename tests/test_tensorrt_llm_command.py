@@ -18,7 +18,7 @@ import pytest
 from support import engines
 from support.builds import CommandLine
 from support.messages import naming
-from support.tensorrt_llm_builds import GENERATIONS, LlmBuild, doubles
+from support.tensorrt_llm_builds import LlmBuild, doubles
 from support.tensorrt_llm_double import Machine
 
 import chunkkv
@@ -31,9 +31,9 @@ from chunkkv_builder.flags import parse
 pytestmark = pytest.mark.contract_as_read
 
 
-@pytest.fixture(params=GENERATIONS)
-def machine(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
-    with doubles(request.param, tmp_path, monkeypatch) as machine:
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    with doubles(tmp_path, monkeypatch) as machine:
         yield machine
 
 
@@ -96,10 +96,10 @@ def test_the_directory_is_trtllm_builds_with_the_side_file_a_key_and_a_manifest(
     assert names == {"config.json", "rank0.engine", SIDE_FILE, "manifest.json"}
     config = json.loads((build.output / "config.json").read_text())
     side = SideFile.read(build.output)
-    assert config["chunkkv"] == side.settings.to_dict() and config["version"] == ("1.2.1" if machine.late else "0.16.0")
+    assert config["chunkkv"] == side.settings.to_dict() and config["version"] == "1.2.1"
     assert set(config) == {"version", "pretrained_config", "build_config", "chunkkv"}
     assert side.settings.layer_groups == ((0, 1), (2, 3)) and side.settings.max_keep_per_10k == 4000
-    assert (side.tokens_per_block, side.mapping_rank) == ((32, 2) if machine.late else (64, 1))
+    assert (side.tokens_per_block, side.mapping_rank) == (32, 2)
     assert (side.num_heads, side.num_kv_heads, side.head_size, side.kv_dtype) == (4, 2, 64, "float16")
     assert side.plugin_library["name"] == "libchunkkv_tensorrt.so.10" and len(side.plugin_library["sha256"]) == 64
     assert side.versions["chunkkv"] == chunkkv.__version__ and side.versions["tensorrt_llm"] == config["version"]
@@ -171,7 +171,7 @@ def test_a_damaged_side_file_is_refused(tmp_path: Path, side_file: str, change: 
 
 @pytest.fixture
 def side_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, build: LlmBuild) -> str:
-    with doubles("late", tmp_path, monkeypatch):
+    with doubles(tmp_path, monkeypatch):
         assert build().code == 0
     return (build.output / SIDE_FILE).read_text()
 

@@ -18,7 +18,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from support import engines
+from support import engines, tensorrt_llm_double
 from support.cuda_double import CudartDouble
 from support.messages import naming
 from support.tensorrt_llm_builds import llm_checkpoint, source_checkpoint
@@ -56,16 +56,22 @@ TOLERANCE = 1e-4  # of a log probability: both sides compute in float32, sums ru
 
 
 @cache
-def engine_dir(generation: str, **flags: Any) -> Path:
-    """Return a directory built by the real command line on the double of one generation."""
+def engine_dir(**flags: Any) -> Path:
+    """Return a directory built by the real command line on the double."""
     folder = Path(tempfile.mkdtemp(dir=engines._FOLDER.name))
     (folder / "libchunkkv_tensorrt.so.10").touch()
     named = {"backend": "tensorrt_llm", "checkpoint_dir": llm_checkpoint(), "output_dir": folder / "engine"}
     named |= {"max_batch_size": 4, "max_input_len": 192, "max_seq_len": 256, "max_num_tokens": 512}
     named |= {"tokens_per_block": TOKENS_PER_BLOCK, "log_level": "error", "chunkkv": True}
-    with installed(generation), mock.patch.object(tensorrt_plugins, "PLUGIN_FOLDERS", (folder,)):
+    with installed(), mock.patch.object(tensorrt_plugins, "PLUGIN_FOLDERS", (folder,)):
         build_engine.main(engines.command_line({**named, **engines.SMALL_CHUNKKV, **flags}))
     return folder / "engine"
+
+
+def engine_of_another_tensorrt() -> Path:
+    """Return a directory that TensorRT 10.7 built."""
+    with mock.patch.object(tensorrt_llm_double, "TENSORRT_VERSION", "10.7.0.23"):
+        return engine_dir.__wrapped__(chunkkv_layer_reuse=2)
 
 
 def recorded(
@@ -100,15 +106,22 @@ def expected_answers() -> list:
     return ChunkKVSession.from_dir(folder, threads=1).generate(PROMPTS, PARAMS)
 
 
-@pytest.mark.parametrize("generation", ["0.16", "late"])
-def test_answers_equal_those_of_onnx_runtime(generation: str) -> None:
-    session, engine = recorded(engine_dir(generation, chunkkv_layer_reuse=2))
+def test_answers_equal_those_of_onnx_runtime() -> None:
+    session, _ = recorded(engine_dir(chunkkv_layer_reuse=2))
     assert_same_answers(session.generate(PROMPTS, PARAMS), expected_answers())
-    assert len(engine.inputs["host_kv_cache_pool_mapping"].shape) == (1 if generation == "0.16" else 2)
+
+
+def test_a_mapping_of_one_axis_names_the_layers_pools_alone() -> None:
+    """As in 0.16, where the layer's place in its pool is a field of the plugin."""
+    rows, offsets = [StepRow(np.ones(3, np.int32), 3, 0, 0)], np.zeros((1, 1, 2, 4), np.int32)
+    for shape, mapping in (((2,), [0, 0]), ((2, 2), [[0, 0], [0, 1]])):
+        found = tensors(host_kv_cache_pool_mapping=shape)
+        steps = StepInputs(found, {"logits": StepTensor((-1, 320), np.dtype(np.float32))}, GEOMETRY, 0)
+        assert steps.arrays(rows, offsets)["host_kv_cache_pool_mapping"].tolist() == mapping
 
 
 def test_what_a_step_is_given() -> None:
-    session, engine = recorded(engine_dir("late", chunkkv_layer_reuse=2))
+    session, engine = recorded(engine_dir(chunkkv_layer_reuse=2))
     session.generate(PROMPTS[:2], PARAMS)
     first, second, third, *_, last = engine.steps
     assert first["input_ids"].tolist() == PROMPTS[0].tolist() and first["position_ids"].tolist() == list(range(61))
@@ -127,8 +140,8 @@ def test_what_a_step_is_given() -> None:
 
 def test_prompts_that_do_not_fit_together_are_staged() -> None:
     prompts = [np.roll(PROMPTS[3], shift) for shift in range(4)]  # 12 blocks each, 6 with the answer
-    session, engine = recorded(engine_dir("late", chunkkv_layer_reuse=2), pool_tokens=30 * TOKENS_PER_BLOCK)
-    plenty, _ = recorded(engine_dir("late", chunkkv_layer_reuse=2))
+    session, engine = recorded(engine_dir(chunkkv_layer_reuse=2), pool_tokens=30 * TOKENS_PER_BLOCK)
+    plenty, _ = recorded(engine_dir(chunkkv_layer_reuse=2))
     assert_same_answers(session.generate(prompts, PARAMS), plenty.generate(prompts, PARAMS))
     used = [set(np.unique(step["kv_cache_block_offsets"][:, :, 0]).tolist()) for step in engine.steps[:4]]
     assert used[0] & used[1], "the second prompt lies in blocks that the first one gave back"
@@ -137,7 +150,7 @@ def test_prompts_that_do_not_fit_together_are_staged() -> None:
 
 
 def test_a_full_pool_refuses_before_any_work_and_names_the_setting() -> None:
-    session, engine = recorded(engine_dir("late", chunkkv_layer_reuse=2), pool_tokens=10 * TOKENS_PER_BLOCK)
+    session, engine = recorded(engine_dir(chunkkv_layer_reuse=2), pool_tokens=10 * TOKENS_PER_BLOCK)
     with pytest.raises(CacheFullError, match=naming("4 96 slots 24 blocks max_tokens_in_paged_kv_cache")):
         session.generate(PROMPTS, PARAMS)
     assert not engine.steps
@@ -149,7 +162,7 @@ def test_a_full_pool_refuses_before_any_work_and_names_the_setting() -> None:
 
 
 def test_rows_that_ended_leave_the_batch() -> None:
-    session, engine = recorded(engine_dir("late", chunkkv_layer_reuse=2))
+    session, engine = recorded(engine_dir(chunkkv_layer_reuse=2))
     expected = expected_answers()
     end = expected[1].token_ids[3]
     ending = ChunkKVSession(session.executor, session.settings, session.limits, None, [end])
@@ -162,7 +175,7 @@ def test_rows_that_ended_leave_the_batch() -> None:
 
 
 def test_a_row_may_be_filled_again_and_idle_rows_are_left_out() -> None:
-    session, engine = recorded(engine_dir("late", chunkkv_layer_reuse=2))
+    session, engine = recorded(engine_dir(chunkkv_layer_reuse=2))
     executor = session.executor
     cache = executor.new_cache(3, executor.capacity_for(120))
     prefiller, decoder = executor.prefiller(), executor.decoder(cache)
@@ -186,7 +199,7 @@ def session_requests(session: ChunkKVSession, prompt: np.ndarray) -> list[Reques
 
 
 def test_calls_on_several_threads_share_the_pool() -> None:
-    session, _ = recorded(engine_dir("late", chunkkv_layer_reuse=2))
+    session, _ = recorded(engine_dir(chunkkv_layer_reuse=2))
     found: dict[int, Any] = {}
     threads = [
         threading.Thread(target=lambda n=number: found.update({n: session.generate(PROMPTS[n], PARAMS)}))
@@ -202,7 +215,7 @@ def test_calls_on_several_threads_share_the_pool() -> None:
 
 
 def test_a_budget_of_its_own_and_inspection_are_refused() -> None:
-    session, engine = recorded(engine_dir("late", chunkkv_layer_reuse=2))
+    session, engine = recorded(engine_dir(chunkkv_layer_reuse=2))
     with pytest.raises(RequestError, match=naming("24 fixed")):
         session.generate(PROMPTS[0], PARAMS, keep_ratio=0.2)
     assert not engine.steps
@@ -215,7 +228,7 @@ def test_a_budget_of_its_own_and_inspection_are_refused() -> None:
 
 
 def test_what_the_executor_cannot_do_is_declared_and_refused() -> None:
-    session, _ = recorded(engine_dir("late", chunkkv_layer_reuse=2))
+    session, _ = recorded(engine_dir(chunkkv_layer_reuse=2))
     executor = session.executor
     capabilities, cache = executor.capabilities, executor.new_cache(1, executor.capacity_for(100))
     assert not (capabilities.blockwise_prefill or capabilities.block_scoring or capabilities.layer_lengths)
@@ -265,7 +278,7 @@ def test_logits_of_every_token_are_gathered_here() -> None:
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Machine]:
     """A machine with TensorRT-LLM, the plugins and a GPU whose memory is the host's."""
-    with installed("late") as found:
+    with installed() as found:
         found.cuda = CudartDouble()
         runtime = CudaRuntime(found.cuda)
         monkeypatch.setattr(CudaRuntime, "load", staticmethod(lambda: runtime))
@@ -275,7 +288,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Machine
 
 
 def test_a_directory_runs_on_device_memory(machine: Machine) -> None:
-    path = engine_dir("late", chunkkv_layer_reuse=2)
+    path = engine_dir(chunkkv_layer_reuse=2)
     session = ChunkKVSession.from_dir(path, max_tokens_in_paged_kv_cache=48 * TOKENS_PER_BLOCK)
     assert session.executor.blocks.num_blocks == 48
     assert session.limits.budget_is_fixed
@@ -285,7 +298,7 @@ def test_a_directory_runs_on_device_memory(machine: Machine) -> None:
 
 
 def test_the_pool_takes_what_is_free_up_to_what_can_be_used(machine: Machine) -> None:
-    path = engine_dir("late", chunkkv_layer_reuse=2)
+    path = engine_dir(chunkkv_layer_reuse=2)
     session = ChunkKVSession.from_dir(path)
     assert session.executor.blocks.num_blocks == 4 * 256 // TOKENS_PER_BLOCK
     block = session.executor.capabilities.pool_bytes // 64
@@ -301,13 +314,13 @@ def test_the_pool_takes_what_is_free_up_to_what_can_be_used(machine: Machine) ->
 
 
 def test_an_engine_of_several_ranks_points_to_the_runner() -> None:
-    path = engine_dir("late", checkpoint_dir=llm_checkpoint(tp_size=2))
+    path = engine_dir(checkpoint_dir=llm_checkpoint(tp_size=2))
     with pytest.raises(EngineMismatchError, match=naming("2 ranks mpirun chunkkv.executors.tensorrt_llm.runner")):
         ChunkKVSession.from_dir(path)
 
 
 def test_what_is_missing_is_named(machine: Machine) -> None:
-    path = engine_dir("0.16", chunkkv_layer_reuse=2)
+    path = engine_of_another_tensorrt()
     with pytest.raises(EngineMismatchError, match=r"built with TensorRT 10\.7\b.*10\.14\b"):
         ChunkKVSession.from_dir(path)
     # Undone before the machine takes its packages away: a patch that outlives them would bring them back.
@@ -320,7 +333,7 @@ def test_what_is_missing_is_named(machine: Machine) -> None:
 def test_a_plugin_that_refuses_a_step_ends_the_answer_with_its_words(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session = ChunkKVSession.from_dir(engine_dir("late", chunkkv_layer_reuse=2))
+    session = ChunkKVSession.from_dir(engine_dir(chunkkv_layer_reuse=2))
     engine = session.executor.engine
 
     def refuse(stream: int) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from support.messages import naming
-from support.tensorrt_llm_builds import GENERATIONS, LlmBuild, build_config, doubles, llm_checkpoint, llm_model
+from support.tensorrt_llm_builds import LlmBuild, build_config, doubles, llm_checkpoint, llm_model
 from support.tensorrt_llm_double import Machine
 
 from chunkkv.engine.preconditions import BUILD_PRECONDITIONS as BUILD
@@ -52,22 +52,22 @@ FLAGS = {
     ("max_num_tokens", 100): "give --max_num_tokens 200 or more",
     ("max_seq_len", 1024): "give --max_seq_len 512 or less",
 }
-ONLY = {"streamingllm": "0.16", "fuse_fp4_quant": "late", "auto_parallel": None}  # flags of one generation
+OLDER = ("streamingllm", "auto_parallel")  # flags that the double's line no longer has
 
 
-@pytest.fixture(params=["0.16", "late", None])
-def generation(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str | None]:
-    """One generation of TensorRT-LLM, or none installed."""
-    if request.param is None:
-        yield None
+@pytest.fixture(params=["installed", "missing"])
+def has_package(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[bool]:
+    """Whether TensorRT-LLM is installed."""
+    if request.param == "missing":
+        yield False
         return
-    with doubles(request.param, tmp_path, monkeypatch):
-        yield request.param
+    with doubles(tmp_path, monkeypatch):
+        yield True
 
 
 @pytest.fixture
-def late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
-    with doubles("late", tmp_path, monkeypatch) as machine:
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    with doubles(tmp_path, monkeypatch) as machine:
         yield machine
 
 
@@ -77,11 +77,9 @@ def build(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> LlmBuild:
 
 
 @pytest.mark.parametrize(("flag", "value"), FLAGS, ids=str)
-def test_flags_are_refused_before_anything_is_built(
-    generation: str | None, build: LlmBuild, flag: str, value: Any
-) -> None:
+def test_flags_are_refused_before_anything_is_built(has_package: bool, build: LlmBuild, flag: str, value: Any) -> None:
     said = build("--dry_run", **{flag: value}).error(2)
-    if flag in ONLY and generation not in (None, ONLY[flag]):
+    if flag in OLDER and has_package:
         assert said == f"trtllm-build says: unrecognized arguments: --{flag} {value}"
         return
     assert f"{flag} is " in said and FLAGS[flag, value] in said
@@ -183,22 +181,22 @@ def test_a_sliding_window_is_refused_unless_it_sees_everything(tmp_path: Path, b
     ],
 )
 def test_prompts_may_be_as_long_as_the_cpp_runtime_admits(
-    late: Machine, build: LlmBuild, limits: dict[str, Any], longest: int
+    machine: Machine, build: LlmBuild, limits: dict[str, Any], longest: int
 ) -> None:
     assert build("--dry_run", **limits).code == 0
-    (network,) = late.networks
+    (network,) = machine.networks
     nodes = [*network.of("ChunkKVPrepare"), *network.of("ChunkKVCompress")]
     assert {node.fields()["max_length"] for node in nodes} == {longest}
 
 
 def test_missing_ranks_are_noticed_before_the_first_one_is_built(
-    late: Machine, build: LlmBuild, tmp_path: Path
+    machine: Machine, build: LlmBuild, tmp_path: Path
 ) -> None:
     checkpoint = config_with(tmp_path, mapping__tp_size=2, mapping__world_size=2)
     (checkpoint / "rank0.safetensors").write_bytes(b"")
     (checkpoint / "rank1.safetensors").unlink(missing_ok=True)
     assert "rank1.safetensors is missing of 2 ranks (tp_size 2" in build(checkpoint_dir=checkpoint).error(1)
-    assert late.networks == []
+    assert machine.networks == []
 
 
 def test_a_hugging_face_checkpoint_is_told_apart(tmp_path: Path, build: LlmBuild) -> None:
@@ -242,22 +240,12 @@ KEYWORDS = {
 }
 
 
-NOT_THERE = {
-    "0.16": {"mrope_rotary_cos_sin", "attention_output_sf_scale"},
-    "late": {"mrope_rotary_sin_cos"},
-}
-
-
 def test_every_keyword_of_the_table_is_tried() -> None:
     assert [precondition.name for precondition in LAYER] == list(KEYWORDS)
 
 
-@pytest.mark.parametrize(
-    ("generation", "name"),
-    [(line, name) for line in GENERATIONS for name in KEYWORDS if name not in NOT_THERE[line]],
-    indirect=["generation"],
-)
-def test_layers_are_refused_while_the_network_is_made(generation: str, build: LlmBuild, name: str) -> None:
+@pytest.mark.parametrize("name", [name for name in KEYWORDS if name != "mrope_rotary_sin_cos"])  # 0.16's name
+def test_layers_are_refused_while_the_network_is_made(machine: Machine, build: LlmBuild, name: str) -> None:
     """A layer that calls with this keyword ends the build before an engine is compiled."""
     from tensorrt_llm import functional
     from tensorrt_llm.layers import attention as layers
@@ -285,7 +273,7 @@ def test_layers_are_refused_while_the_network_is_made(generation: str, build: Ll
     assert not build.output.exists()
 
 
-def test_a_network_configured_otherwise_than_asked_is_refused(late: Machine, build: LlmBuild) -> None:
+def test_a_network_configured_otherwise_than_asked_is_refused(machine: Machine, build: LlmBuild) -> None:
     """What the build itself changed in its plugin configuration is seen by the first layer."""
     from tensorrt_llm import builder
 
@@ -302,7 +290,7 @@ def test_a_network_configured_otherwise_than_asked_is_refused(late: Machine, bui
     assert "context_fmha is disable; allowed is enable" in build().error(1)
 
 
-def test_host_tensors_must_be_network_inputs(late: Machine, build: LlmBuild) -> None:
+def test_host_tensors_must_be_network_inputs(machine: Machine, build: LlmBuild) -> None:
     from tensorrt_llm.layers import attention as layers
 
     forward = layers.Attention.forward
@@ -316,7 +304,7 @@ def test_host_tensors_must_be_network_inputs(late: Machine, build: LlmBuild) -> 
     assert "host_request_types is computed in the network" in build().error(1)
 
 
-def test_more_lengths_than_rotary_rows(late: Machine, build: LlmBuild, tmp_path: Path) -> None:
+def test_more_lengths_than_rotary_rows(machine: Machine, build: LlmBuild, tmp_path: Path) -> None:
     """Where max_seq_len is TensorRT-LLM's own choice, it is compared when it is known."""
     from tensorrt_llm import builder
 
@@ -331,7 +319,7 @@ def test_more_lengths_than_rotary_rows(late: Machine, build: LlmBuild, tmp_path:
         EngineBuild(SETTINGS).engine(llm_model(), build_config(max_seq_len=None), longer)
 
 
-def test_attention_with_two_outputs_is_refused(late: Machine) -> None:
+def test_attention_with_two_outputs_is_refused(machine: Machine) -> None:
     from tensorrt_llm import builder
     from tensorrt_llm.layers import attention as layers
 
@@ -348,7 +336,7 @@ def test_attention_with_two_outputs_is_refused(late: Machine) -> None:
         EngineBuild(SETTINGS).engine(llm_model(), build_config(), builder.build)
 
 
-def test_values_are_read_from_flags_configurations_and_enums(late: Machine) -> None:
+def test_values_are_read_from_flags_configurations_and_enums(machine: Machine) -> None:
     from tensorrt_llm.builder import BuildConfig, KVCacheType
     from tensorrt_llm.plugin import PluginConfig
 

@@ -23,8 +23,8 @@ pytestmark = pytest.mark.contract_as_read
 
 
 @pytest.fixture
-def late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
-    with doubles("late", tmp_path, monkeypatch) as machine:
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    with doubles(tmp_path, monkeypatch) as machine:
         yield machine
 
 
@@ -48,13 +48,13 @@ def with_weights(folder: Path) -> Path:
 
 @pytest.mark.parametrize("asked", [None, 1500])
 def test_a_context_stretched_by_linear_scaling_gets_a_table_for_all_of_it(
-    late: Machine, build: LlmBuild, tmp_path: Path, asked: int | None
+    machine: Machine, build: LlmBuild, tmp_path: Path, asked: int | None
 ) -> None:
     stretched = with_weights(scaled(tmp_path, "linear"))
     outcome = build(checkpoint_dir=stretched, max_seq_len=asked, max_num_tokens=2048)
     assert outcome.code == 0, outcome
     positions = asked or 2048
-    (network,) = late.networks
+    (network,) = machine.networks
     base = json.loads((stretched / "config.json").read_text())["rotary_base"]
     angles = np.arange(positions)[:, None] / 4.0 / base ** (np.arange(0, 64, 2) / 64)
     wanted = np.stack([np.cos(angles), np.sin(angles)], axis=-1).reshape(1, -1)
@@ -74,7 +74,7 @@ def test_no_model_is_stretched_beyond_its_scaling(tmp_path: Path, build: LlmBuil
     assert f"give --max_seq_len {end} or less" in said
 
 
-def test_a_table_that_is_not_made_of_its_frequencies_is_not_stretched(late: Machine) -> None:
+def test_a_table_that_is_not_made_of_its_frequencies_is_not_stretched(machine: Machine) -> None:
     model = llm_model()
     table = model.embed_positions_for_gpt_attention.raw_value
     model.embed_positions_for_gpt_attention.load(np.roll(table, 64, axis=1))

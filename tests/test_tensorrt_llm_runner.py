@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 from support.messages import naming
-from support.tensorrt_llm_builds import GENERATIONS
-from support.tensorrt_llm_double import installed, machine
+from support.tensorrt_llm_double import installed
 from support.tensorrt_llm_runtime_double import (
     GenerationSequence,
     PoolsKVCacheManager,
@@ -33,13 +32,13 @@ pytestmark = pytest.mark.contract_as_read
 SETTINGS = ChunkKVSettings(keep_per_10k=2000)
 
 
-@pytest.fixture(params=GENERATIONS)
-def devices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[int]]:
+@pytest.fixture
+def devices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[int]]:
     """A machine with TensorRT-LLM and its runtime; yields the GPUs that were chosen."""
     found: list[int] = []
     monkeypatch.setattr(tensorrt_plugins, "PLUGIN_FOLDERS", (tmp_path,))
     (tmp_path / "libchunkkv_tensorrt.so.10").touch()
-    with installed(request.param):
+    with installed():
         install_runtime(monkeypatch, found)
         yield found
 
@@ -120,7 +119,7 @@ def test_truncation_of_random_batches_loses_no_block() -> None:
 
 
 def test_a_runner_loads_its_rank_with_the_settings_of_the_directory(devices: list[int]) -> None:
-    path = engine_dir(machine().generation, chunkkv_layer_reuse=2)
+    path = engine_dir(chunkkv_layer_reuse=2)
     runner = tensorrt_llm_runner.ChunkKVModelRunner.from_dir(path, rank=0, cuda_graph_mode=True)
     assert isinstance(runner.session, tensorrt_llm_runner.ChunkKVGenerationSession)
     assert runner.session.chunkkv.kept_tokens(100) == 40
@@ -143,7 +142,7 @@ def test_streamed_weights_get_their_share_of_the_gpu(devices: list[int], monkeyp
         return engine
 
     monkeypatch.setattr(Engine, "from_dir", streamed)
-    path = engine_dir(machine().generation, chunkkv_layer_reuse=2)
+    path = engine_dir(chunkkv_layer_reuse=2)
     runner = tensorrt_llm_runner.ChunkKVModelRunner.from_dir(path, gpu_weights_percent=0.25)
     assert runner.session.streamed == [0.25]
 
@@ -153,7 +152,7 @@ def test_what_is_missing_is_named(devices: list[int], tmp_path: Path, monkeypatc
         tensorrt_llm_runner.ChunkKVModelRunner.from_dir(tmp_path)
     monkeypatch.setattr(tensorrt_plugins, "PLUGIN_FOLDERS", ())
     with pytest.raises(BackendUnavailableError, match=naming("libchunkkv_tensorrt.so.10")):
-        tensorrt_llm_runner.ChunkKVModelRunner.from_dir(engine_dir("late", chunkkv_layer_reuse=2))
+        tensorrt_llm_runner.ChunkKVModelRunner.from_dir(engine_dir(chunkkv_layer_reuse=2))
 
 
 def test_without_tensorrt_llm_the_module_still_imports() -> None:

@@ -213,7 +213,7 @@ def stock(tmp_path) -> Path:
 
 
 def test_a_patched_repository_passes_the_doctor(stock, capsys) -> None:
-    engine = llm_engine_dir("late")
+    engine = llm_engine_dir()
     before = {path: path.read_text() for path in stock.rglob("config.pbtxt")}
     shown = patch_repository(engine, stock, dry_run=True)
     assert {path: path.read_text() for path in before} == before
@@ -235,7 +235,7 @@ def test_a_patched_repository_passes_the_doctor(stock, capsys) -> None:
 def test_what_cannot_be_patched_is_named(stock, engine, tmp_path) -> None:
     with pytest.raises(ConfigError, match=naming("onnxruntime")):
         patch_repository(engine, stock)
-    llm = llm_engine_dir("late")
+    llm = llm_engine_dir()
     path = stock / "tensorrt_llm" / "config.pbtxt"
     path.write_text(TEMPLATE.replace('"/engines/old"', '"/engines" "/old"'), encoding="utf-8")
     with pytest.raises(ConfigError, match=naming("gpt_model_path edited")):
@@ -310,7 +310,7 @@ def test_commands_name_the_package_that_is_missing(engine, stock, tmp_path, monk
     monkeypatch.setitem(sys.modules, "tritonclient", None)
     monkeypatch.setitem(sys.modules, "tritonclient.grpc", None)
     with pytest.raises(BackendUnavailableError, match=r"tritonclient .*: pip install 'chunkkv-trt\[triton\]'$"):
-        patch_repository(llm_engine_dir("late"), stock)
+        patch_repository(llm_engine_dir(), stock)
     with pytest.raises(BackendUnavailableError, match=r"tritonclient .*: pip install 'chunkkv-trt\[triton\]'$"):
         write_repository(engine, tmp_path / "new")
     assert not (tmp_path / "new").exists()

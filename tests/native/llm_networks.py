@@ -44,7 +44,6 @@ def checkpoint(**overrides: Any) -> Path:
 
 @cache
 def networks(
-    generation: str,
     *,
     source: Path | None = None,
     dtype: str = "float16",
@@ -66,7 +65,7 @@ def networks(
         kv_cache=kv and kv.upper(),
         kv_scale=scale,
     )
-    with installed(generation):
+    with installed():
         found = build(folder, plain, **flags)
     assert len(found) == tp_size * pp_size
     return found

@@ -89,35 +89,33 @@ def flags_of(leader: str, reuse: int, boundaries: str) -> dict[str, Any]:
     return {"chunkkv_leader": leader, "chunkkv_layer_reuse": reuse, "chunkkv_boundaries": boundaries}
 
 
-def network(generation: str, flags: dict[str, Any], **more: Any) -> Graph:
+def network(flags: dict[str, Any], **more: Any) -> Graph:
     tokenizer = {"tokenizer_dir": llm.checkpoint()} if flags.get("chunkkv_boundaries") == "delimiter" else {}
-    return llm.networks(generation, **flags, **tokenizer, **more)[0]
+    return llm.networks(**flags, **tokenizer, **more)[0]
 
 
 @pytest.mark.parametrize(
-    ("generation", "leader", "reuse", "boundaries"),
+    ("leader", "reuse", "boundaries"),
     [
-        ("late", "first", 1, "fixed"),
-        ("0.16", "first", 1, "delimiter"),
-        ("0.16", "first", 2, "fixed"),
-        ("late", "first", 2, "delimiter"),
-        ("late", "first", 4, "fixed"),
-        ("0.16", "first", 4, "delimiter"),
-        ("0.16", "last", 1, "fixed"),
-        ("late", "last", 1, "delimiter"),
-        ("late", "last", 2, "fixed"),
-        ("0.16", "last", 2, "delimiter"),
-        ("0.16", "last", 4, "fixed"),
-        ("late", "last", 4, "delimiter"),
+        ("first", 1, "fixed"),
+        ("first", 1, "delimiter"),
+        ("first", 2, "fixed"),
+        ("first", 2, "delimiter"),
+        ("first", 4, "fixed"),
+        ("first", 4, "delimiter"),
+        ("last", 1, "fixed"),
+        ("last", 1, "delimiter"),
+        ("last", 2, "fixed"),
+        ("last", 2, "delimiter"),
+        ("last", 4, "fixed"),
+        ("last", 4, "delimiter"),
     ],
 )
-def test_float32_gives_the_kept_tokens_and_logits_of_onnxruntime(
-    generation: str, leader: str, reuse: int, boundaries: str
-) -> None:
+def test_float32_gives_the_kept_tokens_and_logits_of_onnxruntime(leader: str, reuse: int, boundaries: str) -> None:
     flags = flags_of(leader, reuse, boundaries)
     prompts, tokens = answers(**flags)
     reference = onnxruntime_session(**flags)
-    session = session_of(network(generation, flags).widened(), 4, reference.settings, reference)
+    session = session_of(network(flags).widened(), 4, reference.settings, reference)
     found, wanted = (forced_logits(one, prompts, tokens) for one in (session, reference))
     for a, b in zip(found, wanted, strict=True):
         np.testing.assert_allclose(a, b, atol=SHARPNESS, rtol=0)
@@ -131,17 +129,16 @@ def test_float32_gives_the_kept_tokens_and_logits_of_onnxruntime(
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("generation", ["0.16", "late"])
 @pytest.mark.parametrize(
     ("dtype", "kv"),
     [("float16", None), ("bfloat16", None), ("float16", "int8"), ("float16", "fp8"), ("bfloat16", "fp8")],
 )
-def test_coarser_types_err_no_more_than_without_compression(generation: str, dtype: str, kv: str | None) -> None:
+def test_coarser_types_err_no_more_than_without_compression(dtype: str, kv: str | None) -> None:
     flags, nbytes = flags_of("first", 2, "fixed"), llm.KV_BYTES[kv or dtype]
     prompts, tokens = answers(**flags)
     reference, whole = onnxruntime_session(**flags), onnxruntime_session(False)
-    session = session_of(network(generation, flags, dtype=dtype, kv=kv), nbytes, reference.settings, reference)
-    plain = session_of(network(generation, {}, dtype=dtype, kv=kv, plain=True), nbytes, None, whole)
+    session = session_of(network(flags, dtype=dtype, kv=kv), nbytes, reference.settings, reference)
+    plain = session_of(network({}, dtype=dtype, kv=kv, plain=True), nbytes, None, whole)
 
     def error(one: ChunkKVSession, other: ChunkKVSession) -> float:
         """Return the root mean square of the difference in logits."""
@@ -159,7 +156,7 @@ def test_the_needle_is_found_in_a_fifth_of_the_cache(tmp_path: Path) -> None:
     flags |= {"chunkkv_chunk_size": 20, "chunkkv_window": 32, "chunkkv_sinks": 4, "chunkkv_min_tokens": 64}
     sizes = {"max_seq_len": 2304, "max_input_len": 2240, "max_batch_size": 2}
     checkpoint = convert(NEEDLE / "model", tmp_path / "checkpoint", "bfloat16")
-    with installed("late") as machine, llm.plugin_library():
+    with installed() as machine, llm.plugin_library():
         machine.cuda, machine.plugins = CudartDouble(), llm.Machine().plugin
         cuda = CudaRuntime(machine.cuda)
         folder = llm.build_engine_dir(checkpoint, tokenizer_dir=NEEDLE / "model", **sizes, **flags)

@@ -68,7 +68,7 @@ def assert_same(found: list[np.ndarray], wanted: list[np.ndarray], machine: llm.
 
 def test_the_plugins_write_nothing_beside_their_outputs(memory: Memory) -> None:
     settings = settings_of("last", 2, "delimiter")
-    (graph,), (plain,) = (llm.networks("0.16", **more) for more in (flags_of(settings), {"plain": True}))
+    (graph,), (plain,) = (llm.networks(**more) for more in (flags_of(settings), {"plain": True}))
     machine = llm.Machine(memory)  # copied to buffers with guards, as to a GPU
     found = llm.driven([[machine.execution(graph)]], settings, 2, SHORT)
     wanted = llm.full_cache_logits(plain, 2, SHORT, found.hidden(SHORT, settings))
@@ -80,29 +80,29 @@ def wide(graph: Graph) -> Graph:
 
 
 KINDS = [
-    *(("late", "float16", None, leader, reuse) for leader in ("first", "last") for reuse in (1, 2, 4)),
-    *(("0.16", "bfloat16", None, leader, 2) for leader in ("first", "last")),
-    *((generation, "float16", "int8", leader, 2) for generation, leader in (("late", "first"), ("0.16", "last"))),
-    *((generation, "bfloat16", "fp8", leader, 4) for generation, leader in (("late", "last"), ("0.16", "first"))),
-    ("late", "bfloat16", "int8", "last", 1),
-    ("0.16", "float16", "fp8", "first", 2),
+    *(("float16", None, leader, reuse) for leader in ("first", "last") for reuse in (1, 2, 4)),
+    *(("bfloat16", None, leader, 2) for leader in ("first", "last")),
+    *(("float16", "int8", leader, 2) for leader in ("first", "last")),
+    *(("bfloat16", "fp8", leader, 4) for leader in ("last", "first")),
+    ("bfloat16", "int8", "last", 1),
+    ("float16", "fp8", "first", 2),
 ]
 
 
-# One of each generation after each change, the others with the deep tests.
-QUICK = [("late", "float16", None, "first", 2), ("0.16", "bfloat16", None, "last", 2)]
+# Two after each change, the others with the deep tests.
+QUICK = [("float16", None, "first", 2), ("bfloat16", None, "last", 2)]
 
 
 @pytest.mark.parametrize(
-    ("generation", "dtype", "kv", "leader", "reuse"),
+    ("dtype", "kv", "leader", "reuse"),
     [pytest.param(*kind, marks=[] if kind in QUICK else pytest.mark.deep) for kind in KINDS],
 )
 def test_decoding_sees_the_kept_tokens_and_nothing_else(
-    machine: llm.Machine, generation: str, dtype: str, kv: str | None, leader: str, reuse: int
+    machine: llm.Machine, dtype: str, kv: str | None, leader: str, reuse: int
 ) -> None:
     settings = settings_of(leader, reuse, "delimiter" if kv == "int8" else "fixed")
-    (graph,) = llm.networks(generation, dtype=dtype, kv=kv, **flags_of(settings))
-    (plain,) = llm.networks(generation, dtype=dtype, kv=kv, plain=True)
+    (graph,) = llm.networks(dtype=dtype, kv=kv, **flags_of(settings))
+    (plain,) = llm.networks(dtype=dtype, kv=kv, plain=True)
     nbytes = llm.KV_BYTES[kv or dtype]
     found = llm.driven([[machine.execution(graph)]], settings, nbytes, WORK)
     assert_same(
@@ -123,7 +123,7 @@ def assert_same_choice(found: llm.Outcome, wanted: llm.Outcome) -> None:
 
 def test_rows_in_their_context_phase_and_generating_rows_share_a_step(machine: llm.Machine) -> None:
     settings = settings_of("first", 2)
-    graph = wide(llm.networks("late", **flags_of(settings))[0])
+    graph = wide(llm.networks(**flags_of(settings))[0])
     alone = llm.driven([[machine.execution(graph)]], settings, 4, WORK)
     driver = Driver([[machine.execution(graph)]], settings, 4)
     rows = [Row(np.array(prompt, np.int32)) for prompt in WORK.prompts]
@@ -141,8 +141,8 @@ def test_rows_in_their_context_phase_and_generating_rows_share_a_step(machine: l
 
 def test_two_pipeline_stages_are_one_network(machine: llm.Machine) -> None:
     settings = settings_of("last", 2)
-    (whole,) = map(wide, llm.networks("late", **flags_of(settings)))
-    parts = map(wide, llm.networks("late", pp_size=2, **flags_of(settings)))
+    (whole,) = map(wide, llm.networks(**flags_of(settings)))
+    parts = map(wide, llm.networks(pp_size=2, **flags_of(settings)))
     one = llm.driven([[machine.execution(whole)]], settings, 4, SHORT)
     two = llm.driven([[machine.execution(part)] for part in parts], settings, 4, SHORT)
     assert_same_choice(two, one)
@@ -152,11 +152,11 @@ def test_two_pipeline_stages_are_one_network(machine: llm.Machine) -> None:
 @pytest.mark.parametrize("boundaries", ["fixed", "delimiter"])
 def test_two_ranks_that_agree_choose_what_one_rank_chooses(machine: llm.Machine, boundaries: str) -> None:
     settings = settings_of("first", 2, boundaries)
-    (whole,) = map(wide, llm.networks("late", **flags_of(settings)))
+    (whole,) = map(wide, llm.networks(**flags_of(settings)))
     one = llm.driven([[machine.execution(whole)]], settings, 4, SHORT)
     for agree in (True, False):
         own = {"chunkkv_tp_agree": True} if agree else {}
-        parts = map(wide, llm.networks("late", tp_size=2, **own, **flags_of(settings)))
+        parts = map(wide, llm.networks(tp_size=2, **own, **flags_of(settings)))
         ranks = [machine.execution(part) for part in parts]
         driver = Driver([ranks], settings, 4)
         differs = False
@@ -168,7 +168,7 @@ def test_two_ranks_that_agree_choose_what_one_rank_chooses(machine: llm.Machine,
                 assert not agree or (choices[1][leader] == kept[leader]).all()
                 differs |= not (choices[0][leader] == choices[1][leader]).all()
         assert differs == (not agree), "ranks that score alone must be able to disagree, or this test shows nothing"
-    parts = map(wide, llm.networks("late", tp_size=2, chunkkv_tp_agree=True, **flags_of(settings)))
+    parts = map(wide, llm.networks(tp_size=2, chunkkv_tp_agree=True, **flags_of(settings)))
     two = llm.driven([[machine.execution(part) for part in parts]], settings, 4, SHORT)
     for found, wanted in zip(two.logits, one.logits, strict=True):
         np.testing.assert_allclose(found, wanted, atol=2e-3, rtol=0)
@@ -178,7 +178,7 @@ def test_learned_positions_stay_logical(machine: llm.Machine, tmp_path: Path) ->
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2}
     sizes |= {"head_size": 64, "vocab_size": 384, "max_position_embeddings": 256}
     settings = settings_of("last", 2)
-    with installed("0.16"):
+    with installed():
         folder = write_gpt(tmp_path / "gpt", **sizes)
         (graph,), (plain,) = llm.build(folder, False, **flags_of(settings)), llm.build(folder, True)
     assert not graph.of("ChunkKVRope")
@@ -189,8 +189,8 @@ def test_learned_positions_stay_logical(machine: llm.Machine, tmp_path: Path) ->
 
 def test_keeping_everything_changes_nothing(machine: llm.Machine) -> None:
     settings = dataclasses.replace(settings_of(), keep_per_10k=10_000)
-    (graph,) = llm.networks("late", chunkkv_keep_ratio=1, **flags_of(settings))
-    (plain,) = llm.networks("late", plain=True)
+    (graph,) = llm.networks(chunkkv_keep_ratio=1, **flags_of(settings))
+    (plain,) = llm.networks(plain=True)
     found = llm.driven([[machine.execution(graph)]], settings, 2, SHORT)
     assert_same(found.logits, llm.full_cache_logits(plain, 2, SHORT), machine, "float16")
 
@@ -202,7 +202,7 @@ def test_a_generation_step_pays_for_rope_and_one_copy_alone(
     if machine.memory is not None:
         pytest.skip("the emulator counts what is enqueued")
     settings = settings_of(leader, reuse)
-    execution = machine.execution(llm.networks("late", **flags_of(settings))[0])
+    execution = machine.execution(llm.networks(**flags_of(settings))[0])
     enqueued = ctypes.CDLL(str(library.path)).chunkkv_emulator_enqueued
     enqueued.restype = ctypes.c_longlong
     counts: dict[str, int] = {}
@@ -232,7 +232,7 @@ def test_a_generation_step_pays_for_rope_and_one_copy_alone(
 
 
 def test_a_prompt_in_two_parts_is_refused(machine: llm.Machine) -> None:
-    (graph,) = llm.networks("late", **flags_of(settings_of()))
+    (graph,) = llm.networks(**flags_of(settings_of()))
     execution = machine.execution(graph)
     driver = Driver([[execution]], settings_of(), 2)
     begin = execution.begin
@@ -278,7 +278,7 @@ MISTAKES = [logical_lengths, no_follower, unrotated_scores, slots_for_positions]
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
 def test_a_wrong_wrapper_is_found_out(machine: llm.Machine, mistake: Callable[[Graph], None]) -> None:
     settings = settings_of("first", 2)
-    (right,), (plain,) = llm.networks("late", **flags_of(settings)), llm.networks("late", plain=True)
+    (right,), (plain,) = llm.networks(**flags_of(settings)), llm.networks(plain=True)
     graph = wide(copy.deepcopy(right))
     mistake(graph)
     execution = _with_positions_from_lengths(machine.execution(graph))

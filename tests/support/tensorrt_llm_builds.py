@@ -16,7 +16,6 @@ from support.builds import CommandLine, Outcome
 from support.tensorrt_llm_double import Machine, installed
 from support.tensorrt_llm_double.checkpoints import convert
 
-GENERATIONS = ("0.16", "late")
 LIMITS = {"max_input_len": 200, "max_seq_len": 256, "max_batch_size": 4, "max_num_tokens": 512}
 
 
@@ -33,13 +32,13 @@ def llm_checkpoint(variant: str = "llama3", layers: int = 4, **conversion: Any) 
 
 
 @contextmanager
-def doubles(generation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
-    """Install the doubles of one generation, with a file that passes for the plugin library."""
+def doubles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
+    """Install the doubles, with a file that passes for the plugin library."""
     library = tmp_path / "plugins" / "libchunkkv_tensorrt.so.10"
     library.parent.mkdir(exist_ok=True)
     library.write_bytes(b"plugins")
     monkeypatch.setenv("CHUNKKV_LIB", str(library.with_name("libchunkkv.so")))
-    with installed(generation) as machine:
+    with installed() as machine:
         yield machine
 
 

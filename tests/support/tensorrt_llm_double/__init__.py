@@ -3,8 +3,10 @@
 Recorders with the same names and signatures, nothing else. They hold what the authors believe of TensorRT-LLM, so a
 test on them cannot find that the belief is wrong; only a machine with TensorRT-LLM can.
 
-`installed("0.16")` or `installed("late")` puts them where `import tensorrt_llm` finds them. A built "engine" is the
-recorded network (graph.py), which run.py executes.
+The line from 1.0 to 1.2 alone: networks of 0.16 are made by TensorRT-LLM itself, in tests/tensorrt_llm_source.
+
+`installed()` puts them where `import tensorrt_llm` finds them. A built "engine" is the recorded network (graph.py),
+which run.py executes.
 """
 
 from __future__ import annotations
@@ -19,24 +21,18 @@ from typing import Any
 from support.tensorrt_llm_double.graph import Graph
 
 PACKAGES = Path(__file__).parent / "packages"
-VERSIONS = {"0.16": ("0.16.0", "10.7.0.23"), "late": ("1.2.1", "10.14.1.48")}
+VERSION, TENSORRT_VERSION = "1.2.1", "10.14.1.48"
 _DOUBLED = ("tensorrt", "tensorrt_llm")
 
 
 @dataclass
 class Machine:
-    """One machine: which generation it has, and every network that was built on it."""
+    """One machine, and every network that was built on it."""
 
-    generation: str
     networks: list[Graph] = field(default_factory=list)
     log: list[tuple[Any, str]] = field(default_factory=list)  # what TensorRT's logger was told
     cuda: Any = None  # a CudartDouble, where engines are run by addresses
     plugins: Any = None  # what runs the plugin nodes of engines, where that is not oracle.py
-
-    @property
-    def late(self) -> bool:
-        """Whether this is the 1.0 to 1.2 line."""
-        return self.generation == "late"
 
 
 _MACHINES: list[Machine] = []
@@ -48,10 +44,10 @@ def machine() -> Machine:
 
 
 @contextlib.contextmanager
-def installed(generation: str) -> Iterator[Machine]:
-    """Make `import tensorrt` and `import tensorrt_llm` find fresh doubles of one generation, "0.16" or "late"."""
+def installed() -> Iterator[Machine]:
+    """Make `import tensorrt` and `import tensorrt_llm` find fresh doubles."""
     before = _taken_out()
-    _MACHINES.append(Machine(generation))
+    _MACHINES.append(Machine())
     sys.path.insert(0, str(PACKAGES))
     try:
         yield _MACHINES[-1]

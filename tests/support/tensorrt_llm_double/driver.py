@@ -34,7 +34,6 @@ class Rank:
         node, self.layers = attentions[0].attributes, len(attentions)
         self.block_bytes = node["num_kv_heads"] * node["tokens_per_block"] * node["hidden_size_per_head"] * kv_bytes
         self.address = execution.pools.allocate(blocks * self.layers * 2 * self.block_bytes)
-        self.late = len(execution.graph.values["host_kv_cache_pool_mapping"].shape) == 2
 
     def forget(self, block: int) -> None:
         """Overwrite a block that was given back, so that nothing may depend on it."""
@@ -53,7 +52,7 @@ class Rank:
             "kv_cache_block_offsets": offsets,
             "host_kv_cache_block_offsets": offsets.copy(),
             "host_kv_cache_pool_pointers": np.array([[self.address, 0]], np.int64),
-            "host_kv_cache_pool_mapping": np.stack([0 * layers, layers], axis=1) if self.late else 0 * layers,
+            "host_kv_cache_pool_mapping": np.stack([0 * layers, layers], axis=1),
             "host_max_attention_window_sizes": np.full(self.layers, 1 << 20, np.int32),
         }
 

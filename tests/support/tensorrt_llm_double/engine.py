@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -49,14 +48,6 @@ class Runtime:
         return ICudaEngine(graph)
 
 
-class Inspector:
-    def __init__(self, graph: Graph) -> None:
-        self._graph = graph
-
-    def get_engine_information(self, format: Any) -> str:
-        return json.dumps({"Layers": [node.name for node in self._graph.nodes], "Bindings": self._graph.inputs})
-
-
 class ICudaEngine:
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
@@ -90,14 +81,6 @@ class ICudaEngine:
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return self.graph.values[name].shape
 
-    def get_tensor_location(self, name: str) -> Any:
-        import tensorrt as trt
-
-        return trt.TensorLocation.DEVICE  # also of the host_* inputs: only their plugins know
-
-    def create_engine_inspector(self) -> Inspector:
-        return Inspector(self.graph)
-
     def create_execution_context(self) -> IExecutionContext:
         return IExecutionContext(self)
 
@@ -123,9 +106,6 @@ class IExecutionContext:
         if fits:
             self._shapes[name] = tuple(shape)
         return fits
-
-    def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
-        return profile_index == 0
 
     def infer_shapes(self) -> list[str]:
         return [

@@ -1,4 +1,4 @@
-"""The keywords of gpt_attention in both generations, with their defaults; all are keyword-only."""
+"""The keywords of gpt_attention with their defaults; all are keyword-only."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _ABSENT = [
 ]  # fmt: skip
 
 
-def gpt_attention_signature(late: bool, positions: Any, scalings: Any, masks: Any) -> inspect.Signature:
-    """Return the signature; the enums are those of the installed generation."""
+def gpt_attention_signature(positions: Any, scalings: Any, masks: Any) -> inspect.Signature:
+    """Return the signature, with the package's own enums."""
     from tensorrt_llm.quantization import QuantMode
 
     defaults: dict[str, Any] = {
@@ -42,11 +42,8 @@ def gpt_attention_signature(late: bool, positions: Any, scalings: Any, masks: An
         **dict.fromkeys((*_ABSENT, *_CROSS)),
         **{"cp_group": [0], "cp_size": 1, "cp_rank": 0},
     }
-    if late:
-        defaults |= dict.fromkeys(("attention_output_sf_scale", "spec_decoding_use", "mrope_rotary_cos_sin"))
-        defaults |= {"num_kv_heads_origin": -1, "k_b_proj_trans": None}
-    else:
-        defaults |= dict.fromkeys(("mrope_rotary_sin_cos", "layer_idx_in_cache_pool", "fused_q_proj"))
+    defaults |= dict.fromkeys(("attention_output_sf_scale", "spec_decoding_use", "mrope_rotary_cos_sin"))
+    defaults |= {"num_kv_heads_origin": -1, "k_b_proj_trans": None}
     kind = inspect.Parameter.KEYWORD_ONLY
     parameters = [inspect.Parameter(name, kind) for name in _REQUIRED]
     parameters += [inspect.Parameter(name, kind, default=value) for name, value in defaults.items()]

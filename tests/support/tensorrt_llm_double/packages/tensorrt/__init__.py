@@ -9,11 +9,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from support.tensorrt_llm_double import VERSIONS, machine
+from support.tensorrt_llm_double import TENSORRT_VERSION, machine
 from support.tensorrt_llm_double.graph import Graph, Node, Value, field_value
 from support.tensorrt_llm_double.plugins import FIELDS, plugin_outputs
 
-__version__ = VERSIONS[machine().generation][1]
+__version__ = TENSORRT_VERSION
 
 
 class DataType(enum.Enum):

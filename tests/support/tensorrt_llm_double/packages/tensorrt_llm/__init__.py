@@ -1,8 +1,8 @@
-"""TensorRT-LLM's package as ChunkKV meets it; the generation is the machine's."""
+"""TensorRT-LLM's package as ChunkKV meets it."""
 
-from support.tensorrt_llm_double import VERSIONS, machine
+from support.tensorrt_llm_double import VERSION
 
-__version__ = VERSIONS[machine().generation][0]
+__version__ = VERSION
 
 from tensorrt_llm import functional, layers, models
 from tensorrt_llm.builder import BuildConfig, Builder, build

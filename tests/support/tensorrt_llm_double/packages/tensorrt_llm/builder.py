@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import enum
 import json
 import math
 from dataclasses import dataclass, field
@@ -12,10 +13,13 @@ from typing import Any
 import tensorrt as trt
 
 import tensorrt_llm
-from tensorrt_llm._kv_cache_type import KVCacheType
 from tensorrt_llm.models.modeling_utils import PretrainedConfig, PretrainedModel
 from tensorrt_llm.network import Network, net_guard
 from tensorrt_llm.plugin import PluginConfig
+
+
+class KVCacheType(enum.Enum):
+    CONTINUOUS, PAGED, DISABLED = "continuous", "paged", "disabled"
 
 
 @dataclass
@@ -32,15 +36,12 @@ class BuildConfig:
     gather_context_logits: bool = False
     gather_generation_logits: bool = False
     strongly_typed: bool = True
-    force_num_profiles: int | None = None
     profiling_verbosity: str = "layer_names_only"
     enable_debug_output: bool = False
     max_draft_len: int = 0
     speculative_decoding_mode: int = 1
-    use_refit: bool = False
     input_timing_cache: str | None = None
     output_timing_cache: str = "model.cache"
-    lora_config: dict = field(default_factory=dict)
     weight_sparsity: bool = False
     weight_streaming: bool = False
     plugin_config: PluginConfig = field(default_factory=PluginConfig)
@@ -49,7 +50,6 @@ class BuildConfig:
     dry_run: bool = False
     visualize_network: Any = None
     monitor_memory: bool = False
-    use_mrope: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         values = dict(vars(self))

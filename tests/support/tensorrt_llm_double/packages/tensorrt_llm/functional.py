@@ -8,29 +8,20 @@ from typing import Any
 
 import numpy as np
 import tensorrt as trt
-from support.tensorrt_llm_double import machine
 from support.tensorrt_llm_double.signatures import gpt_attention_signature
 
 from tensorrt_llm._common import default_net, default_trtnet
 
-_LATE = machine().late
-
 
 class PositionEmbeddingType(enum.IntEnum):
     learned_absolute, rope_gptj, rope_gpt_neox, long_rope, alibi, alibi_with_scale, relative, chatglm = range(8)
-    if _LATE:
-        yarn, mrope = 8, 9
-    else:
-        mrope = 8
+    yarn, mrope = 8, 9
 
     def is_rope(self) -> bool:
         return self.name in ("rope_gptj", "rope_gpt_neox", "long_rope", "mrope", "yarn")
 
     def is_mrope(self) -> bool:
         return self.name == "mrope"
-
-    def is_alibi(self) -> bool:
-        return self.name.startswith("alibi")
 
 
 class RotaryScalingType(enum.IntEnum):
@@ -49,16 +40,9 @@ class AllReduceStrategy(enum.IntEnum):
     NCCL, ONESHOT, TWOSHOT, AUTO = range(4)
 
 
-if _LATE:
-
-    class AllReduceParams:
-        def __init__(self, strategy: AllReduceStrategy = AllReduceStrategy.AUTO) -> None:
-            self.strategy = strategy
-
-else:
-
-    class AllReduceConfig(enum.IntFlag):
-        USE_MEMCPY, PUSH_MODE = 1, 2
+class AllReduceParams:
+    def __init__(self, strategy: AllReduceStrategy = AllReduceStrategy.AUTO) -> None:
+        self.strategy = strategy
 
 
 class Tensor:
@@ -194,32 +178,15 @@ def split_qk_norm(qkv: Tensor, query: Tensor, key: Tensor, eps: float, sizes: Se
     return _like("qk_norm", [qkv, query, key], eps=eps, sizes=list(sizes))
 
 
-def _allreduce(tensor: Tensor, group: list[int], strategy: AllReduceStrategy | None) -> Tensor:
+def allreduce(tensor: Tensor, group: list[int], all_reduce_params: AllReduceParams | None = None) -> Tensor:
     """Sum in the type of the NCCL plugin, whatever the tensor's own."""
     from tensorrt_llm._utils import str_dtype_to_trt
 
     dtype = str_dtype_to_trt(default_net().plugin_config.nccl_plugin)
     given = tensor if dtype is tensor.dtype else cast(tensor, dtype)
-    name = (AllReduceStrategy.AUTO if strategy is None else strategy).name
+    name = (all_reduce_params or AllReduceParams()).strategy.name
     out = _like("allreduce", [given], group=list(group), dtype=dtype.value, strategy=name)
     return out if dtype is tensor.dtype else cast(out, tensor.dtype)
-
-
-if _LATE:
-
-    def allreduce(tensor: Tensor, group: list[int], all_reduce_params: AllReduceParams | None = None) -> Tensor:
-        return _allreduce(tensor, group, all_reduce_params and all_reduce_params.strategy)
-
-else:
-
-    def allreduce(
-        tensor: Tensor,
-        group: list[int],
-        strategy: AllReduceStrategy | None = None,
-        config: AllReduceConfig = AllReduceConfig(0),  # noqa: B008
-        reduce_fusion_params: Any = None,
-    ) -> Tensor:
-        return _allreduce(tensor, group, strategy)
 
 
 def allgather(tensor: Tensor, group: list[int], gather_dim: int = 0) -> Tensor:
@@ -254,14 +221,14 @@ class RopeEmbeddingUtils:
 
 def _gpt_attention(**kw: Any) -> tuple[Tensor, Tensor | None]:
     """Record GPTAttention with everything it was given: tensors by keyword, the rest as settings."""
-    bound = gpt_attention_signature(_LATE, PositionEmbeddingType, RotaryScalingType, AttentionMaskType).bind(**kw)
+    bound = gpt_attention_signature(PositionEmbeddingType, RotaryScalingType, AttentionMaskType).bind(**kw)
     bound.apply_defaults()
     given, config = bound.arguments, default_net().plugin_config
     kind = given["position_embedding_type"]
     assert kind.is_rope() == (given["rotary_embedding_dim"] != 0), (
         "RoPE needs a rotary dimension, others must have none"
     )
-    mrope = given["mrope_rotary_cos_sin" if _LATE else "mrope_rotary_sin_cos"]
+    mrope = given["mrope_rotary_cos_sin"]
     assert (mrope is not None) == kind.is_mrope()
     assert isinstance(given["max_context_length"], int)
     assert kind.is_rope() or (given["rotary_cos_sin"] is None and given["rotary_inv_freq"] is None)
@@ -290,6 +257,4 @@ def gpt_attention(**kw: Any) -> tuple[Tensor, Tensor | None]:
     return _gpt_attention(**kw)
 
 
-gpt_attention.__signature__ = gpt_attention_signature(
-    _LATE, PositionEmbeddingType, RotaryScalingType, AttentionMaskType
-)
+gpt_attention.__signature__ = gpt_attention_signature(PositionEmbeddingType, RotaryScalingType, AttentionMaskType)

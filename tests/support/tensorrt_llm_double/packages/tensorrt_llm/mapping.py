@@ -38,9 +38,6 @@ class Mapping:
     def has_tp(self) -> bool:
         return self.tp_size > 1
 
-    def has_pp(self) -> bool:
-        return self.pp_size > 1
-
     def is_first_pp_rank(self) -> bool:
         return self.pp_rank == 0
 

@@ -69,18 +69,3 @@ class Module:
         for name, child in self.children():
             child._name = name
             yield from child.named_parameters(f"{prefix}{name}.")
-
-
-class ModuleList(Module):
-    def __init__(self, modules: list[Module]) -> None:
-        self._modules = modules
-
-    def __iter__(self) -> Iterator[Module]:
-        return iter(self._modules)
-
-    def __len__(self) -> int:
-        return len(self._modules)
-
-    def children(self) -> Iterator[tuple[str, Module]]:
-        for number, module in enumerate(self._modules):
-            yield str(number), module

@@ -10,8 +10,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from support.tensorrt_llm_double import machine
-
 from tensorrt_llm._utils import mpi_rank, mpi_world_size
 from tensorrt_llm.builder import BuildConfig, Engine, KVCacheType, build
 from tensorrt_llm.models import MODEL_MAP, PretrainedConfig
@@ -94,7 +92,7 @@ def parallel_build(
 
 def main() -> None:
     parser = parse_arguments()
-    args = parser.parse_known_args()[0] if machine().late else parser.parse_args()
+    args = parser.parse_known_args()[0]
     if args.gather_all_token_logits:
         args.gather_context_logits = args.gather_generation_logits = True
     model_cls = None

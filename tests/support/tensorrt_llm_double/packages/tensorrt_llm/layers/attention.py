@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from support.tensorrt_llm_double import machine
 
 from tensorrt_llm import functional as f
 from tensorrt_llm.functional import PositionEmbeddingType, RotaryScalingType, constant, gpt_attention
@@ -23,7 +22,6 @@ class AttentionParams:
     max_context_length: Any = None
     host_request_types: Any = None
     encoder_input_lengths: Any = None
-    encoder_max_input_length: Any = None
     host_runtime_perf_knobs: Any = None
     host_context_progress: Any = None
     embed_positions_for_gpt_attention: Any = None
@@ -88,10 +86,6 @@ class Attention(Module):
         if config.quant_mode.has_kv_cache_quant():
             scale = self.kv_cache_scaling_factor.value
             kv_scales = {"kv_orig_quant_scale": constant(np.ones(1, np.float32)) / scale, "kv_quant_orig_scale": scale}
-        if machine().late:
-            own = {"num_kv_heads_origin": config.num_key_value_heads}
-        else:
-            own = {"layer_idx_in_cache_pool": self._layer}
         lengths = ("host_past_key_value_lengths", "host_max_attention_window_sizes", "host_sink_token_length")
         cache = ("kv_cache_block_offsets", "host_kv_cache_block_offsets", "host_kv_cache_pool_pointers")
         rest = ("host_kv_cache_pool_mapping", "cache_indirection")
@@ -109,7 +103,7 @@ class Attention(Module):
             "position_embedding_type": self._kind,
             **(self._rotary(attention) if self._kind.is_rope() else {}),
             **kv_scales,
-            **own,
+            "num_kv_heads_origin": config.num_key_value_heads,
         }
 
     def _rotary(self, attention: AttentionParams) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import tensorrt as trt
-from support.tensorrt_llm_double import machine
 
 from tensorrt_llm import functional as f
 from tensorrt_llm._common import default_net
@@ -154,15 +153,13 @@ class PretrainedModel(Module):
 
     def _cache_inputs(self, use_cache: bool) -> KeyValueCacheParams:
         layers = len(self.config.mapping.pp_layers(self.config.num_hidden_layers))
-        pools = -1 if machine().late else 1
         past: list[Tensor | None] = [None] * layers
         paged: dict[str, Tensor] = {}
         if default_net().plugin_config.paged_kv_cache:
             for name in ("kv_cache_block_offsets", "host_kv_cache_block_offsets"):
-                paged[name] = take(name, [pools, -1, 2, -1])
-            paged["host_kv_cache_pool_pointers"] = take("host_kv_cache_pool_pointers", [pools, 2], trt.int64)
-            shape = [layers, 2] if machine().late else [layers]
-            paged["host_kv_cache_pool_mapping"] = take("host_kv_cache_pool_mapping", shape)
+                paged[name] = take(name, [-1, -1, 2, -1])
+            paged["host_kv_cache_pool_pointers"] = take("host_kv_cache_pool_pointers", [-1, 2], trt.int64)
+            paged["host_kv_cache_pool_mapping"] = take("host_kv_cache_pool_mapping", [layers, 2])
         elif use_cache:
             heads = -(-self.config.num_key_value_heads // self.config.mapping.tp_size)
             shape, dtype = [-1, 2, heads, -1, self.config.head_size], str_dtype_to_trt(self.config.kv_dtype)

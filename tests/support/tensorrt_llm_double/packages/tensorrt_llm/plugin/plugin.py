@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import enum
 from typing import Any
-
-from support.tensorrt_llm_double import machine
 
 _DTYPES = ("auto", "float16", "float32", "bfloat16", "int32")
 _DTYPE_FLAGS = {"gpt_attention_plugin": "auto", "gemm_plugin": None, "nccl_plugin": "auto", "lora_plugin": None}
 _DTYPE_FLAGS |= {"moe_plugin": "auto", "bert_attention_plugin": "auto"}
 _SWITCHES = {"context_fmha": True, "remove_input_padding": True, "multiple_profiles": False, "reduce_fusion": False}
 _SWITCHES |= {"user_buffer": False, "norm_quant_fusion": False, "bert_context_fmha_fp32_acc": False}
-_SWITCHES |= {"use_paged_context_fmha": machine().late, "use_fp8_context_fmha": machine().late}
-_SWITCHES |= {"fuse_fp4_quant": False} if machine().late else {"streamingllm": False}
-_PLAIN = {"dtype": "float16", "paged_kv_cache": None, "tokens_per_block": 32 if machine().late else 64}
-
-ContextFMHAType = enum.Enum("ContextFMHAType", "disabled enabled enabled_with_fp32_acc")
+_SWITCHES |= {"use_paged_context_fmha": True, "use_fp8_context_fmha": True, "fuse_fp4_quant": False}
+_PLAIN = {"dtype": "float16", "paged_kv_cache": None, "tokens_per_block": 32}
 
 
 class PluginConfig:
-    """0.16: slots; late: pydantic. Neither takes an attribute it does not know."""
+    """As pydantic's models, it takes no attribute that it does not know."""
 
     def __init__(self, **values: Any) -> None:
         known = {**_DTYPE_FLAGS, **_SWITCHES, **_PLAIN}
@@ -37,13 +31,8 @@ class PluginConfig:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in self._values:
-            kind = ValueError if machine().late else AttributeError
-            raise kind(f"'PluginConfig' object has no field '{name}'")
+            raise ValueError(f"'PluginConfig' object has no field '{name}'")
         self._values[name] = value
-
-    @property
-    def context_fmha_type(self) -> ContextFMHAType:
-        return ContextFMHAType.enabled if self.context_fmha else ContextFMHAType.disabled
 
     def to_dict(self) -> dict[str, Any]:
         return dict(self._values)

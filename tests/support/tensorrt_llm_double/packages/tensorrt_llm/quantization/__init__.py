@@ -19,9 +19,6 @@ class QuantMode(enum.IntFlag):
     def has_kv_cache_quant(self) -> bool:
         return self.has_int8_kv_cache() or self.has_fp8_kv_cache()
 
-    def has_fp4_kv_cache(self) -> bool:
-        return False
-
     def has_fp8_qdq(self) -> bool:
         return bool(self & QuantMode.FP8_QDQ)
 

@@ -1,1 +1,0 @@
-"""The LLM API, of which 1.2 has the kinds of KV cache."""
