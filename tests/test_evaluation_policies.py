@@ -40,6 +40,9 @@ def prompt() -> PrefilledPrompt:
     return PrefilledPrompt(ids, np.zeros(50, np.float32), Cache(), queries, table, seed=3)
 
 
+LOGITS = {"score": "logits", "head_reduce": "mean"}
+
+
 def always(settings: ChunkKVSettings = SETTINGS) -> set[int]:
     return {*range(settings.sinks), *range(LENGTH - settings.window, LENGTH)}
 
@@ -52,7 +55,7 @@ def best(scores: np.ndarray, count: int) -> list[int]:
 
 def own_scores(prompt: PrefilledPrompt, layer: int, pooling: int) -> np.ndarray:
     query = prompt.queries[layer][:, -SETTINGS.window :]
-    return reference.token_scores(query, prompt.key(layer), SETTINGS.window, pooling)
+    return reference.token_scores(query, prompt.key(layer), SETTINGS.window, pooling, head_reduce="mean")
 
 
 @pytest.mark.parametrize("name", COMPRESSING)
@@ -76,7 +79,7 @@ def test_a_prompt_that_fits_is_kept_whole(prompt: PrefilledPrompt, name: str) ->
     [
         ("chunkkv", {}),
         ("chunkkv-delimiter", {"boundaries": "delimiter"}),
-        ("chunkkv:chunk_size=9:pooling=3:score=logits", {"chunk_size": 9, "pooling": 3, "score": "logits"}),
+        ("chunkkv:chunk_size=9:pooling=3:score=logits", {"chunk_size": 9, "pooling": 3, **LOGITS}),
         ("chunkkv:window=4:sinks=0", {"window": 4, "sinks": 0}),
         ("chunkkv:layer_reuse=0-1+2:leader=first", {"layer_groups": ((0, 1), (2,)), "leader": "first"}),
         ("chunkkv:layer_reuse=3", {"layer_groups": ((0, 1, 2),)}),

@@ -258,7 +258,7 @@ def test_compress_nodes_carry_all_settings_and_the_plugins_name(boundaries: str)
         assert request_window == (1 if node.op_type == functions.SELECT else None)
         expected = settings.to_dict() if node.op_type == functions.SELECT else {}
         assert given == {name: expected[name] for name in given}
-        assert len(given) == (7 if node.op_type == functions.SELECT else 0)
+        assert len(given) == (8 if node.op_type == functions.SELECT else 0)
     assert {(function.domain, function.name) for function in model.functions} == {
         (functions.DOMAIN, functions.SELECT),
         (functions.DOMAIN, functions.COMPACT),

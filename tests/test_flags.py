@@ -48,6 +48,9 @@ def checkpoint() -> Path:
     return engines.checkpoint_dir("llama3")
 
 
+GIVEN = {"score": "given", "head_reduce": "mean"}
+
+
 def settings(line: str) -> ChunkKVSettings | None:
     return chunkkv_settings(parse(["--checkpoint_dir", "c", *line.split()]), LAYERS)
 
@@ -111,9 +114,11 @@ def test_the_defaults_are_the_documented_ones() -> None:
         ("--chunkkv_boundaries fixed", {"boundaries": "fixed", "chunk_size": 10}),
         ("--chunkkv_boundaries fixed --chunkkv_chunk_size 7", {"boundaries": "fixed", "chunk_size": 7}),
         ("--chunkkv_window_reduce max --chunkkv_head_reduce max", {"window_reduce": "max", "head_reduce": "max"}),
+        ("--chunkkv_head_reduce mean", {"head_reduce": "mean"}),
+        ("--chunkkv_score logits --chunkkv_head_reduce mean", {"score": "logits", "head_reduce": "mean"}),
         ("--chunkkv_value_norm on --chunkkv_heads each", {"value_norm": "on", "heads": "each"}),
         ("--chunkkv_budget_split ranked", {"budget_split": "ranked"}),
-        ("--chunkkv_score given --chunkkv_local_policy chunks", {"score": "given", "local_policy": "chunks"}),
+        ("--chunkkv_score given --chunkkv_local_policy chunks", {**GIVEN, "local_policy": "chunks"}),
         ("--chunkkv_boundaries delimiter --chunkkv_chunk_size 10", {"boundaries": "delimiter", "chunk_size": 10}),
         ("--chunkkv_layer_reuse 2", {"layer_groups": ((0, 1), (2,))}),
         ("--chunkkv_layer_reuse 0,1-2", {"layer_groups": ((0,), (1, 2))}),
@@ -123,6 +128,12 @@ def test_a_flag_changes_its_own_setting_and_what_hangs_on_it(line: str, expected
     found, default = settings(f"--chunkkv {line}"), settings("--chunkkv")
     assert found is not None and default is not None
     assert found.to_dict() == ChunkKVSettings(**{**vars(default), **expected}).to_dict()
+
+
+def test_ranks_that_agree_take_the_mean_of_their_heads() -> None:
+    given = ["--backend", "tensorrt_llm", "--checkpoint_dir", "c", "--chunkkv", "--chunkkv_tp_agree"]
+    found = [chunkkv_settings(parse([*given, *more]), LAYERS) for more in ([], ["--chunkkv_head_reduce", "max"])]
+    assert [one and one.head_reduce for one in found] == ["mean", "max"]  # the second is refused by the backend
 
 
 def test_without_a_tokenizer_chunks_have_one_length() -> None:
@@ -153,7 +164,7 @@ def test_every_setting_arrives_in_the_engine_as_given(cli: CommandLine, checkpoi
         **ChunkKVSettings().to_dict(),
         "keep_per_10k": 2500, "max_keep_per_10k": 7500, "budget_tokens": 0, "chunk_size": 7, "window": 9, "sinks": 2,
         "boundaries": "delimiter", "pooling": 5, "score": "logits", "leader": "first", "min_tokens": 33,
-        "layer_groups": [[0, 1], [2]],
+        "head_reduce": "mean", "layer_groups": [[0, 1], [2]],
     }  # fmt: skip
 
 

@@ -26,7 +26,7 @@ LENGTHS = (61, 3, 33, 8, 50)  # one shorter than the window, one below min_token
 RATIOS = (None, None, 0.6, None, None)
 BUDGETS = (None, None, None, None, 17)
 SPARE, PADDING = 2, 4
-SETTINGS = ("window", "chunk_size", "sinks", "boundaries", "pooling", "score", "min_tokens")
+SETTINGS = ("window", "chunk_size", "sinks", "boundaries", "pooling", "score", "min_tokens", "head_reduce")
 COMBINATIONS = list(itertools.product(("fixed", "delimiter"), ("first", "last"), (1, 2, 3)))
 
 

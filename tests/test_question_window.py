@@ -93,7 +93,13 @@ def scores_of_last(session: ChunkKVSession, ids: np.ndarray, observed: int) -> d
     assert settings is not None
     return {
         layer: reference_scores.token_scores(
-            query[0], cache.keys[layer][0], settings.window, settings.pooling, settings.score, observed=observed
+            query[0],
+            cache.keys[layer][0],
+            settings.window,
+            settings.pooling,
+            settings.score,
+            observed=observed,
+            head_reduce=settings.head_reduce,
         )
         for layer, query in queries.items()
     }

@@ -82,7 +82,7 @@ def test_every_reduction_is_the_references(attention, window_reduce, head_reduce
 
 def test_reductions_are_what_their_names_say(attention):
     weights = attention.weights[1].astype(np.float64)
-    plain = Rule(window=WINDOW, pooling=1)
+    plain = Rule(window=WINDOW, pooling=1, head_reduce="mean")
     ranked = LENGTH - WINDOW
     norms = np.linalg.norm(attention.full.values[1], axis=2)[:, :ranked]
     grouped = weights.reshape(KV_HEADS, -1, WINDOW, LENGTH)[..., :ranked]

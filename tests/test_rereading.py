@@ -129,7 +129,7 @@ def test_the_tokens_kept_are_those_of_the_reference(name: str, tokenizer: Tokeni
     request, run, choice, out = prefilled(engine, ids)
     settings, length = engine.settings, len(ids)
     assert settings is not None
-    given = settings.for_given_scores()
+    given = settings.with_score("given")
     of_choice = {p: s if settings.heads == "each" else s.max(axis=0) for p, s in run._scores.items()}
     layout = engine.executor.cache_layout
     if settings.budget_split == "ranked":

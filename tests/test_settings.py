@@ -223,6 +223,13 @@ def test_every_invalid_value_is_named_with_what_is_allowed(changes: dict[str, An
         ChunkKVSettings(**changes)
 
 
+def test_the_rule_of_heads_follows_the_score() -> None:
+    used = [ChunkKVSettings(score=score) for score in ("softmax", "logits", "given")]
+    assert [one.head_reduce for one in used] == ["max", "mean", "mean"]
+    changed = dataclasses.replace(used[0], window_reduce="max", value_norm="on", pooling=3)
+    assert changed.with_score("given") == dataclasses.replace(used[2], pooling=3)
+
+
 @pytest.mark.parametrize(
     "changes",
     [

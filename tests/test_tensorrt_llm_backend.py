@@ -98,7 +98,7 @@ def test_prepare_stands_once_with_the_inputs_of_the_plugins_table(machine: Machi
     assert prepare.fields() == {
         **{"window": 4, "sinks": 2, "chunk_size": 3, "boundaries": "fixed", "pooling": 5, "score": "softmax"},
         **{"keep_per_10k": 4000, "budget_tokens": 0, "min_tokens": 10, "max_length": 256},
-        **{"window_reduce": "mean", "head_reduce": "mean", "value_norm": "off"},
+        **{"window_reduce": "mean", "head_reduce": "max", "value_norm": "off"},
         "tokens_per_block": 32,
     }
 

@@ -91,7 +91,8 @@ class Compression:
         self.select()
         self.device.wait()
         query, keys = self.device.host(self.query[0]), self.device.host(key)
-        scores = reference.token_scores(query, keys, self.settings.window, self.settings.pooling)
+        options = self.settings.window, self.settings.pooling
+        scores = reference.token_scores(query, keys, *options, head_reduce=self.settings.head_reduce)
         expected = reference.select_tokens(scores, self.length, self.kept, self.settings)
         chosen = self.device.host(self.indices)[0]
         differing = np.setxor1d(chosen, expected)

@@ -41,7 +41,7 @@ class Shapes:
 
     def settings(self, window: int, keep: int, **others: Any) -> ChunkKVSettings:
         """Return the settings of one measurement; `others` are settings that differ from version 1 of the method."""
-        values = {"chunk_size": CHUNK_SIZE, "boundaries": "fixed", **others}
+        values = {"chunk_size": CHUNK_SIZE, "boundaries": "fixed", "head_reduce": "mean", **others}
         least = window + SINKS + values["chunk_size"]
         return ChunkKVSettings(
             window=window, sinks=SINKS, pooling=POOLING, keep_per_10k=keep, min_tokens=least, **values

@@ -27,7 +27,7 @@ class Rule:
     boundaries: str = "delimiter"
     pooling: int = 5
     window_reduce: str = "mean"
-    head_reduce: str = "mean"
+    head_reduce: str = "max"
     value_norm: bool = False
     heads: str = "shared"
     groups: tuple[tuple[int, tuple[int, ...]], ...] = ()

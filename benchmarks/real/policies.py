@@ -13,7 +13,7 @@ LAYERS = 30
 SINKS = 4
 LEAST = 64  # min_tokens of the settings
 FULL = "full cache"
-DEFAULT = Rule(head_reduce="max")
+DEFAULT = Rule()
 FIXED = replace(DEFAULT, boundaries="fixed", chunk_size=10)
 
 

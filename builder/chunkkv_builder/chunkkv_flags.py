@@ -41,8 +41,9 @@ def chunkkv_settings(
         for name, value in vars(flags).items()
         if name.startswith(PREFIX) and value is not None
     }
-    for name in ("tp_agree", "ops"):  # say how ranks work together and what the nodes are, not what is kept
-        values.pop(name, None)
+    values.pop("ops", None)  # what the nodes are, not what is kept
+    if values.pop("tp_agree", False):  # the ranks' scores are added up, which no maximum survives
+        values.setdefault("head_reduce", "mean")
     with errors_name_flags(PREFIX):
         if (recipe := values.pop("recipe", None)) is not None:
             values = _over_recipe(values, read_recipe(Path(recipe), num_layers))
@@ -123,7 +124,7 @@ def add_chunkkv(parser: CommandParser) -> argparse._ArgumentGroup:
             "what a token is scored by: attention weights, logits before the softmax, or scores from outside",
         ),
         ("window_reduce", "how the attention weights of the window's queries become one score of a head"),
-        ("head_reduce", "how the scores of the query heads become one"),
+        ("head_reduce", "how the scores of the query heads become one; a score that is not softmax has mean alone"),
         ("value_norm", "whether a score is multiplied by the length of the token's value vector"),
         ("heads", "whether the KV heads of a layer keep the same tokens, or each its own"),
         (

@@ -25,7 +25,7 @@ def token_scores(
     observed: int | None = None,
     value: FloatArray | None = None,
     window_reduce: str = "mean",
-    head_reduce: str = "mean",
+    head_reduce: str = "max",
     heads: str = "shared",
 ) -> NDArray[np.float32]:
     """Return the score of every token of one row, float32 [L], or [Hkv,L] for heads "each" (section 2).
@@ -50,8 +50,10 @@ def token_scores(
         w, how many of the last queries score, 1 to W; None for all.
     value : floating [Hkv,L,D], optional
         The values, whose length is then a factor of every score (`value_norm`); None for none.
-    window_reduce, head_reduce : {"mean", "max"}, default "mean"
-        How the weights of the queries, and then those of the query heads, become one. Products q·k are summed.
+    window_reduce : {"mean", "max"}, default "mean"
+        How the weights of the queries become one score of a head. Products q·k are summed.
+    head_reduce : {"mean", "max"}, default "max"
+        How the scores of the query heads become one. Products q·k are summed.
     heads : {"shared", "each"}, default "shared"
         Whether all query heads score together or those of each KV head for themselves.
     """

@@ -70,8 +70,9 @@ class ChunkKVSettings:
         The layer of each group whose attention decides for the whole group. Empty means that `leader` says it.
     window_reduce : {"mean", "max"}, default "mean"
         How the attention weights of the window's queries become one score of a head.
-    head_reduce : {"mean", "max"}, default "mean"
-        How the scores of the query heads of a choice become one.
+    head_reduce : {"mean", "max"}, default ""
+        How the scores of the query heads of a choice become one. Empty means "max" for score "softmax", and "mean"
+        for the others, which have no other rule.
     value_norm : {"off", "on"}, default "off"
         Whether a head's score is multiplied by the length (L2 norm) of the token's value vector.
     heads : {"shared", "each"}, default "shared"
@@ -105,7 +106,7 @@ class ChunkKVSettings:
     layer_groups: tuple[tuple[int, ...], ...] = ()
     leaders: tuple[int, ...] = ()
     window_reduce: str = "mean"
-    head_reduce: str = "mean"
+    head_reduce: str = ""
     value_norm: str = "off"
     heads: str = "shared"
     budget_split: str = "uniform"
@@ -119,6 +120,9 @@ class ChunkKVSettings:
         for name in ("layer_groups", "reading_heads"):
             object.__setattr__(self, name, tuple(tuple(numbers) for numbers in getattr(self, name)))
         object.__setattr__(self, "leaders", tuple(self.leaders))
+        if self.head_reduce == "":
+            rule = "max" if self.score == "softmax" else _OF_ATTENTION_WEIGHTS["head_reduce"]
+            object.__setattr__(self, "head_reduce", rule)
         self._check_values()
         self._check_budget()
         self._check_score()
@@ -291,9 +295,9 @@ class ChunkKVSettings:
                     f"{' or '.join(words)}, or use what runs without them (backend onnxruntime, chunkkv.reference)"
                 )
 
-    def for_given_scores(self) -> ChunkKVSettings:
-        """Return settings that choose in the same way by scores from outside."""
-        return dataclasses.replace(self, score="given", window_reduce="mean", head_reduce="mean", value_norm="off")
+    def with_score(self, score: str) -> ChunkKVSettings:
+        """Return settings that choose in the same way by another score, "logits" or "given"; raises ConfigError."""
+        return dataclasses.replace(self, score=score, window_reduce="mean", head_reduce="mean", value_norm="off")
 
     def leader_of(self, group: tuple[int, ...]) -> int:
         """Return the layer of `group` whose attention decides what the whole group keeps."""

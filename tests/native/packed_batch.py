@@ -13,7 +13,8 @@ from chunkkv.settings import ChunkKVSettings
 from native.memory import Memory, numpy_dtype
 from native.plugin_op import PluginNode
 
-SETTINGS = ChunkKVSettings(window=4, chunk_size=3, sinks=2, min_tokens=9, keep_per_10k=4_000)
+# Scores that ranks add up make a mean.
+SETTINGS = ChunkKVSettings(window=4, chunk_size=3, sinks=2, min_tokens=9, keep_per_10k=4_000, head_reduce="mean")
 MAX_LENGTH = 64
 UNUSED = 2**30  # what no plugin may read in a block table
 
@@ -92,8 +93,9 @@ class PackedBatch:
 
     def token_scores(self, row: int) -> NDArray[np.float32]:
         query, key = self.parts(row)
-        window = self.settings.window
-        return reference.token_scores(query[:, -window:], key, window, self.settings.pooling, self.settings.score)
+        window, rule = self.settings.window, self.settings.head_reduce
+        options = window, self.settings.pooling, self.settings.score
+        return reference.token_scores(query[:, -window:], key, *options, head_reduce=rule)
 
     def flags(self, row: int) -> NDArray[np.bool_]:
         start = self.row_starts[row]

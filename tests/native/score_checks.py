@@ -24,7 +24,8 @@ def expected_scores(op: NativeOp, case: OpCase, inputs: OpInputs, row: int) -> t
     """Return the reference's token scores and chunk means of one row."""
     length, settings = case.lengths[row], case.settings
     key = seen_keys(op, inputs.key[row, :, :length])
-    tokens = reference.token_scores(inputs.query[row], key, settings.window, settings.pooling, settings.score)
+    options = settings.window, settings.pooling, settings.score
+    tokens = reference.token_scores(inputs.query[row], key, *options, head_reduce=settings.head_reduce)
     flags = None if inputs.is_delimiter is None else inputs.is_delimiter[row, :length]
     starts = reference.chunk_starts(length, settings, flags)
     return tokens, reference.chunk_scores(tokens, starts, length - settings.window)

@@ -23,15 +23,15 @@ WINDOW = 20
 OWN = ChunkKVSettings(window=WINDOW, chunk_size=6, sinks=3, min_tokens=29, keep_per_10k=4_000, pooling=3)
 LENGTHS = (150, 97, 29, 333, 20)
 VARIANTS: dict[str, dict[str, Any]] = {
-    "as version 1": {},
-    "largest of the window": {"window_reduce": "max"},
+    "as version 1": {"head_reduce": "mean"},
     "largest head": {"head_reduce": "max"},
+    "largest of the window": {"window_reduce": "max", "head_reduce": "mean"},
     "largest of both": {"window_reduce": "max", "head_reduce": "max"},
     "value norms": {"value_norm": "on"},
     "each head": {"heads": "each"},
     "each head by its largest": {"heads": "each", "window_reduce": "max", "head_reduce": "max", "value_norm": "on"},
     "delimiters, largest head, value norms": {"boundaries": "delimiter", "head_reduce": "max", "value_norm": "on"},
-    "logits of each head": {"heads": "each", "score": "logits"},
+    "logits of each head": {"heads": "each", "score": "logits", "head_reduce": "mean"},
 }
 
 
@@ -99,7 +99,7 @@ def test_heads_apart_in_every_arrangement(
     library: NativeLibrary, memory: Memory, window: int, heads: tuple[int, int]
 ) -> None:
     """The rows of a head are rounded up to 8, and a warp's rows may belong to several heads, or a head's to several."""
-    for reduce in ({"window_reduce": "max"}, {"head_reduce": "max"}):
+    for reduce in ({"window_reduce": "max", "head_reduce": "mean"}, {"head_reduce": "max"}):
         settings = replace(OWN, window=window, min_tokens=window + 9, **reduce)
         given = arrays(settings, heads=heads)
         given["lengths"] = np.minimum(given["lengths"] + window, given["key"].shape[2]).astype(np.int32)
@@ -110,7 +110,7 @@ def test_heads_apart_in_every_arrangement(
 def test_scores_from_outside(library: NativeLibrary, memory: Memory) -> None:
     rng = np.random.default_rng(5)
     for variant in ({}, {"heads": "each"}, {"boundaries": "delimiter"}, {"heads": "each", "pooling": 1}):
-        settings = replace(OWN, score="given", **variant)
+        settings = replace(OWN.with_score("given"), **variant)
         given = arrays(settings) | {"query": None, "window": None}
         shape = (len(LENGTHS), 2, given["key"].shape[2])
         scores = rng.random(shape if settings.heads == "each" else (shape[0], shape[2])).astype(np.float32)

@@ -118,7 +118,7 @@ def test_rope(memory: Memory, style: str, dtype: str, head_size: int, rotary_dim
 
 
 @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
-@pytest.mark.parametrize("settings", [SETTINGS, replace(DELIMITED, pooling=3), replace(SETTINGS, score="logits")])
+@pytest.mark.parametrize("settings", [SETTINGS, replace(DELIMITED, pooling=3), SETTINGS.with_score("logits")])
 def test_score(memory: Memory, batch: PackedBatch, settings: Any) -> None:
     batch = replace(batch, settings=settings)
     (given,) = PluginNode("ChunkKVScore", batch.score_fields(), memory=memory).run(batch.score_inputs())

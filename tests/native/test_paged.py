@@ -156,7 +156,7 @@ def test_delimiters_and_scores_from_outside(library: NativeLibrary) -> None:
     pool = Pool(32, settings=replace(SETTINGS, boundaries="delimiter", layer_groups=()))
     flags = (pool.random.random((len(LENGTHS), max(LENGTHS))) < 0.2).astype(np.int32)
     pool.check(pool.compress(library, is_delimiter=flags), is_delimiter=flags)
-    pool = Pool(64, settings=replace(SETTINGS, score="given"))
+    pool = Pool(64, settings=SETTINGS.with_score("given"))
     scores = {group[0]: pool.random.random((len(LENGTHS), max(LENGTHS))).astype(np.float32) for group in pool.groups}
     pool.check(pool.compress(library, queries=None, scores=scores), scores=scores)
 
@@ -173,7 +173,7 @@ def test_tables_and_lengths_may_be_arrays_with_entries_behind_the_tokens(library
     ("changes", "more", "said"),
     [
         ({"heads": "each"}, {}, "heads each shared"),
-        ({"score": "given"}, {}, "score given scores"),
+        ({"score": "given", "head_reduce": "mean"}, {}, "score given scores"),
         ({"boundaries": "delimiter"}, {}, "boundaries delimiter is_delimiter"),
         ({}, {"queries": None}, "score softmax queries"),
         ({}, {"free_blocks": [47, 47]}, "free_blocks twice"),

@@ -44,7 +44,7 @@ def test_every_variant_is_the_references(checked: Plain, requested: bool, varian
 
 @pytest.mark.parametrize("heads", ["shared", "each"])
 def test_scores_from_outside(checked: Plain, heads: str) -> None:
-    settings = replace(OWN, score="given", heads=heads)
+    settings = replace(OWN.with_score("given"), heads=heads)
     given = arrays(settings) | {"query": None, "window": None}
     shape = (len(given["lengths"]), *((2,) if heads == "each" else ()), given["key"].shape[2])
     check(checked, given | {"scores": np.random.default_rng(2).random(shape).astype(np.float32)})
@@ -68,7 +68,10 @@ def test_each_head_compacts_its_own(op: PluginOp) -> None:
 
 
 WRONG = {
-    "a window of scores from outside": ({"score": "given", "request_window": 1}, "request_window 1 score given"),
+    "a window of scores from outside": (
+        {"score": "given", "head_reduce": "mean", "request_window": 1},
+        "request_window 1 score given",
+    ),
     "norms without weights": ({"score": "logits", "value_norm": "on"}, "window_reduce head_reduce value_norm logits"),
     "a class of no heads": ({"head_class": "reading"}, "all_heads 0 1"),
     "more reading heads than heads": (

@@ -71,7 +71,9 @@ def select_fields(**changes: Any) -> list[Field]:
 
 def stored_fields(**changes: Any) -> list[Field]:
     """Return the fields as an engine stores them."""
-    return select_fields(**(DEFAULTS | changes))
+    attributes = functions.select_attributes(SMALL)
+    told = {name: attributes.pop(name) for name in DEFAULTS if name in attributes}
+    return node_fields(attributes | DEFAULTS | told | changes)
 
 
 def test_creators_and_fields_are_those_of_the_nodes(host: PluginHost) -> None:

@@ -48,6 +48,8 @@ def settings_of(leader: str = "last", reuse: int = 2, boundaries: str = "fixed")
 
 def flags_of(settings: ChunkKVSettings) -> dict[str, Any]:
     flags = {"chunkkv_leader": settings.leader, "chunkkv_layer_reuse": len(settings.layer_groups[0])}
+    if settings.head_reduce != "max":
+        flags["chunkkv_head_reduce"] = settings.head_reduce
     if settings.boundaries == "delimiter":
         flags |= {"chunkkv_boundaries": "delimiter", "tokenizer_dir": llm.checkpoint()}
     return flags
@@ -151,7 +153,7 @@ def test_two_pipeline_stages_are_one_network(machine: llm.Machine) -> None:
 
 @pytest.mark.parametrize("boundaries", ["fixed", "delimiter"])
 def test_two_ranks_that_agree_choose_what_one_rank_chooses(machine: llm.Machine, boundaries: str) -> None:
-    settings = settings_of("first", 2, boundaries)
+    settings = dataclasses.replace(settings_of("first", 2, boundaries), head_reduce="mean")
     (whole,) = map(wide, llm.networks(**flags_of(settings)))
     one = llm.driven([[machine.execution(whole)]], settings, 4, SHORT)
     for agree in (True, False):

@@ -51,7 +51,8 @@ def check_scores(press: PressSettings, recorded: Recording) -> None:
 def reference_scores(press: PressSettings, recorded: Recording) -> list[NDArray[np.float32]]:
     """Return the op's token scores [T] of every row."""
     rows = zip(recorded.query, recorded.key, strict=True)
-    return [reference.token_scores(query, key, press.window_size, pooling=press.kernel_size) for query, key in rows]
+    options = {"pooling": press.kernel_size, "head_reduce": "mean"}
+    return [reference.token_scores(query, key, press.window_size, **options) for query, key in rows]
 
 
 def check_restated_choice(press: PressSettings, recorded: Recording) -> bool:

@@ -114,7 +114,8 @@ class OpCase:
 
 
 def _settings(window: int, chunk_size: int, sinks: int, **others: Any) -> ChunkKVSettings:
-    others.setdefault("min_tokens", window + chunk_size + sinks)
+    """Return small settings; heads are averaged unless a case says otherwise, for which the kernels have own code."""
+    others = {"min_tokens": window + chunk_size + sinks, "head_reduce": "mean", **others}
     return ChunkKVSettings(**{"window": window, "chunk_size": chunk_size, "sinks": sinks, "pooling": 1, **others})
 
 

@@ -33,7 +33,7 @@ from support.tensorrt_graphs import as_plugins
 MAGIC, TIMINGS = b"tensorrt double engine\n", b"tensorrt double timings\n"
 ALIGNMENT = 256
 FIELDS = ("window", "chunk_size", "sinks", "boundaries", "pooling", "score", "min_tokens", "max_kept")
-FIELDS += ("request_window",)
+FIELDS += ("request_window", "head_reduce")
 NUMPY = {TensorProto.FLOAT: np.float32, TensorProto.FLOAT16: np.float16}
 NUMPY |= {TensorProto.INT32: np.int32, TensorProto.INT64: np.int64}
 

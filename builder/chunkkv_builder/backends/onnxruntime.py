@@ -41,7 +41,7 @@ def compression_graphs(plan: GraphPlan) -> dict[str, onnx.ModelProto]:
     assert plan.settings is not None
     graphs = {COMPRESS_FILE: compress_graph(plan), REREAD_FILE: reread_graph(plan)}
     if plan.settings.score != "given":
-        graphs[GIVEN_FILE] = compress_graph(dataclasses.replace(plan, settings=plan.settings.for_given_scores()))
+        graphs[GIVEN_FILE] = compress_graph(dataclasses.replace(plan, settings=plan.settings.with_score("given")))
     return graphs
 
 

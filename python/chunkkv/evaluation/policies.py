@@ -277,6 +277,8 @@ def _settings(text: str, engine: ChunkKVSettings, values: dict[str, Any]) -> Chu
     merged = {**{name: getattr(engine, name) for name in (*_NUMBERS, *_NAMES)}, **values}
     least = merged["window"] + merged["sinks"] + merged["chunk_size"]
     try:
+        if values.get("score", engine.score) != "softmax":
+            engine = engine.with_score(values.get("score", engine.score))
         return dataclasses.replace(engine, **_ONE_CHOICE, **values, min_tokens=max(engine.min_tokens, least))
     except ConfigError as error:
         raise ConfigError(f"policies has {text!r}: {error}") from None

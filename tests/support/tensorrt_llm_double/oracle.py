@@ -71,7 +71,8 @@ def _token_scores(fields: dict[str, Any], settings: ChunkKVSettings, qkv: np.nda
     heads, kv_heads = fields["num_heads"], fields["num_kv_heads"]
     rows = qkv.astype(np.float32).reshape(len(qkv), -1, fields["head_size"]).transpose(1, 0, 2)
     query, key = rows[:heads, -settings.window :], rows[heads : heads + kv_heads]
-    return reference.token_scores(query, key, settings.window, settings.pooling, settings.score)
+    options = settings.window, settings.pooling, settings.score
+    return reference.token_scores(query, key, *options, head_reduce=settings.head_reduce)
 
 
 def _prompts(settings: ChunkKVSettings, types: np.ndarray, host_context: np.ndarray, starts: np.ndarray) -> Any:

@@ -36,7 +36,7 @@ class OnnxRuntimeReread:
         self._each = settings.heads == "each"
         self._graph = load_graph(engine_dir / REREAD_FILE, step.threads)
         file = COMPRESS_FILE if settings.score == "given" else GIVEN_FILE
-        self.compress = OnnxRuntimeCompress(engine_dir / file, settings.for_given_scores(), step.threads)
+        self.compress = OnnxRuntimeCompress(engine_dir / file, settings.with_score("given"), step.threads)
 
     def no_scores(self, length: int) -> dict[int, np.ndarray]:
         """Return scores of zero for a prompt: per part that scores [H,length] float32."""
