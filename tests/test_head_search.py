@@ -17,7 +17,7 @@ from support.tiny_tokenizers import write_tokenizer
 from chunkkv import ChunkKVSession
 from chunkkv.cli.main import main
 from chunkkv.engine.recipe import read_recipe, write_recipe
-from chunkkv.errors import ConfigError
+from chunkkv.errors import BackendUnavailableError, ConfigError
 from chunkkv.evaluation import head_search
 from chunkkv.evaluation.head_proposals import proposals_after, proposals_in_prompt, shortened
 from chunkkv.evaluation.head_report import decisions, demand_picture, measurements
@@ -272,3 +272,23 @@ def test_settings_of_a_probe_are_those_of_the_engine(tokenizer: Tokenizer) -> No
     engine = engine_of(tokenizer)
     assert engine.settings is not None
     assert Prober(engine).settings == dataclasses.replace(engine.settings)
+
+
+@pytest.mark.parametrize(
+    ("lacks", "named"),
+    [
+        ("blockwise_prefill", "hand out a prompt's whole cache"),
+        ("rereads", "read a prompt a second time"),
+        ("head_lengths", "hold another number of tokens in every head"),
+    ],
+)
+def test_an_engine_that_cannot_probe_is_refused_before_any_work(lacks: str, named: str, tokenizer: Tokenizer) -> None:
+    engine = engine_of(tokenizer)
+    able = engine.executor.capabilities
+
+    class Other:  # has no method at all: only what it declares may be asked
+        capabilities = dataclasses.replace(able, **{lacks: False})
+
+    other: Any = Other()
+    with pytest.raises(BackendUnavailableError, match=f"cannot {named}.*backend onnxruntime"):
+        search_heads(ChunkKVSession(other, engine.settings, LIMITS, tokenizer), [prompt(3)], [prompt(4)], 4_000)

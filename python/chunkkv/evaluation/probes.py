@@ -11,11 +11,12 @@ from functools import cached_property
 import numpy as np
 
 from chunkkv import reference
-from chunkkv.errors import ConfigError
+from chunkkv.errors import BackendUnavailableError, ConfigError
 from chunkkv.evaluation.lm_eval.continuations import log_probabilities
 from chunkkv.evaluation.requirements import settings_and_tokenizer
 from chunkkv.evaluation.texts.calibration_texts import AnswerTask, CalibrationPrompt
 from chunkkv.executors.inside import HeadScorer
+from chunkkv.executors.interface import Capabilities
 from chunkkv.reference_layers import head_classes, select_ranked
 from chunkkv.rereading import pieces_of
 from chunkkv.session import ChunkKVSession
@@ -135,8 +136,8 @@ class Probe:
 class Prober:
     """Makes probes on an engine, and answers with what is kept of them.
 
-    Raises EngineMismatchError for an engine without ChunkKV, with unequal numbers of tokens or groups of layers, and
-    BackendUnavailableError for one that cannot read a prompt again.
+    Raises EngineMismatchError for an engine without ChunkKV or a tokenizer, and BackendUnavailableError for one that
+    cannot hand out a prompt's cache, read a prompt again, or hold another number of tokens in every head.
 
     Parameters
     ----------
@@ -146,6 +147,7 @@ class Prober:
 
     def __init__(self, session: ChunkKVSession) -> None:
         self.settings, tokenizer = settings_and_tokenizer(session)
+        check_probes(session.executor.capabilities)
         self._session, self._words = session, repeat_words(tokenizer)
         self._prefiller = session.executor.blockwise_prefiller()
         self._delimiters = tokenizer.delimiter_token_table(vocab_size=session.limits.vocab_size)
@@ -213,6 +215,20 @@ class Prober:
         expected = np.array(task.answer[task.first_scored :], np.int64)
         right = float((logits.argmax(axis=1) == expected).mean())
         return Answered(right, float(log_probabilities(logits, expected).mean()))
+
+
+def check_probes(capabilities: Capabilities) -> None:
+    """Raise BackendUnavailableError for an engine that lacks an ability which probes need."""
+    needed = {
+        "hand out a prompt's whole cache": capabilities.blockwise_prefill,
+        "read a prompt a second time": capabilities.rereads,
+        "hold another number of tokens in every head": capabilities.head_lengths,
+    }
+    if missing := next((ability for ability, able in needed.items() if not able), None):
+        raise BackendUnavailableError(
+            f"this engine cannot {missing}, which finding the heads that read far takes: build the checkpoint for "
+            "backend onnxruntime"
+        )
 
 
 def check_prober_settings(settings: ChunkKVSettings) -> None:
