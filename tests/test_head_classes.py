@@ -146,7 +146,7 @@ def test_layers_that_are_ranked_together_keep_what_was_requested_in_total() -> N
     (prefilled,) = engine.executor.prefiller().run([request], cache, threading.Event())
     lengths = prefilled.kept_lengths
     assert lengths is not None and len(set(lengths)) > 1
-    assert sum(lengths) == LAYERS * request.kept_tokens and min(lengths) >= settings.min_tokens
+    assert sum(lengths) == LAYERS * request.kept_tokens and min(lengths) >= settings.layer_floor
     assert prefilled.choice is not None
     assert tuple(len(prefilled.choice.kept_indices[layer]) for layer in range(LAYERS)) == lengths
     result = engine.generate(prompt, SamplingParams(4))

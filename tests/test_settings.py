@@ -127,7 +127,7 @@ def test_class_lengths_follow_the_shares() -> None:
 def test_ranked_layers_may_keep_what_all_others_leave() -> None:
     options = ChunkKVSettings(keep_per_10k=2_000, budget_split="ranked", layer_groups=((0,), (1,), (2,)))
     assert options.length_classes == 3
-    assert options.class_capacities(1_000) == (600 - 2 * 64,) * 3
+    assert options.class_capacities(1_000) == (600 - 2 * 30,) * 3
     assert options.class_capacities(1_000, 9_000) == (1_000,) * 3
     with pytest.raises(ConfigError, match=naming("'ranked' class_capacities")):
         options.class_lengths(1_000)

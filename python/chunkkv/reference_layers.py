@@ -118,7 +118,7 @@ def select_ranked(
 ) -> list[NDArray[np.int32]]:
     """Return the positions that stay in every layer, ascending, where all layers compete for one total (section 4).
 
-    Every layer keeps at least what it chooses with N = min_tokens. All other tokens of all layers are ranked by their
+    Every layer keeps at least what it chooses with N = layer_floor. All other tokens of all layers are ranked by their
     chunk's score, equal scores by lower layer and then by lower position, until `layers * kept` tokens stay.
 
     Parameters
@@ -130,7 +130,7 @@ def select_ranked(
     kept : int
         N(L), the mean over the layers.
     settings : ChunkKVSettings
-        Window, sinks, chunks and min_tokens.
+        Window, sinks and chunks.
     is_delimiter : bool [L], optional
         Needed where settings.boundaries is "delimiter".
     """
@@ -143,12 +143,12 @@ def select_ranked(
     stays = np.zeros((layers, length), dtype=bool)
     rank_value = np.full((layers, length), np.nan)
     for layer in range(layers):
-        least = reference.select_tokens(scores[layer], length, settings.min_tokens, settings, is_delimiter)
+        least = reference.select_tokens(scores[layer], length, settings.layer_floor, settings, is_delimiter)
         stays[layer, least] = True
         rank_value[layer, settings.sinks : end] = np.repeat(reference.chunk_scores(scores[layer], starts, end), sizes)
     candidates = np.flatnonzero(~stays)
     best_first = candidates[np.argsort(-rank_value.ravel()[candidates], kind="stable")]  # NaN last
-    stays.ravel()[best_first[: layers * (kept - settings.min_tokens)]] = True
+    stays.ravel()[best_first[: layers * (kept - settings.layer_floor)]] = True
     return [np.flatnonzero(of_layer).astype(np.int32) for of_layer in stays]
 
 

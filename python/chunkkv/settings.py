@@ -143,7 +143,7 @@ class ChunkKVSettings:
             raise ConfigError(f"pooling is {self.pooling}; allowed are odd values (1 = off, 5 = SnapKV's)")
 
     def _check_budget(self) -> None:
-        least = self.window + self.sinks + self.chunk_size
+        least = self.layer_floor
         if self.min_tokens < least:
             raise ConfigError(
                 f"min_tokens is {self.min_tokens}; it must be at least window + sinks + chunk_size = {least}: "
@@ -274,13 +274,18 @@ class ChunkKVSettings:
         """Return the most tokens that every length class can keep; parameters as in class_lengths.
 
         These are the class lengths themselves but for budget_split "ranked": there one layer may win what all others
-        leave above min_tokens.
+        leave above layer_floor.
         """
         if self.budget_split != "ranked":
             return self.class_lengths(length, keep_per_10k, budget_tokens)
-        layers, least = self.length_classes, min(length, self.min_tokens)
+        layers, least = self.length_classes, min(length, self.layer_floor)
         total = layers * self.kept_tokens(length, keep_per_10k, budget_tokens)
         return (min(length, total - (layers - 1) * least),) * layers
+
+    @property
+    def layer_floor(self) -> int:
+        """The fewest tokens that a layer keeps with budget_split "ranked": sinks, window and one chunk."""
+        return self.window + self.sinks + self.chunk_size
 
     def _budget(self, keep_per_10k: int | None, budget_tokens: int | None) -> int:
         """Return the number of tokens that decides, 0 where it is a ratio."""

@@ -164,7 +164,7 @@ def score_function(
     scores = score_bodies.pooled(e, settings, raw, row.before_window)
     start = _chunk_starts(e, settings, row.position, sorted_starts)
     e.op("Identity", [scores], ["token_scores"])
-    least = e.op("Min", [row.length, e.const(settings.min_tokens, "int64")])
+    least = e.op("Min", [row.length, e.const(settings.layer_floor, "int64")])
     values = _rank_values(e, settings, scores, row, start)
     e.op("Identity", [ranked.with_floor(e, values, least)], ["rank_values"])
     return _function(SCORE, select_inputs(settings, request_window), ["rank_values", "token_scores"], e, opset)
