@@ -88,6 +88,11 @@ def test_the_command_writes_the_page(session: ChunkKVSession, tmp_path: Path, ca
     length = len(page_data(output.read_text(encoding="utf-8"))["tokens"])
     assert capsys.readouterr().out == f"{output}: 20 of {length} tokens kept\n"
     os.mkfifo(tmp_path / "pipe")  # no plain file, like a device: it must not be replaced
+    main(
+        ["inspect", "--engine_dir", str(engine), "--output", str(output), "--scorer", "reread", "--as_context", PROMPT]
+    )
+    assert page_data(output.read_text(encoding="utf-8"))["scorer"] == "reread"
+    capsys.readouterr()
     for bad in (tmp_path, tmp_path / "no" / "page.html", tmp_path / "pipe"):
         with pytest.raises(SystemExit) as stopped:
             main(["inspect", "--engine_dir", str(engine), "--output", str(bad), PROMPT])

@@ -17,7 +17,7 @@ from chunkkv.contexts.scorers import REREAD, WINDOW, with_scorer
 from chunkkv.errors import BackendUnavailableError, EngineMismatchError, RequestError
 from chunkkv.executors.interface import Capabilities, Choice
 from chunkkv.executors.onnxruntime.prefill import OnnxRuntimePrefillRun
-from chunkkv.reference import select_batch
+from chunkkv.reference import given_scores, select_batch
 from chunkkv.reference_layers import head_classes, select_ranked
 from chunkkv.requests import Request, make_requests
 from chunkkv.rereading import PIECE_TOKENS, RepeatWords, pieces_of
@@ -114,13 +114,8 @@ def test_scores_are_the_largest_attention_of_a_second_reading(name: str, tokeniz
     queries = step.append_block(cache, piece.ids, length, length, query_count=extra)[1]
     assert set(run._scores) == set(queries)
     for part, query in queries.items():
-        key = cache.keys[part][0].astype(np.float64)
-        logits = query[0].reshape(len(key), -1, extra, key.shape[2]) @ key[:, None].swapaxes(2, 3)
-        logits /= np.sqrt(key.shape[2])
-        logits[..., length:][..., np.triu(np.ones((extra, extra), bool), 1)] = -np.inf
-        weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
-        weights /= weights.sum(axis=-1, keepdims=True)
-        np.testing.assert_allclose(run._scores[part], weights.max(axis=(1, 2))[:, :length], rtol=1e-4, atol=1e-6)
+        received = attention(query[0], cache.keys[part][0], extra)[:, :length]
+        np.testing.assert_allclose(run._scores[part], received, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", SPLITS)
@@ -152,6 +147,114 @@ def test_the_tokens_kept_are_those_of_the_reference(name: str, tokenizer: Tokeni
         kept = choice.kept_indices[part]
         rows = np.take_along_axis(full.keys[part][0], np.atleast_2d(kept)[..., None], axis=1)
         np.testing.assert_array_equal(out.keys[part][0, :, : kept.shape[-1]], rows)
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_inspect_shows_what_a_second_reading_keeps(name: str, tokenizer: Tokenizer) -> None:
+    engine, ids = engine_of(tokenizer, **SPLITS[name]), tokens(90, 1)
+    _, _, choice, _ = prefilled(engine, ids)
+    told: list[tuple[int, int]] = []
+    found = engine.inspect(ids, scorer="reread", on_prefill=lambda *at: told.append(at))
+    assert found.scorer == "reread" and told[-1][0] == told[-1][1] > 2 * len(ids)
+    layout, groups = engine.executor.cache_layout, iter(found.groups)
+    for number in sorted(choice.kept_indices):
+        heads, kept = len(layout.parts[number].kv_heads), choice.kept_indices[number]
+        scores = choice.token_scores.get(number)
+        for head in range(heads) if kept.ndim == 2 else (...,):
+            group = next(groups)
+            np.testing.assert_array_equal(group.kept_indices, kept[head])
+            if scores is not None:
+                np.testing.assert_array_equal(group.token_scores, scores[head])
+    assert next(groups, None) is None
+    by_window = name != "scores given" and engine.inspect(ids, scorer="window")
+    assert not by_window or (by_window.scorer, by_window.groups) != ("reread", found.groups)
+
+
+def test_inspect_takes_the_scorer_that_the_engine_would_take(tokenizer: Tokenizer) -> None:
+    ids = tokens(90, 4)
+    for changes, of_prompt, of_context in (
+        ({}, "window", "window"),
+        ({"budget_split": "ranked"}, "window", "reread"),
+        ({"score": "given"}, "reread", "reread"),
+    ):
+        engine = engine_of(tokenizer, **changes)
+        shown = [engine.inspect(ids, as_context=later) for later in (False, True)]
+        assert [one.scorer for one in shown] == [of_prompt, of_context]
+        context = engine.compress(ids)
+        assert context.scorer == of_context
+        kept = [len(group.kept_indices) for group in shown[1].groups]
+        assert len(context.slots) == 1 or tuple(kept) == context.slots, "lengths per layer"
+
+
+@pytest.mark.parametrize("keep_ratio", [1.0, 0.4])
+@pytest.mark.parametrize("name", SPLITS)
+def test_a_turn_is_chosen_as_its_context_was(name: str, keep_ratio: float, tokenizer: Tokenizer) -> None:
+    """The turn's second reading sees the context's sinks, the turn and itself, and repeats the turn alone."""
+    engine, turn = engine_of(tokenizer, **SPLITS[name]), tokens(70, 6)
+    context = engine.compress(tokens(50, 5), keep_ratio=keep_ratio, scorer="reread")
+    told: list[tuple[int, int]] = []
+    longer = context.extend(turn, keep_ratio=0.4, on_prefill=lambda *at: told.append(at))
+    assert longer.scorer == "reread" and told[-1][0] == told[-1][1] > 140
+    settings, layout, executor = engine.settings, engine.executor.cache_layout, engine.executor
+    assert settings is not None
+    step = executor.step  # type: ignore[attr-defined]
+    (piece,) = pieces_of(np.array(turn), repeat_words(tokenizer), 1_000, context.token_ids)
+    extra = len(piece.ids)
+    assert piece.ids[-len(turn) :].tolist() == turn and context.token_ids[-1] in piece.ids[:-70]
+    row = step.new_cache(1, tuple(count + 70 + extra for count in context.slots))
+    executor.continuer().copy(context.cache, context.slots, row)
+    step.append_block(row, np.array(turn), context.slots, 50)
+    queries = step.append_block(row, piece.ids, tuple(n + 70 for n in context.slots), 120, query_count=extra)[1]
+    scores = {}
+    for part, query in queries.items():
+        start = context.slots[layout.parts[part].length_class]
+        seen = [*range(settings.sinks), *range(start, start + 70 + extra)]
+        received = attention(query[0], row.keys[part][0][:, seen], extra)[:, settings.sinks :][:, :70]
+        scores[part] = received if settings.heads == "each" else received.max(axis=0)
+    for part, kept in kept_by(settings, layout, scores, turn).items():
+        start = context.slots[layout.parts[part].length_class]
+        added = row.keys[part][0][:, start : start + 70]
+        rows = np.take_along_axis(added, np.atleast_2d(kept)[..., None], axis=1)
+        got = longer.cache.keys[part][0][:, start : longer.slots[layout.parts[part].length_class]]
+        np.testing.assert_allclose(got, rows, atol=1e-5)
+
+
+def attention(query: np.ndarray, key: np.ndarray, extra: int) -> np.ndarray:
+    """Return the largest weight [H,K] of keys [H,K,D]; the last `extra` belong to the queries [g*H,S,D]."""
+    logits = query.reshape(len(key), -1, extra, key.shape[2]) @ key[:, None].astype(np.float64).swapaxes(2, 3)
+    logits /= np.sqrt(key.shape[2])
+    logits[..., -extra:][..., np.triu(np.ones((extra, extra), bool), 1)] = -np.inf
+    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return (weights / weights.sum(axis=-1, keepdims=True)).max(axis=(1, 2))
+
+
+def kept_by(settings: Any, layout: Any, scores: dict[int, np.ndarray], turn: list[int]) -> dict[int, np.ndarray]:
+    """Return what the reference keeps of a turn by scores from outside, per part that scores."""
+    given, length = settings.with_score("given"), len(turn)
+    if settings.budget_split == "ranked":
+        pooled = np.stack([given_scores(scores[part], settings.window, settings.pooling) for part in sorted(scores)])
+        return dict(enumerate(select_ranked(pooled, length, settings.kept_tokens(length, 4_000), settings)))
+    kept = {}
+    for part, of_part in scores.items():
+        key = np.zeros((1, len(layout.parts[part].kv_heads), length, 8), np.float32)
+        kept[part] = select_batch(
+            None, key, np.array([length]), given, scores=of_part[None], head_class=layout.parts[part].head_class,
+            keep_per_10k=np.array([4_000]),
+        ).kept_indices[0]  # fmt: skip
+    return kept
+
+
+def test_a_turn_may_have_another_scorer_and_falls_back_where_there_is_no_room(tokenizer: Tokenizer) -> None:
+    engine = engine_of(tokenizer, budget_split="ranked")
+    context, turn = engine.compress(tokens(60, 5), keep_ratio=1.0, scorer="reread"), tokens(50, 6)
+    by_window, by_reread = (context.extend(turn, keep_ratio=0.6, scorer=name) for name in ("window", "reread"))
+    assert by_window.slots != by_reread.slots == context.extend(turn, keep_ratio=0.6).slots
+    longer = context.extend(tokens(80, 7))
+    assert longer.extend(turn, keep_ratio=0.6).slots == longer.extend(turn, keep_ratio=0.6, scorer="window").slots
+    with pytest.raises(RequestError, match="again behind it, for which this engine has 66 positions"):
+        longer.extend(turn, keep_ratio=0.6, scorer="reread")
+    with pytest.raises(EngineMismatchError, match="built with score 'given'"):
+        engine_of(tokenizer, score="given").compress(tokens(60)).extend(turn, keep_ratio=0.6, scorer="window")
 
 
 class _Never:

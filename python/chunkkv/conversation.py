@@ -169,7 +169,10 @@ class Conversation:
         per_10k = round(self._keep_ratio * KEEP_SCALE)
         if settings.kept_tokens(len(turn), per_10k) == len(turn):
             return whole
-        return base.extend(turn, keep_ratio=self._keep_ratio)
+        try:
+            return base.extend(turn, keep_ratio=self._keep_ratio)
+        except RequestError:  # an engine without attention scores has no room to read the turn again
+            return whole
 
     def _messages_before(self) -> list[Message]:
         """Return the messages before the first question."""

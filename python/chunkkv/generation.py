@@ -13,7 +13,7 @@ from chunkkv import profiling
 from chunkkv.answer import Answer, decode_step
 from chunkkv.cache_layout import Slots
 from chunkkv.contexts import Context, ContinuedRequest, context_of_row, start_prefill
-from chunkkv.contexts.context import Engine
+from chunkkv.contexts.engine import Engine
 from chunkkv.executors.interface import CancelSignal, KVCache, PrefillProgress, PrefillResult, no_progress
 from chunkkv.requests import CallProgress, Request
 from chunkkv.results import StreamEvent

@@ -35,6 +35,7 @@ def inspect_prompt(
     tokenizer: Tokenizer | None,
     request: Request,
     progress: PrefillProgress,
+    scorer: str,
 ) -> Inspection:
     """Prefill one prompt and return what every group keeps; see ChunkKVSession.inspect."""
     if not executor.capabilities.reports_choice and request.kept_tokens < len(request.ids):
@@ -56,6 +57,7 @@ def inspect_prompt(
         kept_tokens=request.kept_tokens,
         settings=settings,
         groups=tuple(_choices(settings, executor.cache_layout, len(request.ids), flags, prefilled.choice)),
+        scorer=scorer,
     )
 
 

@@ -57,10 +57,13 @@ class Piece:
     ids: np.ndarray
 
 
-def pieces_of(ids: np.ndarray, words: RepeatWords, room: int) -> tuple[Piece, ...]:
+def pieces_of(
+    ids: np.ndarray, words: RepeatWords, room: int, before: Sequence[int] | np.ndarray = ()
+) -> tuple[Piece, ...]:
     """Return what is read behind the prompt ids [L] int64, piece by piece; together they cover it.
 
-    Left out are the frame of the chat template before the text, and an end of the user's message behind it.
+    Left out are the frame of the chat template before the text, and an end of the user's message behind it. Behind a
+    context every piece is a part of what stands before, and the first one begins behind the context's last tokens.
 
     Parameters
     ----------
@@ -70,8 +73,12 @@ def pieces_of(ids: np.ndarray, words: RepeatWords, room: int) -> tuple[Piece, ..
         The instructions.
     room : int
         Positions that the engine has behind the prompt. Raises RequestError where they are too few.
+    before : sequence of int or numpy.ndarray, default ()
+        Token ids of the context that the prompt goes on with.
     """
-    start = len(words.frame) if _begins(ids, words.frame) else 0
+    text = np.concatenate([np.asarray(before, np.int64)[-REMINDER_TOKENS:], ids])
+    held = len(text) - len(ids)
+    start = len(words.frame) if not held and _begins(ids, words.frame) else 0
     stop = len(ids)
     if words.turn and _begins(ids[-len(words.turn) :], words.turn) and stop - len(words.turn) > start:
         stop -= len(words.turn)
@@ -87,8 +94,9 @@ def pieces_of(ids: np.ndarray, words: RepeatWords, room: int) -> tuple[Piece, ..
     for first in range(start, stop, size):
         last = min(first + size, stop)
         asks: Sequence[int] = words.whole
-        if first > start:
-            asks = (*words.part, *ids[first - REMINDER_TOKENS : first].tolist())
+        if first > start or held:
+            reminder = text[max(held + first - REMINDER_TOKENS, 0) : held + first]
+            asks = (*words.part, *reminder.tolist())
         read = np.concatenate([np.array([*asks, *words.turn], np.int64), ids[first:last]])
         pieces.append(Piece(first, last, read))
     return tuple(pieces)

@@ -163,6 +163,8 @@ class Inspection:
         What the engine was built with.
     groups : tuple of GroupChoice
         The choice of every layer-reuse group; one entry for each class of heads and for each head that has its own.
+    scorer : str, default "window"
+        What chose: the attention of the prompt's last tokens, or "reread", of a second reading.
     """
 
     tokens: tuple[str, ...]
@@ -170,6 +172,7 @@ class Inspection:
     kept_tokens: int
     settings: ChunkKVSettings
     groups: tuple[GroupChoice, ...]
+    scorer: str = "window"
 
     def keeping_shares(self) -> np.ndarray:
         """Return for every token the share of the KV heads of all layers that keep it.

@@ -13,6 +13,7 @@ from chunkkv.answer import Answer, ModelOutput
 from chunkkv.cache_layout import Slots
 from chunkkv.contexts import Context, continue_requests, make_context
 from chunkkv.contexts.context import check_continues
+from chunkkv.contexts.make import context_request
 from chunkkv.contexts.scorers import with_scorer
 from chunkkv.engine.directory import EngineFiles
 from chunkkv.errors import RequestError
@@ -304,21 +305,38 @@ class ChunkKVSession:
         keep_ratio: float | None = None,
         budget_tokens: int | None = None,
         on_prefill: PrefillProgress | None = None,
+        *,
+        scorer: str | None = None,
+        as_context: bool = False,
     ) -> Inspection:
         """Prefill one prompt and return what every layer-reuse group would keep, and why.
 
-        `on_prefill` is called as in generate.
+        Raises EngineMismatchError for an engine without ChunkKV, EngineRunError where the model's numbers overflow,
+        and as generate does for the request.
 
-        Raises EngineMismatchError for an engine without ChunkKV, EngineRunError where the model's numbers overflow.
+        Parameters
+        ----------
+        prompt, keep_ratio, budget_tokens, on_prefill : optional
+            As for generate.
+        scorer : {"window", "reread"} or None, default None
+            What chooses. None is what generate would take, or compress with `as_context`.
+        as_context : bool, default False
+            Show what `compress` keeps of the prompt, for questions that come later, instead of what generate keeps.
         """
         settings = check_inspects(self.settings)
-        own_window = self.executor.capabilities.window_per_request
-        (request,) = make_requests(
-            [prompt], self.tokenizer, self.limits, settings, keep_ratio, budget_tokens, 0, window_per_request=own_window
-        )
+        if as_context:
+            request, used, _ = context_request(self, prompt, keep_ratio, budget_tokens, scorer)
+        else:
+            able = self.executor.capabilities.window_per_request
+            budget = keep_ratio, budget_tokens
+            (request,) = make_requests(
+                [prompt], self.tokenizer, self.limits, settings, *budget, 0, window_per_request=able
+            )
+            request, used = with_scorer(self, request, scorer)
         progress = CallProgress([request], on_prefill or no_progress)
-        inspection = inspect_prompt(self.executor, settings, self.limits.vocab_size, self.tokenizer, request, progress)
-        progress.add([len(request.ids)])
+        known = settings, self.limits.vocab_size, self.tokenizer
+        inspection = inspect_prompt(self.executor, *known, request, progress, used.name)
+        progress.add([request.read_tokens])
         return inspection
 
     def start_answer(self, row: int, request: Request, sampling: SamplingParams, capacity: Slots) -> Answer:

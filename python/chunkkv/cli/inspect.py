@@ -11,6 +11,7 @@ from chunkkv.cli.options import (
     add_engine_flags,
     add_log_level,
     add_prompt_flags,
+    add_scorer,
     check_output_file,
     in_chat_template,
     open_session,
@@ -33,6 +34,12 @@ def add_parser(program: CommandParser) -> None:
     add_prompt_flags(parser)
     add_engine_flags(parser)
     add_budget_flags(parser)
+    add_scorer(parser, "what the engine takes; with --as_context what serves later questions best")
+    parser.add_argument(
+        "--as_context",
+        action="store_true",
+        help="show what chunkkv compress keeps of the prompt, for questions that come later",
+    )
     group = parser.add_argument_group("output")
     group.add_argument(
         "--output",
@@ -53,6 +60,13 @@ def run(args: argparse.Namespace) -> None:
     session = open_session(args)
     prompt = in_chat_template(args, session, text)
     with prefill_progress(args.log_level == "error") as on_prefill:
-        inspection = session.inspect(prompt, args.keep_ratio, args.budget_tokens, on_prefill)
+        inspection = session.inspect(
+            prompt,
+            args.keep_ratio,
+            args.budget_tokens,
+            on_prefill,
+            scorer=args.scorer,
+            as_context=args.as_context,
+        )
     write_page(inspection, args.output)
     print(f"{args.output}: {inspection.kept_tokens} of {len(inspection.token_ids)} tokens kept")

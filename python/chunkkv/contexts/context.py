@@ -7,42 +7,18 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, cast
+from typing import cast
 
 import numpy as np
 
+from chunkkv.contexts.engine import Engine
 from chunkkv.contexts.origin import Origin, continuation_ids, shared_tokens
 from chunkkv.contexts.saved import SavedContext
+from chunkkv.contexts.scorers import with_scorer
 from chunkkv.errors import BackendUnavailableError, EngineRunError, RequestError
-from chunkkv.executors.interface import Executor, KVCache, PrefillProgress, PrefillResult, no_progress
-from chunkkv.requests import Limits, Prompt, Request, make_requests
+from chunkkv.executors.interface import KVCache, PrefillProgress, PrefillResult, no_progress
+from chunkkv.requests import Prompt, Request, make_requests
 from chunkkv.sampling import check_finite
-from chunkkv.settings import ChunkKVSettings
-from chunkkv.text.tokenizer import Tokenizer
-
-
-class Engine(Protocol):
-    """What a context needs of the engine that made it; a ChunkKVSession is one."""
-
-    @property
-    def executor(self) -> Executor[Any]:
-        """Runs the engine's graphs."""
-
-    @property
-    def settings(self) -> ChunkKVSettings | None:
-        """What the engine was built with."""
-
-    @property
-    def limits(self) -> Limits:
-        """The sizes that the engine was built for."""
-
-    @property
-    def tokenizer(self) -> Tokenizer | None:
-        """Turns text into tokens."""
-
-    @property
-    def engine_sha256(self) -> str:
-        """Digest of the engine's files; empty for an engine that was not loaded from a directory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,11 +82,13 @@ class Context:
         *,
         keep_ratio: float | None = None,
         budget_tokens: int | None = None,
+        scorer: str | None = None,
         on_prefill: PrefillProgress | None = None,
     ) -> Context:
         """Return a context that goes on with `prompt`; this one stays as it is.
 
-        Raises RequestError for what the engine cannot take, BackendUnavailableError where it cannot compress a turn.
+        Raises RequestError for what the engine cannot take, BackendUnavailableError where it cannot compress a turn or
+        run the scorer.
 
         Parameters
         ----------
@@ -120,8 +98,12 @@ class Context:
             Share of the turn's tokens that stay, in (0, 1]. None keeps the turn whole.
         budget_tokens : int or None, default None
             Tokens of the turn that stay, instead of a ratio.
+        scorer : {"window", "reread"} or None, default None
+            What chooses them: attention of the turn's last tokens, or of a second reading of the turn. None is what
+            chose the tokens of this context, or "window" where a second reading finds no room.
         on_prefill : callable or None, default None
-            Called as on_prefill(done, total) with the turn's tokens that are prefilled and all of them.
+            Called as on_prefill(done, total) with the turn's tokens that are prefilled and all of them; both readings
+            count.
         """
         engine, executor = self.engine, self.engine.executor
         ids = continuation_ids(self.origin, self.token_ids, prompt, engine.tokenizer, answers=False)
@@ -133,11 +115,12 @@ class Context:
                 "this engine cannot compress a turn behind a context: keep it whole (keep_ratio 1.0), or build the "
                 "checkpoint for backend onnxruntime"
             )
+        request, _ = with_scorer(engine, request, scorer, default=self.scorer, before=self.token_ids)
         needed = tuple(count + more for count, more in zip(self.slots, request.class_lengths, strict=True))
         cache = executor.new_cache(1, executor.capacity_for(needed))
         continuer, tell = executor.continuer(), on_prefill or no_progress
         continuer.copy(self.cache, self.slots, cache)
-        tell(0, length)
+        tell(0, request.read_tokens)
         result = continuer.extend(cache, self.slots, len(self), request, threading.Event(), tell)
         check_prefilled(result)
         added = result.kept_lengths or request.class_lengths

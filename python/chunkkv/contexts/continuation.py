@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from chunkkv import profiling
-from chunkkv.contexts.context import Context, Engine, check_continues, check_positions
+from chunkkv.contexts.context import Context, check_continues, check_positions
+from chunkkv.contexts.engine import Engine
 from chunkkv.contexts.origin import continuation_ids
 from chunkkv.errors import RequestError
 from chunkkv.executors.interface import (

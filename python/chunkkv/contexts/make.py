@@ -7,11 +7,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from chunkkv.contexts.context import Context, Engine, check_continues, check_prefilled
+from chunkkv.contexts.context import Context, check_continues, check_prefilled
+from chunkkv.contexts.engine import Engine
 from chunkkv.contexts.origin import Origin, origin_of
-from chunkkv.contexts.scorers import with_scorer
+from chunkkv.contexts.scorers import Scorer, default_scorer, with_scorer
 from chunkkv.executors.interface import KVCache, PrefillProgress, no_progress
-from chunkkv.requests import CallProgress, Prompt, make_requests
+from chunkkv.requests import CallProgress, Prompt, Request, make_requests
 
 
 def make_context(
@@ -25,10 +26,7 @@ def make_context(
 ) -> Context:
     """Return `prompt` as a context; see ChunkKVSession.compress."""
     check_continues(engine)
-    origin = origin_of(prompt)
-    ids: Prompt = prompt if origin == Origin() else origin.begin(engine.tokenizer, add_special_tokens)
-    (request,) = make_requests([ids], None, engine.limits, engine.settings, keep_ratio, budget_tokens, 0)
-    request, by = with_scorer(engine, request, scorer, of_context=True)
+    request, by, origin = context_request(engine, prompt, keep_ratio, budget_tokens, scorer, add_special_tokens)
     executor = engine.executor
     cache = executor.new_cache(1, executor.capacity_for(request.class_lengths))
     progress = CallProgress([request], on_prefill or no_progress)
@@ -37,6 +35,25 @@ def make_context(
     progress.add([request.read_tokens])
     slots = prefilled.kept_lengths or request.class_lengths
     return Context(request.ids, slots, cache, origin, engine, by.name)
+
+
+def context_request(
+    engine: Engine,
+    prompt: Prompt,
+    keep_ratio: float | None = None,
+    budget_tokens: int | None = None,
+    scorer: str | None = None,
+    add_special_tokens: bool = True,
+) -> tuple[Request, Scorer, Origin]:
+    """Return the checked request that makes a prompt a context, its scorer, and what it was made from.
+
+    Parameters and errors are those of ChunkKVSession.compress.
+    """
+    origin = origin_of(prompt)
+    ids: Prompt = prompt if origin == Origin() else origin.begin(engine.tokenizer, add_special_tokens)
+    (request,) = make_requests([ids], None, engine.limits, engine.settings, keep_ratio, budget_tokens, 0)
+    request, by = with_scorer(engine, request, scorer, of_context=True)
+    return request, by, origin
 
 
 def context_of_row(
@@ -61,4 +78,5 @@ def context_of_row(
     executor = engine.executor
     own = executor.new_cache(1, executor.capacity_for(tuple(slots)))
     executor.continuer().copy(cache, slots, own)
-    return Context(np.asarray(token_ids, np.int64), tuple(slots), own, origin or Origin(), engine)
+    scorer = default_scorer(engine).name
+    return Context(np.asarray(token_ids, np.int64), tuple(slots), own, origin or Origin(), engine, scorer)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from chunkkv.contexts.context import Engine
+import numpy as np
+
+from chunkkv.contexts.engine import Engine
 from chunkkv.errors import BackendUnavailableError, EngineMismatchError, RequestError
 from chunkkv.requests import Request
 from chunkkv.rereading import pieces_of
@@ -36,7 +39,15 @@ REREAD = Scorer("reread", "the attention of a second reading of the prompt, behi
 SCORERS = {scorer.name: scorer for scorer in (WINDOW, REREAD)}
 
 
-def with_scorer(engine: Engine, request: Request, name: str | None, of_context: bool = False) -> tuple[Request, Scorer]:
+def with_scorer(
+    engine: Engine,
+    request: Request,
+    name: str | None,
+    of_context: bool = False,
+    *,
+    default: str | None = None,
+    before: Sequence[int] | np.ndarray = (),
+) -> tuple[Request, Scorer]:
     """Return a request as a scorer needs it, and the scorer.
 
     Raises RequestError for an unknown name and where the engine has no room for a second reading,
@@ -49,17 +60,22 @@ def with_scorer(engine: Engine, request: Request, name: str | None, of_context: 
     request : Request
         The prompt with its budget.
     name : str or None
-        The scorer; None for the one that serves best and fits.
+        The scorer; None for the default, or "window" where a second reading finds no room.
     of_context : bool, default False
         Whether the questions come later.
+    default : str or None, default None
+        The scorer where none is named; None for the one that serves best.
+    before : sequence of int or numpy.ndarray, default ()
+        Token ids of the context that the prompt goes on with.
     """
-    scorer = _default(engine, of_context) if name is None else _named(name, engine)
+    wanted = default if name is None else name
+    scorer = default_scorer(engine, of_context) if wanted is None else _named(wanted, engine)
     if not scorer.rereads or not _chooses(engine, request):
         return request, scorer
     assert engine.tokenizer is not None and engine.settings is not None
-    room = engine.limits.max_seq_len - len(request.ids)
+    room = engine.limits.max_seq_len - len(before) - len(request.ids)
     try:
-        pieces = pieces_of(request.ids, repeat_words(engine.tokenizer), room)
+        pieces = pieces_of(request.ids, repeat_words(engine.tokenizer), room, before)
     except RequestError:
         if name is None and engine.settings.score != "given":
             return request, WINDOW
@@ -96,8 +112,16 @@ def _named(name: str, engine: Engine) -> Scorer:
     return scorer
 
 
-def _default(engine: Engine, of_context: bool) -> Scorer:
-    """Return what serves best: a question in the prompt observes for itself, later questions need a second reading."""
+def default_scorer(engine: Engine, of_context: bool = False) -> Scorer:
+    """Return what serves best: a question in the prompt observes for itself, later questions need a second reading.
+
+    Parameters
+    ----------
+    engine : Engine
+        The session that is to run the request.
+    of_context : bool, default False
+        Whether the questions come later.
+    """
     settings, executor = engine.settings, engine.executor
     able = executor.capabilities.rereads and settings is not None and engine.tokenizer is not None
     if not able or settings is None:

@@ -29,6 +29,7 @@ def render_page(inspection: Inspection) -> str:
         "tokens": list(inspection.tokens),
         "ids": list(inspection.token_ids),
         "kept_tokens": inspection.kept_tokens,
+        "scorer": inspection.scorer,
         "settings": {name: value for name, value in settings.items() if name not in _LISTS},
         "groups": [_group(group) for group in inspection.groups],
     }

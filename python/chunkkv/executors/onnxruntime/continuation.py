@@ -55,10 +55,11 @@ class OnnxRuntimeContinuer:
     ) -> PrefillResult:
         """Append a text and keep a part of it; see Continuer.extend."""
         started, length = time.perf_counter(), len(request.ids)
-        compresses = request.kept_tokens < length
+        compresses, total = request.kept_tokens < length, request.read_tokens
         row = cache
         if compresses:  # all keys of the text are needed at once, before some of them go
-            row = self._step.new_cache(1, _plus(slots, length))
+            longest = max((len(piece.ids) for piece in request.reread), default=0)
+            row = self._step.new_cache(1, _plus(slots, length + longest))
             self.copy(cache, slots, row)
         logits: np.ndarray | None = None
         queries: dict[int, np.ndarray] = {}
@@ -70,7 +71,15 @@ class OnnxRuntimeContinuer:
                 ids = request.ids[done : done + size]
                 logits, queries = self._step.append_block(row, ids, _plus(slots, done), position + done)
                 done += size
-                progress(done, length)
+                progress(done, total)
+            scores: dict[int, np.ndarray] = {}
+            if request.reread:
+                scores = self._prefiller.reread.no_scores(length)
+                for size in self._prefiller.reread.read(row, length, request.reread, scores, slots, position):
+                    if cancel.is_set():
+                        return PrefillResult(None)
+                    done += size
+                    progress(done, total)
         prefill_s, whole = time.perf_counter() - started, self._step.layout.slots(length)
         if not compresses:
             return PrefillResult(logits, prefill_s=prefill_s, kept_lengths=whole)
@@ -79,7 +88,10 @@ class OnnxRuntimeContinuer:
         _copy_slots(row, slots, whole, text, start)
         with profiling.range_of("compress", (request,)):
             budget = request.keep_per_10k, request.budget_tokens
-            choice = self._prefiller.compress(text, queries, request.ids, *budget, out)
+            if scores:
+                choice = self._prefiller.compress_scored(text, scores, request.ids, *budget, out)
+            else:
+                choice = self._prefiller.compress(text, queries, request.ids, *budget, out)
         _copy_slots(out, start, choice.kept_lengths, cache, slots)
         scratch = row.nbytes + text.nbytes + out.nbytes
         seconds = time.perf_counter() - started

@@ -120,6 +120,19 @@ class OnnxRuntimePrefiller(Prefiller[HostKVCache]):
             pass
         return scores
 
+    def compress_scored(
+        self,
+        full: HostKVCache,
+        scores: dict[int, np.ndarray],
+        ids: np.ndarray,
+        keep_per_10k: int,
+        budget_tokens: int,
+        out: HostKVCache,
+    ) -> Choice:
+        """Choose by the scores of a second reading, as `reread_scores` gives them, and copy it to `out`."""
+        given = self.reread.for_compress(scores, max(full.capacity))
+        return self.reread.compress.run(full, given, ids, keep_per_10k, budget_tokens, out)
+
     @property
     def reread(self) -> OnnxRuntimeReread:
         """What scores by a second reading."""
@@ -190,14 +203,12 @@ class OnnxRuntimePrefillRun:
     def _compress(self) -> PrefillResult:
         assert self._compressed is not None, "a run that compresses nothing ends with its last block"
         started, request = time.perf_counter(), self._request
-        rest = request.ids, request.keep_per_10k, request.budget_tokens, self._compressed, request.window
+        rest = request.ids, request.keep_per_10k, request.budget_tokens, self._compressed
         with profiling.range_of("compress", (request,)):  # score, select and compact of all layers are one graph
             if self._scores:
-                reread = self._prefiller.reread
-                given = reread.for_compress(self._scores, max(self._cache.capacity))
-                choice = reread.compress.run(self._cache, given, *rest)
+                choice = self._prefiller.compress_scored(self._cache, self._scores, *rest)
             else:
-                choice = self._prefiller.compress(self._cache, self._queries, *rest)
+                choice = self._prefiller.compress(self._cache, self._queries, *rest, request.window)
         seconds = time.perf_counter() - started
         scratch, lengths = self._cache.nbytes, choice.kept_lengths
         return PrefillResult(self._logits, choice, self._prefill_s, seconds, scratch, lengths)

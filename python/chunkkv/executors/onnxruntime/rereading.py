@@ -44,7 +44,13 @@ class OnnxRuntimeReread:
         return {part: np.zeros((len(parts[part].kv_heads), length), np.float32) for part in self._step.query_heads}
 
     def read(
-        self, cache: HostKVCache, length: int, pieces: Sequence[Piece], scores: dict[int, np.ndarray]
+        self,
+        cache: HostKVCache,
+        length: int,
+        pieces: Sequence[Piece],
+        scores: dict[int, np.ndarray],
+        slots: Sequence[int] | None = None,
+        position: int = 0,
     ) -> Iterator[int]:
         """Read pieces again behind a prompt, and raise `scores` to what its tokens receive; a block per item.
 
@@ -53,21 +59,31 @@ class OnnxRuntimeReread:
         Parameters
         ----------
         cache : HostKVCache
-            One row that holds the prompt in its first slots, with room for the longest piece behind it.
+            One row that holds the prompt, with room for the longest piece behind it.
         length : int
             Tokens of the prompt.
         pieces : sequence of Piece
             What is read again.
         scores : dict of int to numpy.ndarray
             Per part that scores [H,length] float32.
+        slots : sequence of int or None, default None
+            Slots that are filled before the prompt, one number for each length class; None for none.
+        position : int, default 0
+            Logical position of the prompt's first token.
         """
+        layout = self._step.layout
+        first = layout.slots(0) if slots is None else tuple(slots)
         for piece in pieces:
             for done in range(0, len(piece.ids), self._block):
                 ids = piece.ids[done : done + self._block]
-                at = length + done
-                queries = self._step.append_block(cache, ids, at, at, query_count=len(ids))[1]
+                at = tuple(count + length + done for count in first)
+                queries = self._step.append_block(cache, ids, at, position + length + done, query_count=len(ids))[1]
                 for part, query in queries.items():
-                    self._observe(cache.keys[part][0], query[0], (piece.start, piece.stop), (length, at), scores[part])
+                    start = first[layout.parts[part].length_class]
+                    seen = (start + piece.start, start + piece.stop), (start + length, start + length + done)
+                    received = self._received(cache.keys[part][0], query[0], *seen)
+                    of_piece = scores[part][:, piece.start : piece.stop]
+                    np.maximum(of_piece, received, out=of_piece)
                 yield len(ids)
 
     def for_compress(self, scores: dict[int, np.ndarray], tokens: int) -> dict[int, np.ndarray]:
@@ -80,13 +96,19 @@ class OnnxRuntimeReread:
             given[part] = padded
         return given
 
-    def _observe(
-        self, key: np.ndarray, query: np.ndarray, piece: tuple[int, int], own: tuple[int, int], scores: np.ndarray
-    ) -> None:
-        """Raise the scores [H,L] of the tokens of `piece` by one block's queries [g*H,S,D] and the keys [H,C,D].
+    def _received(self, key: np.ndarray, query: np.ndarray, piece: tuple[int, int], own: tuple[int, int]) -> np.ndarray:
+        """Return the largest attention [H,P] that the tokens of a piece receive from one block.
 
-        The queries see the sinks, the piece, and the tokens of the second reading from slot `own[0]` on up to
-        themselves, of which the first one lies in slot `own[1]`.
+        Parameters
+        ----------
+        key : numpy.ndarray
+            Keys [H,C,D] of a part.
+        query : numpy.ndarray
+            The block's queries [g*H,S,D]. They see the sinks, the piece, and the second reading up to themselves.
+        piece : tuple of int
+            Slots of the piece: its first, and that behind its last.
+        own : tuple of int
+            Slots of the second reading: its first, and that of the block's first token.
         """
         count, (start, stop) = query.shape[1], piece
         sinks = min(self._sinks, start)
@@ -95,10 +117,11 @@ class OnnxRuntimeReread:
         keys = np.ascontiguousarray(keys.swapaxes(1, 2))[:, None]
         by_head = query.reshape(len(key), -1, *query.shape[1:])
         seen_at_first = keys.shape[-1] - count
+        largest = np.zeros((len(key), stop - start), np.float32)
         for first in range(0, count, _QUERIES_AT_ONCE):
             queries = np.ascontiguousarray(by_head[:, :, first : first + _QUERIES_AT_ONCE])
             last_seen = seen_at_first + first + np.arange(queries.shape[2])[:, None]
             mask = np.where(np.arange(keys.shape[-1]) <= last_seen, np.float32(0), np.float32(-np.inf))
             (received,) = self._graph.run(None, {"query": queries, "key": keys, "mask": mask})
-            of_piece = received[:, sinks : sinks + stop - start]
-            np.maximum(scores[:, start:stop], of_piece, out=scores[:, start:stop])
+            np.maximum(largest, received[:, sinks : sinks + stop - start], out=largest)
+        return largest
