@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from support import op_properties
+from support.choice_properties import CHOICE_PROPERTIES
 from support.messages import naming
 from support.op_cases import KERNEL_CASES, STORAGE_TYPES, OpCase
 
@@ -77,8 +78,7 @@ def stored_fields(**changes: Any) -> list[Field]:
 
 
 def test_creators_and_fields_are_those_of_the_nodes(host: PluginHost) -> None:
-    reductions = {"window_reduce": "max", "head_reduce": "max", "value_norm": "on", "heads": "each"}
-    different = replace(SMALL, **reductions)
+    different = replace(SMALL, window_reduce="max", head_reduce="max", value_norm="on", heads="each")
     attributes = functions.select_attributes(different, request_window=True) | {"head_class": "local"}
     wanted = {field.name: field.type for field in node_fields(attributes)}
     wanted |= dict.fromkeys(("max_kept", "all_heads", "all_reading_heads", "reading_share_per_10k"), INT32)
@@ -107,7 +107,7 @@ def test_case_table(op: PluginOp, tried: OpCase) -> None:
     assert op_properties.check_matches_reference(op.select, replace(tried, head_dim=max(tried.head_dim, 64))) == 0
 
 
-@pytest.mark.parametrize("check", op_properties.PROPERTIES, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", (*op_properties.PROPERTIES, *CHOICE_PROPERTIES), ids=lambda check: check.__name__)
 def test_properties(op: PluginOp, check: op_properties.Check) -> None:
     for settings in (replace(SMALL, pooling=3), replace(SMALL, boundaries="delimiter")):
         assert check(op.select, case((60, 12, 41), settings)) == 0

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from support import op_properties
+from support.choice_properties import CHOICE_PROPERTIES
 from support.op_cases import KERNEL_CASES, STORAGE_TYPES, OpCase, named
 
 from chunkkv import reference
@@ -116,11 +117,19 @@ def test_case_table(
         assert op_properties.check_matches_reference(op.select, replace(tried, head_dim=max(tried.head_dim, 64))) == 0
 
 
-PROPERTY_CASES = ("plain", "ragged batch with padding", "pooling 3", "delimiter", "logits", "ratio per row")
+PROPERTY_CASES = (
+    "plain",
+    "ragged batch with padding",
+    "pooling 3",
+    "delimiter",
+    "logits",
+    "ratio per row",
+    "largest head",
+)
 
 
 @pytest.mark.parametrize("name", PROPERTY_CASES)
-@pytest.mark.parametrize("check", op_properties.PROPERTIES, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("check", (*op_properties.PROPERTIES, *CHOICE_PROPERTIES), ids=lambda check: check.__name__)
 def test_properties(library: NativeLibrary, memory: Memory, check: op_properties.Check, name: str) -> None:
     for chunks_alone in (False, True):
         op = NativeOp(library, memory, layout="paged" if chunks_alone else "contiguous", chunks_alone=chunks_alone)
