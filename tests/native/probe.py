@@ -51,10 +51,10 @@ ASYNC = ("late", "early")
 
 
 def boundaries(library: NativeLibrary, memory: Memory) -> None:
-    """Rows of one, several and no tiles."""
+    """Rows of one, several and no tiles; one whose only run goes on from tile to tile."""
     rng = np.random.default_rng(1)
     own = replace(test_boundaries.SETTINGS, chunk_size=7, min_tokens=14)
-    ids = [test_boundaries.draw_ids(rng, n, 0.2) for n in (9_000, 40, 0)]
+    ids = [test_boundaries.draw_ids(rng, n, rate) for n, rate in ((9_000, 0.2), (40, 0.2), (0, 0.2), (9_000, 0.0))]
     for packed_ids in (False, True):
         test_boundaries.check(library, memory, own, ids, packed_ids)
 
