@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 PEERS  := .venv-peers
 OPENVINO := .venv-openvino
+GENAI  := .venv-onnxruntime-genai
 TRITON := .venv-triton
 RTX    := .venv-tensorrt
 NATIVE := .venv-native
@@ -108,8 +109,12 @@ build/tensorrt-lean/%: | $(RTX)/.created
 	    tensorrt_lean_$(if $(filter 10.%,$*),cu12,cu13)_libs==$*
 	mv $@.partial $@
 
-bench: $(PEERS)/.installed
-	$(PEERS)/bin/python benchmarks/against_transformers.py --output docs/benchmarks/cpu-against-transformers.json
+# Speed and memory on a CPU beside what else runs the same model there, for docs/cpu.md. Many hours, and it goes on where
+# it stopped; BENCH=--quick takes about 20 minutes. A peer that cannot be installed is left out by name.
+bench: $(VENV)/.installed-test
+	@for peer in $(PEERS) $(GENAI) $(OPENVINO); do $(MAKE) --no-print-directory $$peer/.installed || \
+	    echo "$$peer cannot be made on this machine: its engine is left out"; done
+	$(BIN)/python -m benchmarks.cpu $(BENCH)
 
 # chunkkv serve and, where a tritonserver is installed, chunkkv triton under load, with SmolLM2-135M: about 10 minutes on
 # two idle cores; it needs 8 GB of free memory.
@@ -145,11 +150,11 @@ lint: $(VENV)/.installed-test
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(OPENVINO) $(TRITON) $(RTX) $(NATIVE) build dist engines/needle-*
+	rm -rf $(VENV) $(PEERS) $(GENAI) $(OPENVINO) $(TRITON) $(RTX) $(NATIVE) build dist engines/needle-*
 
 # A virtual environment, or one line that says what is missing; the stamp is made last, so half an environment is made
 # again. Python 3.10 to 3.14 is what pyproject.toml asks for.
-$(VENV)/.created $(PEERS)/.created $(OPENVINO)/.created $(TRITON)/.created $(RTX)/.created $(NATIVE)/.created:
+$(foreach folder,$(VENV) $(PEERS) $(GENAI) $(OPENVINO) $(TRITON) $(RTX) $(NATIVE),$(folder)/.created):
 	@version=$$($(PYTHON) -c 'import sys; print("%d.%d.%d" % sys.version_info[:3]); \
 	sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null) || { \
 	echo "PYTHON=$(PYTHON) is $${version:-not a Python}; needed is 3.10 to 3.14, as in: make PYTHON=python3.12" >&2; exit 1; }
@@ -171,6 +176,10 @@ $(VENV)/.installed-test: pyproject.toml $(VENV)/.created
 
 $(OPENVINO)/.installed: pyproject.toml $(OPENVINO)/.created
 	$(OPENVINO)/bin/python -m pip install --quiet --editable '.[openvino]'
+	@touch $@
+
+$(GENAI)/.installed: pyproject.toml $(GENAI)/.created
+	$(GENAI)/bin/python -m pip install --quiet --editable '.[onnxruntime-genai]'
 	@touch $@
 
 $(PEERS)/.installed: pyproject.toml $(PEERS)/.created
