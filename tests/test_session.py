@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -17,7 +19,7 @@ from support.messages import naming
 
 from chunkkv import ChunkKVSession, SamplingParams
 from chunkkv.errors import EngineMismatchError, EngineRunError, RequestError
-from chunkkv.executors.onnxruntime.prefill import block_sizes
+from chunkkv.executors.onnxruntime.prefill import OnnxRuntimePrefiller, block_sizes
 from chunkkv.sampling import Sampler, TokenChoice
 from chunkkv_builder import build as build_engine
 
@@ -91,6 +93,26 @@ def test_a_row_counts_the_room_of_its_whole_batch(session) -> None:
     long, short = (r.statistics for r in session.generate([prompt(100), prompt(8)], GREEDY))
     per_token = long.full_cache_bytes // 100
     assert long.allocated_cache_bytes == short.allocated_cache_bytes == (40 + 12) * per_token
+
+
+def test_the_whole_prompts_cache_is_given_back_before_decode(session, monkeypatch) -> None:
+    made: list[weakref.ref] = []
+    new_cache = OnnxRuntimePrefiller.new_cache
+
+    def recorded(self, rows, capacity):
+        cache = new_cache(self, rows, capacity)
+        made.append(weakref.ref(cache))
+        return cache
+
+    monkeypatch.setattr(OnnxRuntimePrefiller, "new_cache", recorded)
+    gc.disable()  # a reference cycle would be found sooner or later, and until then hold the memory
+    try:
+        events = session.generate(prompt(200), SamplingParams(max_new_tokens=4), keep_ratio=0.5, stream=True)
+        next(events)
+        next(events)
+        assert len(made) == 1 and made[0]() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def run_worker(engine: str, action: str, case: Path | None = None, threads: int 
     python = ROOT / variants.ENVIRONMENTS[engine] / "bin" / "python"
     if not python.exists():
         raise OSError(f"there is no {variants.ENVIRONMENTS[engine]}")
-    paths = [str(ROOT), str(ROOT / "python"), str(ROOT / "builder")]
+    paths = [str(ROOT), str(ROOT / "python"), str(ROOT / "builder"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     environment["PYTHONPATH"] = os.pathsep.join(paths)
     words = [str(python), "-m", "benchmarks.cpu.worker", action, engine, *([str(case)] if case else [])]

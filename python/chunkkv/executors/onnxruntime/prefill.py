@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -170,7 +170,7 @@ class OnnxRuntimePrefillRun:
         self._scores: dict[int, np.ndarray] = {}
         self._blocks = self._read()
 
-    def _read(self) -> Iterator[None]:
+    def _read(self) -> Generator[None, None, None]:
         """Run the prompt and then its second reading, a block per item."""
         request, cache = self._request, self._cache
         for made in self._prefiller.blocks(request.ids, cache, self._count):
@@ -196,6 +196,8 @@ class OnnxRuntimePrefillRun:
         with profiling.range_of("prefill", (self._request,)):
             next(self._blocks)
         self._prefill_s += time.perf_counter() - started
+        if not self.tokens_left:
+            self._blocks.close()  # else it keeps this run, and with it the whole cache, until Python looks for cycles
         if self.tokens_left or self._compressed is not None:
             return None
         return [PrefillResult(self._logits, prefill_s=self._prefill_s)]
