@@ -10,6 +10,7 @@ from support import engines
 from support.messages import naming
 
 from chunkkv.errors import ConfigError
+from chunkkv.limits import RANGES
 from chunkkv.settings import ChunkKVSettings
 from chunkkv_builder.checkpoint.hugging_face import HuggingFaceCheckpoint
 from chunkkv_builder.config import BuildConfig, longest_context
@@ -95,6 +96,13 @@ def test_a_prefill_block_must_hold_the_window(block: int, window: int, fits: boo
     else:
         with pytest.raises(ConfigError, match=naming("max_num_tokens", block, "window", window)):
             config.check_window(settings)
+
+
+@pytest.mark.parametrize(("backend", "block"), [("onnxruntime", 128), ("tensorrt", 512)])
+def test_the_block_that_is_taken_where_none_is_given_holds_every_window(backend: str, block: int) -> None:
+    assert BuildConfig.default_max_num_tokens(backend) == block
+    largest = ChunkKVSettings(window=RANGES["window"][1], min_tokens=1000)
+    BuildConfig.for_model(MODEL, max_num_tokens=block).check_window(largest)
 
 
 def test_what_is_written_reads_back_the_same_and_only_that() -> None:

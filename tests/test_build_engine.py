@@ -101,7 +101,7 @@ def test_config_json_has_tensorrt_llms_shape(build: Callable[..., Outcome], tmp_
 def test_limits_default_to_the_models_context(cli: CommandLine, model: Path, tmp_path: Path) -> None:
     cli("--checkpoint_dir", model, "--output_dir", tmp_path / "engine")
     limits = EngineFiles.load(tmp_path / "engine").build
-    assert (limits["max_seq_len"], limits["max_input_len"], limits["max_num_tokens"]) == (512, 512, 512)
+    assert (limits["max_seq_len"], limits["max_input_len"], limits["max_num_tokens"]) == (512, 512, 128)
 
 
 def test_two_builds_of_the_same_give_the_same_bytes(build: Callable[..., Outcome], tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_the_version_and_the_short_flag_for_help(cli: CommandLine) -> None:
 
 def test_the_defaults_are_the_documented_ones() -> None:
     flags = parse(["--checkpoint_dir", "c"])
-    assert (flags.output_dir, flags.max_batch_size, flags.max_num_tokens) == ("engine_outputs", 8, 512)
+    assert (flags.output_dir, flags.max_batch_size, flags.max_num_tokens) == ("engine_outputs", 8, None)
     assert (flags.max_input_len, flags.max_seq_len, flags.weight_only_precision) == (None, None, None)
     assert (flags.backend, flags.dtype, flags.log_level) == ("auto", "auto", "info")
     assert not (flags.overwrite or flags.use_weight_only or flags.dry_run or flags.chunkkv)

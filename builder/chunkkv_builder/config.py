@@ -20,6 +20,8 @@ DEFAULT_WEIGHT_ONLY_PRECISION = "int8"
 DEFAULT_WEIGHT_ONLY_ACTIVATIONS = "int8"
 DEFAULT_MAX_BATCH_SIZE = 8
 DEFAULT_MAX_NUM_TOKENS = 512
+# On a CPU larger blocks are no faster, and attention takes memory for each of a block's tokens and each cached one.
+CPU_MAX_NUM_TOKENS = 128  # as many as the largest observation window
 _LARGEST = {"max_batch_size": 4096, "max_num_tokens": 2**20, "max_seq_len": 2**31 - 1, "max_input_len": 2**31 - 1}
 # What trtllm-build records, too, and what has only one value in these engines.
 _FIXED = {"max_beam_width": 1, "kv_cache_type": "continuous"}
@@ -38,7 +40,7 @@ class BuildConfig:
     max_batch_size : int, default 8
         Prompts that are answered at once.
     max_num_tokens : int, default 512
-        Tokens of a prefill block, which must hold the observation window.
+        Tokens of a prefill block, which must hold the observation window. chunkkv-build takes default_max_num_tokens.
     dtype : str, default "float32"
         Number type of weights and KV cache, one of DTYPES that the backend allows.
     weight_only_precision : str or None, default None
@@ -136,6 +138,11 @@ class BuildConfig:
                 f"(max_position_embeddings): give {longest} or less"
             )
         return cls(seq_len if max_input_len is None else max_input_len, seq_len, **values)
+
+    @staticmethod
+    def default_max_num_tokens(backend: str) -> int:
+        """Return the tokens of a prefill block where none are given."""
+        return CPU_MAX_NUM_TOKENS if backend == DEFAULT_BACKEND else DEFAULT_MAX_NUM_TOKENS
 
     def check_window(self, settings: ChunkKVSettings | None) -> None:
         """Raise ConfigError where a prefill block cannot hold the whole observation window."""

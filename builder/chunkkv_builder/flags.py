@@ -133,8 +133,9 @@ def _parser() -> BuildParser:
         ("max_seq_len", None, "longest prompt and answer together, in tokens; default: the model's longest context"),
         (
             "max_num_tokens",
-            config.DEFAULT_MAX_NUM_TOKENS,
-            "tokens of one prefill block, at least the observation window: more is faster and takes more memory",
+            None,
+            "tokens of one prefill block, at least the observation window: more takes more memory; default: "
+            f"{config.CPU_MAX_NUM_TOKENS} for {DEFAULT_BACKEND}, else {config.DEFAULT_MAX_NUM_TOKENS}",
         ),
     ):
         shown = text if default is None else f"{text}; default: {default}"

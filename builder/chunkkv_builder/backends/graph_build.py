@@ -105,9 +105,10 @@ def plan_graphs(flags: Namespace, backend: str, progress: Progress) -> GraphBuil
     traits = TRAITS[backend]
     dtype = traits.default_dtype if flags.dtype == "auto" else flags.dtype
     with errors_name_flags():
-        limits = BuildConfig.for_model(
-            model, **{name: getattr(flags, name) for name in _LIMITS}, backend=backend, dtype=dtype
-        )
+        values = {name: getattr(flags, name) for name in _LIMITS}
+        if values["max_num_tokens"] is None:
+            values["max_num_tokens"] = BuildConfig.default_max_num_tokens(backend)
+        limits = BuildConfig.for_model(model, **values, backend=backend, dtype=dtype)
         limits.check_window(settings)
     if flags.max_seq_len is None and (reason := limit_reason(model)) is not None:
         progress.warning(f"{reason}: the engine takes {limits.max_seq_len} tokens at most")

@@ -22,6 +22,9 @@ from chunkkv.executors.interface import Choice
 from chunkkv.settings import ChunkKVSettings
 
 CPU = ["CPUExecutionProvider"]
+# Of a run: at its end, the memory that its session worked in goes back to the system.
+GIVING_BACK = ort.RunOptions()
+GIVING_BACK.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
 
 
 class OnnxRuntimeStep:
@@ -74,10 +77,13 @@ class OnnxRuntimeStep:
         return HostKVCache(tuple(arrays[: len(shapes)]), tuple(arrays[len(shapes) :]), self.layout)
 
     def append_prompt_block(
-        self, cache: HostKVCache, ids: np.ndarray, filled: int
+        self, cache: HostKVCache, ids: np.ndarray, filled: int, is_last: bool = False
     ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-        """Append the tokens ids [S] int64 of one row at slots and positions filled … filled+S-1; see append_block."""
-        return self.append_block(cache, ids, filled, filled)
+        """Append the tokens ids [S] int64 of one row at slots and positions filled … filled+S-1; see append_block.
+
+        After the last block of a prompt the memory that the graph worked in is given back: decode needs little of it.
+        """
+        return self._append_one(cache, ids, filled, filled, None, GIVING_BACK if is_last else None)
 
     def append_block(
         self,
@@ -92,7 +98,19 @@ class OnnxRuntimeStep:
         Returns the logits [vocab] after the last token and, for each part of the cache that scores, the block's last
         rotated queries [1,Hq,min(w,S),D]; `query_count` is w, by default that of the engine's window.
         """
-        logits, queries = self._append(cache, ids, slot, position, np.array([len(ids) - 1]), query_count)
+        return self._append_one(cache, ids, slot, position, query_count)
+
+    def _append_one(
+        self,
+        cache: HostKVCache,
+        ids: np.ndarray,
+        slot: int | Sequence[int],
+        position: int,
+        query_count: int | None,
+        options: ort.RunOptions | None = None,
+    ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+        """Append a block of one row; return the logits [vocab] after its last token, and queries."""
+        logits, queries = self._append(cache, ids, slot, position, np.array([len(ids) - 1]), query_count, options)
         return logits[0], queries
 
     def append_scored_block(
@@ -113,6 +131,7 @@ class OnnxRuntimeStep:
         position: int,
         logit_indices: np.ndarray,
         query_count: int | None = None,
+        options: ort.RunOptions | None = None,
     ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
         """Append a block of one row; return the logits [P,vocab] after its tokens at logit_indices [P], and queries."""
         size, observed = len(ids), query_count or self._window
@@ -132,7 +151,7 @@ class OnnxRuntimeStep:
             inputs["query_count"] = np.array([observed], np.int64)
         outputs = {"logits": logits, **{f"query.{leader}": array for leader, array in queries.items()}}
         bind_arrays(binding, inputs, outputs)
-        self.session.run_with_iobinding(binding)
+        self.session.run_with_iobinding(binding, options)
         return logits[0], queries
 
 

@@ -91,7 +91,8 @@ class OnnxRuntimePrefiller(Prefiller[HostKVCache]):
         """
         done = 0
         for size in block_sizes(len(ids), self._block, self._window):
-            made = self._step.append_prompt_block(cache, ids[done : done + size], filled + done)
+            block, is_last = ids[done : done + size], done + size == len(ids)
+            made = self._step.append_prompt_block(cache, block, filled + done, is_last)
             done += size
             progress(done, len(ids))
             yield made
