@@ -24,7 +24,7 @@ def row(variant: str, **values: Any) -> dict[str, Any]:
     """Return a measurement."""
     times = {"first_token_s": 3.0, "first_token_cpu_s": 3.0, "compress_s": None, "step_ms": 40.0, "step_cpu_ms": 40.0}
     memory = {"peak_mb": 900.0, "loaded_mb": 500.0, "other_cores": 0.0}
-    head = {"variant": variant, **vars(CELL), "round": 0, "tokens": list(range(16))}
+    head = {"variant": variant, **vars(CELL), "round": 0, "answer": list(range(16))}
     return {**head, **times, **memory, **values}
 
 
@@ -71,11 +71,11 @@ def test_a_peer_that_is_ahead_is_named_with_its_lead() -> None:
 
 
 def test_ratios_are_of_neighbours_in_one_round() -> None:
-    second = [{**one, "round": 1, "step_ms": 80.0} for one in (OURS[0], {**PEER, "step_ms": 100.0})]
+    second = {**OURS[0], "round": 1, "step_ms": 80.0}, {**PEER, "round": 1, "step_ms": 160.0}
     alone = row("openvino|float32|100", round=2, step_ms=1.0)
     found = measured(*OURS, PEER, *second, alone)
     ours, peer = (one for one in VARIANTS if one.group == FLOAT32 and one.key in (OURS[0]["variant"], PEER["variant"]))
-    assert found.ratio(CELL, peer, ours, lambda row: float(row["step_ms"])) == pytest.approx(1.25)
+    assert found.ratio(CELL, peer, ours, lambda row: float(row["step_ms"])) == pytest.approx((50 / 40 + 160 / 80) / 2)
 
 
 def test_a_busy_machine_is_said() -> None:
@@ -95,7 +95,7 @@ def test_a_missing_engine_costs_only_its_own_rows() -> None:
 
 
 def test_answers_are_compared_token_by_token() -> None:
-    other = {**PEER, "tokens": [*range(7), 99, *range(8, 16)]}
+    other = {**PEER, "answer": [*range(7), 99, *range(8, 16)]}
     assert measured(*OURS, PEER).agreeing_tokens(CELL, FLOAT32) == 16
     assert measured(*OURS, other).agreeing_tokens(CELL, FLOAT32) == 7
 

@@ -47,7 +47,7 @@ ELSEWHERE = {
     "convert_checkpoint.py": "cp_size dtype model_dir output_dir tp_size",
     "lm_eval": """apply_chat_template batch_size include_path limit log_samples model model_args num_fewshot
         output_path tasks""",
-    "scripts of this project": "check diff model nvtx_include only out output page_only seed work_dir",
+    "scripts of this project": "check diff model nvtx_include only out output page_only quick seed work_dir",
     "other tools": "backend-config build cuda-graph-trace dry_run model-repository no-deps output shm-size trace type",
 }
 FOREIGN = {flag for flags in ELSEWHERE.values() for flag in flags.split()}

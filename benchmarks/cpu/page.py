@@ -140,7 +140,7 @@ def quiet(measured: Measurements) -> str:
         return f"The machine was quiet: during no measurement did other work take more than {QUIET_CORES} cores."
     return (
         f"The machine was not quiet: during {all_of - count} of {all_of} measurements other work took more than "
-        f"{QUIET_CORES} cores, at most {worst}. Times of these are too long, by up to a factor of two."
+        f"{QUIET_CORES} cores, at most {worst}. Times of these are too long."
     )
 
 

@@ -152,7 +152,7 @@ class Measurements:
     def agreeing_tokens(self, cell: Cell, group: str) -> int:
         """Return how many of the first tokens all variants of a group with the full cache have in common."""
         answers = [
-            row["tokens"]
+            row["answer"]
             for one in VARIANTS
             if one.group == group and one.keep == FULL
             for row in self._rows.get((cell, one.key), {}).values()

@@ -49,7 +49,7 @@ def measure(engine: BenchmarkEngine, case: Case) -> dict[str, Any]:
         "peak_mb": round(memory_mb("VmHWM"), 1),
         "loaded_mb": round(loaded, 1),
         "other_cores": round(max(0.0, busy_s() - busy - worked) / wall, 2),
-        "tokens": [row[0] for row in tokens[:NAMED_TOKENS]],
+        "answer": [row[0] for row in tokens[:NAMED_TOKENS]],
     }
 
 

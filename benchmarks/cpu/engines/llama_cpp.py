@@ -21,6 +21,7 @@ PACKAGE, VERSION = "@node-llama-cpp/linux-x64", "3.22.1"
 ROOT = Path(__file__).resolve().parents[3]
 LIBRARIES = ROOT / "build" / "llama-cpp" / VERSION
 FILE_TYPES = {"float32": 0, "Q4_0": 2}  # enum llama_ftype
+_SILENCE = ctypes.CFUNCTYPE(None, c_int32, c_char_p, c_void_p)(lambda level, text, data: None)
 SPARE = 64  # slots of a sequence behind what a case needs
 
 
@@ -96,9 +97,7 @@ def load_library() -> ctypes.CDLL:
     for name in ("llama_n_ctx", "llama_n_seq_max"):
         function = getattr(llama, name)
         function.argtypes, function.restype = [c_void_p], c_uint32
-    log = ctypes.CFUNCTYPE(None, c_int32, c_char_p, c_void_p)
-    llama.silence = log(lambda level, text, data: None)  # lives as long as the library
-    llama.llama_log_set(llama.silence, None)
+    llama.llama_log_set(_SILENCE, None)
     return llama
 
 
