@@ -147,11 +147,7 @@ def search_heads(
     """
     prober = Prober(session)
     check_prober_settings(prober.settings)
-    advance, demands = begin("second reading", len(found_on)), []
-    for prompt in found_on:
-        demands.append(prober.probe(prompt).demand(keep_per_10k))
-        advance()
-    per_prompt = np.stack(demands)
+    per_prompt = _demands(prober, found_on, keep_per_10k, begin)
     demand = per_prompt.mean(axis=0)
     known = [HeadCandidate(FULL, None), HeadCandidate(ENGINE, prober.settings)]
     changed = variations(prober.settings)
@@ -165,14 +161,20 @@ def search_heads(
     assert settings is not None
     if not asked_later:
         return HeadSearchResult(demand, per_prompt, in_prompt, in_prompt, taken, keep_per_10k)
-    candidates = [*known, *([] if taken is in_prompt[1] else [taken.candidate])]
-    candidates += [
-        one
-        for one in proposals_after(settings, demand, keep_per_10k, length, count)
-        if second_reading or scorer_name(one) != "reread"
-    ]
+    later = proposals_after(settings, demand, keep_per_10k, length, count)
+    later = [one for one in later if second_reading or scorer_name(one) != "reread"]
+    candidates = [*known, *([] if taken is in_prompt[1] else [taken.candidate]), *later]
     measured = measure_after(prober, measured_on, candidates, keep_per_10k, begin)
     return HeadSearchResult(demand, per_prompt, tuple(measured), in_prompt, taken, keep_per_10k)
+
+
+def _demands(prober: Prober, prompts: Sequence[CalibrationPrompt], keep_per_10k: int, begin: BeginStep) -> np.ndarray:
+    """Return what every head wants on each prompt, [prompts,layers,H]."""
+    advance, demands = begin("second reading", len(prompts)), []
+    for prompt in prompts:
+        demands.append(prober.probe(prompt).demand(keep_per_10k))
+        advance()
+    return np.stack(demands)
 
 
 def check_full_cache(full: MeasuredHeads) -> None:
