@@ -38,11 +38,12 @@ def test_load_and_conversation_are_measured(committed: dict) -> None:
         rows = [load_of(server, OwnServer(), clients, 4, 0.2) for clients in (1, 4)]
         assert server.cpu_seconds() > 0
     assert [row["new_tokens"] for row in rows] == [80, 80] and all(row["tokens_per_s"] > 0 for row in rows)
-    assert all(0 < row["ttft_p50_s"] <= row["ttft_p99_s"] and row["longest_gap_s"] > 0 for row in rows)
+    assert all(0 < row["ttft_p50_s"] <= row["ttft_p99_s"] <= row["wall_s"] + 0.01 for row in rows)
+    assert all(0 <= row["longest_gap_s"] < row["wall_s"] for row in rows)
     assert {"server", *rows[0]} == set(committed["load"][0])
     asked = conversation(engine, 1.0, 0.1)
     assert asked["second"]["cached_tokens"] > 0.9 * asked["first"]["prompt_tokens"]
-    assert asked["times_sooner"] == pytest.approx(asked["first"]["ttft_s"] / asked["second"]["ttft_s"], rel=0.1)
+    assert asked["times_sooner"] == pytest.approx(asked["first"]["ttft_s"] / asked["second"]["ttft_s"], abs=0.06)
 
 
 def test_capacity_is_counted_within_its_bound() -> None:

@@ -24,7 +24,8 @@ def test_the_load_page_measures_triton(engine_dir: Path) -> None:
     with triton_server(engine_dir, sys.executable) as server:
         rows = [load_of(server, TritonServer(), clients, 4, 1.0) for clients in (1, 4)]
     assert [row["new_tokens"] for row in rows] == [80, 80] and all(row["tokens_per_s"] > 0 for row in rows)
-    assert all(0 < row["ttft_p50_s"] <= row["ttft_p99_s"] and row["longest_gap_s"] > 0 for row in rows)
+    assert all(0 < row["ttft_p50_s"] <= row["ttft_p99_s"] <= row["wall_s"] + 0.01 for row in rows)
+    assert all(0 <= row["longest_gap_s"] < row["wall_s"] for row in rows)
     committed = json.loads(RESULT.read_text(encoding="utf-8"))
     assert {"server", *rows[0]} == set(committed["load"][0])
 
