@@ -185,8 +185,11 @@ def wrapped(text: str) -> str:
     for line in text.splitlines():
         is_prose = len(line) > 120 and not line.startswith(("|", "#", "![", "    "))
         indent = "  " if line.startswith(("- ", "  ")) else ""
-        keep = {"subsequent_indent": indent, "break_long_words": False, "break_on_hyphens": False}
-        lines += textwrap.wrap(line, 120, **keep) if is_prose else [line]
+        lines += (
+            textwrap.wrap(line, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+            if is_prose
+            else [line]
+        )
     return "\n".join(lines)
 
 
