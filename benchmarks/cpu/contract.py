@@ -109,6 +109,14 @@ def is_ready(folder: Path) -> bool:
     return (folder / ".ready").is_file()
 
 
+def transformers_folder(work: Path) -> Path:
+    """Return the model as transformers wrote it; raises OSError where it did not."""
+    folder = folder_of(work, "transformers", "float32")
+    if not is_ready(folder):
+        raise OSError("its model is made from the folder that transformers writes, which is not there")
+    return folder
+
+
 def mark_ready(folder: Path) -> None:
     """Say that a model was written to its end."""
     (folder / ".ready").touch()

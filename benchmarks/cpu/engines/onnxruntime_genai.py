@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime_genai as genai
 
-from benchmarks.cpu.contract import BenchmarkEngine, Case, Runner, folder_of, is_ready, mark_ready
+from benchmarks.cpu.contract import BenchmarkEngine, Case, Runner, folder_of, is_ready, mark_ready, transformers_folder
 
 PRECISIONS = {"float32": "fp32", "int4": "int4"}
 
@@ -64,7 +64,7 @@ class OnnxRuntimeGenai:
         folder = folder_of(work, "onnxruntime_genai", weights)
         if is_ready(folder):
             return
-        source, cache = folder_of(work, "transformers", "float32"), work / "cache"
+        source, cache = transformers_folder(work), work / "cache"
         command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", "SmolLM2", "-i", str(source)]
         command += ["-o", str(folder), "-p", PRECISIONS[weights], "-e", "cpu", "-c", str(cache)]
         command += ["--extra_options", "prune_lm_head=true"]

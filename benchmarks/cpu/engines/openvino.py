@@ -11,7 +11,7 @@ import numpy as np
 import openvino as ov
 import openvino_genai as genai
 
-from benchmarks.cpu.contract import BenchmarkEngine, Case, Runner, folder_of, is_ready, mark_ready
+from benchmarks.cpu.contract import BenchmarkEngine, Case, Runner, folder_of, is_ready, mark_ready, transformers_folder
 from benchmarks.real.openvino_model import write_model
 
 BLOCK = 32  # tokens of a block of its cache on a CPU; all sizes of the eviction are multiples
@@ -87,7 +87,7 @@ class Openvino:
         if is_ready(folder):
             return
         exact = folder_of(work, "openvino", "float32")
-        write_model(folder_of(work, "transformers", "float32"), exact)
+        write_model(transformers_folder(work), exact)
         if weights == "int4":
             folder.mkdir(parents=True, exist_ok=True)
             for name in ("config.json", "generation_config.json"):
