@@ -15,6 +15,8 @@ from benchmarks.real.policies import (
     PRESSES,
     RANDOM,
     RANKED,
+    RECIPE,
+    RECIPE_10,
     STATIC,
     STREAMING,
     VARIANTS,
@@ -68,6 +70,8 @@ def test_what_the_page_says_of_reading_heads_and_of_one_ranking_holds() -> None:
     assert (
         sign(AFTER, STATIC, "kvpress KVzip", 2_000, least=7) == 0 > sign(AFTER, STATIC, "kvpress KVzip", 1_000, least=7)
     )
+    for other in (RECIPE, STATIC, RANKED):
+        assert sign(AFTER, RECIPE_10, other, 1_000) > 0 > sign(AFTER, RECIPE_10, "kvpress KVzip", 1_000, least=7)
     for keep in SHARES:
         assert sign(AFTER, RANKED, page.BASE, keep, least=7) > 0 > sign(AFTER, RANKED, "kvpress KVzip", keep, least=7)
 
