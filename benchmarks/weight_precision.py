@@ -1,4 +1,4 @@
-"""What int8 and int4 weights cost in accuracy: perplexity of a real text and agreement with the float32 engine.
+"""What int8, int4 and w8a8 weights cost in accuracy: perplexity of a real text and agreement with the float32 engine.
 
 Builds engines of one GGUF model in every precision, with both types of activations, and for int4 with the plain and the
 searched rounding. The text is fed token by token (teacher forcing). Prints a table, then the result as one JSON line;
@@ -14,7 +14,7 @@ import json
 import platform
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -54,12 +54,12 @@ class Variant:
     Parameters
     ----------
     weights : str
-        "float32", "int8" or "int4".
+        "float32", "int8", "int4" or "w8a8".
     activations : str
         "float32" or "int8".
     rounding : str
         "none" for float32; "plain" gives each block's largest value exactly; "searched" looks for a better scale;
-        "kept" takes the blocks of the file.
+        "kept" takes the blocks of the file; "by output" is that of w8a8.
     """
 
     weights: str
@@ -92,6 +92,7 @@ VARIANTS = (
     *(Variant("int8", activations, "plain") for activations in ("float32", "int8")),
     *(Variant("int4", activations, rule) for rule in ("plain", "searched") for activations in ("float32", "int8")),
     *(Variant("int4", activations, "kept") for activations in ("float32", "int8")),
+    Variant("w8a8", "int8", "by output"),
 )
 
 
@@ -112,11 +113,13 @@ def logits(engine: ChunkKVSession, ids: np.ndarray) -> Iterator[np.ndarray]:
         yield executor.score_block(cache, ids[start : start + BLOCK], start, start)
 
 
-def compare(engine: ChunkKVSession, reference: ChunkKVSession, ids: np.ndarray) -> dict[str, float]:
-    """Return the engine's perplexity over ids [L] and how far its predictions are from the reference's."""
+def compare(found: Iterable[np.ndarray], reference: Iterable[np.ndarray], expected: np.ndarray) -> dict[str, float]:
+    """Return the perplexity of logits over the tokens `expected` [L], and how far they are from the reference's.
+
+    Both are given in blocks [n,vocab].
+    """
     total, equal, divergence, place = 0.0, 0, 0.0, 0
-    expected = ids[1:]
-    for ours, exact in zip(logits(engine, ids[:-1]), logits(reference, ids[:-1]), strict=True):
+    for ours, exact in zip(found, reference, strict=True):
         total += float(log_probabilities(ours, expected[place : place + len(ours)]).sum())
         equal += int((ours.argmax(axis=1) == exact.argmax(axis=1)).sum())
         divergence += _divergence(exact, ours)
@@ -153,14 +156,14 @@ def measure(checkpoint: Path, ids_of: Path, tokens: int, console: Console) -> tu
         reference = session(checkpoint, REFERENCE, Path(folder), tokens)
         assert reference.tokenizer is not None
         ids = np.array(reference.tokenizer.encode(ids_of.read_text(encoding="utf-8"))[:tokens], np.int64)
-        exact = answers(reference)
+        exact, exact_logits = answers(reference), list(logits(reference, ids[:-1]))
         for variant in (REFERENCE, *VARIANTS):
             engine = session(checkpoint, variant, Path(folder), tokens) if variant != REFERENCE else reference
             ours = answers(engine)
             equal_answers = sum(first == second for first, second in zip(ours, exact, strict=True))
             equal_first = sum(first[0] == second[0] for first, second in zip(ours, exact, strict=True))
             counts = {"equal_first_tokens": equal_first, "equal_answers": equal_answers, "answers": len(exact)}
-            rows.append({**vars(variant), **compare(engine, reference, ids), **counts})
+            rows.append({**vars(variant), **compare(logits(engine, ids[:-1]), exact_logits, ids[1:]), **counts})
             console.print(rows[-1])
     return len(ids), rows
 
@@ -183,20 +186,21 @@ def main() -> None:
     arguments = parser.parse_args()
     console = Console(file=sys.stderr, highlight=False)
     count, rows = measure(arguments.checkpoint_dir, arguments.text, arguments.tokens, console)
+    console.print(table(rows))
+    write_result(arguments.checkpoint_dir, arguments.text, count, rows, arguments.output)
+
+
+def write_result(model: Path, text: Path, tokens: int, rows: list[dict[str, Any]], output: Path | None) -> None:
+    """Print the rows as one JSON line with what they were measured on, and write them to `output`, too."""
     result = {
-        "model": arguments.checkpoint_dir.name,
-        "text": {
-            "file": arguments.text.name,
-            "sha256": hashlib.sha256(arguments.text.read_bytes()).hexdigest(),
-            "tokens": count,
-        },
+        "model": model.name,
+        "text": {"file": text.name, "sha256": hashlib.sha256(text.read_bytes()).hexdigest(), "tokens": tokens},
         "machine": platform.machine(),
         "onnxruntime": version("onnxruntime"),
         "rows": rows,
     }
-    console.print(table(rows))
-    if arguments.output is not None:
-        write_whole(arguments.output, json.dumps(result, indent=2) + "\n")
+    if output is not None:
+        write_whole(output, json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))
 
 

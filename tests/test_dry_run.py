@@ -126,6 +126,8 @@ def test_the_lines_above_the_table_say_what_would_be_built(cli: CommandLine) -> 
     text = " ".join(dry_run(cli, "llama3", "--chunkkv", "--chunkkv_keep_ratio", "0.2", "--max_seq_len", "300").split())
     assert "LlamaForCausalLM: 3 layers, 2 KV heads of 16, 768 B of KV cache per token" in text
     assert "backend onnxruntime, weights float32, max_batch_size 8, max_input_len 300, max_seq_len 300" in text
+    half = " ".join(dry_run(cli, "llama3", "--kv_cache_dtype", "float16").split())
+    assert "2 KV heads of 16, 384 B of KV cache per token in float16 backend" in half
     assert (
         "keep_ratio 0.2 (kvpress compression_ratio 0.8), chunk_size 20, boundaries delimiter, window 16, sinks 4"
         in text

@@ -32,7 +32,7 @@ CHUNKKV_FLAGS = tuple(
     )
 )
 OWN_FLAGS = ("overwrite", "backend", "dtype", "use_weight_only", "weight_only_precision")
-OWN_FLAGS += ("weight_only_activations",)
+OWN_FLAGS += ("weight_only_activations", "kv_cache_dtype")
 OWN_FLAGS += ("tensorrt", "compute_capability", "timing_cache", "chunkkv_ops")
 LAYERS = 3  # of the llama3 checkpoint, whose context is 512
 
@@ -146,7 +146,7 @@ def test_every_setting_arrives_in_the_engine_as_given(cli: CommandLine, checkpoi
     given = {
         "checkpoint_dir": checkpoint, "output_dir": tmp_path / "engine", "max_batch_size": 3, "max_input_len": 150,
         "max_seq_len": 200, "max_num_tokens": 40, "log_level": "error", "backend": "onnxruntime", "dtype": "float32",
-        "use_weight_only": True, "weight_only_activations": "float32",
+        "use_weight_only": True, "weight_only_activations": "float32", "kv_cache_dtype": "float16",
         "weight_only_precision": "int4", "chunkkv": True, "chunkkv_keep_ratio": 0.25,
         "chunkkv_max_keep_ratio": 0.75, "chunkkv_chunk_size": 7, "chunkkv_window": 9, "chunkkv_sinks": 2,
         "chunkkv_boundaries": "delimiter", "chunkkv_pooling": 5, "chunkkv_score": "logits", "chunkkv_leader": "first",
@@ -158,7 +158,7 @@ def test_every_setting_arrives_in_the_engine_as_given(cli: CommandLine, checkpoi
     assert config["build_config"] == {
         "max_batch_size": 3, "max_input_len": 150, "max_seq_len": 200, "max_num_tokens": 40, "backend": "onnxruntime",
         "dtype": "float32", "weight_only_precision": "int4", "max_beam_width": 1, "kv_cache_type": "continuous",
-        "weight_only_activations": "float32",
+        "weight_only_activations": "float32", "kv_cache_dtype": "float16",
     }  # fmt: skip
     assert config["chunkkv"] == {
         **ChunkKVSettings().to_dict(),

@@ -12,6 +12,7 @@ from chunkkv.errors import ConfigError
 from chunkkv.settings import ChunkKVSettings
 from chunkkv_builder.checkpoint.model_config import ModelConfig
 
+KV_CACHE_DTYPES = ("float32", "float16")
 W8A8 = "w8a8"
 WEIGHT_ONLY_PRECISIONS = ("int8", "int4", W8A8)
 WEIGHT_ONLY_ACTIVATIONS = ("int8", "float32")
@@ -43,6 +44,8 @@ class BuildConfig:
         Tokens of a prefill block, which must hold the observation window. chunkkv-build takes default_max_num_tokens.
     dtype : str, default "float32"
         Number type of weights and KV cache, one of DTYPES that the backend allows.
+    kv_cache_dtype : str or None, default None
+        Number type of the KV cache alone, which the backend allows beside `dtype`; None means `dtype`.
     weight_only_precision : str or None, default None
         "int8" or "int4" stores the weights in fewer bits, in blocks of 32. "w8a8" stores the projections in 8 bits with
         a scale for each output, and multiplies whole numbers. None keeps them in `dtype`.
@@ -59,6 +62,7 @@ class BuildConfig:
     max_batch_size: int = DEFAULT_MAX_BATCH_SIZE
     max_num_tokens: int = DEFAULT_MAX_NUM_TOKENS
     dtype: str = "float32"
+    kv_cache_dtype: str | None = None
     weight_only_precision: str | None = None
     weight_only_activations: str | None = None
     backend: str = DEFAULT_BACKEND
@@ -82,6 +86,11 @@ class BuildConfig:
                 f"dtype is {self.dtype!r}; backend {self.backend} computes in {' or '.join(allowed)}: give that, or "
                 "use_weight_only with weight_only_precision int8 or int4 for smaller weights"
             )
+        if self.kv_cache_dtype not in (None, self.dtype, *(others := TRAITS[self.backend].kv_cache_dtypes)):
+            raise ConfigError(
+                f"kv_cache_dtype is {self.kv_cache_dtype!r}; backend {self.backend} holds keys and values in "
+                f"{' or '.join((self.dtype, *others))}: give that, or leave it away"
+            )
         if self.weight_only_precision and not TRAITS[self.backend].has_weight_only:
             raise ConfigError(
                 f"weight_only_precision is {self.weight_only_precision!r}; backend {self.backend} has no quantised "
@@ -99,6 +108,11 @@ class BuildConfig:
                 f"weight_only_precision is {self.weight_only_precision!r} and weight_only_activations is "
                 f"{self.weight_only_activations!r}; give both, or leave both away"
             )
+
+    @property
+    def cache_dtype(self) -> str:
+        """Number type of the KV cache."""
+        return self.kv_cache_dtype or self.dtype
 
     def _check_weight_only(self, name: str, allowed: tuple[str, ...]) -> None:
         if (value := getattr(self, name)) not in (None, *allowed):

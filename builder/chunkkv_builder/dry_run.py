@@ -41,14 +41,15 @@ def print_plan(plan: GraphPlan, build: BuildConfig, console: Console | None = No
         weights = f"weights {build.weight_only_precision} times activations {build.weight_only_activations}"
     console.print(
         f"{model.architecture}: {model.num_layers} layers, {model.num_kv_heads} KV heads of {model.head_dim}, "
-        f"{human_bytes(plan.kv_bytes_per_token(build.dtype))} of KV cache per token"
+        f"{human_bytes(plan.kv_bytes_per_token(build.cache_dtype))} of KV cache per token"
+        + (f" in {build.kv_cache_dtype}" if build.kv_cache_dtype else "")
     )
     console.print(
         f"backend {build.backend}, {weights}, max_batch_size {build.max_batch_size}, "
         f"max_input_len {build.max_input_len}, max_seq_len {build.max_seq_len}, max_num_tokens {build.max_num_tokens}"
     )
     console.print(f"ChunkKV: {described(plan.settings)}")
-    console.print(_table(plan, plan.kv_bytes_per_token(build.dtype)))
+    console.print(_table(plan, plan.kv_bytes_per_token(build.cache_dtype)))
     beyond = [name for name, length in LENGTHS.items() if length > build.max_input_len]
     if beyond:
         console.print(f"Prompts of {', '.join(beyond)} are above max_input_len; shown for comparison.")

@@ -153,6 +153,22 @@ def _parser() -> BuildParser:
         default="auto",
         help=f"number type of weights and KV cache; default: auto = {_auto_dtypes()}",
     )
+    _add_stored_types(build)
+    _add_tensorrt(parser)
+    _add_output(parser)
+    add_chunkkv(parser)
+    _add_budget(parser, max_keep_ratio=True)
+    return parser
+
+
+def _add_stored_types(build: argparse._ArgumentGroup) -> None:
+    """Add the flags for cache and weights in fewer bits than the engine computes in."""
+    build.add_argument(
+        "--kv_cache_dtype",
+        choices=config.KV_CACHE_DTYPES,
+        help="number type of the KV cache alone, for backend onnxruntime: float16 takes half the memory; "
+        "default: that of --dtype",
+    )
     build.add_argument("--use_weight_only", action="store_true", help="store the weight matrices in fewer bits")
     build.add_argument(
         "--weight_only_precision",
@@ -168,11 +184,6 @@ def _parser() -> BuildParser:
         help="number type of what those weights are multiplied with: int8 rounds it, float32 does not and is slower, "
         f"much slower for int8 weights; default: {config.DEFAULT_WEIGHT_ONLY_ACTIVATIONS}",
     )
-    _add_tensorrt(parser)
-    _add_output(parser)
-    add_chunkkv(parser)
-    _add_budget(parser, max_keep_ratio=True)
-    return parser
 
 
 def _auto_dtypes() -> str:

@@ -28,20 +28,33 @@ WEIGHTS_FILE = "weights.safetensors"
 HEAD_DIM_STEP = 8  # of GroupQueryAttention
 
 
-def step_weights(checkpoint: Checkpoint, precision: str | None, positions: int) -> list[WeightSource]:
-    """Return every tensor of a step graph for `positions` positions; `precision` as weight_sources takes it."""
-    return [
-        *with_merged_projections(weight_sources(checkpoint, precision)),
-        *rotary_tables(checkpoint.config, positions),
-    ]
+def step_weights(
+    checkpoint: Checkpoint, precision: str | None, positions: int, cache_dtype: str = "float32"
+) -> list[WeightSource]:
+    """Return every tensor of a step graph.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+        The model.
+    precision : str or None
+        As weight_sources takes it.
+    positions : int
+        Positions that the engine has.
+    cache_dtype : str, default "float32"
+        Type of the KV cache. Attention over another one would rotate in that type, and gets no tables for it.
+    """
+    tables = rotary_tables(checkpoint.config, positions) if cache_dtype == "float32" else []
+    return [*with_merged_projections(weight_sources(checkpoint, precision)), *tables]
 
 
-def compression_graphs(plan: GraphPlan) -> dict[str, onnx.ModelProto]:
+def compression_graphs(plan: GraphPlan, cache_dtype: str = "float32") -> dict[str, onnx.ModelProto]:
     """Return the graphs that score, choose and compact, by file name: with attention, and with a second reading."""
     assert plan.settings is not None
-    graphs = {COMPRESS_FILE: compress_graph(plan), REREAD_FILE: reread_graph(plan)}
+    graphs = {COMPRESS_FILE: compress_graph(plan, cache_dtype), REREAD_FILE: reread_graph(plan)}
     if plan.settings.score != "given":
-        graphs[GIVEN_FILE] = compress_graph(dataclasses.replace(plan, settings=plan.settings.with_score("given")))
+        given = dataclasses.replace(plan, settings=plan.settings.with_score("given"))
+        graphs[GIVEN_FILE] = compress_graph(given, cache_dtype)
     return graphs
 
 
@@ -70,15 +83,16 @@ class OnnxRuntimeBackend:
     def build(self, planned: GraphBuild, folder: Path, progress: Progress) -> Built:
         """Write weights, graphs and config.json to `folder`; return the version of onnx."""
         precision = planned.limits.weight_only_precision
-        sources = step_weights(planned.checkpoint, precision, planned.limits.max_seq_len)
+        cache_dtype = planned.limits.cache_dtype
+        sources = step_weights(planned.checkpoint, precision, planned.limits.max_seq_len, cache_dtype)
         progress.stage("weights", len(sources))
         locations = write_weights(folder / WEIGHTS_FILE, sources, progress.advance)
         for line in packing_report(planned.checkpoint, precision):
             progress.info(line)
         activations = planned.limits.weight_only_activations
-        graphs = {STEP_FILE: FusedStepGraph(planned.plan, locations, activations).build()}
+        graphs = {STEP_FILE: FusedStepGraph(planned.plan, locations, activations, cache_dtype).build()}
         if planned.plan.settings is not None:
-            graphs |= compression_graphs(planned.plan)
+            graphs |= compression_graphs(planned.plan, cache_dtype)
         progress.stage("graphs", len(graphs))
         for file, model in graphs.items():
             onnx.save_model(model, folder / file)

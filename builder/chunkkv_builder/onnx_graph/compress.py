@@ -264,8 +264,10 @@ class KeepAllNodes:
         return {"chunkkv.graph": graph}
 
 
-def compress_graph(plan: GraphPlan) -> onnx.ModelProto:
+def compress_graph(plan: GraphPlan, cache_dtype: str = "float32") -> onnx.ModelProto:
     """Return the graph that compacts the caches of all parts after the last prefill block; it has no weights.
+
+    Keys and values are of type `cache_dtype`, and compacted bit for bit; scores are computed in float32.
 
     Inputs: those of ChunkKVNodes, query.p [B,g*H,W,D] per part p that scores (scores.p for scores from outside), key.p
     and value.p [B,H,S,D], and input_ids [B,S] int64 for delimiter boundaries. Outputs: kept_lengths, kept_key.p,
@@ -274,11 +276,11 @@ def compress_graph(plan: GraphPlan) -> onnx.ModelProto:
     e, model = GraphEmitter(), plan.model
     if plan.settings is not None and plan.settings.boundaries == "delimiter":
         e.input("input_ids", "int64", ["batch", "tokens"])
-    nodes = ChunkKVNodes(e, plan, request_window=True)
+    nodes = ChunkKVNodes(e, plan, dtype=cache_dtype, request_window=True)
     caches = []
     for part in plan.parts:
         shape: list[int | str] = ["batch", len(part.kv_heads), "tokens", model.head_dim]
-        caches.append([e.input(f"{kind}.{part.number}", "float32", shape) for kind in ("key", "value")])
+        caches.append([e.input(f"{kind}.{part.number}", cache_dtype, shape) for kind in ("key", "value")])
     for part in plan.parts:
         if part.leads:
             query = ""
@@ -286,7 +288,10 @@ def compress_graph(plan: GraphPlan) -> onnx.ModelProto:
                 heads = len(part.kv_heads) * (model.num_heads // model.num_kv_heads)
                 window: list[int | str] = ["batch", heads, nodes.settings.window, model.head_dim]
                 query = e.input(f"query.{part.number}", "float32", window)
-            nodes.select(part, query, *caches[part.number])
+            cached = caches[part.number]
+            if cache_dtype != "float32":
+                cached = [e.op("Cast", [value], to=onnx.TensorProto.FLOAT) for value in cached]
+            nodes.select(part, query, *cached)
     nodes.rank()
     for part in plan.parts:
         nodes.compact(part, *caches[part.number])

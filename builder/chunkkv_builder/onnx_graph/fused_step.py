@@ -40,12 +40,20 @@ class FusedStepGraph(StepGraph):
         Where each tensor lies, by name: those of with_merged_projections, and of rotary_tables where it gives any.
     packed_activations : str or None, default "int8"
         Type in which inputs are multiplied with packed weights, as Projections takes it.
+    cache_dtype : str, default "float32"
+        Type of the KV cache, "float32" or "float16". Attention over float16 computes in float16 where queries meet the
+        cache; heads are rotated before, in float32.
     """
 
     def __init__(
-        self, plan: GraphPlan, weights: Mapping[str, WeightLocation], packed_activations: str | None = "int8"
+        self,
+        plan: GraphPlan,
+        weights: Mapping[str, WeightLocation],
+        packed_activations: str | None = "int8",
+        cache_dtype: str = "float32",
     ) -> None:
         super().__init__(plan, weights, packed_activations=packed_activations)
+        self.cache_dtype = cache_dtype
         self._rotates_inside = all(name in weights for kind in rotated_kinds(plan.model) for name in table_names(kind))
         self._observed: list[tuple[PartPlan, str]] = []
 
@@ -127,7 +135,9 @@ class FusedStepGraph(StepGraph):
         rotary = []
         if self._rotates_inside and kind != UNROTATED:
             rotary = [*(self.e.weight(self.weights[table]) for table in table_names(kind)), self._positions]
-        return self.e.op(
+        if self.cache_dtype != self.dtype:
+            qkv = [value and self.e.op("Cast", [value], to=NUMPY_TO_ONNX[self.cache_dtype]) for value in qkv]
+        mixed = self.e.op(
             "GroupQueryAttention",
             [*qkv, *past, *self.lengths[part.length_class], *rotary],
             [f"{name}_output", *present],
@@ -139,6 +149,7 @@ class FusedStepGraph(StepGraph):
             **({} if model.attention_scale is None else {"scale": model.attention_scale}),
             **({} if model.attention_soft_cap is None else {"softcap": model.attention_soft_cap}),
         )
+        return mixed if self.cache_dtype == self.dtype else self.e.op("Cast", [mixed], to=NUMPY_TO_ONNX[self.dtype])
 
     def _observe(self, query_count: str) -> None:
         e, block = self.e, self.e.dim("input_ids", 1)

@@ -68,7 +68,7 @@ class StepGraph:
         self.plan = plan
         self.model = plan.model
         self.weights = weights
-        self.dtype = dtype
+        self.dtype = self.cache_dtype = dtype
         self.e = emitter or GraphEmitter()
         self._keeps_queries = window_queries
         self._project = Projections(self.e, self.model, weights, packed_activations)
@@ -221,13 +221,13 @@ class StepGraph:
         """Attention of the heads of one part over its cache, in the layout of `qkv`."""
         e, number = self.e, part.number
         cache_shape: list[int | str] = ["batch", len(part.kv_heads), self._capacity_name(part), self.model.head_dim]
-        past = [e.input(f"past_{kind}.{number}", self.dtype, cache_shape) for kind in ("key", "value")]
+        past = [e.input(f"past_{kind}.{number}", self.cache_dtype, cache_shape) for kind in ("key", "value")]
         present = [f"present_key.{number}", f"present_value.{number}"]
         if part.scores and self._keeps_queries:
             self._window_queries(part, qkv[0])
         mixed = self._attention_over(part, qkv, past, present)
         for name in present:
-            e.output(name, self.dtype, cache_shape)
+            e.output(name, self.cache_dtype, cache_shape)
         return mixed
 
     def _capacity_name(self, part: PartPlan) -> str:

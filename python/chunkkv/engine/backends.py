@@ -23,6 +23,8 @@ class BackendTraits:
         Number types of weights and KV cache that it can be built in, some of DTYPES.
     default_dtype : str
         The one that `--dtype auto` means.
+    kv_cache_dtypes : tuple of str
+        Number types that its KV cache may have beside the one of the engine.
     has_weight_only : bool
         Whether its weights can be stored in int8 or int4.
     runs_kernels : bool
@@ -42,6 +44,7 @@ class BackendTraits:
 
     dtypes: tuple[str, ...]
     default_dtype: str
+    kv_cache_dtypes: tuple[str, ...]
     has_weight_only: bool
     runs_kernels: bool
     needs_gpu: bool
@@ -66,6 +69,7 @@ TRAITS = {
     ONNXRUNTIME: BackendTraits(
         dtypes=("float32",),
         default_dtype="float32",
+        kv_cache_dtypes=("float16",),
         has_weight_only=True,
         runs_kernels=False,
         needs_gpu=False,
@@ -77,6 +81,7 @@ TRAITS = {
     TENSORRT: BackendTraits(
         dtypes=DTYPES,
         default_dtype="bfloat16",  # its fast attention kernels need 16 bits
+        kv_cache_dtypes=(),
         has_weight_only=False,
         runs_kernels=False,  # where settings are beyond the kernels, ChunkKV gets in as functions
         needs_gpu=True,
@@ -89,6 +94,7 @@ TRAITS = {
     TENSORRT_LLM: BackendTraits(
         dtypes=("float16", "bfloat16"),
         default_dtype="bfloat16",
+        kv_cache_dtypes=(),
         has_weight_only=False,  # its own checkpoints have other ways
         runs_kernels=True,
         needs_gpu=True,

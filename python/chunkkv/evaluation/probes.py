@@ -165,8 +165,8 @@ class Prober:
         received = self._prefiller.reread_scores(cache, length, pieces) if reread else {}
         return Probe(
             ids,
-            [array[0, :, :length].copy() for array in cache.keys],
-            [array[0, :, :length].copy() for array in cache.values],
+            [array[0, :, :length].astype(np.float32) for array in cache.keys],
+            [array[0, :, :length].astype(np.float32) for array in cache.values],
             [queries[layer][0] for layer in range(len(cache.keys))],
             np.stack([received[layer] for layer in sorted(received)]) if reread else np.zeros(0, np.float32),
             self._delimiters[ids],

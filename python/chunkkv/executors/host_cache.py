@@ -11,7 +11,7 @@ from chunkkv.cache_layout import CacheLayout, Slots
 
 @dataclass(frozen=True)
 class HostKVCache:
-    """Keys and values per part of the layout, each [B,H,C,D] float32; rows are independent requests.
+    """Keys and values per part of the layout, each [B,H,C,D] in the engine's type; rows are independent.
 
     H are the KV heads of the part and C the slots of its length class. Where every layer is one part, part l is layer
     l.

@@ -116,8 +116,8 @@ class OnnxRuntimeContinuer:
         """Return type and shape of the arrays that `to_host` returns; see Continuer.host_layout."""
         layout, head_dim = self._step.layout, self._step.head_dim
         shapes = [(len(part.kv_heads), slots[part.length_class], head_dim) for part in layout.parts]
-        float32 = np.dtype(np.float32)
-        return {f"{kind}.{part}": (float32, shape) for part, shape in enumerate(shapes) for kind in ("key", "value")}
+        dtype = self._step.cache_dtype
+        return {f"{kind}.{part}": (dtype, shape) for part, shape in enumerate(shapes) for kind in ("key", "value")}
 
 
 def _plus(slots: Sequence[int], tokens: int) -> Slots:

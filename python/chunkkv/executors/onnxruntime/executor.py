@@ -70,7 +70,7 @@ class OnnxRuntimeExecutor(Executor[HostKVCache]):
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes that one token takes that is cached in all heads of all layers."""
-        return 2 * sum(self.step.layout.heads) * self.step.head_dim * 4
+        return 2 * sum(self.step.layout.heads) * self.step.head_dim * self.step.cache_dtype.itemsize
 
     @property
     def cache_layout(self) -> CacheLayout:

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -25,6 +26,10 @@ CPU = ["CPUExecutionProvider"]
 # Of a run: at its end, the memory that its session worked in goes back to the system.
 GIVING_BACK = ort.RunOptions()
 GIVING_BACK.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+CACHE_DTYPES: dict[str, np.dtype[Any]] = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(float16)": np.dtype(np.float16),
+}
 
 
 class OnnxRuntimeStep:
@@ -62,6 +67,8 @@ class OnnxRuntimeStep:
             raise EngineMismatchError(
                 f"{path} has caches of {heads} heads, which are not those that config.json says; build the engine again"
             )
+        kinds = {value.name: value.type for value in self.session.get_inputs()}
+        self.cache_dtype = CACHE_DTYPES[kinds["past_key.0"]]
         self.query_heads = {
             int(name.split(".")[1]): int(shape[1]) for name, shape in shapes.items() if name.startswith("query.")
         }
@@ -72,7 +79,7 @@ class OnnxRuntimeStep:
         shapes = [(rows, len(part.kv_heads), slots[part.length_class], self.head_dim) for part in self.layout.parts]
         sizes = [math.prod(shape) for shape in shapes]
         # One block of memory: NumPy asks for huge pages only for large ones.
-        pieces = np.split(np.zeros(2 * sum(sizes), np.float32), np.cumsum(2 * sizes)[:-1])
+        pieces = np.split(np.zeros(2 * sum(sizes), self.cache_dtype), np.cumsum(2 * sizes)[:-1])
         arrays = [piece.reshape(shape) for piece, shape in zip(pieces, 2 * shapes, strict=True)]
         return HostKVCache(tuple(arrays[: len(shapes)]), tuple(arrays[len(shapes) :]), self.layout)
 

@@ -69,7 +69,7 @@ class HeadLengthsScorer:
         ):
             lengths.append(len(key))
             for kind, kept in (("key", key), ("value", value)):
-                cache = np.empty((1, 1, len(kept) + size, kept.shape[1]), np.float32)
+                cache = np.empty((1, 1, len(kept) + size, kept.shape[1]), self._step.cache_dtype)
                 cache[0, 0, : len(kept)] = kept
                 bind_arrays(binding, {f"past_{kind}.{number}": cache}, {f"present_{kind}.{number}": cache})
                 held.append(cache)
@@ -95,6 +95,7 @@ def _with_head_caches(model: onnx.ModelProto, step: OnnxRuntimeStep, path: Path)
     inputs = [value for value in graph.input if value.name in ("input_ids", "position_ids", "logit_indices")]
     outputs = [value for value in graph.output if value.name == "logits"]
     del graph.input[:], graph.output[:]
+    dtype = helper.np_dtype_to_tensor_dtype(step.cache_dtype)
     lengths = helper.make_tensor_value_info("cache_lengths", onnx.TensorProto.INT32, [per_head, "batch"])
     graph.input.extend([*inputs, lengths])
     graph.output.extend(outputs)
@@ -102,7 +103,7 @@ def _with_head_caches(model: onnx.ModelProto, step: OnnxRuntimeStep, path: Path)
         for number in range(per_head):
             shape: list[str | int | None] = ["batch", 1, f"slots_{number}", size]
             for kind in ("key", "value"):
-                values.append(helper.make_tensor_value_info(f"{name}_{kind}.{number}", onnx.TensorProto.FLOAT, shape))
+                values.append(helper.make_tensor_value_info(f"{name}_{kind}.{number}", dtype, shape))
     layers = {node.name: layer for layer, node in enumerate(attention)}
     nodes = _length_nodes(per_head)
     for node in graph.node:

@@ -113,7 +113,7 @@ class OnnxRuntimeReread:
         count, (start, stop) = query.shape[1], piece
         sinks = min(self._sinks, start)
         ranges = ((0, sinks), piece, (own[0], own[1] + count))
-        keys = np.concatenate([key[:, first:last] for first, last in ranges], axis=1)
+        keys = np.concatenate([key[:, first:last] for first, last in ranges], axis=1, dtype=np.float32)
         keys = np.ascontiguousarray(keys.swapaxes(1, 2))[:, None]
         by_head = query.reshape(len(key), -1, *query.shape[1:])
         seen_at_first = keys.shape[-1] - count
