@@ -87,9 +87,9 @@ def pieces(monkeypatch):
             hook()
         log.append(piece)
 
-    def block(self, cache, ids, filled):
+    def block(self, cache, ids, *place):
         note(len(ids))
-        return append(self, cache, ids, filled)
+        return append(self, cache, ids, *place)
 
     def step(self, *inputs):
         note("step")

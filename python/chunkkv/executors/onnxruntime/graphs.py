@@ -86,11 +86,8 @@ class OnnxRuntimeStep:
     def append_prompt_block(
         self, cache: HostKVCache, ids: np.ndarray, filled: int, is_last: bool = False
     ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-        """Append the tokens ids [S] int64 of one row at slots and positions filled … filled+S-1; see append_block.
-
-        After the last block of a prompt the memory that the graph worked in is given back: decode needs little of it.
-        """
-        return self._append_one(cache, ids, filled, filled, None, GIVING_BACK if is_last else None)
+        """Append the tokens ids [S] int64 of one row at slots and positions filled … filled+S-1; see append_block."""
+        return self.append_block(cache, ids, filled, filled, is_last=is_last)
 
     def append_block(
         self,
@@ -99,24 +96,15 @@ class OnnxRuntimeStep:
         slot: int | Sequence[int],
         position: int,
         query_count: int | None = None,
+        is_last: bool = False,
     ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
         """Append the tokens ids [S] int64 of one row at slots from `slot` and positions from `position`.
 
         Returns the logits [vocab] after the last token and, for each part of the cache that scores, the block's last
-        rotated queries [1,Hq,min(w,S),D]; `query_count` is w, by default that of the engine's window.
+        rotated queries [1,Hq,min(w,S),D]; `query_count` is w, by default that of the engine's window. After the last
+        block of a prompt the memory that the graph worked in is given back: decode needs little of it.
         """
-        return self._append_one(cache, ids, slot, position, query_count)
-
-    def _append_one(
-        self,
-        cache: HostKVCache,
-        ids: np.ndarray,
-        slot: int | Sequence[int],
-        position: int,
-        query_count: int | None,
-        options: ort.RunOptions | None = None,
-    ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-        """Append a block of one row; return the logits [vocab] after its last token, and queries."""
+        options = GIVING_BACK if is_last else None
         logits, queries = self._append(cache, ids, slot, position, np.array([len(ids) - 1]), query_count, options)
         return logits[0], queries
 
