@@ -29,13 +29,15 @@ def test_a_planted_bug_is_found(bug: Bug) -> None:
 
 
 @pytest.mark.deep
-@pytest.mark.timeout(900)  # every check, one of the flavours under the thread sanitizer
-@pytest.mark.parametrize("flavour", ["plain", "asan", "tsan"])
+@pytest.mark.parametrize("flavour", ["plain", "asan"])
 def test_without_a_bug_nothing_is_found(flavour: str) -> None:
-    """The mutants leave out most of score; what is left must be right, or every bug would seem to be found."""
+    """The mutants leave out most of score; what is left must be right, or every bug would seem to be found.
+
+    test_races.py shows it of every check under ThreadSanitizer.
+    """
     preload = "" if flavour == "plain" else f"lib{flavour}.so"
     checks = {bug.check for bug in BUGS if bug.flavour == flavour}
-    for multiprocessors in (SMALL,) if flavour == "tsan" else (SMALL, LARGE):
+    for multiprocessors in (SMALL, LARGE):
         sizes = {"multiprocessors": multiprocessors}
         outcome = probe.run(emulated_library(flavour, PRUNED), *sorted(checks), preload=preload, **sizes)
         assert outcome.status == 0, outcome.text
