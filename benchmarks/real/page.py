@@ -23,6 +23,7 @@ from benchmarks.real.tables import (
     TASKS,
     Outcomes,
     against_openvino,
+    by_length,
     count,
     differences,
     kept_note,
@@ -37,6 +38,7 @@ TEMPLATE = Path(__file__).with_name("page.md")
 JSON_FILE = ROOT / "docs" / "benchmarks" / "results-real.json"
 BASE = "ChunkKV"
 BUILT = (RECIPE, STATIC, RECIPE_10, RANKED)  # engines of their own, for later questions
+BY_LENGTH = (FULL, BASE, "kvpress SnapKV, window 16", "kvpress KeyDiff", "kvpress ChunkKV", "kvpress KVzip", STREAMING)
 POLICIES = (FULL, BASE, *BUILT, *METHODS[1:], *PRESSES)
 
 
@@ -56,6 +58,8 @@ def render(measured: Outcomes) -> str:
         "differences in": differences(measured, IN, POLICIES, BASE),
         "differences after": differences(measured, AFTER, POLICIES, BASE),
         "against KVzip": differences(measured, AFTER, BUILT, "kvpress KVzip"),
+        "lengths in": by_length(measured, IN, BY_LENGTH, 2_000),
+        "lengths after": by_length(measured, AFTER, BY_LENGTH, 2_000),
         "openvino": against_openvino(measured, BASE),
         "variants": differences(measured, IN, VARIANTS, BASE),
         "perplexities": perplexities(measured, POLICIES),

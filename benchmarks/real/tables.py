@@ -14,6 +14,7 @@ from benchmarks.real.policies import FULL, GREEDY, KEEPS, OPENVINO, OPENVINO_FUL
 TASKS = ("code", "keeper", "copy")
 RESAMPLES = 4_000
 FEWEST = 4  # contexts of a row
+FEWEST_OF_A_LENGTH = 2  # contexts of a cell that is about one length alone
 _MODES = {IN: "question in the prompt", AFTER: "asked afterwards"}
 Interval = tuple[float, float, float]  # mean, and the ends of its 95 % interval
 
@@ -37,6 +38,13 @@ class Outcomes:
         for key, entries in values["outcomes"].items():
             mode, task, policy, keep = key.split("|")
             self._rows[mode, task, policy, int(keep)] = [_outcome(entry) for entry in entries]
+
+    def only(self, length: int) -> Outcomes:
+        """Return the outcomes of the contexts of one length."""
+        chosen = [index for index, context in enumerate(self.contexts) if context["length"] == length]
+        part = Outcomes({"contexts": [self.contexts[index] for index in chosen], "outcomes": {}})
+        part._rows = {key: [entries[index] for index in chosen] for key, entries in self._rows.items()}
+        return part
 
     def keeps(self) -> list[int]:
         """Return the measured ones of KEEPS, the shares kept per 10,000, falling."""
@@ -156,6 +164,24 @@ def losses(outcomes: Outcomes, mode: str, policies: Sequence[str]) -> str:
                 lines.append(
                     f"| {policy}, {name} | {' | '.join(interval(cell[0]) if cell else '' for cell in cells)} |"
                 )
+    return "\n".join(lines)
+
+
+def by_length(outcomes: Outcomes, mode: str, policies: Sequence[str], keep: int) -> str:
+    """Return right tokens in % by task for every length of text, with the number of contexts behind them."""
+    lengths = sorted({context["length"] for context in outcomes.contexts})
+    lines = [f"| {_MODES[mode]}, keep {keep / 100:g} % | {' | '.join(f'{length:,} tokens' for length in lengths)} |"]
+    lines.append("| --- |" + " ---: |" * len(lengths))
+    for policy in policies:
+        parts = [outcomes.only(length) for length in lengths]
+        cells = []
+        for part in parts:
+            means = [part.mean(mode, task, policy, keep, right_tokens) for task in TASKS]
+            number = count(part, mode, policy, keep)
+            known = [f"{mean:.0f}" for mean in means if mean is not None]
+            cells.append(f"{' / '.join(known)} ({number})" if number >= FEWEST_OF_A_LENGTH else "")
+        if any(cells):
+            lines.append(f"| {policy} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
