@@ -30,7 +30,12 @@ from examples.demo import asking, fetch, reading, report, small  # noqa: E402
 TEXT = Path(__file__).parent / "whaling.json"
 RECIPE = ROOT / "examples" / "smollm2" / "recipe.json"  # of the model that is fetched
 ANY_MODEL = ("--chunkkv_budget_split", "ranked")  # for later questions, where there is no recipe
-WEIGHTS = {"float32": (), "int8": ("--use_weight_only",), "int4": ("--use_weight_only", "--weight_only_precision=int4")}
+# The questions are some that the full cache answers with activations in float32.
+WEIGHTS = {
+    "float32": (),
+    "int8": ("--use_weight_only",),
+    "int4": ("--use_weight_only", "--weight_only_precision=int4", "--weight_only_activations=float32"),
+}
 
 
 def build(checkpoint: Path, output: Path, *flags: str) -> None:
