@@ -47,7 +47,7 @@ def test_tensorrt(machine: Double, tmp_path: Path) -> None:
 
 def test_a_paged_pool_serves_more_requests_than_it_holds_at_once() -> None:
     """The pool is too small for all requests at their full length: blocks that compression frees serve the next."""
-    session, _ = tensorrt_llm.recorded(tensorrt_llm.engine_dir("late"), pool_tokens=640)
+    session, _ = tensorrt_llm.recorded(tensorrt_llm.engine_dir(), pool_tokens=640)
     allocated = assert_all_get_their_own_tokens(session, tensorrt_llm.PROMPTS, 12)
     assert allocated <= session.executor.capabilities.pool_bytes
 

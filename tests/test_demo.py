@@ -258,10 +258,12 @@ def test_a_model_that_cannot_be_built_is_told_by_the_builder(tmp_path: Path, cap
     assert ended.value.code != 0 and "no-model" in capfd.readouterr().err
 
 
+# A test run in the background may have been started with SIGINT ignored, which the demo would respect.
 INTERRUPTED = """
-import sys
+import signal, sys
 from pathlib import Path
 from examples.demo import __main__ as demo
+signal.signal(signal.SIGINT, signal.default_int_handler)
 demo.TEXT = Path(sys.argv.pop(1))
 demo.main(sys.argv[1:])
 """

@@ -27,7 +27,7 @@ KILLED, HUNG_UP, INTERRUPTED, TERMINATED = -signal.SIGKILL, 129, 130, 143
 # Builds until all but the manifest is there, says so and waits for a signal. A test run in the background may have
 # been started with SIGINT ignored, which a build would respect.
 WAITING = """
-import fcntl, signal, sys, termios
+import fcntl, signal, sys, termios, time
 from chunkkv_builder import manifest
 from chunkkv_builder import build as build_engine
 if sys.stdin.isatty():
@@ -36,7 +36,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 def wait(*_):
     print("ready", flush=True)
-    signal.pause()
+    while True:  # a signal that comes before a call of pause() would be lost
+        time.sleep(0.05)
 manifest.write_manifest = wait
 build_engine.main(sys.argv[1:])
 """
