@@ -209,7 +209,8 @@ def test_a_scale_is_for_8_bit_keys_alone(library: NativeLibrary, memory: Memory)
 def sparse(shape: tuple[int, ...], dtype: str) -> tuple[NDArray[Any], RawArray]:
     """Return zeros of which only touched pages take memory, and the same as the library sees it."""
     size = int(np.prod(shape, dtype=np.int64)) * numpy_dtype(dtype).itemsize
-    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Linux's number: Python has the name since 3.13
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
     array = np.frombuffer(mmap.mmap(-1, size, flags=private), dtype=numpy_dtype(dtype)).reshape(shape)
     return array, RawArray(array.ctypes.data, dtype, shape, on_device=False)
 

@@ -134,7 +134,8 @@ def test_float32_gives_the_kept_tokens_and_logits_of_onnxruntime(leader: str, re
     [("float16", None), ("bfloat16", None), ("float16", "int8"), ("float16", "fp8"), ("bfloat16", "fp8")],
 )
 def test_coarser_types_err_no_more_than_without_compression(dtype: str, kv: str | None) -> None:
-    flags, nbytes = flags_of("first", 2, "fixed"), llm.KV_BYTES[kv or dtype]
+    # The mean over heads: rounding seldom turns it, and other chunks would be another error than that of the types.
+    flags, nbytes = flags_of("first", 2, "fixed") | {"chunkkv_head_reduce": "mean"}, llm.KV_BYTES[kv or dtype]
     prompts, tokens = answers(**flags)
     reference, whole = onnxruntime_session(**flags), onnxruntime_session(False)
     session = session_of(network(flags, dtype=dtype, kv=kv), nbytes, reference.settings, reference)
