@@ -48,7 +48,7 @@ test-deep: test-tensorrt-api test-tensorrt-llm test-tensorrt test-triton test-so
 # Sanitizers, races, planted bugs and nvcc's table of the kernels; pages of the docs that are measured again.
 test-slow: $(VENV)/.installed-test
 	@echo "== make $@"
-	$(BIN)/python -m pytest -n 2 -m deep tests/test_native_wheel.py tests # the longest first
+	$(BIN)/python -m pytest -n 2 -m deep
 
 # The machine code of the main kernels beside the committed table: the compiler comes from pip where the machine has none.
 sass: $(VENV)/.installed-test

@@ -86,8 +86,8 @@ def add_to_select(monkeypatch: pytest.MonkeyPatch, **attributes: Any) -> None:
     """Let the select nodes of a build have these attributes, too."""
     select_attributes = functions.select_attributes
 
-    def with_more(settings: ChunkKVSettings, request_window: bool = False) -> dict[str, Any]:
-        return {**select_attributes(settings, request_window), **attributes}
+    def with_more(settings: ChunkKVSettings, *arguments: Any, **named: Any) -> dict[str, Any]:
+        return {**select_attributes(settings, *arguments, **named), **attributes}
 
     monkeypatch.setattr(functions, "select_attributes", with_more)
 

@@ -213,6 +213,7 @@ def test_a_client_that_does_not_read_holds_up_nobody(server, short) -> None:
     body = json.dumps({**LONG, "max_tokens": 4000, "stream": True}).encode()
     head = f"POST /v2/models/chunkkv/generate_stream HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
     slow.sendall(head.encode() + body)
+    wait_for(lambda: server.metric("chunkkv_requests", state="active") == 1)
     started = time.monotonic()
     assert server.generate({"text_input": short, "max_tokens": 6})[0] == 200
     assert time.monotonic() - started < 5
