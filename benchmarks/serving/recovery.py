@@ -29,6 +29,7 @@ def recovery(engine_dir: Path, python: str, victim: str, repeats: int) -> dict[s
     body = {"text_input": "a", "max_tokens": 3000, "ignore_eos": True, "stream": True}
     for _ in range(repeats):
         with triton_server(engine_dir, python, "--threads", "1") as server:
+            _wait_until_watched(server)
             response = server.post(f"{_MODEL}/generate_stream", json.dumps(body).encode(), 60)
             response.readline()
             began = time.monotonic()
@@ -54,6 +55,15 @@ def _pids(server: Running) -> dict[str, int]:
     assert prefix is not None, "the supervisor names the server's shared memory"
     (model,) = model_processes(prefix[1])
     return {"server": pid, "model process": model}
+
+
+def _wait_until_watched(server: Running) -> None:
+    """Wait until the supervisor watches its server; before, it gives a server that loses a process 5 s to end."""
+    until = time.monotonic() + 60
+    while "server_ready" not in server.log.read_text():
+        if time.monotonic() > until:
+            raise RuntimeError("the supervisor did not say within a minute that its server is ready")
+        time.sleep(0.05)
 
 
 def _serves(server: Running) -> bool:
