@@ -17,7 +17,7 @@ W8A8 = "w8a8"
 WEIGHT_ONLY_PRECISIONS = ("int8", "int4", W8A8)
 WEIGHT_ONLY_ACTIVATIONS = ("int8", "float32")
 DEFAULT_WEIGHT_ONLY_PRECISION = "int8"
-# Decode is a third faster with it for int4; ONNX Runtime has no fast product of int8 weights and float32 activations.
+# Decode is faster with it for int4, and ONNX Runtime has no fast product of int8 weights and float32 activations.
 DEFAULT_WEIGHT_ONLY_ACTIVATIONS = "int8"
 DEFAULT_MAX_BATCH_SIZE = 8
 DEFAULT_MAX_NUM_TOKENS = 512

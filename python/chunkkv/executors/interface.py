@@ -263,9 +263,8 @@ class Continuer(Protocol[CacheT_contra]):
         """Append all tokens of `request`, of which as many stay as a prompt of its own would keep.
 
         The text is compressed by its own keys and queries, which have seen the row, or by a second reading of it where
-        the request asks for one. `cache` needs room for
-        `request.class_lengths` more slots only; the result says in `kept_lengths` how many of them are filled. Keeping
-        less than all needs capability `compresses_turns`.
+        the request asks for one. `cache` needs room for `request.class_lengths` more slots only; the result says in
+        `kept_lengths` how many of them are filled. Keeping less than all needs capability `compresses_turns`.
         """
 
     def to_host(self, cache: CacheT_contra, slots: Sequence[int]) -> dict[str, np.ndarray]:
