@@ -11,8 +11,12 @@ import pytest
 from support import engines, needle_engine
 
 from chunkkv.cli.main import main
+from chunkkv.engine.recipe import write_recipe
+from chunkkv.evaluation.evaluator import Evaluator, Plan
 from chunkkv.evaluation.full_cache_check import FEWEST, FullCacheCheck
-from chunkkv.evaluation.run_time import duration, estimate_seconds
+from chunkkv.evaluation.policies import parse_policies
+from chunkkv.evaluation.records import RECORDS_FILE, read_records
+from chunkkv.evaluation.run_time import READINGS, Work, duration, estimate_seconds
 from chunkkv.evaluation.texts.generated_suites import make_suites
 from chunkkv.evaluation.texts.prompt_writer import PromptFrame, PromptWriter
 from chunkkv.evaluation.texts.questions import Example
@@ -20,7 +24,9 @@ from chunkkv.evaluation.texts.real_suites import real_suites
 from chunkkv.evaluation.texts.real_tasks import TASKS
 from chunkkv.evaluation.texts.real_texts import KINDS, RealText
 from chunkkv.evaluation.texts.suites import Suite
-from chunkkv.evaluation.texts.templates import ENGLISH
+from chunkkv.evaluation.texts.templates import ENGLISH, NEEDLE
+from chunkkv.sampling import SamplingParams
+from chunkkv.session import ChunkKVSession
 from chunkkv.settings import ChunkKVSettings
 
 SETTINGS = ChunkKVSettings(layer_groups=((0,),))
@@ -73,7 +79,7 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture):
             "output_dir": tmp_path / "out", "threads": 1, "examples": 1, "keep": 0.5, "modes": "in",
             "policies": "chunkkv", "no_plots": True, **flags,
         }  # fmt: skip
-        main(["eval", *engines.command_line(named)])
+        main(["eval", *engines.command_line({name: value for name, value in named.items() if value is not None})])
         summary = json.loads((tmp_path / "out" / "summary.json").read_text())
         return summary["run"], capsys.readouterr().err
 
@@ -136,10 +142,83 @@ def test_a_strong_full_cache_is_not_reported() -> None:
 def test_the_estimate_grows_with_prompts_and_rows() -> None:
     session = needle_engine.session()
     start = time.monotonic()
-    one = estimate_seconds(session, [500], 4, 0.5)
+    work = Work(4, after=0.5)
+    one = estimate_seconds(session, [500], work)
     assert time.monotonic() - start < 20 and one > 0
-    assert estimate_seconds(session, [500] * 100, 4, 0.5) > 10 * one
-    assert estimate_seconds(session, [], 4, 0.5) == 0
+    assert estimate_seconds(session, [500] * 100, work) > 10 * one
+    assert estimate_seconds(session, [500], Work(0, 40, 40 * READINGS, 0.5)) > 10 * one
+    assert estimate_seconds(session, [], work) == 0
+
+
+def uneven_plan(session: ChunkKVSession, policies: str) -> Plan:
+    assert session.settings is not None
+    listed = tuple(parse_policies(policies, session.settings))
+    return Plan((), listed, (10_000, 3_000, 2_000), (100,), ("in", "after"), 1, 0, NEEDLE)
+
+
+def test_rows_that_prefill_for_themselves_are_counted_so() -> None:
+    """A context of an engine with head classes is read again; one prompt serves all policies of an even engine."""
+    even, ranked = needle_engine.session(), needle_engine.session("--chunkkv_budget_split", "ranked")
+    assert Evaluator(even, uneven_plan(even, "full,chunkkv,snapkv")).work() == Work(5, after=0.5)
+    again = Evaluator(even, uneven_plan(even, "full,engine:scorer=reread")).work()
+    assert again == Work(1, 2, 2 * READINGS, 0.5)
+    assert Evaluator(ranked, uneven_plan(ranked, "full,engine")).work() == Work(0, 3, 1 + 2 * (1 + READINGS) / 2, 0.5)
+
+
+@pytest.mark.parametrize("split", ["ranked", "classes"])
+def test_an_engine_of_unequal_heads_is_measured_as_it_is_used(split: str, run, tmp_path: Path) -> None:
+    """Asked afterwards it reads a prompt again, as contexts do; the full cache of it is whole."""
+    flags = ["--chunkkv_budget_split", "ranked"]
+    if split == "classes":
+        heads = {"reading_heads": [[0], [], [1], []], "reading_share_per_10k": 30_000, "local_share_per_10k": 3_333}
+        write_recipe(tmp_path / "r.json", {"budget_split": "classes", "local_policy": "chunks", **heads}, 4, {})
+        flags = ["--chunkkv_recipe", str(tmp_path / "r.json")]
+    folder = needle_engine.engine_dir(*flags)
+    ran, err = run(engine_dir=folder, suite="recall", lengths=500, keep=0.2, policies=None, modes="after")
+    assert [one["name"] for one in ran["policies"]] == ["full", "engine"] and "engine" not in err
+    session = ChunkKVSession.from_dir(folder, threads=1)
+    suite, tokenizer = make_suites(session.settings)["recall"], session.tokenizer
+    frame, by_window = PromptFrame(tokenizer, False), []
+    for record in read_records(tmp_path / "out" / RECORDS_FILE)[1:]:
+        made = suite.make(PromptWriter(tokenizer, NEEDLE, frame, suite.seed(0, record["cell"], 0)), record["cell"])
+        params = SamplingParams(max_new_tokens=made.questions[0].max_new_tokens)
+
+        def answer(keep: float, scorer: str | None, made: Example = made, params: SamplingParams = params) -> str:
+            context = session.compress(list(made.context), keep_ratio=keep, scorer=scorer)
+            return session.generate([list(made.questions[0].ids)], params, context=context)[0].text
+
+        given = [outcome["answers"][0] for outcome in record["outcomes"]]
+        assert [
+            text[: len(shown)] for text, shown in zip((answer(1.0, None), answer(0.2, None)), given, strict=True)
+        ] == given
+        by_window.append(answer(0.2, "window").startswith(given[1]))
+    assert not all(by_window)  # else these prompts could not tell the scorers apart
+
+
+def test_a_scorer_may_be_named_for_the_engines_own_choice(run) -> None:
+    ran, _ = run(
+        engine_dir=needle_engine.engine_dir(), suite="recall", lengths=300, keep=0.3, modes="after",
+        policies="SnapKV,engine:scorer=reread,Streaming-LLM",
+    )  # fmt: skip
+    named = ["full", "snapkv", "engine:scorer=reread", "streaming_llm"]
+    assert [one["name"] for one in ran["policies"]] == named
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"policies": "engine:scorer=x"}, ("scorer is 'x'", "window or reread")),
+        ({"policies": "engine:window=8"}, ("'window=8' is no setting of engine", "scorer")),
+        ({"policies": "snapkv:scorer=reread"}, ("'scorer=reread' is no setting of snapkv",)),
+        ({"policies": "SnapKV,snapkv"}, ("snapkv twice",)),
+        ({"output_dir": __file__}, ("output_dir", "is a file", "a directory")),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_any_work(run, capsys, flags: dict, words: tuple[str, ...]) -> None:
+    with pytest.raises(SystemExit):
+        run(engine_dir=needle_engine.engine_dir(), suite="recall", lengths=300, **flags)
+    said = capsys.readouterr().err
+    assert all(word in said for word in words) and said.count("\n") == 1
 
 
 @pytest.mark.parametrize(

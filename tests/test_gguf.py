@@ -197,6 +197,9 @@ def test_weight_only_says_what_is_rounded_again(tmp_path: Path, capsys: Any) -> 
     write_gguf(tmp_path / "model.gguf", "llama_tied", "F16")
     engine(tmp_path / "model.gguf", tmp_path / "F16", **flags)
     assert "weights in" not in capsys.readouterr().err
+    write_gguf(tmp_path / "model.gguf", "llama_tied", "Q4_1")
+    engine(tmp_path / "model.gguf", tmp_path / "float32", log_level="info")
+    assert "weights in" not in capsys.readouterr().err
 
 
 def test_a_folder_with_one_model_is_taken(tmp_path: Path) -> None:

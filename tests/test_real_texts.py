@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.messages import naming
 
 from chunkkv.errors import ConfigError
 from chunkkv.evaluation.texts.real_tasks import COPIED_TOKENS, TASKS, make_tasks
@@ -75,6 +76,20 @@ def test_an_empty_file_is_refused(tmp_path: Path, text: str):
     file.write_text(text)
     with pytest.raises(ConfigError, match="is empty"):
         file_text(file)
+
+
+def test_another_place_is_drawn_where_the_first_holds_too_few_sentences():
+    source = RealText("file", f"{'a ' * 300}end. " + "One. Two. Three. Four. " * 200)
+    fact = ["It is so."]
+    for seed in range(20):
+        passage = cut_passage(source, 60, lambda text: len(text.split()), np.random.default_rng(seed), fact)
+        assert "It is so." in passage.text and len(passage.text.split()) <= 60
+
+
+def test_prompts_too_short_for_what_is_planted_are_refused():
+    source = RealText("file", f"{'a ' * 30}end. " * 50)
+    with pytest.raises(ConfigError, match=naming("longer prompts", "(file)", "2 others in 20 tokens")):
+        cut_passage(source, 20, lambda text: len(text.split()), np.random.default_rng(0), ["It is so.", "It is not."])
 
 
 def test_a_text_too_short_is_refused():

@@ -69,6 +69,7 @@ def packing_report(checkpoint: Checkpoint, weight_only_precision: str | None) ->
     """Return one line for each quantised type of weights that weight_sources packs.
 
     It says whether their blocks are kept, or their values rounded a second time. With "w8a8" all projections are.
+    Without weight-only precision nothing is packed.
     """
     counts: Counter[tuple[str, str]] = Counter()
     for name in checkpoint.names():
@@ -78,7 +79,7 @@ def packing_report(checkpoint: Checkpoint, weight_only_precision: str | None) ->
         if bits is not None:
             is_kept = checkpoint.stored_blocks(name, bits) is not None
             counts[stored, f"blocks kept as int{bits}" if is_kept else f"values rounded again, to int{bits}"] += 1
-        elif name.endswith(_PROJECTIONS):
+        elif weight_only_precision is not None and name.endswith(_PROJECTIONS):
             counts[stored, f"values rounded again, to {weight_only_precision}"] += 1
     return [f"{count} weights in {stored}: {what}" for (stored, what), count in sorted(counts.items())]
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _PATIENCE_S = 10.0  # a shorter run is not announced
 _DEFAULT_POLICIES = "full,chunkkv,snapkv,pyramidkv,streaming_llm,random"
+_OF_THE_ENGINE = "full,engine"  # where no policy can look at the cache
 
 
 def add_parser(program: CommandParser) -> None:
@@ -47,9 +48,9 @@ def add_parser(program: CommandParser) -> None:
     group = parser.add_argument_group("compression")
     group.add_argument(
         "--policies",
-        default=_DEFAULT_POLICIES,
         metavar="LIST",
-        help=f"rules for choosing tokens, with settings as in snapkv:pooling=7; default: {_DEFAULT_POLICIES}",
+        help=f"rules for choosing tokens, with settings as in snapkv:pooling=7; default: {_DEFAULT_POLICIES}; for an "
+        f"engine whose heads or layers keep unequal numbers of tokens {_OF_THE_ENGINE}",
     )
     group.add_argument(
         "--keep",
@@ -133,6 +134,7 @@ def run(args: argparse.Namespace) -> None:
     session = open_session(args)
     plan = _plan(args, session, lengths, keeps, modes)
     evaluator = Evaluator(session, plan)
+    _make_folder(args.output_dir)
     quiet = args.log_level == "error"
     if not quiet:
         _print_estimate(session, evaluator, plan, args.output_dir)
@@ -149,6 +151,14 @@ def run(args: argparse.Namespace) -> None:
     if not quiet:
         _print_table(summary)
         print(f"{args.output_dir}: {', '.join(path.name for path in files)}")
+
+
+def _make_folder(folder: Path) -> None:
+    """Make the directory of the results before any work, or say that there can be none."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise ConfigError(f"output_dir {folder} is a file; give the name of a directory") from None
 
 
 def _plan(
@@ -169,7 +179,7 @@ def _plan(
     # The template of the shipped model holds the words that wording needle has already.
     has_template = tokenizer.chat_template is not None and wording.general
     chat = args.chat or (has_template and not args.no_chat)
-    policies = _policies(args.policies, settings)
+    policies = _policies(args.policies or _default_policies(session), settings)
     own_text = None if args.text_file is None else file_text(args.text_file)
     names = args.suite or ("needle" if own_text is None else "copy")
     return Plan(
@@ -198,12 +208,18 @@ def _print_estimate(session: ChunkKVSession, evaluator: Evaluator, plan: Plan, f
     if not session.executor.capabilities.blockwise_prefill:
         return
     lengths, total = evaluator.lengths_to_come(folder)
-    rows = evaluator.rows_per_prompt()
-    after = sum(mode == "after" for mode in plan.modes) / len(plan.modes)
-    seconds = estimate_seconds(session, lengths, rows, after)
+    work = evaluator.work()
+    seconds = estimate_seconds(session, lengths, work)
     if seconds > _PATIENCE_S:
-        text = f"eval: {len(lengths)} of {total} prompts to run, {rows} answers each: about {duration(seconds)}"
+        answers = work.together + work.alone
+        text = f"eval: {len(lengths)} of {total} prompts to run, {answers} answers each: about {duration(seconds)}"
         print(text, file=sys.stderr)
+
+
+def _default_policies(session: ChunkKVSession) -> str:
+    from chunkkv.evaluation.runner import PromptRunner
+
+    return _DEFAULT_POLICIES if PromptRunner(session).sees_caches() else _OF_THE_ENGINE
 
 
 def _policies(text: str, settings: ChunkKVSettings) -> list[Policy]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from chunkkv.contexts.scorers import SCORERS, default_scorer
 from chunkkv.errors import ConfigError
 from chunkkv.evaluation.policies import KeptPositions, Policy, check_policy
 from chunkkv.evaluation.records import (
@@ -21,6 +22,7 @@ from chunkkv.evaluation.records import (
     resume_records,
 )
 from chunkkv.evaluation.requirements import settings_and_tokenizer
+from chunkkv.evaluation.run_time import READINGS, Work
 from chunkkv.evaluation.runner import Answers, PromptRunner
 from chunkkv.evaluation.statistics import jaccard
 from chunkkv.evaluation.texts.prompt_writer import PromptFrame, PromptWriter
@@ -34,6 +36,8 @@ from chunkkv.settings import ChunkKVSettings
 MODES = ("in", "after")
 SAMPLES = 8  # examples per cell whose agreement between layers and answers are recorded, too
 _ANSWER_CHARACTERS = 120
+
+_Variant = tuple[Policy, int, int]  # a policy, what it keeps of 10,000 tokens, and what it keeps of a prompt
 
 
 @dataclass(frozen=True)
@@ -142,7 +146,7 @@ class Evaluator:
             raise ConfigError(f"lengths has {too_long}; this engine takes prompts of at most {longest} tokens")
         for policy in plan.policies:
             check_policy(policy, engine)
-        self._plan, self._engine = plan, engine
+        self._session, self._plan, self._engine = session, plan, engine
         self._runner = PromptRunner(session)
         self._frame = PromptFrame(self._tokenizer, plan.chat)
         least = max(policy.least_tokens for policy in plan.policies)
@@ -151,8 +155,8 @@ class Evaluator:
         reading = [policy.name for policy in plan.policies if policy.reads_cache]
         if reading and not self._sees_caches:
             raise ConfigError(
-                f"policies names {reading[0]}, but this engine compacts within prefill, or its heads keep unequal "
-                "tokens: give full and engine only, or build for backend onnxruntime with one choice per layer"
+                f"policies names {reading[0]}, but this engine compacts within prefill, or its heads or layers keep "
+                "unequal tokens: give full and engine only, or build for backend onnxruntime with one choice per layer"
             )
 
     def examples(self) -> list[PlannedExample]:
@@ -167,10 +171,28 @@ class Evaluator:
             for index in range(1 if "line" in cell else plan.examples)
         ]
 
-    def rows_per_prompt(self) -> int:
-        """Return how many compressed caches answer each prompt: policies times keep ratios."""
+    def work(self) -> Work:
+        """Return what a prompt of the plan takes, on average over its modes."""
+        together, alone, readings = 0, 0, 0.0
         below = sum(keep < KEEP_SCALE for keep in self._plan.keeps)
-        return sum(below if policy.compresses else 1 for policy in self._plan.policies)
+        for policy in self._plan.policies:
+            rows = below if policy.compresses else 1
+            if self._chooses_here(policy):
+                together += rows
+            else:
+                alone += rows
+                rereads = [self._rereads(policy, mode) for mode in self._plan.modes]
+                readings += rows * float(np.mean([READINGS if again else 1.0 for again in rereads]))
+        return Work(together, alone, readings, float(np.mean([mode == "after" for mode in self._plan.modes])))
+
+    def _chooses_here(self, policy: Policy) -> bool:
+        """Return whether a policy chooses from the prefill that all share; else the engine runs the prompt for it."""
+        return self._sees_caches and policy.scorer is None
+
+    def _rereads(self, policy: Policy, mode: str) -> bool:
+        if policy.scorer is not None:
+            return SCORERS[policy.scorer].rereads
+        return policy.compresses and default_scorer(self._session, mode == "after").rereads
 
     def lengths_to_come(self, folder: Path) -> tuple[list[int], int]:
         """Return the lengths in tokens of the prompts that `folder` has no results of, and the number of all.
@@ -225,14 +247,7 @@ class Evaluator:
         example = planned.suite.make(writer, planned.cell)
         ids, questions = example.prompt(planned.mode)
         variants = list(self._variants(len(ids)))
-        choices: list[KeptPositions | None] = [None] * len(variants)
-        if self._sees_caches:
-            prompt = self._runner.prefill(ids, seed=planned.index + (self._plan.seed << 32))
-            kept_positions = [policy.keep(prompt, kept) for policy, _, kept in variants]
-            answers = self._runner.answer(prompt, kept_positions, questions)
-            choices = list(kept_positions)
-        else:
-            answers = [self._runner.answer_compressed(ids, kept, questions) for _, _, kept in variants]
+        choices, answers = self._answered(planned, ids, questions, variants)
         is_sample = planned.index < SAMPLES
         outcomes = []
         for (policy, keep, kept), choice, token_ids in zip(variants, choices, answers, strict=True):
@@ -245,7 +260,25 @@ class Evaluator:
         pieces = [question.pieces() for question in questions]
         return {**planned.key(), "tokens": len(ids), "pieces": pieces, "outcomes": outcomes}
 
-    def _variants(self, length: int) -> Iterator[tuple[Policy, int, int]]:
+    def _answered(
+        self, planned: PlannedExample, ids: np.ndarray, questions: Sequence[Question], variants: Sequence[_Variant]
+    ) -> tuple[list[KeptPositions | None], list[Answers]]:
+        """Return what every variant keeps of a prompt, where that can be seen, and how it answers."""
+        choices: list[KeptPositions | None] = [None] * len(variants)
+        answers: list[Answers] = [[] for _ in variants]
+        here = [number for number, variant in enumerate(variants) if self._chooses_here(variant[0])]
+        if here:
+            prompt = self._runner.prefill(ids, seed=planned.index + (self._plan.seed << 32))
+            seen = [variants[number][0].keep(prompt, variants[number][2]) for number in here]
+            for number, choice, found in zip(here, seen, self._runner.answer(prompt, seen, questions), strict=True):
+                choices[number], answers[number] = choice, found
+        for number, (policy, _, kept) in enumerate(variants):
+            if number not in here:
+                later = planned.mode == "after"
+                answers[number] = self._runner.answer_compressed(ids, kept, questions, later, policy.scorer)
+        return choices, answers
+
+    def _variants(self, length: int) -> Iterator[_Variant]:
         """Yield policy, keep per 10,000 and kept tokens; what keeps everything runs once."""
         for policy in self._plan.policies:
             for keep in self._plan.keeps:

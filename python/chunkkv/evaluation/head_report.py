@@ -11,7 +11,7 @@ import numpy as np
 
 from chunkkv.evaluation.head_search import HeadSearchResult
 from chunkkv.evaluation.measured_heads import MeasuredHeads
-from chunkkv.evaluation.run_time import duration
+from chunkkv.evaluation.run_time import READINGS, duration
 from chunkkv.evaluation.settings_search import group_fields
 from chunkkv.evaluation.texts.calibration_texts import CalibrationPrompt
 from chunkkv.limits import KEEP_SCALE
@@ -20,7 +20,6 @@ from chunkkv.session import ChunkKVSession
 _SHADES = " ·░▒▓█"
 _PROBE_TOKENS = 256
 # As measured on SmolLM2, in prefills and in tokens of a prefill.
-_READINGS = 4.2  # what a prompt that is read again takes
 _SMALL, _CHOSEN = 2.0, 7.0  # a token of a small block, and one of an answer with the choice of tokens before it
 _IN_PROMPT, _AFTER = 14, 8  # about how many candidates are asked
 
@@ -38,9 +37,9 @@ def estimate_text(
     tasks = [task for prompt in prompts[found_on:] for task in prompt.tasks]
     questions, answers = (sum(len(getattr(task, part)) for task in tasks) for part in ("question", "answer"))
     first, others = (sum(len(prompt.ids) for prompt in some) for some in (prompts[:found_on], prompts[found_on:]))
-    tokens = _READINGS * first + others + _SMALL * questions + _CHOSEN * _IN_PROMPT * answers
+    tokens = READINGS * first + others + _SMALL * questions + _CHOSEN * _IN_PROMPT * answers
     if asked_later:
-        tokens += _READINGS * others + _SMALL * _AFTER * (questions + answers)
+        tokens += READINGS * others + _SMALL * _AFTER * (questions + answers)
     seconds = per_token * tokens
     return (
         f"calibrate: {found_on} prompts to find heads, {len(prompts) - found_on} to measure: about {duration(seconds)}"

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from chunkkv import reference
+from chunkkv.contexts.scorers import SCORERS
 from chunkkv.engine.layer_groups import layer_groups
 from chunkkv.errors import ConfigError
 from chunkkv.evaluation.prefilled import PrefilledPrompt
@@ -36,16 +37,20 @@ class Policy:
     Parameters
     ----------
     name : str
-        How it was asked for, such as "snapkv:pooling=7".
+        How it was asked for, such as "snapkv:pooling=7"; a rule that was spelled otherwise under its name here.
     rule : str
         A name in RULES.
     settings : ChunkKVSettings
         What the rule works with; its keep ratio and budget are not used, because `keep` is given a number of tokens.
+    scorer : str or None, default None
+        What scores the tokens of rule "engine", a name of chunkkv.contexts.scorers.SCORERS; None for what the engine
+        takes by itself.
     """
 
     name: str
     rule: str
     settings: ChunkKVSettings
+    scorer: str | None = None
 
     @property
     def compresses(self) -> bool:
@@ -182,9 +187,11 @@ _ONE_CHOICE: dict[str, Any] = {
     "budget_tokens": 0,
     "heads": "shared",
     "budget_split": "uniform",
+    "num_kv_heads": 0,
     "reading_heads": (),
     "reading_share_per_10k": KEEP_SCALE,
     "local_share_per_10k": KEEP_SCALE,
+    "local_policy": "recent",
     "leaders": (),
 }
 _PLAIN: dict[str, Any] = {"boundaries": "fixed"}
@@ -214,6 +221,14 @@ RULES: dict[str, Rule] = {
 }
 
 
+def _letters(name: str) -> str:
+    """Return a rule's name as papers and other programs may spell it, too: SnapKV, StreamingLLM, streaming-llm."""
+    return name.lower().replace("-", "").replace("_", "")
+
+
+_SPELLED = {_letters(name): name for name in RULES}
+
+
 def parse_policies(text: str, engine: ChunkKVSettings) -> list[Policy]:
     """Return the policies that `text` lists, in its order.
 
@@ -239,18 +254,26 @@ def parse_policies(text: str, engine: ChunkKVSettings) -> list[Policy]:
 
 def make_policy(text: str, engine: ChunkKVSettings) -> Policy:
     """Return the policy that one entry of parse_policies describes; raises ConfigError."""
-    rule, *changes = text.split(":")
-    if rule not in RULES:
-        raise ConfigError(f"policies names {rule!r}; there are {', '.join(RULES)}")
+    word, *changes = text.split(":")
+    rule = _SPELLED.get(_letters(word))
+    if rule is None:
+        raise ConfigError(f"policies names {word!r}; there are {', '.join(RULES)}")
     values: dict[str, Any] = dict(RULES[rule].settings)
+    allowed, scorer = ("scorer",) if rule == "engine" else (*_NUMBERS, *_NAMES, "layer_reuse"), None
     for change in changes:
         name, equals, value = change.partition("=")
-        if not equals or name not in (*_NUMBERS, *_NAMES, "layer_reuse"):
+        if not equals or name not in allowed:
             raise ConfigError(
-                f"policies has {text!r}, where {change!r} is no setting; give name=value, with a name of "
-                f"{', '.join((*_NUMBERS, *_NAMES, 'layer_reuse'))}"
+                f"policies has {text!r}, where {change!r} is no setting of {rule}; give name=value, with a name of "
+                f"{', '.join(allowed)}"
             )
-        if name == "layer_reuse":
+        if name == "scorer":
+            if value not in SCORERS:
+                raise ConfigError(
+                    f"policies has {text!r}, where scorer is {value!r}; allowed is {' or '.join(SCORERS)}"
+                )
+            scorer = value
+        elif name == "layer_reuse":
             count = sum(map(len, engine.layer_groups))
             values["layer_groups"] = layer_groups(count, value.replace("+", ","))
         elif name in _NUMBERS:
@@ -259,7 +282,7 @@ def make_policy(text: str, engine: ChunkKVSettings) -> Policy:
             values[name] = int(value)
         else:
             values[name] = value
-    return Policy(text, rule, _settings(text, engine, values))
+    return Policy(":".join((rule, *changes)), rule, _settings(text, engine, values), scorer)
 
 
 def check_policy(policy: Policy, engine: ChunkKVSettings) -> None:

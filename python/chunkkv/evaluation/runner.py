@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from chunkkv.contexts.scorers import with_scorer
 from chunkkv.errors import BackendUnavailableError, RequestError
 from chunkkv.evaluation.prefilled import PrefilledPrompt
 from chunkkv.evaluation.texts.questions import Question
@@ -98,13 +99,37 @@ class PromptRunner:
                     answers[number].append(tokens)
         return answers
 
-    def answer_compressed(self, ids: np.ndarray, kept: int, questions: Sequence[Question]) -> Answers:
-        """Answer every question on what the engine itself keeps of a prompt: `kept` tokens; runs on any executor."""
+    def answer_compressed(
+        self,
+        ids: np.ndarray,
+        kept: int,
+        questions: Sequence[Question],
+        of_context: bool = False,
+        scorer: str | None = None,
+    ) -> Answers:
+        """Answer every question on what the engine itself keeps of a prompt, as in use; runs on any executor.
+
+        Raises RequestError, BackendUnavailableError or EngineMismatchError for what the engine cannot do.
+
+        Parameters
+        ----------
+        ids : numpy.ndarray
+            The prompt [L] int64.
+        kept : int
+            How many of its tokens stay.
+        questions : sequence of Question
+            What follows.
+        of_context : bool, default False
+            Whether the questions were unknown when the prompt was compressed.
+        scorer : str or None, default None
+            What scores its tokens; None for what the engine takes by itself.
+        """
         settings = self.session.settings
         budget = None if settings is None or kept >= len(ids) else kept
         request = make_requests([ids], None, self.session.limits, settings, None if budget else 1.0, budget, 0)[0]
         if request.kept_tokens != kept:
             raise RequestError(f"{kept} tokens were to be kept, this engine keeps {request.kept_tokens}")
+        request, _ = with_scorer(self.session, request, scorer, of_context)
         room = self._room(len(ids), questions)
         cache = self._executor.new_cache(1, self._executor.capacity_for(request.slots(room)))
         prefilled = self._executor.prefiller().run([request], cache.rows(0, 1), threading.Event())[0]

@@ -32,6 +32,7 @@ _CODE = (
 )
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n\n+")
 _LINE_END = re.compile(r"\n")
+_PLACES = 20  # that are drawn until a stretch from there holds as many sentences as are planted
 
 
 @dataclass(frozen=True)
@@ -150,23 +151,32 @@ def cut_passage(
     """
     planted = [source.planted(statement) for statement in statements]
     room = tokens - sum(count(piece) for piece in planted)
-    pieces = len(source.cuts)
     characters = room * 8  # no tokenizer of general language has longer tokens on average
     last = int(np.searchsorted(source.cuts, len(source.text) - min(characters, len(source.text) // 2)))
-    first = int(random.integers(max(last, 1)))
-    low, high = first, pieces - 1  # the largest end whose stretch has at most `room` tokens
+    for _ in range(_PLACES):
+        first = int(random.integers(max(last, 1)))
+        end = _end_of_stretch(source, first, room, count)
+        fits = end < len(source.cuts) - 1
+        if fits and end > first + len(planted):
+            return _plant(source, first, end, planted, random, follow_characters)
+    raise ConfigError(
+        f"the text ({source.kind}) has too long sentences to plant {len(planted)} others in {tokens} tokens: ask for "
+        "longer prompts"
+        if fits and planted
+        else f"the text ({source.kind}) has no stretch of {tokens} tokens: give a longer one, or shorter prompts"
+    )
+
+
+def _end_of_stretch(source: RealText, first: int, room: int, count: Callable[[str], int]) -> int:
+    """Return the largest cut up to which the text from cut `first` on has at most `room` tokens."""
+    low, high = first, len(source.cuts) - 1
     while low < high:
         middle = (low + high + 1) // 2
         if count(source.text[source.cuts[first] : source.cuts[middle]]) <= room:
             low = middle
         else:
             high = middle - 1
-    if low <= first + len(planted) or low == pieces - 1:
-        raise ConfigError(
-            f"the text ({source.kind}) has no stretch of {tokens} tokens with {len(planted)} places in it: give a "
-            "longer text, or ask for shorter prompts"
-        )
-    return _plant(source, first, low, planted, random, follow_characters)
+    return low
 
 
 def _plant(
