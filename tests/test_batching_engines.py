@@ -75,7 +75,7 @@ def test_caches_are_dropped_only_when_idle() -> None:
     assert not pool.fits(Needs((60,), (61,)))
 
 
-@pytest.mark.parametrize("name", ["recent local heads", "no reading heads", "no local heads", "ranked"])
+@pytest.mark.parametrize("name", ["recent local heads", "no reading heads", "no local heads", "ranked", "ranked heads"])
 def test_rows_whose_heads_hold_different_numbers_of_tokens(name: str) -> None:
     """Each length class of a row has its own slots in the shared cache, also while rows move."""
     session = head_classes.session(head_classes.settings_for(name))

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.class_engines import CLASSES, session, settings_of
+from support.class_engines import CLASSES, RANKED_HEADS, session, settings_of
 
 from chunkkv import ChunkKVSession, Context, SamplingParams
 from chunkkv.contexts import context_of_row
@@ -16,6 +16,7 @@ SPLITS: dict[str, dict[str, Any]] = {
     "recent local heads": CLASSES,
     "local heads choose chunks": {**CLASSES, "local_policy": "chunks"},
     "one ranking": {"budget_split": "ranked"},
+    "one ranking of all heads": RANKED_HEADS,
 }
 
 

@@ -84,6 +84,7 @@ def test_kept_tokens_and_saved_bytes(
         ("--chunkkv", ["chooses"]),
         ("--chunkkv --chunkkv_heads each", ["chooses per head"]),
         ("--chunkkv --chunkkv_budget_split ranked", ["is ranked"]),
+        ("--chunkkv --chunkkv_budget_split ranked --chunkkv_heads each", ["is ranked per head"]),
         ("--chunkkv --chunkkv_layer_reuse 2 --chunkkv_leader last", ["follows 1", "leads 0-1", "chooses"]),
         ("--chunkkv --chunkkv_layer_reuse 3 --chunkkv_leader last", ["follows 2", "leads 0-2"]),
         ("--chunkkv --chunkkv_layer_reuse 3 --chunkkv_leader first", ["leads 0-2", "follows 0"]),

@@ -34,7 +34,7 @@ CHUNKKV_FLAGS = tuple(
 OWN_FLAGS = ("overwrite", "backend", "dtype", "use_weight_only", "weight_only_precision")
 OWN_FLAGS += ("weight_only_activations", "kv_cache_dtype")
 OWN_FLAGS += ("tensorrt", "compute_capability", "timing_cache", "chunkkv_ops")
-LAYERS = 3  # of the llama3 checkpoint, whose context is 512
+LAYERS, KV_HEADS = 3, 2  # of the llama3 checkpoint, whose context is 512
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ GIVEN = {"score": "given", "head_reduce": "mean"}
 
 
 def settings(line: str) -> ChunkKVSettings | None:
-    return chunkkv_settings(parse(["--checkpoint_dir", "c", *line.split()]), LAYERS)
+    return chunkkv_settings(parse(["--checkpoint_dir", "c", *line.split()]), LAYERS, KV_HEADS)
 
 
 def test_help_names_every_flag_with_its_default_on_a_narrow_terminal(
@@ -118,6 +118,10 @@ def test_the_defaults_are_the_documented_ones() -> None:
         ("--chunkkv_score logits --chunkkv_head_reduce mean", {"score": "logits", "head_reduce": "mean"}),
         ("--chunkkv_value_norm on --chunkkv_heads each", {"value_norm": "on", "heads": "each"}),
         ("--chunkkv_budget_split ranked", {"budget_split": "ranked"}),
+        (
+            "--chunkkv_budget_split ranked --chunkkv_heads each",
+            {"budget_split": "ranked", "heads": "each", "num_kv_heads": KV_HEADS},
+        ),
         ("--chunkkv_score given --chunkkv_local_policy chunks", {**GIVEN, "local_policy": "chunks"}),
         ("--chunkkv_boundaries delimiter --chunkkv_chunk_size 10", {"boundaries": "delimiter", "chunk_size": 10}),
         ("--chunkkv_layer_reuse 2", {"layer_groups": ((0, 1), (2,))}),

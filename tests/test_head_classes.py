@@ -68,6 +68,8 @@ CHANGES: dict[str, dict[str, Any]] = {
 def settings_for(name: str) -> ChunkKVSettings:
     if name == "ranked":
         return settings_of(budget_split="ranked")
+    if name == "ranked heads":
+        return settings_of(**class_engines.RANKED_HEADS)
     if name == "each without classes":
         return settings_of(heads="each")
     return settings_of(**{**CLASSES, **CHANGES[name]})
@@ -109,7 +111,7 @@ def expected_logits(settings: ChunkKVSettings, prompt: Sequence[int], answer: Se
 
 
 @pytest.mark.parametrize("attention", ["fused", "standard"])
-@pytest.mark.parametrize("name", [*CHANGES, "ranked", "each without classes"])
+@pytest.mark.parametrize("name", [*CHANGES, "ranked", "ranked heads", "each without classes"])
 def test_answers_are_those_of_a_model_that_hides_what_was_dropped(name: str, attention: str) -> None:
     """Two prompts of unequal length in one batch; the second one has fewer blocks than the first."""
     settings = settings_for(name)
@@ -128,7 +130,7 @@ def test_a_hidden_token_would_be_seen() -> None:
     assert np.abs(wrong - expected_logits(settings, prompt, answer)[1:]).max() > 20 * TOLERANCE
 
 
-@pytest.mark.parametrize("name", [*CHANGES, "ranked", "each without classes"])
+@pytest.mark.parametrize("name", [*CHANGES, "ranked", "ranked heads", "each without classes"])
 def test_keeping_everything_equals_no_compression_bit_for_bit(name: str) -> None:
     params, prompts = SamplingParams(8, logprobs=True), [tokens(90, 1), tokens(41, 2)]
     found = session(settings_for(name)).generate(prompts, params, keep_ratio=1.0)
@@ -138,17 +140,18 @@ def test_keeping_everything_equals_no_compression_bit_for_bit(name: str) -> None
         assert mine.statistics.cache_bytes == plain.statistics.cache_bytes
 
 
-def test_layers_that_are_ranked_together_keep_what_was_requested_in_total() -> None:
-    settings = settings_for("ranked")
+@pytest.mark.parametrize(("name", "parts"), [("ranked", LAYERS), ("ranked heads", LAYERS * KV_HEADS)])
+def test_what_is_ranked_together_keeps_what_was_requested_in_total(name: str, parts: int) -> None:
+    settings = settings_for(name)
     engine, prompt = session(settings), tokens(150, 5)
     (request,) = make_requests([prompt], None, engine.limits, settings, None, None, 4)
     cache = engine.executor.new_cache(1, engine.executor.capacity_for(request.class_lengths))
     (prefilled,) = engine.executor.prefiller().run([request], cache, threading.Event())
     lengths = prefilled.kept_lengths
     assert lengths is not None and len(set(lengths)) > 1
-    assert sum(lengths) == LAYERS * request.kept_tokens and min(lengths) >= settings.layer_floor
+    assert sum(lengths) == parts * request.kept_tokens and min(lengths) >= settings.layer_floor
     assert prefilled.choice is not None
-    assert tuple(len(prefilled.choice.kept_indices[layer]) for layer in range(LAYERS)) == lengths
+    assert tuple(len(prefilled.choice.kept_indices[part]) for part in range(parts)) == lengths
     result = engine.generate(prompt, SamplingParams(4))
     assert result.statistics.cache_bytes == request.kept_tokens * engine.executor.kv_bytes_per_token
     with ContinuousBatcher(engine, BatchingLimits(slots=2)) as batcher:

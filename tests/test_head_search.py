@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from support import engines
 from support.builds import CommandLine
-from support.class_engines import CLASSES, KV_HEADS, LAYERS, LIMITS, session, settings_of
+from support.class_engines import CLASSES, KV_HEADS, LAYERS, LIMITS, RANKED_HEADS, session, settings_of
 from support.tiny_tokenizers import write_tokenizer
 
 from chunkkv import ChunkKVSession
@@ -41,6 +41,7 @@ SPLITS: dict[str, dict[str, Any]] = {
     "classes": CLASSES,
     "classes of chunks": {**CLASSES, "local_policy": "chunks"},
     "ranked": {"budget_split": "ranked"},
+    "ranked heads": RANKED_HEADS,
 }
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import engines
-from support.class_engines import CLASSES, KV_HEADS, LAYERS, READING, settings_of
+from support.class_engines import CLASSES, KV_HEADS, LAYERS, RANKED_HEADS, READING, settings_of
 from support.class_engines import session as class_session
 from support.messages import naming
 
@@ -107,6 +107,7 @@ HEADS = {
     "classes, each head": {**CLASSES, "heads": "each"},
     "classes, local by chunks": {**CLASSES, "local_policy": "chunks"},
     "ranked": {"budget_split": "ranked"},
+    "ranked, each head": RANKED_HEADS,
 }
 
 
@@ -120,7 +121,7 @@ def inspected(name: str, keep_ratio: float = 0.4) -> Inspection:
 def test_every_head_of_every_layer_is_told_once(name: str) -> None:
     """The entries together are the choice of every head, each with as many tokens as its class keeps."""
     found = inspected(name)
-    lengths = None if name == "ranked" else found.settings.class_lengths(60, 4_000)
+    lengths = None if name.startswith("ranked") else found.settings.class_lengths(60, 4_000)
     seen = []
     for group in found.groups:
         (layer,) = group.layers

@@ -175,7 +175,11 @@ def test_every_context_of_the_plan_has_its_turn():
     assert len(set(listed)) == len(listed) == sum(PASSES[0].contexts.values())
 
 
-@pytest.mark.parametrize("flags", [{}, {"chunkkv_budget_split": "ranked"}], ids=["uniform", "ranked"])
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"chunkkv_budget_split": "ranked"}, {"chunkkv_budget_split": "ranked", "chunkkv_heads": "each"}],
+    ids=["uniform", "ranked", "ranked heads"],
+)
 def test_a_product_scores_what_its_session_would_answer(flags):
     """The greedy answer behind a context is right in every token, and any other token is wrong."""
     session = engines.session("llama3", chunkkv_window=16, chunkkv_min_tokens=32, max_seq_len=512, **flags)

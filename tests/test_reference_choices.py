@@ -199,22 +199,51 @@ def test_equal_chunks_go_to_the_lower_layer_first() -> None:
     assert ranked([1, 1, 1, 1], [1, 1, 1, 1], 8) == [[0, 1, 2, 3, 4, 5, 6, 7, 11, 12], [0, 1, 2, 3, 11, 12]]
 
 
+def test_equal_chunks_of_heads_go_by_layer_then_position_then_head() -> None:
+    """Two layers of two heads; the first token that is left goes to all heads of the layer before the next does."""
+    options = ranked_heads(2, 2)
+    scores = np.zeros((2, 2, 13), np.float32)
+    chosen = reference_layers.select_ranked(scores, 13, 7, options)  # each head's floor, and 4 tokens more
+    assert [kept.tolist() for kept in chosen] == 2 * [[0, 1, 2, 3, 4, 5, 11, 12]] + 2 * [[0, 1, 2, 3, 11, 12]]
+
+
+def ranked_heads(layers: int, heads: int) -> ChunkKVSettings:
+    split: dict[str, Any] = {"budget_split": "ranked", "heads": "each", "num_kv_heads": heads}
+    return replace(TINY, **split, layer_groups=tuple((layer,) for layer in range(layers)))
+
+
 @drawn
-@given(seed=st.integers(0, 2**32 - 1), kept=st.integers(6, 40), length=st.integers(7, 40), layers=st.integers(1, 4))
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    kept=st.integers(6, 40),
+    length=st.integers(7, 40),
+    layers=st.integers(1, 4),
+    heads=st.integers(1, 3),
+)
 def test_one_ranking_keeps_the_total_the_floors_and_what_a_smaller_total_kept(
-    seed: int, kept: int, length: int, layers: int
+    seed: int, kept: int, length: int, layers: int, heads: int
 ) -> None:
-    options = replace(TINY, budget_split="ranked", layer_groups=tuple((layer,) for layer in range(layers)))
-    scores = np.random.default_rng(seed).choice([0.0, 0.25, 0.5, 1.0], size=(layers, length)).astype(np.float32)
+    options = ranked_heads(layers, heads)
+    scores = np.random.default_rng(seed).choice([0.0, 0.25, 0.5, 1.0], size=(layers, heads, length)).astype(np.float32)
     kept = min(kept, length)
     chosen = reference_layers.select_ranked(scores, length, kept, options)
-    assert sum(map(len, chosen)) == layers * kept
+    assert len(chosen) == layers * heads and sum(map(len, chosen)) == layers * heads * kept
     less = reference_layers.select_ranked(scores, length, max(6, kept - 1), options) if kept > 6 else chosen
-    for layer, indices in enumerate(chosen):
+    for part, indices in enumerate(chosen):
         assert (np.diff(indices) > 0).all() and {0, length - 2, length - 1} <= set(indices.tolist())
-        alone = reference.select_tokens(scores[layer], length, 6, options)
-        assert set(alone.tolist()) | set(less[layer].tolist()) <= set(indices.tolist())
-        assert len(indices) <= options.class_capacities(length, budget_tokens=kept)[layer]
+        alone = reference.select_tokens(scores.reshape(-1, length)[part], length, 6, options)
+        assert set(alone.tolist()) | set(less[part].tolist()) <= set(indices.tolist())
+        assert len(indices) <= options.class_capacities(length, budget_tokens=kept)[part]
+
+
+@drawn
+@given(seed=st.integers(0, 2**32 - 1), kept=st.integers(6, 40), layers=st.integers(1, 4), heads=st.integers(1, 3))
+def test_equal_heads_win_what_a_layer_that_shares_wins(seed: int, kept: int, layers: int, heads: int) -> None:
+    scores = np.random.default_rng(seed).choice([0.0, 0.25, np.nan, 1.0], size=(layers, 40)).astype(np.float32)
+    options = ranked_heads(layers, heads)
+    shared = reference_layers.select_ranked(scores, 40, kept, options)
+    each = reference_layers.select_ranked(np.repeat(scores[:, None], heads, axis=1), 40, kept, options)
+    assert [one.tolist() for one in each] == [kept.tolist() for kept in shared for _ in range(heads)]
 
 
 def test_ranked_layers_keep_whole_batches() -> None:

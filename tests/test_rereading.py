@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support import engines
-from support.class_engines import CLASSES, LIMITS, session, settings_of
+from support.class_engines import CLASSES, LIMITS, RANKED_HEADS, session, settings_of
 from support.tiny_tokenizers import write_tokenizer
 
 from chunkkv import ChunkKVSession, SamplingParams
@@ -32,6 +32,7 @@ SPLITS: dict[str, dict[str, Any]] = {
     "classes": CLASSES,
     "classes of chunks": {**CLASSES, "local_policy": "chunks"},
     "ranked": {"budget_split": "ranked"},
+    "ranked heads": RANKED_HEADS,
     "scores given": {"score": "given"},
 }
 
@@ -125,10 +126,11 @@ def test_the_tokens_kept_are_those_of_the_reference(name: str, tokenizer: Tokeni
     settings, length = engine.settings, len(ids)
     assert settings is not None
     given = settings.with_score("given")
-    of_choice = {p: s if settings.heads == "each" else s.max(axis=0) for p, s in run._scores.items()}
+    each = settings.heads == "each" and settings.budget_split != "ranked"
+    of_choice = {p: s if each else s.max(axis=0) for p, s in run._scores.items()}
     layout = engine.executor.cache_layout
     if settings.budget_split == "ranked":
-        pooled = np.stack([choice.token_scores[part] for part in sorted(of_choice)])
+        pooled = np.stack([choice.token_scores[part] for part in sorted(of_choice)]).reshape(3, -1, length)
         expected = select_ranked(pooled, length, request.kept_tokens, settings)
         assert len({len(kept) for kept in expected}) > 1
         for part, kept in enumerate(expected):
@@ -175,6 +177,7 @@ def test_inspect_takes_the_scorer_that_the_engine_would_take(tokenizer: Tokenize
     for changes, of_prompt, of_context in (
         ({}, "window", "window"),
         ({"budget_split": "ranked"}, "window", "reread"),
+        (RANKED_HEADS, "window", "reread"),
         ({"score": "given"}, "reread", "reread"),
     ):
         engine = engine_of(tokenizer, **changes)
@@ -210,7 +213,8 @@ def test_a_turn_is_chosen_as_its_context_was(name: str, keep_ratio: float, token
         start = context.slots[layout.parts[part].length_class]
         seen = [*range(settings.sinks), *range(start, start + 70 + extra)]
         received = attention(query[0], row.keys[part][0][:, seen], extra)[:, settings.sinks :][:, :70]
-        scores[part] = received if settings.heads == "each" else received.max(axis=0)
+        each = settings.heads == "each" and settings.budget_split != "ranked"
+        scores[part] = received if each else received.max(axis=0)
     for part, kept in kept_by(settings, layout, scores, turn).items():
         start = context.slots[layout.parts[part].length_class]
         added = row.keys[part][0][:, start : start + 70]
@@ -233,7 +237,8 @@ def kept_by(settings: Any, layout: Any, scores: dict[int, np.ndarray], turn: lis
     given, length = settings.with_score("given"), len(turn)
     if settings.budget_split == "ranked":
         pooled = np.stack([given_scores(scores[part], settings.window, settings.pooling) for part in sorted(scores)])
-        return dict(enumerate(select_ranked(pooled, length, settings.kept_tokens(length, 4_000), settings)))
+        kept_tokens = settings.kept_tokens(length, 4_000)
+        return dict(enumerate(select_ranked(pooled.reshape(3, -1, length), length, kept_tokens, settings)))
     kept = {}
     for part, of_part in scores.items():
         key = np.zeros((1, len(layout.parts[part].kv_heads), length, 8), np.float32)

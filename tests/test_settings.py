@@ -208,7 +208,9 @@ def test_bad_ratios_are_named(ratio: Any, named: str) -> None:
         ({"reading_share_per_10k": 20_000}, "reading_share_per_10k 20000 local_share_per_10k 10000 'classes'"),
         ({"local_share_per_10k": 10_001}, "local_share_per_10k 10001 0 10000"),
         ({"reading_share_per_10k": 9_999}, "reading_share_per_10k 9999 10000"),
-        ({"budget_split": "ranked", "heads": "each"}, "budget_split 'ranked' heads 'each' 'shared'"),
+        ({"budget_split": "ranked", "heads": "each"}, "num_kv_heads 0 'ranked' 'each'"),
+        ({"budget_split": "ranked", "num_kv_heads": 2}, "num_kv_heads 2 'ranked' heads 'each'"),
+        ({"budget_split": "ranked", "reading_heads": ((0,),)}, "reading_heads 'ranked' 'classes'"),
         ({"budget_split": "ranked", "layer_groups": ((0, 1),)}, "'ranked' ((0,1),) layer_reuse 1"),
         ({**CLASSES, "local_share_per_10k": 5_000}, "20000 5 5000 7 average 11250.0 10000"),
         ({**CLASSES, "reading_heads": ((0, 2), (), (0, 1, 4))}, "layer 2 (0,1,4) 0 3"),
@@ -249,6 +251,7 @@ def test_the_rule_of_heads_follows_the_score() -> None:
         {"layer_groups": ((0, 1), (2, 3)), "leaders": (1, 2)},
         {"window_reduce": "max", "head_reduce": "max", "value_norm": "on", "heads": "each"},
         {"score": "given", "budget_split": "ranked", "layer_groups": ((0,), (1,))},
+        {"budget_split": "ranked", "heads": "each", "num_kv_heads": 2, "layer_groups": ((0,), (1,))},
         {**CLASSES, "local_policy": "chunks"},
     ],
 )

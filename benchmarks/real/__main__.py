@@ -27,6 +27,8 @@ from benchmarks.real.policies import (
     OPENVINO_FILE,
     PRESSES,
     RANKED,
+    RANKED_HEADS,
+    RANKED_TOKENS,
     RECIPE,
     RECIPE_10,
     STATIC,
@@ -82,7 +84,7 @@ class Pass:
 
 PASSES = (  # the order in which a run that is cut off is worth most
     Pass({1_000: 20, 2_000: 8}, (*METHODS, *PRESSES), (2_000, 1_000)),
-    Pass({1_000: 12}, (STATIC, RECIPE, RANKED), (2_000, 1_000), (AFTER,)),
+    Pass({1_000: 12}, (STATIC, RECIPE, RANKED, RANKED_HEADS, RANKED_TOKENS), (2_000, 1_000), (AFTER,)),
     Pass({4_000: 4}, (*METHODS, *PRESSES), (2_000, 1_000), (AFTER, IN)),
     Pass({1_000: 20, 2_000: 8}, (*METHODS, *PRESSES), (5_000, 3_000), (AFTER, IN)),
     Pass({1_000: 6, 2_000: 6}, VARIANTS, (2_000, 1_000), (IN,)),

@@ -12,6 +12,8 @@ from benchmarks.real.policies import (
     METHODS,
     PRESSES,
     RANKED,
+    RANKED_HEADS,
+    RANKED_TOKENS,
     RECIPE,
     RECIPE_10,
     STATIC,
@@ -37,7 +39,7 @@ from benchmarks.results.runs import ROOT
 TEMPLATE = Path(__file__).with_name("page.md")
 JSON_FILE = ROOT / "docs" / "benchmarks" / "results-real.json"
 BASE = "ChunkKV"
-BUILT = (RECIPE, STATIC, RECIPE_10, RANKED)  # engines of their own, for later questions
+BUILT = (RECIPE, STATIC, RECIPE_10, RANKED, RANKED_HEADS, RANKED_TOKENS)  # engines of their own, for later questions
 BY_LENGTH = (FULL, BASE, "kvpress SnapKV, window 16", "kvpress KeyDiff", "kvpress ChunkKV", "kvpress KVzip", STREAMING)
 POLICIES = (FULL, BASE, *BUILT, *METHODS[1:], *PRESSES)
 

@@ -40,6 +40,8 @@ RULES: dict[str, Rule] = {
     "SnapKV, heads sharing": replace(FIXED, chunk_size=1, head_reduce="mean"),
 }
 RANKED = "ChunkKV, reread, one ranking of all layers"
+RANKED_HEADS = "ChunkKV, reread, one ranking of all heads"
+RANKED_TOKENS = "ChunkKV, reread, one ranking of all heads, single tokens"
 RECIPE = "ChunkKV, reading heads, reread chunks elsewhere"  # examples/smollm2/recipe.json
 STATIC = "ChunkKV, reading heads, recent tokens elsewhere"  # examples/smollm2/recipe-static.json
 RECIPE_10 = "ChunkKV, reading heads, the recipe for 10 %"  # examples/smollm2/recipe-10.json
@@ -63,12 +65,12 @@ OPENVINO = {  # by name, how many of the last queries choose
 }
 GREEDY = "greedy"  # the mode of what is generated instead of fed
 OPENVINO_FILE = "outcomes-openvino.jsonl"
-ONLY_AFTER = ("kvpress KVzip", RANKED, RECIPE, STATIC, RECIPE_10)  # they read the text for questions that come later
+BUILT = (RANKED, RANKED_HEADS, RANKED_TOKENS, RECIPE, STATIC, RECIPE_10)  # engines of their own
+ONLY_AFTER = ("kvpress KVzip", *BUILT)  # they read the text for questions that come later
 MEAN, FIXED_10 = "ChunkKV, mean over heads", "ChunkKV, fixed chunks of 10"
 METHODS = ("ChunkKV", MEAN, FIXED_10, "SnapKV, heads sharing", STREAMING, RANDOM)
 VARIANTS = tuple(name for name in RULES if name not in METHODS)
 ONLY_IN = (*VARIANTS, MEAN, FIXED_10)
-BUILT = (RANKED, RECIPE, STATIC, RECIPE_10)  # engines of their own
 
 
 def streaming(length: int, count: int, shape: tuple[int, int]) -> np.ndarray:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.real.full_cache import Scored
-from benchmarks.real.policies import RANKED, RECIPE, RECIPE_10, STATIC
+from benchmarks.real.policies import RANKED, RANKED_HEADS, RANKED_TOKENS, RECIPE, RECIPE_10, STATIC
 from chunkkv.contexts.context import Context
 from chunkkv.evaluation.lm_eval.continuations import log_probabilities
 from chunkkv.session import ChunkKVSession
@@ -50,16 +50,18 @@ class Product:
 
 def products(names: Collection[str], folder: Path, gguf: Path, recipes: Path) -> dict[str, Product]:
     """Return those of the policies that have engines of their own; missing engines are built in `folder`."""
-    made = {}
-    for name, flags, scorer in (
-        (RANKED, "--chunkkv_budget_split ranked", "reread"),
-        (RECIPE, f"--chunkkv_recipe {recipes / 'recipe.json'}", "reread"),
-        (STATIC, f"--chunkkv_recipe {recipes / 'recipe-static.json'}", "window"),
-        (RECIPE_10, f"--chunkkv_recipe {recipes / 'recipe-10.json'}", "reread"),
+    made, heads = {}, "--chunkkv_budget_split ranked --chunkkv_heads each"
+    for name, kind, flags, scorer in (
+        (RANKED, "ranked", "--chunkkv_budget_split ranked", "reread"),
+        (RANKED_HEADS, "ranked-heads", heads, "reread"),
+        (RANKED_TOKENS, "ranked-tokens", f"{heads} --chunkkv_chunk_size 1 --chunkkv_pooling 1", "reread"),
+        (RECIPE, "recipe", f"--chunkkv_recipe {recipes / 'recipe.json'}", "reread"),
+        (STATIC, "recipe-static", f"--chunkkv_recipe {recipes / 'recipe-static.json'}", "window"),
+        (RECIPE_10, "recipe-10", f"--chunkkv_recipe {recipes / 'recipe-10.json'}", "reread"),
     ):
         if name not in names:
             continue
-        place = folder / f"engine-{Path(flags.split()[-1]).stem}"
+        place = folder / f"engine-{kind}"
         if not (place / "manifest.json").is_file():
             common = f"--checkpoint_dir {gguf} --output_dir {place} --chunkkv --max_seq_len 8192 --log_level error"
             build_engine([*common.split(), *flags.split()])

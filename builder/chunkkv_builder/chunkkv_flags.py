@@ -30,7 +30,8 @@ def chunkkv_settings(
     flags : Namespace
         Of chunkkv_builder.flags.parse.
     num_layers, num_kv_heads : int
-        Layers of the model and KV heads of a layer; the latter is needed for a recipe with classes of heads.
+        Layers of the model and KV heads of a layer; the latter is needed where heads of a layer may keep unequal
+        numbers of tokens.
     has_tokenizer : bool, default True
         Whether delimiter chunks are possible, which --chunkkv_boundaries auto then means.
     """
@@ -60,6 +61,8 @@ def chunkkv_settings(
         if values.get("budget_split") == "classes":
             if "reading_heads" not in values:
                 raise ConfigError("budget_split is 'classes', whose heads are listed in a recipe: give one too")
+            values["num_kv_heads"] = num_kv_heads
+        if values.get("budget_split") == "ranked" and values.get("heads") == "each":
             values["num_kv_heads"] = num_kv_heads
         least = sum(values.get(name, getattr(DEFAULTS, name)) for name in ("window", "sinks", "chunk_size"))
         values.setdefault("min_tokens", max(DEFAULTS.min_tokens, least))
@@ -130,7 +133,7 @@ def add_chunkkv(parser: CommandParser) -> argparse._ArgumentGroup:
         (
             "budget_split",
             "who keeps how many tokens: all heads the same, classes of heads as a recipe says, or every "
-            "layer what its chunks win in one ranking over all layers",
+            "layer what its chunks win in one ranking over all layers (with heads each, every KV head)",
         ),
         ("local_policy", "what local heads keep: the best chunks, or the first and the last tokens"),
         ("leader", "layer of a group that chooses the tokens for all of its layers"),

@@ -65,7 +65,7 @@ class _Row(NamedTuple):
 
 def _table(plan: GraphPlan, per_token: int) -> Table:
     table = Table(box=box.SIMPLE, show_footer=True, padding=(0, 0, 0, 1), pad_edge=False)  # fits 80 columns
-    layers = [tuple(_row(plan, part, per_token) for part in plan.parts_of(layer.index)) for layer in plan.layers]
+    layers = [_rows(plan, layer.index, per_token) for layer in plan.layers]
     saved = [sum(amounts) for amounts in zip(*(row.saved for rows in layers for row in rows), strict=True)]
     table.add_column("layer", footer="all", no_wrap=True)
     table.add_column("role")  # gives way on a narrow terminal
@@ -84,6 +84,15 @@ def _table(plan: GraphPlan, per_token: int) -> Table:
     return table
 
 
+def _rows(plan: GraphPlan, layer: int, per_token: int) -> tuple[_Row, ...]:
+    """Return the rows of a layer; parts that do the same, such as heads that are ranked apart, share one."""
+    rows = []
+    for row, equal in groupby(_row(plan, part, per_token) for part in plan.parts_of(layer)):
+        count = len(list(equal))
+        rows.append(row._replace(saved=tuple(count * amount for amount in row.saved)))
+    return tuple(rows)
+
+
 def _row(plan: GraphPlan, part: PartPlan, per_token: int) -> _Row:
     kept = tuple(_kept(plan.settings, part, length) for length in LENGTHS.values())
     head_bytes = per_token // sum(plan.layout.heads)
@@ -94,7 +103,7 @@ def _row(plan: GraphPlan, part: PartPlan, per_token: int) -> _Row:
 
 
 def _kept(settings: ChunkKVSettings | None, part: PartPlan, length: int) -> int:
-    """Return the tokens that a part keeps of a prompt; where layers are ranked together, what they keep on average."""
+    """Return the tokens that a part keeps of a prompt; where parts are ranked together, what they keep on average."""
     if settings is None:
         return length
     if settings.budget_split == "ranked":
@@ -146,7 +155,7 @@ def described(settings: ChunkKVSettings | None) -> str:
 def _split(settings: ChunkKVSettings) -> str:
     """Return who keeps how many tokens, where it is not the same everywhere."""
     if settings.budget_split == "ranked":
-        return ", one ranking of all layers"
+        return ", one ranking of all KV heads" if settings.ranks_heads else ", one ranking of all layers"
     if settings.budget_split != "classes":
         return ""
     reading, heads = sum(map(len, settings.reading_heads)), settings.num_kv_heads * len(settings.reading_heads)

@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
-from chunkkv.cache_layout import LOCAL, CacheLayout, layout_of
+from chunkkv.cache_layout import ALL_HEADS, LOCAL, CacheLayout, layout_of
 from chunkkv.errors import ConfigError
 from chunkkv.settings import ChunkKVSettings
 from chunkkv_builder.checkpoint.model_config import ModelConfig
@@ -71,6 +71,12 @@ class PartPlan:
     def leads(self) -> bool:
         """Whether it takes no other part's choice."""
         return self.leader == self.number
+
+    def suffix(self, num_kv_heads: int) -> str:
+        """Return what tells its nodes from those of other parts of a layer of `num_kv_heads` heads; "" for a layer."""
+        if len(self.kv_heads) == num_kv_heads:
+            return ""
+        return f".head_{self.kv_heads[0]}" if self.head_class == ALL_HEADS else f".{self.head_class}"
 
 
 @dataclass(frozen=True)
@@ -146,8 +152,9 @@ def make_plan(
             "give consecutive groups that together cover every layer"
         )
     if settings.num_kv_heads not in (0, model.num_kv_heads):
+        name = "reading_heads" if settings.reading_heads else "num_kv_heads"
         raise ConfigError(
-            f"reading_heads is for layers of {settings.num_kv_heads} KV heads; this model has {model.num_kv_heads}: "
+            f"{name} is for layers of {settings.num_kv_heads} KV heads; this model has {model.num_kv_heads}: "
             "take a recipe that was made for this model"
         )
     if settings.boundaries == "delimiter":

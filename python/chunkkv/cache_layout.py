@@ -78,11 +78,15 @@ def layout_of(settings: ChunkKVSettings | None, num_layers: int, num_kv_heads: i
     """Return the layout of an engine with `settings` for a model of these sizes; None is an engine without ChunkKV.
 
     With budget_split "classes" length class 0 are the reading heads and 1 the local heads; a layer of both has two
-    parts. With "ranked" every layer is a length class of its own.
+    parts. With "ranked" every layer is a length class of its own, and with heads "each" every KV head.
     """
     if settings is None or settings.budget_split == "uniform":
         return uniform_layout(num_layers, num_kv_heads)
     heads = tuple(range(num_kv_heads))
+    if settings.ranks_heads:
+        places = [(layer, head) for layer in range(num_layers) for head in heads]
+        parts = [CachePart(layer, ALL_HEADS, (head,), number) for number, (layer, head) in enumerate(places)]
+        return CacheLayout(tuple(parts), len(parts))
     if settings.budget_split == "ranked":
         return CacheLayout(tuple(CachePart(layer, ALL_HEADS, heads, layer) for layer in range(num_layers)), num_layers)
     parts = []

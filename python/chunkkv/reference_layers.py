@@ -5,7 +5,6 @@ Section numbers and letters are those of chunkkv.reference, which computes one l
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,7 +32,7 @@ def select_layers(
     """Return one Selection per part of the cache, by layer and within a layer by class (sections 1 to 6).
 
     A layer is one part; with budget_split "classes" a layer with heads of both classes is two, reading before local.
-    The layers of a group share their leader's choice.
+    With "ranked" and heads "each" every KV head is a part, in order. The layers of a group share their leader's choice.
 
     Raises ConfigError unless settings.layer_groups lists every layer once, in order, and all leaders have queries.
 
@@ -68,7 +67,7 @@ def select_layers(
                     query,
                     key,
                     lengths,
-                    _as_uniform(settings),
+                    settings.of_one_part(),
                     value=value,
                     head_class=head_class,
                     **per_row,
@@ -92,7 +91,12 @@ def _check_groups(settings: ChunkKVSettings, layers: int, queries: Mapping[int, 
 
 
 def head_classes(settings: ChunkKVSettings, layer: int, kv_heads: int) -> list[tuple[str, tuple[int, ...]]]:
-    """Return the classes of a layer's KV heads that have heads, reading before local; "all" without classes."""
+    """Return the classes of a layer's KV heads that have heads, reading before local; "all" without classes.
+
+    Where every KV head is ranked for itself, each is listed alone.
+    """
+    if settings.ranks_heads:
+        return [("all", (head,)) for head in range(kv_heads)]
     if settings.budget_split != "classes":
         return [("all", tuple(range(kv_heads)))]
     reading = settings.reading_heads[layer]
@@ -116,45 +120,42 @@ def select_ranked(
     settings: ChunkKVSettings,
     is_delimiter: BoolArray | None = None,
 ) -> list[NDArray[np.int32]]:
-    """Return the positions that stay in every layer, ascending, where all layers compete for one total (section 4).
+    """Return the positions that stay in every part, ascending, where all compete for one total (section 4).
 
-    Every layer keeps at least what it chooses with N = layer_floor. All other tokens of all layers are ranked by their
-    chunk's score, equal scores by lower layer and then by lower position, until `layers * kept` tokens stay.
+    A part is a layer, or a KV head where each chooses for itself; heads are listed layer by layer. Every part keeps at
+    least what it chooses with N = layer_floor. All other tokens are ranked by their chunk's score, equal scores by
+    lower layer, then by lower position, then by lower head, until `parts * kept` tokens stay.
 
     Parameters
     ----------
-    scores : floating [layers,L]
+    scores : floating [layers,L] or [layers,Hkv,L]
         Token scores of one row.
     length : int
         L.
     kept : int
-        N(L), the mean over the layers.
+        N(L), the mean over the parts.
     settings : ChunkKVSettings
         Window, sinks and chunks.
     is_delimiter : bool [L], optional
         Needed where settings.boundaries is "delimiter".
     """
-    layers = len(scores)
+    of_parts = scores.reshape(-1, scores.shape[-1])
     if kept >= length:
-        return [np.arange(length, dtype=np.int32) for _ in range(layers)]
+        return [np.arange(length, dtype=np.int32) for _ in of_parts]
     end = length - settings.window
     starts = reference.chunk_starts(length, settings, is_delimiter)
     sizes = reference.chunk_sizes(starts, end)
-    stays = np.zeros((layers, length), dtype=bool)
-    rank_value = np.full((layers, length), np.nan)
-    for layer in range(layers):
-        least = reference.select_tokens(scores[layer], length, settings.layer_floor, settings, is_delimiter)
-        stays[layer, least] = True
-        rank_value[layer, settings.sinks : end] = np.repeat(reference.chunk_scores(scores[layer], starts, end), sizes)
-    candidates = np.flatnonzero(~stays)
+    stays = np.zeros((len(of_parts), length), dtype=bool)
+    rank_value = np.full((len(of_parts), length), np.nan)
+    for part, of_part in enumerate(of_parts):
+        least = reference.select_tokens(of_part, length, settings.layer_floor, settings, is_delimiter)
+        stays[part, least] = True
+        rank_value[part, settings.sinks : end] = np.repeat(reference.chunk_scores(of_part, starts, end), sizes)
+    tokens = np.arange(stays.size).reshape(len(scores), -1, length).swapaxes(1, 2).ravel()  # by layer, position, head
+    candidates = tokens[~stays.ravel()[tokens]]
     best_first = candidates[np.argsort(-rank_value.ravel()[candidates], kind="stable")]  # NaN last
-    stays.ravel()[best_first[: layers * (kept - settings.layer_floor)]] = True
-    return [np.flatnonzero(of_layer).astype(np.int32) for of_layer in stays]
-
-
-def _as_uniform(settings: ChunkKVSettings) -> ChunkKVSettings:
-    """Return settings by which a layer scores and chooses for itself."""
-    return dataclasses.replace(settings, budget_split="uniform") if settings.budget_split == "ranked" else settings
+    stays.ravel()[best_first[: len(of_parts) * (kept - settings.layer_floor)]] = True
+    return [np.flatnonzero(of_part).astype(np.int32) for of_part in stays]
 
 
 def _ranked_batch(
@@ -165,7 +166,7 @@ def _ranked_batch(
     budget_tokens: IntArray | None,
     is_delimiter: BoolArray | None,
 ) -> list[Selection]:
-    """Return every layer's Selection of select_ranked from the token scores of `alone`."""
+    """Return every part's Selection of select_ranked from the token scores of `alone`."""
     counts = np.zeros((len(alone), len(lengths)), dtype=np.int32)
     kept_indices = np.full(
         (len(alone), len(lengths), int(max(lengths, default=0))), reference.PAD_INDEX, dtype=np.int32
@@ -173,12 +174,13 @@ def _ranked_batch(
     for row, length in enumerate(map(int, lengths)):
         ratio, budget = (None if x is None else int(x[row]) for x in (keep_per_10k, budget_tokens))
         scores = np.stack([selection.token_scores[row, :length] for selection in alone])
+        scores = scores.reshape(len(settings.layer_groups), -1, length)
         flags = None if is_delimiter is None else is_delimiter[row, :length]
         kept = settings.kept_tokens(length, ratio, budget)
-        for layer, indices in enumerate(select_ranked(scores, length, kept, settings, flags)):
-            counts[layer, row] = len(indices)
-            kept_indices[layer, row, : len(indices)] = indices
+        for part, indices in enumerate(select_ranked(scores, length, kept, settings, flags)):
+            counts[part, row] = len(indices)
+            kept_indices[part, row, : len(indices)] = indices
     return [
-        Selection(kept_indices[layer, :, : counts[layer].max(initial=0)], counts[layer], selection.token_scores)
-        for layer, selection in enumerate(alone)
+        Selection(kept_indices[part, :, : counts[part].max(initial=0)], counts[part], selection.token_scores)
+        for part, selection in enumerate(alone)
     ]

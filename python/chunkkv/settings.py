@@ -76,14 +76,17 @@ class ChunkKVSettings:
     value_norm : {"off", "on"}, default "off"
         Whether a head's score is multiplied by the length (L2 norm) of the token's value vector.
     heads : {"shared", "each"}, default "shared"
-        Whether the KV heads of a layer and class keep the same tokens, or each its own, equally many.
+        Whether the KV heads of a layer and class keep the same tokens, or each its own: equally many, but for
+        budget_split "ranked", where each keeps what its own chunks win.
     budget_split : {"uniform", "classes", "ranked"}, default "uniform"
         Who keeps how many tokens: every layer and head the same, two classes of KV heads different shares, or every
-        layer what its chunks win in one ranking over all layers.
+        layer what its chunks win in one ranking over all layers; with heads "each", every KV head.
     num_kv_heads : int, default 0
-        KV heads of a layer. Present exactly where budget_split is "classes", as is the next.
+        KV heads of a layer. Present exactly where heads of a layer may keep unequal numbers of tokens: budget_split
+        "classes", and "ranked" with heads "each".
     reading_heads : tuple of tuples of int, default ()
-        For every layer its KV heads of the class "reading", ascending; the others are the class "local".
+        For every layer its KV heads of the class "reading", ascending; the others are the class "local". Present
+        exactly where budget_split is "classes".
     reading_share_per_10k : int, default 10000
         What a reading head keeps, relative to what the request keeps. Both shares average to one over all heads.
     local_share_per_10k : int, default 10000
@@ -180,12 +183,17 @@ class ChunkKVSettings:
 
     def _check_split(self) -> None:
         classes = self.budget_split == "classes"
-        for name in ("num_kv_heads", "reading_heads"):
-            if bool(getattr(self, name)) != classes:
-                raise ConfigError(
-                    f"{name} is {getattr(self, name)!r} and budget_split is {self.budget_split!r}; the heads of the "
-                    "class 'reading' are listed exactly where budget_split is 'classes'"
-                )
+        if bool(self.num_kv_heads) != (classes or self.ranks_heads):
+            raise ConfigError(
+                f"num_kv_heads is {self.num_kv_heads}, budget_split is {self.budget_split!r} and heads is "
+                f"{self.heads!r}; give the KV heads of a layer exactly where they may keep unequal numbers of tokens: "
+                "budget_split 'classes', or 'ranked' with heads 'each'"
+            )
+        if bool(self.reading_heads) != classes:
+            raise ConfigError(
+                f"reading_heads is {self.reading_heads!r} and budget_split is {self.budget_split!r}; the heads of the "
+                "class 'reading' are listed exactly where budget_split is 'classes'"
+            )
         if classes:
             _check_classes(self)
         elif (self.reading_share_per_10k, self.local_share_per_10k) != (KEEP_SCALE, KEEP_SCALE):
@@ -193,17 +201,11 @@ class ChunkKVSettings:
                 f"reading_share_per_10k is {self.reading_share_per_10k} and local_share_per_10k is "
                 f"{self.local_share_per_10k}; shares other than {KEEP_SCALE} need budget_split 'classes'"
             )
-        if self.budget_split == "ranked":
-            if self.heads == "each":
-                raise ConfigError(
-                    "budget_split is 'ranked', which gives every layer one length, and heads is 'each': use heads "
-                    "'shared' or another budget_split"
-                )
-            if any(len(group) > 1 for group in self.layer_groups):
-                raise ConfigError(
-                    f"budget_split is 'ranked', for which every layer chooses for itself, and layer_groups is "
-                    f"{self.layer_groups}: use layer_reuse 1"
-                )
+        if self.budget_split == "ranked" and any(len(group) > 1 for group in self.layer_groups):
+            raise ConfigError(
+                f"budget_split is 'ranked', for which every layer chooses for itself, and layer_groups is "
+                f"{self.layer_groups}: use layer_reuse 1"
+            )
 
     @property
     def keep_ratio(self) -> float:
@@ -223,8 +225,23 @@ class ChunkKVSettings:
 
     @property
     def length_classes(self) -> int:
-        """How many lengths the caches of a prompt have: 1 (uniform), 2 (classes), or one per layer (ranked)."""
-        return {"uniform": 1, "classes": 2, "ranked": len(self.layer_groups)}[self.budget_split]
+        """How many lengths the caches of a prompt have.
+
+        1 (uniform), 2 (classes), or one per layer (ranked); with heads "each", which are ranked apart, one per KV head.
+        """
+        ranked = len(self.layer_groups) * (self.num_kv_heads if self.ranks_heads else 1)
+        return {"uniform": 1, "classes": 2, "ranked": ranked}[self.budget_split]
+
+    @property
+    def ranks_heads(self) -> bool:
+        """Whether every KV head takes part in one ranking for itself: budget_split "ranked" with heads "each"."""
+        return self.budget_split == "ranked" and self.heads == "each"
+
+    def of_one_part(self) -> ChunkKVSettings:
+        """Return settings by which one part of the cache scores: what is ranked, a layer or a KV head, for itself."""
+        if self.budget_split != "ranked":
+            return self
+        return dataclasses.replace(self, budget_split="uniform", heads="shared", num_kv_heads=0)
 
     def class_lengths(
         self, length: int, keep_per_10k: int | None = None, budget_tokens: int | None = None
@@ -246,9 +263,7 @@ class ChunkKVSettings:
             For budget_split "ranked", where the lengths depend on the scores.
         """
         if self.budget_split == "ranked":
-            raise ConfigError(
-                "budget_split is 'ranked', so lengths per layer depend on the scores: use class_capacities"
-            )
+            raise ConfigError("budget_split is 'ranked', so lengths depend on the scores: use class_capacities")
         kept = self.kept_tokens(length, keep_per_10k, budget_tokens)
         if self.budget_split == "uniform":
             return (kept,)
@@ -273,14 +288,14 @@ class ChunkKVSettings:
     ) -> tuple[int, ...]:
         """Return the most tokens that every length class can keep; parameters as in class_lengths.
 
-        These are the class lengths themselves but for budget_split "ranked": there one layer may win what all others
-        leave above layer_floor.
+        These are the class lengths themselves but for budget_split "ranked": there one layer, or KV head, may win what
+        all others leave above layer_floor.
         """
         if self.budget_split != "ranked":
             return self.class_lengths(length, keep_per_10k, budget_tokens)
-        layers, least = self.length_classes, min(length, self.layer_floor)
-        total = layers * self.kept_tokens(length, keep_per_10k, budget_tokens)
-        return (min(length, total - (layers - 1) * least),) * layers
+        ranked, least = self.length_classes, min(length, self.layer_floor)
+        total = ranked * self.kept_tokens(length, keep_per_10k, budget_tokens)
+        return (min(length, total - (ranked - 1) * least),) * ranked
 
     @property
     def layer_floor(self) -> int:

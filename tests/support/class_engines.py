@@ -34,6 +34,7 @@ CLASSES: dict[str, Any] = {
     "reading_share_per_10k": 18_000,
     "local_share_per_10k": 6_000,
 }
+RANKED_HEADS: dict[str, Any] = {"budget_split": "ranked", "heads": "each", "num_kv_heads": KV_HEADS}
 BLOCK = 16  # of prefill
 LIMITS = Limits(max_batch_size=4, max_input_len=192, max_seq_len=256, vocab_size=384)
 _FOLDER = tempfile.TemporaryDirectory(prefix="chunkkv-test-classes-")  # kept until the process ends

@@ -59,6 +59,7 @@ class ChunkKVNodes:
         if plan.settings.budget_split == "ranked" and not sorting:
             raise ConfigError("budget_split is 'ranked', whose lengths depend on the scores: use backend onnxruntime")
         self._e, self._plan, self.settings, self._dtype = e, plan, plan.settings, dtype
+        self._of_part = plan.settings.of_one_part()
         self._sorting = sorting
         self._request_window, self._padded_lists = request_window, padded_lists
         self._names = functions.select_inputs(self.settings, request_window)
@@ -76,9 +77,9 @@ class ChunkKVNodes:
         """Emit the choice of a leading part from its query [B,g*H,W,D], key and value [B,H,S,D].
 
         Outputs kept_indices.p [B,N] int32, token_scores.p [B,S]; slots.p are the indices padded to the capacity. Where
-        each head has its own choice, these are [B,H,N], [B,H,S] and [B,H,capacity]. A plugin cannot know N where shapes
-        are made and gives [B,S] with -1 behind N: the Pad then crops to the capacity. Scores from outside are a graph
-        input scores.p of the shape of token_scores.p, and `query` may then be anything.
+        each head of a part has its own choice, these are [B,H,N], [B,H,S] and [B,H,capacity]. A plugin cannot know N
+        where shapes are made and gives [B,S] with -1 behind N: the Pad then crops to the capacity. Scores from outside
+        are a graph input scores.p of the shape of token_scores.p, and `query` may then be anything.
 
         Parts that keep recent tokens score nothing: `query` may be anything, and the first of them has kept_indices.p.
         With budget_split "ranked" the choice follows in `rank`, after all parts were selected.
@@ -88,7 +89,7 @@ class ChunkKVNodes:
                 self._recent = part
                 self._keep_recent(part, key)
             return
-        e, each = self._e, self.settings.heads == "each"
+        e, each = self._e, self._of_part.heads == "each"
         scores_shape: list[int | str] = ["batch", len(part.kv_heads), "tokens"] if each else ["batch", "tokens"]
         named = {**self._shared, "query": query, "key": key, "value": value}
         if self.settings.score == "given":
@@ -114,13 +115,14 @@ class ChunkKVNodes:
         self._pad_to_capacity(part, indices, axis=2 if each else 1)
 
     def rank(self) -> None:
-        """Emit the one ranking of all layers that were selected; nothing with another budget_split."""
+        """Emit the one ranking of all parts that were selected; nothing with another budget_split."""
         if self.settings.budget_split != "ranked":
             return
         e = self._e
         length = e.op("Unsqueeze", [e.op("Cast", ["lengths"], to=onnx.TensorProto.INT64), e.ints(1)])
         kept = kept_tokens(e, self.settings, length)
-        indices, lengths = ranked.rank_layers(e, list(self._rank_values.values()), kept)
+        heads = len(self._plan.parts) // self._plan.model.num_layers
+        indices, lengths = ranked.rank_parts(e, list(self._rank_values.values()), kept, heads)
         for number, of_part in zip(self._rank_values, indices, strict=True):
             part = self._plan.parts[number]
             e.op("Identity", [of_part], [f"kept_indices.{number}"])
@@ -164,7 +166,7 @@ class ChunkKVNodes:
                 [output],
                 name=f"{self._place(part)}/compact_{kind}",
                 domain=functions.DOMAIN,
-                **(functions.compact_attributes(self.settings) if self._sorting else {}),
+                **(functions.compact_attributes(self._of_part) if self._sorting else {}),
             )
             self._e.output(output, self._dtype, kept_shape(self._plan, part))
 
@@ -188,8 +190,10 @@ class ChunkKVNodes:
         model, bodies = self._plan.model, {}
         group, options = model.num_heads // model.num_kv_heads, {"request_window": self._request_window}
         if self.settings.budget_split == "ranked":
-            heads = model.num_heads, model.num_kv_heads
-            bodies[functions.SCORE] = functions.score_function(self.settings, *heads, opset, **options)
+            kv_heads = len(self._plan.parts[0].kv_heads)  # of every part: they are layers, or single heads
+            bodies[functions.SCORE] = functions.score_function(
+                self.settings, kv_heads * group, kv_heads, opset, **options
+            )
         for part in self._plan.parts if not bodies else ():
             kv_heads = len(part.kv_heads)
             if part.scores and (name := functions.select_name(part.head_class, kv_heads)) not in bodies:
@@ -203,12 +207,11 @@ class ChunkKVNodes:
                     name=name,
                     **options,
                 )
-        return [*bodies.values(), functions.compact_function(opset, self.settings.heads)]
+        return [*bodies.values(), functions.compact_function(opset, self._of_part.heads)]
 
     def _place(self, part: PartPlan) -> str:
         """Return how the names of a part's nodes begin."""
-        whole = len(part.kv_heads) == self._plan.model.num_kv_heads
-        return f"/layers.{part.layer}/chunkkv" + ("" if whole else f".{part.head_class}")
+        return f"/layers.{part.layer}/chunkkv{part.suffix(self._plan.model.num_kv_heads)}"
 
     def metadata(self, graph: str) -> dict[str, str]:
         """Return what the model file says of itself."""

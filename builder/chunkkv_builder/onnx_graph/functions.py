@@ -154,11 +154,11 @@ def select_function(
 def score_function(
     settings: ChunkKVSettings, heads: int, kv_heads: int, opset: int, *, request_window: bool = False
 ) -> onnx.FunctionProto:
-    """Return ChunkKVScore, by which a layer takes part in one ranking of all layers (ranked.py).
+    """Return ChunkKVScore, by which a layer or a KV head takes part in one ranking of all of them (ranked.py).
 
     Outputs rank_values [B,S] float64 and token_scores [B,S] float32. The inputs are those of ChunkKVSelect.
     """
-    e = _function_emitter(SCORE)
+    e, settings = _function_emitter(SCORE), settings.of_one_part()
     row = _row(e, settings, ALL_HEADS)
     raw = _token_scores(e, settings, score_bodies.HeadCounts(heads, kv_heads), row, True, request_window)
     scores = score_bodies.pooled(e, settings, raw, row.before_window)

@@ -240,8 +240,7 @@ class StepGraph:
 
     def _attention_name(self, part: PartPlan) -> str:
         """Return the name of the node in which the queries of `part` meet its keys."""
-        whole = len(part.kv_heads) == self.model.num_kv_heads
-        return f"/layers.{part.layer}/attention" + ("" if whole else f".{part.head_class}")
+        return f"/layers.{part.layer}/attention{part.suffix(self.model.num_kv_heads)}"
 
     def _heads(self, prefix: str, normed: str) -> str:
         """Project to heads, with Qwen3's per-head norm where the model has it: [B,S,H*D]."""

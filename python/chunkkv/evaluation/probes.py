@@ -80,10 +80,7 @@ class Probe:
         """Return what an engine with `settings` keeps, by its own window or by a second reading."""
         length, heads = len(self), len(self.keys[0])
         if settings.budget_split == "ranked":
-            everything = tuple(range(heads))
-            scores = np.stack([self._scored(settings, layer, everything, reread) for layer in range(len(self.keys))])
-            number = settings.kept_tokens(length, keep_per_10k)
-            return [[kept] * heads for kept in select_ranked(scores, length, number, settings, self.is_delimiter)]
+            return self._ranked(settings, keep_per_10k, reread)
         lengths, chosen = settings.class_lengths(length, keep_per_10k), []
         for layer in range(len(self.keys)):
             of_layer: list[np.ndarray] = [np.empty(0, np.int32)] * heads
@@ -96,6 +93,16 @@ class Probe:
             for layer in group:
                 chosen[layer] = chosen[settings.leader_of(group)]
         return chosen
+
+    def _ranked(self, settings: ChunkKVSettings, keep_per_10k: int, reread: bool) -> KeptHeads:
+        heads = len(self.keys[0])
+        parts = [members for _, members in head_classes(settings, 0, heads)]  # whole layers, or every head alone
+        scores = [
+            [self._scored(settings, layer, members, reread) for members in parts] for layer in range(len(self.keys))
+        ]
+        number = settings.kept_tokens(len(self), keep_per_10k)
+        kept = iter(select_ranked(np.array(scores), len(self), number, settings, self.is_delimiter))
+        return [[next(kept)] * heads if len(parts) == 1 else [next(kept) for _ in parts] for _ in self.keys]
 
     def _class_keeps(
         self, settings: ChunkKVSettings, part: tuple[int, tuple[int, ...]], head_class: str, count: int, reread: bool

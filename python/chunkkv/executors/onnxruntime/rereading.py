@@ -33,7 +33,7 @@ class OnnxRuntimeReread:
 
     def __init__(self, engine_dir: Path, step: OnnxRuntimeStep, settings: ChunkKVSettings, block: int) -> None:
         self._step, self._block, self._sinks = step, block, settings.sinks
-        self._each = settings.heads == "each"
+        self._each = settings.of_one_part().heads == "each"
         self._graph = load_graph(engine_dir / REREAD_FILE, step.threads)
         file = COMPRESS_FILE if settings.score == "given" else GIVEN_FILE
         self.compress = OnnxRuntimeCompress(engine_dir / file, settings.with_score("given"), step.threads)
