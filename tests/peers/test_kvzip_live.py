@@ -69,16 +69,21 @@ def test_scores_are_kvzips(torch_model: Any, piece: int, monkeypatch: pytest.Mon
     np.testing.assert_allclose(np.stack([scores[part] for part in sorted(scores)]), press.scores, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("torch_model", [{"num_key_value_heads": 1}], indirect=True)
-def test_one_ranking_keeps_what_kvzip_keeps(torch_model: Any) -> None:
-    """Where a layer has one KV head, a ranking of all layers is KVzip's of all heads, at equal kept tokens."""
-    session = session_of(torch_model, chunkkv_budget_split="ranked")
+@pytest.mark.parametrize(
+    ("torch_model", "heads"), [({"num_key_value_heads": 1}, "shared"), ({}, "each")], indirect=["torch_model"]
+)
+def test_one_ranking_keeps_what_kvzip_keeps(torch_model: Any, heads: str) -> None:
+    """At equal kept tokens a ranking of all KV heads is KVzip's, and so is one of layers that have one head each."""
+    session = session_of(torch_model, chunkkv_budget_split="ranked", chunkkv_heads=heads)
     found = session.inspect(DOCUMENT, KEEP, scorer="reread", as_context=True)
     context = session.compress(DOCUMENT, keep_ratio=KEEP, scorer="reread")
-    length, layers = len(context), len(found.groups)
-    assert len(set(context.slots)) > 1 and sum(context.slots) == layers * found.kept_tokens
-    press = KVzip(compression_ratio=(layers * (length - found.kept_tokens) + 0.5) / (layers * length))
+    length, ranked = len(context), len(found.groups)
+    layers = torch_model.model.layers
+    assert ranked == len(layers) * (2 if heads == "each" else 1)
+    assert len(set(context.slots)) > 1 and sum(context.slots) == ranked * found.kept_tokens
+    press = KVzip(compression_ratio=(ranked * (length - found.kept_tokens) + 0.5) / (ranked * length))
     zipped(torch_model, press, context.token_ids)
-    for group, layer in zip(found.groups, torch_model.model.layers, strict=True):
-        dropped = layer.self_attn.masked_key_indices[2].numpy()
-        assert group.kept_indices.tolist() == np.setdiff1d(np.arange(length), dropped).tolist()
+    for group in found.groups:
+        _, of_heads, dropped = (places.numpy() for places in layers[group.leader].self_attn.masked_key_indices)
+        head = group.kv_heads[0]
+        assert group.kept_indices.tolist() == np.setdiff1d(np.arange(length), dropped[of_heads == head]).tolist()
