@@ -20,6 +20,7 @@ from chunkkv.errors import EngineError, EngineMismatchError
 from chunkkv.executors.host_cache import HostKVCache
 from chunkkv.executors.huge_pages import on_huge_pages
 from chunkkv.executors.interface import Choice
+from chunkkv.executors.onnxruntime.products import products_overflow
 from chunkkv.settings import ChunkKVSettings
 
 CPU = ["CPUExecutionProvider"]
@@ -248,8 +249,8 @@ def session_options(threads: int) -> ort.SessionOptions:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    # Without it, machines without VNNI add products of 8 bits in 16 bits, which overflow.
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    if products_overflow():  # it stores weights unsigned, for which there is no fast kernel
+        options.add_session_config_entry("session.x64quantprecision", "1")
     options.enable_mem_pattern = False  # a plan per prompt length would be made, kept, and hardly met again
     return options
 
