@@ -96,6 +96,26 @@ def test_groups_and_their_leaders_are_shown(flags: str, roles: list[str], cli: C
     assert [row[1] for row in found[:-1]] == roles
 
 
+@pytest.mark.parametrize(
+    ("reuse", "leader", "each"),
+    [
+        (2, "first", [("0-7", "1 of 2 leads", 4), ("0-7", "1 of 2 follow", 4), ("8", "chooses", 1)]),
+        (4, "last", [("0-7", "3 of 4 follow", 6), ("0-7", "1 of 4 leads", 2), ("8", "chooses", 1)]),
+    ],
+)
+def test_layer_groups_that_are_alike_share_their_rows(
+    reuse: int, leader: str, each: list[tuple[str, str, int]], cli: CommandLine
+) -> None:
+    flags = ["--checkpoint_dir", engines.checkpoint_dir("llama3", num_hidden_layers=9), "--dry_run", "--chunkkv"]
+    done = cli(*flags, "--chunkkv_layer_reuse", str(reuse), "--chunkkv_leader", leader, "--log_level", "error")
+    *found, total = rows(done.out)
+    assert [tuple(row[:2]) for row in found] == [one[:2] for one in each] and total[0] == "all"
+    for row, (_, _, layers) in zip(found, each, strict=True):
+        kept = map(int, row[2:5])
+        saved = [(length - count) * layers * 2 * 2 * 16 * 4 for length, count in zip(LENGTHS, kept, strict=True)]
+        assert all(map(is_close, row[5:], saved))
+
+
 def test_every_class_of_heads_has_a_row_and_the_total_is_their_sum() -> None:
     settings = class_engines.settings_of(**class_engines.CLASSES)
     screen = Console(file=(page := io.StringIO()), width=120)

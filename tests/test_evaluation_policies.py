@@ -144,7 +144,10 @@ def test_random_chunks_follow_the_seed(prompt: PrefilledPrompt) -> None:
     [
         ("snapkw", "policies names 'snapkw'; there are full, engine, chunkkv"),
         ("full,full", "policies lists full twice"),
-        ("chunkkv:size=3", "where 'size=3' is no setting of chunkkv; give name=value, with a name of window, chunk_size"),
+        (
+            "chunkkv:size=3",
+            "where 'size=3' is no setting of chunkkv; give name=value, with a name of window, chunk_size",
+        ),
         ("chunkkv:chunk_size", "where 'chunk_size' is no setting"),
         ("chunkkv:chunk_size=x", "where chunk_size is 'x'; give a whole number"),
         ("chunkkv:chunk_size=0", "chunk_size is 0; allowed is 1 to 256"),

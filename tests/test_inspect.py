@@ -228,6 +228,8 @@ def test_it_opens_on_all_layers(browser, name: str, tmp_path: Path) -> None:
         row.find_element("tag name", "button").click()
         assert highlighted(browser) == group.kept_indices.tolist()
         assert f"{len(group.kept_indices)} tokens" in row.find_element("tag name", "output").text
+        if name.startswith(("ranked", "uniform")):
+            assert ("ranked with all others" if "ranked" in name else "chooses for itself") in row.text
     classes = [line.text for line in lines if line.text.startswith(("reading heads", "local heads"))]
     assert len(classes) == (2 if "classes" in name else 0)
 

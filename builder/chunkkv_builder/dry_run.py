@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -23,7 +25,8 @@ _PIPE_WIDTH = 120  # wide enough for the table where there is no terminal to ask
 def print_plan(plan: GraphPlan, build: BuildConfig, console: Console | None = None) -> None:
     """Print the engine's limits and, for every layer, its role and what it keeps of prompts of 2k, 8k and 32k tokens.
 
-    Neighbouring layers that are alike share their rows; a layer with heads of two classes has one row for each.
+    Neighbouring layers, or layer groups, that are alike share their rows; a layer with heads of two classes has one row
+    for each.
 
     Parameters
     ----------
@@ -62,11 +65,15 @@ class _Row(NamedTuple):
     kept: tuple[int, ...]
     saved: tuple[int, ...]
 
+    def times(self, count: int) -> _Row:
+        """Return the row of `count` such parts."""
+        return self._replace(saved=tuple(count * amount for amount in self.saved))
+
 
 def _table(plan: GraphPlan, per_token: int) -> Table:
     table = Table(box=box.SIMPLE, show_footer=True, padding=(0, 0, 0, 1), pad_edge=False)  # fits 80 columns
-    layers = [_rows(plan, layer.index, per_token) for layer in plan.layers]
-    saved = [sum(amounts) for amounts in zip(*(row.saved for rows in layers for row in rows), strict=True)]
+    rows = list(_rows(plan, per_token))
+    saved = [sum(amounts) for amounts in zip(*(row.saved for _, row in rows), strict=True)]
     table.add_column("layer", footer="all", no_wrap=True)
     table.add_column("role")  # gives way on a narrow terminal
     for name, length in LENGTHS.items():
@@ -74,32 +81,49 @@ def _table(plan: GraphPlan, per_token: int) -> Table:
         table.add_column(f"kept\nat {name}", justify="right", footer=str(kept), no_wrap=True)
     for name, amount in zip(LENGTHS, saved, strict=True):
         table.add_column(f"KV saved\nat {name}", justify="right", footer=human_bytes(amount), no_wrap=True)
-    first = 0
-    for rows, equal in groupby(layers):
-        count = len(list(equal))
-        name = str(first) if count == 1 else f"{first}-{first + count - 1}"
-        for row in rows:
-            table.add_row(name, row.role, *map(str, row.kept), *(human_bytes(count * amount) for amount in row.saved))
-        first += count
+    for name, row in rows:
+        table.add_row(name, row.role, *map(str, row.kept), *map(human_bytes, row.saved))
     return table
 
 
-def _rows(plan: GraphPlan, layer: int, per_token: int) -> tuple[_Row, ...]:
+def _rows(plan: GraphPlan, per_token: int) -> Iterator[tuple[str, _Row]]:
+    """Yield every row with the numbers of its layers."""
+    groups = plan.settings.layer_groups if plan.settings else tuple((layer.index,) for layer in plan.layers)
+
+    def of_group(group: tuple[int, ...]) -> tuple[_Row, ...]:
+        return tuple(row for layer in group for row in _rows_of_layer(plan, layer, per_token, True))
+
+    for rows, alike in groupby(groups, of_group):
+        listed = list(alike)
+        layers = [layer for group in listed for layer in group]
+        if len(listed) > 1:
+            for row, count in Counter(rows).items():
+                yield _name(layers), row.times(count * len(listed))
+            continue
+        for of_each, equal in groupby(layers, lambda layer: _rows_of_layer(plan, layer, per_token, False)):
+            numbers = list(equal)
+            for row in of_each:
+                yield _name(numbers), row.times(len(numbers))
+
+
+def _name(layers: Sequence[int]) -> str:
+    return str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
+
+
+def _rows_of_layer(plan: GraphPlan, layer: int, per_token: int, of_many: bool) -> tuple[_Row, ...]:
     """Return the rows of a layer; parts that do the same, such as heads that are ranked apart, share one."""
-    rows = []
-    for row, equal in groupby(_row(plan, part, per_token) for part in plan.parts_of(layer)):
-        count = len(list(equal))
-        rows.append(row._replace(saved=tuple(count * amount for amount in row.saved)))
-    return tuple(rows)
+    rows = [_row(plan, part, per_token, of_many) for part in plan.parts_of(layer)]
+    return tuple(row.times(len(list(equal))) for row, equal in groupby(rows))
 
 
-def _row(plan: GraphPlan, part: PartPlan, per_token: int) -> _Row:
+def _row(plan: GraphPlan, part: PartPlan, per_token: int, of_many: bool) -> _Row:
+    """Return the row of a part; `of_many` for a role that holds in every layer group of the same form."""
     kept = tuple(_kept(plan.settings, part, length) for length in LENGTHS.values())
     head_bytes = per_token // sum(plan.layout.heads)
     saved = (
         (length - count) * len(part.kv_heads) * head_bytes for length, count in zip(LENGTHS.values(), kept, strict=True)
     )
-    return _Row(_role(plan, part), kept, tuple(saved))
+    return _Row(_role(plan, part, of_many), kept, tuple(saved))
 
 
 def _kept(settings: ChunkKVSettings | None, part: PartPlan, length: int) -> int:
@@ -111,7 +135,7 @@ def _kept(settings: ChunkKVSettings | None, part: PartPlan, length: int) -> int:
     return settings.class_lengths(length)[part.length_class]
 
 
-def _role(plan: GraphPlan, part: PartPlan) -> str:
+def _role(plan: GraphPlan, part: PartPlan, of_many: bool) -> str:
     settings = plan.settings
     if settings is None:
         return "keeps all"
@@ -123,6 +147,8 @@ def _role(plan: GraphPlan, part: PartPlan) -> str:
         role = "is ranked"
     elif len(group) == 1:
         role = "chooses"
+    elif of_many:
+        role = f"1 of {len(group)} leads" if part.leads else f"{len(group) - 1} of {len(group)} follow"
     else:
         role = f"leads {group[0]}-{group[-1]}" if part.leads else f"follows {leader.layer}"
     if settings.heads == "each" and leader.scores:
