@@ -76,8 +76,8 @@ def test_no_model_is_stretched_beyond_its_scaling(tmp_path: Path, build: LlmBuil
 
 def test_a_table_that_is_not_made_of_its_frequencies_is_not_stretched(machine: Machine) -> None:
     model = llm_model()
-    table = model.embed_positions_for_gpt_attention.raw_value
-    model.embed_positions_for_gpt_attention.load(np.roll(table, 64, axis=1))
+    table = model.embed_positions_for_gpt_attention
+    table.raw_value = np.roll(table.raw_value, 64, axis=1)
     assert stretched_table(model, 512) is None
     with pytest.raises(ConfigError, match=naming("max_seq_len 513 512 rotary_inv_freq")):
         stretched_table(model, 513)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -184,18 +184,27 @@ class Outcome:
 
 def driven(stages: list[list[Execution]], settings: ChunkKVSettings, kv_bytes: int, work: Workload) -> Outcome:
     """Prefill the prompts one after the other, decode them together."""
-    driver = Driver(stages, settings, kv_bytes)
-    rows = [Row(np.array(prompt, np.int32)) for prompt in work.prompts]
-    logits, kept = [], []
+    kept: list[dict[int, np.ndarray]] = []
+
+    def look(row: Row) -> None:
+        kept.append(kept_by_leader([rank[0] for rank in stages], settings, len(row.prompt)))
+
+    return Outcome(_logits(Driver(stages, settings, kv_bytes), work, [{} for _ in work.prompts], look), kept)
+
+
+def _logits(driver: Driver, work: Workload, hidden: list[Hidden], look: Callable[[Row], None]) -> list[np.ndarray]:
+    """Return logits [steps,vocab] per prompt; `look` is called after each prefill."""
+    rows = [Row(np.array(p, np.int32), hidden=mask) for p, mask in zip(work.prompts, hidden, strict=True)]
+    logits = []
     for row in rows:
         logits.append([driver.step([row])[0]])
-        kept.append(kept_by_leader([rank[0] for rank in stages], settings, len(row.prompt)))
+        look(row)
     for step in range(len(work.tokens[0]) - 1):
         for row, tokens in zip(rows, work.tokens, strict=True):
             row.tokens.append(tokens[step])
         for made, found in zip(logits, driver.step([], rows), strict=True):
             made.append(found)
-    return Outcome([np.array(made) for made in logits], kept)
+    return [np.array(made) for made in logits]
 
 
 def leaders(graph: Graph) -> list[Node]:
@@ -223,7 +232,7 @@ def full_cache_logits(
 ) -> list[np.ndarray]:
     """Return the logits of a network without ChunkKV: a full cache, of which attention does not see what is hidden."""
     driver = Driver([[Execution(graph, _no_plugin, Pools())]], None, kv_bytes)
-    return driver.generate(work.prompts, work.tokens, hidden)
+    return _logits(driver, work, hidden or [{} for _ in work.prompts], lambda row: None)
 
 
 def _no_plugin(node: Node) -> Any:

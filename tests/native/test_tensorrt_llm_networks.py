@@ -19,7 +19,7 @@ import pytest
 from support.engines import SMALL_CHUNKKV
 from support.tensorrt_llm_double import installed
 from support.tensorrt_llm_double.attention import Pools
-from support.tensorrt_llm_double.checkpoints import write_gpt
+from support.tensorrt_llm_double.checkpoints import convert, with_learned_positions
 from support.tensorrt_llm_double.driver import Driver, Row
 from support.tensorrt_llm_double.graph import Graph, Node
 from support.tensorrt_llm_double.oracle import oracle_plugins
@@ -177,11 +177,9 @@ def test_two_ranks_that_agree_choose_what_one_rank_chooses(machine: llm.Machine,
 
 
 def test_learned_positions_stay_logical(machine: llm.Machine, tmp_path: Path) -> None:
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2}
-    sizes |= {"head_size": 64, "vocab_size": 384, "max_position_embeddings": 256}
     settings = settings_of("last", 2)
     with installed():
-        folder = write_gpt(tmp_path / "gpt", **sizes)
+        folder = with_learned_positions(convert(llm.checkpoint(), tmp_path / "rotary"), tmp_path / "learned")
         (graph,), (plain,) = llm.build(folder, False, **flags_of(settings)), llm.build(folder, True)
     assert not graph.of("ChunkKVRope")
     found = llm.driven([[machine.execution(graph)]], settings, 2, SHORT)

@@ -1,9 +1,10 @@
 """The packages tensorrt and tensorrt_llm as read from their published sources. A contract as read, not TensorRT-LLM.
 
-Recorders with the same names and signatures, nothing else. They hold what the authors believe of TensorRT-LLM, so a
-test on them cannot find that the belief is wrong; only a machine with TensorRT-LLM can.
+Recorders with the names and signatures that ChunkKV meets, nothing else. They hold what the authors believe of
+TensorRT-LLM, so a test on them cannot find that the belief is wrong; only a machine with TensorRT-LLM can.
 
-The line from 1.0 to 1.2 alone: networks of 0.16 are made by TensorRT-LLM itself, in tests/tensorrt_llm_source.
+The line from 1.0 to 1.2, and one decoder, like Llama's, for all models. TensorRT-LLM itself makes the networks of real
+models, in tests/tensorrt_llm_source.
 
 `installed()` puts them where `import tensorrt_llm` finds them. A built "engine" is the recorded network (graph.py),
 which run.py executes.
@@ -30,7 +31,6 @@ class Machine:
     """One machine, and every network that was built on it."""
 
     networks: list[Graph] = field(default_factory=list)
-    log: list[tuple[Any, str]] = field(default_factory=list)  # what TensorRT's logger was told
     cuda: Any = None  # a CudartDouble, where engines are run by addresses
     plugins: Any = None  # what runs the plugin nodes of engines, where that is not oracle.py
 

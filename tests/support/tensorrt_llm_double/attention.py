@@ -13,7 +13,7 @@ import numpy as np
 from support.tensorrt_llm_double.graph import Node, numpy_dtype
 
 INT8_KV, FP8_KV, FP8_MOST = 1 << 6, 1 << 7, 448.0
-_ROPE_GPTJ, _ROPE_NEOX = 1, 2
+_ROPE_NEOX = 2
 Hidden = Mapping[int, np.ndarray]  # slots by layer
 
 
@@ -87,26 +87,20 @@ def _attention(query: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.nd
 
 
 def _rotated(x: np.ndarray, positions: np.ndarray, table: np.ndarray, settings: dict[str, Any]) -> np.ndarray:
-    """Rotate x [t,H,D] by the table's angles at `positions`, whole heads."""
+    """Rotate the halves of each head of x [t,H,D] by the table's angles at `positions`."""
     size = settings["rotary_embedding_dim"]
-    assert size == x.shape[2] and settings["position_embedding_type"] in (_ROPE_GPTJ, _ROPE_NEOX)
+    assert size == x.shape[2] and settings["position_embedding_type"] == _ROPE_NEOX
     cos, sin = np.moveaxis(table.reshape(-1, size // 2, 2)[positions][:, None], 3, 0)
-    if settings["position_embedding_type"] == _ROPE_NEOX:
-        low, high = np.split(x, 2, axis=2)
-        return np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=2)
-    even, odd = x[:, :, ::2], x[:, :, 1::2]
-    return np.stack([even * cos - odd * sin, odd * cos + even * sin], axis=3).reshape(x.shape)
+    low, high = np.split(x, 2, axis=2)
+    return np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=2)
 
 
 class _LayerCache:
     """One layer's keys and values of all rows, as the blocks [Hkv, tokens_per_block, D] of its pool."""
 
     def __init__(self, node: Node, given: dict[str, np.ndarray], pools: Pools) -> None:
-        settings, mapping, layer = node.attributes, given["host_kv_cache_pool_mapping"], node.attributes["layer_idx"]
-        if mapping.ndim == 1:
-            self._pool, in_pool = int(mapping[layer]), settings["layer_idx_in_cache_pool"]
-        else:
-            self._pool, in_pool = (int(number) for number in mapping[layer])
+        settings = node.attributes
+        self._pool, in_pool = (int(number) for number in given["host_kv_cache_pool_mapping"][settings["layer_idx"]])
         mode = settings["kv_cache_quant_mode"]
         quantised = {INT8_KV: np.dtype(np.int8), FP8_KV: numpy_dtype("float8_e4m3fn")}
         self._dtype = quantised.get(mode & (INT8_KV | FP8_KV), given["qkv"].dtype)

@@ -90,25 +90,6 @@ class Driver:
             self._give_back(row)
         return found["logits"].astype(np.float32)
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        tokens: Sequence[Sequence[int]],
-        hidden: Sequence[Hidden] | None = None,
-    ) -> list[np.ndarray]:
-        """Prefill one after the other, decode together, all by given tokens; return logits [steps,vocab] per prompt."""
-        masks = hidden or [{} for _ in prompts]
-        rows = [Row(np.asarray(prompt, np.int32), hidden=mask) for prompt, mask in zip(prompts, masks, strict=True)]
-        logits = [[self.step([row])[0]] for row in rows]
-        for place in range(max(map(len, tokens)) - 1):
-            open_rows = [number for number in range(len(rows)) if place < len(tokens[number]) - 1]
-            for number in open_rows:
-                rows[number].tokens.append(tokens[number][place])
-            made = self.step([], [rows[number] for number in open_rows])
-            for number, found in zip(open_rows, made, strict=True):
-                logits[number].append(found)
-        return [np.array(made) for made in logits]
-
     def _extend(self, row: Row, slots: int) -> None:
         while len(row.blocks) * self._tokens < slots:
             row.blocks.append(self._free.pop())

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from support.cuda_double import array_at
 from support.tensorrt_llm_double import machine
+from support.tensorrt_llm_double.attention import Pools
 from support.tensorrt_llm_double.graph import MAGIC, Graph, numpy_dtype
+from support.tensorrt_llm_double.oracle import oracle_plugins
+from support.tensorrt_llm_double.run import Execution
 
 ALIGNMENT = 256
 
 
-class Builder:
-    """tensorrt.Builder: what the double of tensorrt_llm's own Builder serialises with."""
+class DevicePools(Pools):
+    """Pools that lie in allocations of the machine's CUDA double."""
 
-    def __init__(self, logger: Any) -> None:
-        self.logger = logger
+    def load(self, address: int) -> np.ndarray:
+        return array_at(address, (machine().cuda.memory[address][1],), np.uint8)
 
-    def create_network(self, flags: int = 0) -> Any:
-        import tensorrt as trt
-
-        return trt.INetworkDefinition()
-
-    def build_serialized_network(self, network: Any, config: Any) -> bytes:
-        machine().networks.append(network.graph)
-        return network.graph.to_bytes()
+    def store(self, address: int, content: np.ndarray) -> None:
+        assert content.ctypes.data == address
 
 
 class Runtime:
@@ -42,28 +39,16 @@ class Runtime:
             return None
         graph = Graph.from_bytes(content)
         for node in graph.of("plugin_v3"):
-            if trt.get_plugin_registry().get_creator(node.plugin, "1", "chunkkv") is None:
-                self.logger.log(trt.ILogger.Severity.ERROR, f"Cannot find plugin: {node.plugin}")
-                return None
+            assert trt.get_plugin_registry().get_creator(node.plugin, "1", "chunkkv"), f"no plugin {node.plugin}"
         return ICudaEngine(graph)
 
 
 class ICudaEngine:
+    num_optimization_profiles = 1
+
     def __init__(self, graph: Graph) -> None:
-        self.graph = graph
-        self.names = [*graph.inputs, *graph.outputs]
-
-    @property
-    def num_io_tensors(self) -> int:
-        return len(self.names)
-
-    @property
-    def num_layers(self) -> int:
-        return len(self.graph.nodes)
-
-    @property
-    def num_optimization_profiles(self) -> int:
-        return 1
+        self.graph, self.names = graph, [*graph.inputs, *graph.outputs]
+        self.num_io_tensors = len(self.names)
 
     def get_tensor_name(self, index: int) -> str:
         return self.names[index]
@@ -89,13 +74,14 @@ class IExecutionContext:
     """Runs a network on the machine's CUDA double: device tensors when the stream gets there, host_* ones now."""
 
     def __init__(self, engine: ICudaEngine) -> None:
-        self.engine, self._graph = engine, engine.graph
+        self._names, self._graph = engine.names, engine.graph
         self._addresses: dict[str, int] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
-        self._execute: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] | None = None
+        pools = DevicePools()
+        self._execute = Execution(engine.graph, machine().plugins or oracle_plugins(pools), pools)
 
     def set_tensor_address(self, name: str, memory: int) -> bool:
-        if name not in self.engine.names or (not name.startswith("host_") and memory % ALIGNMENT):
+        if name not in self._names or (not name.startswith("host_") and memory % ALIGNMENT):
             return False
         self._addresses[name] = memory
         return True
@@ -113,22 +99,18 @@ class IExecutionContext:
         ]
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of an output: as many rows as there are last tokens, or tokens."""
-        rows = self._shapes.get("last_token_ids", self._shapes["input_ids"])[0]
+        """Return the shape of an output, which has a row for every last token."""
+        rows = self._shapes["last_token_ids"][0]
         return tuple(rows if size == -1 else size for size in self._graph.values[name].shape)
 
     def execute_async_v3(self, stream_handle: int) -> bool:
-        missing = [name for name in self.engine.names if name not in self._addresses]
-        assert not missing, f"no address for {missing[0]}"
-        absent = self.infer_shapes()
-        assert not absent, f"no shape for {absent[0]}"
+        absent = [name for name in self._names if name not in self._addresses] + self.infer_shapes()
+        assert not absent, f"no address or shape for {absent}"
         host = {name: self._read(name).copy() for name in self._graph.inputs if name.startswith("host_")}
         machine().cuda.enqueue(stream_handle, lambda: self._run(host))
         return True
 
     def _read(self, name: str) -> np.ndarray:
-        from support.cuda_double import array_at
-
         value = self._graph.values[name]
         shape, dtype = self._shapes.get(name, value.shape), numpy_dtype(value.dtype)
         nbytes, address = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize, self._addresses[name]
@@ -137,13 +119,7 @@ class IExecutionContext:
         return array_at(address, shape, dtype)
 
     def _run(self, host: dict[str, np.ndarray]) -> None:
-        from support.cuda_double import array_at
-
         feeds = {name: host[name] if name in host else self._read(name).copy() for name in self._graph.inputs}
-        if self._execute is None:
-            from support.tensorrt_llm_double.device import execution
-
-            self._execute = execution(self._graph, machine().cuda)
         for name, found in self._execute(feeds).items():
             assert machine().cuda.contains(self._addresses[name], found.nbytes), f"{name} does not fit its memory"
             array_at(self._addresses[name], found.shape, found.dtype)[...] = found

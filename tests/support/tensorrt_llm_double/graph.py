@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
+import copy
+import pickle
+from dataclasses import dataclass, field
 from typing import Any
 
 import ml_dtypes
@@ -29,7 +30,7 @@ class Value:
 
 @dataclass
 class Node:
-    """One layer: what it does, on what, and every setting it was given (plain JSON values)."""
+    """One layer: what it does, on what, and every setting it was given."""
 
     name: str
     op: str
@@ -77,7 +78,7 @@ class Graph:
 
     def widened(self) -> Graph:
         """Return the network with float32 wherever this one has float16, its cache included: no rounding is left."""
-        made = Graph.from_bytes(self.to_bytes())
+        made = copy.deepcopy(self)
         for value in made.values.values():
             value.dtype = "float32" if value.dtype == "float16" else value.dtype
         for name, array in made.constants.items():
@@ -90,24 +91,10 @@ class Graph:
 
     def to_bytes(self) -> bytes:
         """Return the network as bytes."""
-        arrays, data = [], []
-        for name, array in self.constants.items():
-            arrays.append([name, array.dtype.name, list(array.shape), array.nbytes])
-            data.append(np.ascontiguousarray(array).tobytes())
-        values = [asdict(value) for value in self.values.values()]
-        nodes = [asdict(node) for node in self.nodes]
-        parts = {"values": values, "inputs": self.inputs, "outputs": self.outputs, "nodes": nodes, "arrays": arrays}
-        return MAGIC + json.dumps(parts).encode() + b"\n" + b"".join(data)
+        return MAGIC + pickle.dumps(self)
 
     @classmethod
     def from_bytes(cls, content: bytes) -> Graph:
         """Return the network that to_bytes wrote."""
         assert content.startswith(MAGIC)
-        header, _, data = content[len(MAGIC) :].partition(b"\n")
-        parts, at, constants = json.loads(header), 0, {}
-        for name, dtype, shape, nbytes in parts["arrays"]:
-            constants[name] = np.frombuffer(data[at : at + nbytes], numpy_dtype(dtype)).reshape(shape)
-            at += nbytes
-        values = {v["name"]: Value(v["name"], v["dtype"], tuple(v["shape"])) for v in parts["values"]}
-        nodes = [Node(**node) for node in parts["nodes"]]
-        return cls(values, parts["inputs"], parts["outputs"], nodes, constants)
+        return pickle.loads(content[len(MAGIC) :])

@@ -1,4 +1,4 @@
-"""The ChunkKV plugins of a TensorRT-LLM network in NumPy, from the reference op alone."""
+"""The ChunkKV plugins of a TensorRT-LLM network of one rank in NumPy, from the reference op alone."""
 
 from __future__ import annotations
 
@@ -21,12 +21,8 @@ _SHARED += ("window_reduce", "head_reduce", "value_norm")
 def oracle_plugins(pools: Pools) -> Callable[[Node], Callable[[Arrays], Arrays]]:
     """Return what makes a runner for a plugin node; `pools` is the memory that pool pointers mean."""
 
-    def runner(node: Node) -> Callable[[Arrays], Arrays]:
-        run = {"ChunkKVPrepare": _prepare, "ChunkKVRope": _rope, "ChunkKVCompress": partial(_compress, pools)}
-        run["ChunkKVScore"] = _score
-        return partial(run[node.plugin or ""], node.fields())
-
-    return runner
+    run = {"ChunkKVPrepare": _prepare, "ChunkKVRope": _rope, "ChunkKVCompress": partial(_compress, pools)}
+    return lambda node: partial(run[node.plugin or ""], node.fields())
 
 
 def _settings(fields: dict[str, Any]) -> ChunkKVSettings:
@@ -57,13 +53,11 @@ def _rope(fields: dict[str, Any], given: Arrays) -> Arrays:
     qkv, positions, table = given[:3]
     size, half = fields["head_size"], fields["rotary_dim"] // 2
     heads = fields["num_heads"] + fields["num_kv_heads"]
+    assert fields["neox"] and size == 2 * half
     out = qkv.astype(np.float32).reshape(len(qkv), -1, size)
     cos, sin = np.moveaxis(table.reshape(-1, half, 2)[positions][:, None], 3, 0)
-    pairs = (
-        (slice(0, half), slice(half, 2 * half)) if fields["neox"] else (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
-    )
-    a, b = (out[:, :heads, pair].copy() for pair in pairs)
-    out[:, :heads, pairs[0]], out[:, :heads, pairs[1]] = a * cos - b * sin, b * cos + a * sin
+    a, b = (part.copy() for part in np.split(out[:, :heads], 2, axis=2))
+    out[:, :heads] = np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=2)
     return [out.reshape(qkv.shape).astype(qkv.dtype)]
 
 
@@ -75,49 +69,19 @@ def _token_scores(fields: dict[str, Any], settings: ChunkKVSettings, qkv: np.nda
     return reference.token_scores(query, key, *options, head_reduce=settings.head_reduce)
 
 
-def _prompts(settings: ChunkKVSettings, types: np.ndarray, host_context: np.ndarray, starts: np.ndarray) -> Any:
-    """Yield row, first token, length and N of every prompt that is compressed."""
-    for row in np.flatnonzero(types == 0):
-        length = int(host_context[row])
-        if (kept := settings.kept_tokens(length)) < length:
-            yield row, int(starts[row]), length, kept
-
-
-def _score(fields: dict[str, Any], given: Arrays) -> Arrays:
-    qkv, _, starts, types, host_context = given[:5]
-    settings, out = _settings(fields), np.zeros(len(qkv), np.float32)
-    for _, at, length, _ in _prompts(settings, types, host_context, starts):
-        flags = given[5][at : at + length] != 0 if len(given) > 5 else None
-        scores = _token_scores(fields, settings, qkv[at : at + length])
-        chunks = reference.chunk_starts(length, settings, flags)
-        means = reference.chunk_scores(scores, chunks, length - settings.window)
-        out[at : at + len(means)] = means
-    return [out]
-
-
-def _ranked(means: np.ndarray, chunks: np.ndarray, end: int) -> np.ndarray:
-    """Return token scores whose chunk means are `means`."""
-    scores = np.zeros(end, np.float32)
-    sizes = reference.chunk_sizes(chunks, end)
-    scores[chunks[0] :] = np.repeat(means[: len(chunks)], sizes)
-    return scores
-
-
 def _compress(pools: Pools, fields: dict[str, Any], given: Arrays) -> Arrays:
     context, source, kept_lengths, starts, _, types, host_context = given[:7]
     settings, role = _settings(fields), fields["role"]
     indices = np.zeros(len(context), np.int32)
-    for row, at, length, kept in _prompts(settings, types, host_context, starts):
-        assert kept_lengths[row] == kept
+    for row in np.flatnonzero(types == 0):
+        at, length, kept = int(starts[row]), int(host_context[row]), int(kept_lengths[row])
+        if kept == length:
+            continue
         flags = given[10][at : at + length] != 0 if len(given) > 10 else None
         if role == "follower":
             chosen = source[at : at + kept]
         else:
-            if role == "leader":
-                scores = _token_scores(fields, settings, source[at : at + length])
-            else:
-                chunks, end = reference.chunk_starts(length, settings, flags), length - settings.window
-                scores = np.pad(_ranked(source[at:], chunks, end), (0, settings.window))
+            scores = _token_scores(fields, settings, source[at : at + length])
             chosen = reference.select_tokens(scores, length, kept, settings, flags)
         indices[at : at + kept] = chosen
         for place in range(len(np.atleast_1d(fields["layers"]))):
@@ -129,10 +93,8 @@ def _compress(pools: Pools, fields: dict[str, Any], given: Arrays) -> Arrays:
 def _compact(pools: Pools, fields: dict[str, Any], given: Arrays, row: int, place: int, chosen: np.ndarray) -> None:
     offsets, pointers, mapping = given[7:10]
     layer = int(np.atleast_1d(fields["layers"])[place])
-    if fields["mapping_rank"] == 1:
-        pool, in_pool = int(mapping[layer]), int(np.atleast_1d(fields["layer_in_pool"])[place])
-    else:
-        pool, in_pool = (int(number) for number in mapping[layer])
+    pool, in_pool = (int(number) for number in mapping[layer])
+    assert fields["mapping_rank"] == 2 and np.atleast_1d(fields["layer_in_pool"])[place] == in_pool
     tokens, heads = fields["tokens_per_block"], fields["num_kv_heads"]
     row_bytes = fields["head_size"] * fields["kv_bytes"]
     raw = pools.load(int(pointers[pool, 0]))

@@ -82,46 +82,19 @@ def _wide(x: np.ndarray) -> np.ndarray:
     return x.astype(np.float32)
 
 
-def _linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
-    out = _wide(x) @ _wide(weight).T
-    return out if bias is None else out + _wide(bias)
-
-
-def _rms_norm(x: np.ndarray, weight: np.ndarray, eps: float, groups: int = 1) -> np.ndarray:
+def _rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     wide = _wide(x)
     return wide / np.sqrt((wide * wide).mean(axis=-1, keepdims=True) + np.float32(eps)) * _wide(weight)
-
-
-def _layer_norm(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, eps: float) -> np.ndarray:
-    wide = _wide(x)
-    centred = wide - wide.mean(axis=-1, keepdims=True)
-    return centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + np.float32(eps)) * _wide(weight) + _wide(bias)
-
-
-def _qk_norm(qkv: np.ndarray, query: np.ndarray, key: np.ndarray, eps: float, sizes: list[int]) -> np.ndarray:
-    heads, kv_heads, size = sizes
-    parts = _wide(qkv).reshape(len(qkv), heads + 2 * kv_heads, size)
-    queries, keys = parts[:, :heads], parts[:, heads : heads + kv_heads]
-    normed = [_rms_norm(queries, query, eps), _rms_norm(keys, key, eps), parts[:, heads + kv_heads :]]
-    return np.concatenate(normed, axis=1).reshape(qkv.shape)
-
-
-def _gelu(x: np.ndarray) -> np.ndarray:
-    wide = _wide(x)
-    return 0.5 * wide * (1 + np.tanh(np.sqrt(2 / np.pi) * (wide + 0.044715 * wide**3)))
 
 
 OPS: dict[str, Callable[..., Any]] = {
     "add": lambda a, b: _wide(a) + _wide(b),
     "mul": lambda a, b: _wide(a) * _wide(b),
-    "div": lambda a, b: _wide(a) / _wide(b),
+    "reciprocal": lambda x: 1 / _wide(x),
     "cast": lambda x: x,
     "embedding": lambda ids, weight: weight[ids],
-    "linear": _linear,
+    "linear": lambda x, weight: _wide(x) @ _wide(weight).T,
     "rms_norm": _rms_norm,
-    "layer_norm": _layer_norm,
-    "qk_norm": _qk_norm,
     "silu": lambda x: _wide(x) / (1 + np.exp(-_wide(x))),
-    "gelu": _gelu,
     "gather_last": lambda hidden, last: hidden[last - 1],
 }

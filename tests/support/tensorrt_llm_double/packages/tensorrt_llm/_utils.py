@@ -5,16 +5,12 @@ from __future__ import annotations
 import tensorrt as trt
 
 
-def mpi_rank() -> int:
-    return 0
-
-
 def mpi_world_size() -> int:
     return 1
 
 
 def str_dtype_to_trt(dtype: str) -> trt.DataType:
-    return {"fp8": trt.fp8}.get(dtype) or trt.DataType(dtype)
+    return trt.DataType(dtype)
 
 
 def trt_dtype_to_str(dtype: trt.DataType) -> str:

@@ -1,7 +1,5 @@
 """Attention layers of quantised models, which call a gpt_attention of this module's own."""
 
-from __future__ import annotations
-
 from tensorrt_llm.functional import gpt_attention
 
 __all__ = ["gpt_attention"]

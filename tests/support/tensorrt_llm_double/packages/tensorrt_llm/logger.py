@@ -1,5 +1,0 @@
-"""The package's logger."""
-
-import logging
-
-logger = logging.getLogger("tensorrt_llm double")
