@@ -20,7 +20,7 @@ def library() -> NativeLibrary:
     return NativeLibrary(emulated_library())
 
 
-@pytest.mark.parametrize("tokens_per_block", [32, 64])
+@pytest.mark.parametrize("tokens_per_block", [32, 64, 128])
 def test_the_example_compresses_between_prefill_and_decode(library: NativeLibrary, tokens_per_block: int) -> None:
     counts = paged_pool.run(library, "cpu", tokens_per_block)
     assert counts["after"] < counts["before"] / 2 and counts["freed"] > 0
