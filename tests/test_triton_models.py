@@ -112,7 +112,7 @@ def test_the_engine_model_takes_and_gives_token_ids(repositories: Path, session:
     asked = {"input_ids": ids, "input_lengths": [len(ids)], "request_output_len": [5], "ignore_eos": [True]}
     (whole, stream, echo, stop, bad), _ = ask(
         repositories / "trtllm" / "tensorrt_llm",
-        {"id": "a", "inputs": asked},
+        {"id": "a", "inputs": {**asked, "return_log_probs": [False]}},
         {"id": "b", "inputs": {**asked, "streaming": [True]}},
         {"inputs": {**asked, "exclude_input_in_output": [False]}},
         {"id": "nobody", "inputs": {**asked, "stop": [True]}},
@@ -123,8 +123,31 @@ def test_the_engine_model_takes_and_gives_token_ids(repositories: Path, session:
     assert sum(part["num_output_tokens"][0][0] for part in stream) == 5, "clients add up what the responses count"
     assert echo[0]["output_ids"] == [[[*ids, *own.token_ids]]]
     assert echo[0]["chunkkv_text"] == [session.tokenizer.decode(ids) + own.text]
+    assert not {"output_log_probs", "cum_log_probs"} & set(whole[0]), "nobody asked for them"
     assert stop == [], "a stop request for no running answer just ends"
     assert bad[0]["error"] == f"CHUNKKV_INVALID: input_lengths is {len(ids) + 1}; input_ids has {len(ids)}"
+
+
+def test_log_probabilities_are_the_librarys(repositories: Path, session: ChunkKVSession) -> None:
+    ids = session.tokenizer.encode(PROMPT)
+    own = session.generate(ids, SamplingParams(max_new_tokens=5, ignore_eos=True, logprobs=True)).logprobs
+    asked = {"input_ids": ids, "input_lengths": [len(ids)], "request_output_len": [5], "ignore_eos": [True]}
+    asked |= {"return_log_probs": [True]}
+    (whole, stream, echo), _ = ask(
+        repositories / "trtllm" / "tensorrt_llm",
+        {"inputs": asked},
+        {"inputs": {**asked, "streaming": [True]}},
+        {"inputs": {**asked, "exclude_input_in_output": [False]}},
+    )
+    for answer in (whole, echo):  # the prompt has none
+        assert answer[0]["output_log_probs"] == [[pytest.approx(own, abs=1e-6)]]
+        assert answer[0]["cum_log_probs"] == [[pytest.approx(sum(own), abs=1e-5)]]
+    assert [value for part in stream for value in part["output_log_probs"][0][0]] == pytest.approx(own, abs=1e-6)
+    total = 0.0
+    for part in stream:
+        assert len(part["output_log_probs"][0][0]) == part["num_output_tokens"][0][0]
+        total += sum(part["output_log_probs"][0][0])
+        assert part["cum_log_probs"] == [[pytest.approx(total, abs=1e-5)]]
 
 
 def test_a_canary_is_answered_by_the_heartbeat_and_is_in_no_log(repositories: Path) -> None:

@@ -203,7 +203,8 @@ def test_sampling_is_read_as_tensorrt_llm_reads_it(server, session, document, as
     assert answer["text_output"] == own_answer(session, document, {**more, **means}).text
 
 
-ABSENT = ("cum_log_probs", "output_log_probs", "context_logits", "generation_logits", "kv_cache_reused_blocks")
+LOG_PROBS = ("cum_log_probs", "output_log_probs")
+ABSENT = (*LOG_PROBS, "context_logits", "generation_logits", "kv_cache_reused_blocks")
 SWITCHES = ("return_log_probs", "return_context_logits", "return_generation_logits", "return_perf_metrics")
 
 
@@ -220,7 +221,22 @@ def test_a_client_may_list_outputs_that_it_does_not_ask_for(server, session, sho
 
 
 @pytest.mark.parametrize("model", TEXT_MODELS)
-@pytest.mark.parametrize("switch", SWITCHES)
+def test_log_probabilities_are_the_librarys(server, session, short, model) -> None:
+    inputs = [*text_request(short, 8), tensor("return_log_probs", [True], "BOOL")]
+    stream = GrpcStream(server, inputs, model, outputs=["text_output", *LOG_PROBS, "num_output_tokens"])
+    results = [result for result in stream.all() if result.as_numpy("text_output") is not None]
+    stream.close()
+    own = own_answer(session, short, {"max_tokens": 8, "logprobs": True}).logprobs
+    found = [result.as_numpy("output_log_probs") for result in results]
+    assert all(each.shape[:2] == (1, 1) for each in found)
+    assert all(result.as_numpy("num_output_tokens").shape == (1, 1) for result in results)
+    np.testing.assert_allclose(np.concatenate(found, axis=2)[0, 0], own, atol=1e-5)
+    assert results[-1].as_numpy("cum_log_probs").shape == (1, 1)
+    np.testing.assert_allclose(results[-1].as_numpy("cum_log_probs")[0, 0], sum(own), atol=1e-4)
+
+
+@pytest.mark.parametrize("model", TEXT_MODELS)
+@pytest.mark.parametrize("switch", SWITCHES[1:])
 def test_asking_for_an_output_that_is_not_there_is_refused(server, switch, model) -> None:
     status, answer = server.generate({"text_input": "a", "max_tokens": 2, switch: True}, model)
     assert status == 400 and f"{switch} is True; this engine does not have it" in answer["error"]

@@ -13,6 +13,7 @@ from chunkkv.errors import ChunkKVError, EngineMismatchError, OverloadedError, R
 from chunkkv.logs import fields
 from chunkkv.requests import Request
 from chunkkv.results import GenerationResult, StreamEvent
+from chunkkv.sampling import TokenChoice
 from chunkkv.triton.models.backend import PbError, PbTensor, PythonBackend, ResponseSender
 from chunkkv.triton.models.metrics import Metrics
 
@@ -38,6 +39,7 @@ class ResponsePart:
     is_first : whether no response came before.
     request : the checked request.
     result : the whole answer in the last response, None in all others.
+    choices : those tokens with their log probabilities, where the request asks for them. Default: none.
     """
 
     text: str
@@ -45,6 +47,7 @@ class ResponsePart:
     is_first: bool
     request: Request
     result: GenerationResult | None
+    choices: tuple[TokenChoice, ...] = ()
 
 
 # What a canary is answered with: no token of no request.
@@ -197,6 +200,7 @@ class AnswerListener:
             is_first=self._last_response_at is None,
             request=self._request,
             result=result,
+            choices=tuple(choice for event in events for choice in event.choices),
         )
         self._last_response_at = now
         self.responder.send(self.reply(part), is_last=result is not None)

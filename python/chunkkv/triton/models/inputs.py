@@ -22,7 +22,6 @@ NEUTRAL_VALUES = {
     "num_return_sequences": (1,),
     "length_penalty": (0.0, 1.0),
     "len_penalty": (0.0, 1.0),
-    "return_log_probs": (False,),
     "return_context_logits": (False,),
     "return_generation_logits": (False,),
     "return_perf_metrics": (False,),
@@ -108,6 +107,7 @@ def parse_request(
         stop=tuple(stop_words),
         stop_token_ids=tuple(stop_token_ids),
         ignore_eos=ends_nowhere,
+        logprobs=value("return_log_probs", False),
         **(tensorrt_llm_choice if as_tensorrt_llm else _choice)(value),
     )
     keep_ratio = value("keep_ratio")

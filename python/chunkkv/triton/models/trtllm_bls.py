@@ -20,11 +20,11 @@ import triton_python_backend_utils as pb_utils
 from chunkkv.triton.models.backend import PbRequest, PbTensor, ResponseSender, tensor_reader
 from chunkkv.triton.models.engine_door import NUMPY_TYPES, door_address, request_line
 from chunkkv.triton.models.serving import Parameters, watch_parent
-from chunkkv.triton.repository.tensors import BLS_INPUTS, TEXT_OUTPUTS
+from chunkkv.triton.repository.tensors import BLS_INPUTS, LOG_PROB_OUTPUTS, TEXT_OUTPUTS
 
 CANCEL_POLL_S = 0.05
 CONNECT_S = 5.0  # the engine's model may still load
-_KINDS = {tensor.name: NUMPY_TYPES[tensor.data_type] for tensor in TEXT_OUTPUTS}
+_KINDS = {tensor.name: NUMPY_TYPES[tensor.data_type] for tensor in (*TEXT_OUTPUTS, *LOG_PROB_OUTPUTS)}
 
 
 class TritonPythonModel:
@@ -109,8 +109,15 @@ def _answers(connection: socket.socket, sender: ResponseSender) -> Iterator[dict
 
 
 def _tensors(outputs: dict[str, list[Any]], text: str) -> list[PbTensor]:
-    """Return the output tensors of a response; `text` takes the place of its own where it is not empty."""
-    arrays = {name: np.array([values], dtype=_KINDS[name]) for name, values in outputs.items() if name != "text_output"}
+    """Return the output tensors of a response; `text` takes the place of its own where it is not empty.
+
+    The door keeps the shape of numbers, and hands over text as a list.
+    """
+    arrays = {
+        name: np.array([values] if _KINDS[name] is object else values, dtype=_KINDS[name])
+        for name, values in outputs.items()
+        if name != "text_output"
+    }
     shown = text or outputs["text_output"][0]
     arrays["text_output"] = np.array([[shown.encode(errors="surrogateescape")]], dtype=object)
     return [pb_utils.Tensor(name, array) for name, array in arrays.items()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -69,7 +70,7 @@ class TritonPythonModel:
             parsed = self._parse(read)
             listener = AnswerListener(
                 responder,
-                reply=partial(_output_tensors, *self._echoed(parsed), number=number),
+                reply=partial(_output_tensors, *self._echoed(parsed), number=number, log_probs=LogProbs(parsed)),
                 stream=parsed.stream,
                 stream_interval_s=self._serving.stream_interval_s,
                 # Nothing of the listener: in a circle with it, what it holds of Triton would outlive Triton.
@@ -97,7 +98,7 @@ class TritonPythonModel:
         except Exception as error:
             responder.fail(error)
             return
-        reply = partial(_text_tensors, ShownText(read, parsed).of)
+        reply = partial(_text_tensors, ShownText(read, parsed).of, log_probs=LogProbs(parsed))
         serving.submit(parsed, AnswerListener(responder, reply, parsed.stream, serving.stream_interval_s))
 
     def _stop(self, request_id: str) -> None:
@@ -161,7 +162,36 @@ class TritonPythonModel:
         return ids, "" if tokenizer is None else tokenizer.decode(ids)
 
 
-def _output_tensors(echoed_ids: list[int], echoed_text: str, part: ResponsePart, number: int = 0) -> list[PbTensor]:
+class LogProbs:
+    """The log probabilities in the responses of one request; nothing where it does not ask for them.
+
+    Parameters
+    ----------
+    request : what it asks for.
+    """
+
+    def __init__(self, request: ParsedRequest) -> None:
+        self._is_asked, self._sum = request.sampling.logprobs, 0.0
+
+    def of(self, part: ResponsePart) -> dict[str, np.ndarray]:
+        """Return those of a response's own tokens [1,1,n], and the sum of all so far [1,1]."""
+        if not self._is_asked:
+            return {}
+        own = [choice.logprob for choice in part.choices if choice.logprob is not None]
+        self._sum += math.fsum(own)
+        return {
+            "output_log_probs": np.array([[own]], np.float32),
+            "cum_log_probs": np.array([[self._sum]], np.float32),
+        }
+
+
+def _output_tensors(
+    echoed_ids: list[int],
+    echoed_text: str,
+    part: ResponsePart,
+    number: int = 0,
+    log_probs: LogProbs | None = None,
+) -> list[PbTensor]:
     """Return the outputs of one response; `echoed` is what the first one repeats of the prompt."""
     ids, text = part.token_ids, part.text
     if part.is_first:
@@ -172,13 +202,17 @@ def _output_tensors(echoed_ids: list[int], echoed_text: str, part: ResponsePart,
         "sequence_length": np.array([[len(ids)]], np.int32),
         ENGINE_ANSWER: np.array([[number]], np.int64),
         **_report(part),
+        **(log_probs.of(part) if log_probs else {}),
     }
     return [pb_utils.Tensor(name, value) for name, value in values.items()]
 
 
-def _text_tensors(shown: Callable[[ResponsePart], str], part: ResponsePart) -> list[DoorTensor]:
+def _text_tensors(
+    shown: Callable[[ResponsePart], str], part: ResponsePart, log_probs: LogProbs | None = None
+) -> list[DoorTensor]:
     """Return the outputs of one response of tensorrt_llm_bls; `shown` returns its text."""
     values = {"text_output": np.array([[shown(part).encode()]], dtype=object), **_report(part)}
+    values |= log_probs.of(part) if log_probs else {}
     return [DoorTensor(name, value) for name, value in values.items()]
 
 

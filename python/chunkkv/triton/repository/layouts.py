@@ -88,7 +88,7 @@ def _python_config(
 
 def _engine_config(parameters: Mapping[str, object]) -> ModelConfig:
     inputs = (*tensors.ENGINE_LIST_INPUTS, *tensors.ENGINE_SCALAR_INPUTS)
-    outputs = (*tensors.ENGINE_OUTPUTS, *tensors.ABSENT_OUTPUTS)
+    outputs = (*tensors.ENGINE_OUTPUTS, *tensors.LOG_PROB_OUTPUTS, *tensors.ABSENT_OUTPUTS)
     config = _python_config("tensorrt_llm", inputs, ("input_lengths", "request_output_len"), outputs, decoupled=True)
     scalars = {tensor.name for tensor in tensors.ENGINE_SCALAR_INPUTS}
     for tensor in config.input:
@@ -102,7 +102,7 @@ def _engine_config(parameters: Mapping[str, object]) -> ModelConfig:
 
 def _bls_config() -> ModelConfig:
     required = ("text_input", "max_tokens")
-    outputs = (*tensors.TEXT_OUTPUTS, *tensors.ABSENT_OUTPUTS)
+    outputs = (*tensors.TEXT_OUTPUTS, *tensors.LOG_PROB_OUTPUTS, *tensors.ABSENT_OUTPUTS)
     config = _python_config("tensorrt_llm_bls", tensors.BLS_INPUTS, required, outputs, decoupled=True)
     next(each for each in config.input if each.name == "num_return_sequences").reshape.SetInParent()  # as the original
     set_parameters(config, {"accumulate_tokens": "false", "tensorrt_llm_model_name": "tensorrt_llm"})
@@ -117,7 +117,8 @@ def _ensemble_config() -> ModelConfig:
         *tensors.CLIENT_INPUTS,
         tensors.MIN_LENGTH_INPUT,
     )
-    add_tensors(config, inputs, ("text_input", "max_tokens"), (*tensors.TEXT_OUTPUTS, *tensors.ABSENT_OUTPUTS))
+    asked_for = (*tensors.LOG_PROB_OUTPUTS, *tensors.ABSENT_OUTPUTS)
+    add_tensors(config, inputs, ("text_input", "max_tokens"), (*tensors.TEXT_OUTPUTS, *asked_for))
     steps = config.ensemble_scheduling.step
     preprocessing = steps.add(model_name="preprocessing", model_version=-1)
     for name, source in tensors.PREPROCESSING_FROM_REQUEST:
@@ -131,7 +132,7 @@ def _ensemble_config() -> ModelConfig:
         engine.input_map[name] = source
     for _, name in tensors.POSTPROCESSING_FROM_ENGINE:
         engine.output_map[name] = f"_{name}"
-    for tensor in (*tensors.REPORT_OUTPUTS, *tensors.ABSENT_OUTPUTS):
+    for tensor in (*tensors.REPORT_OUTPUTS, *asked_for):
         engine.output_map[tensor.name] = tensor.name
     postprocessing = steps.add(model_name="postprocessing", model_version=-1)
     for name, source in tensors.POSTPROCESSING_FROM_ENGINE:

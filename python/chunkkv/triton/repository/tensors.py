@@ -84,8 +84,8 @@ SINGLE_OUTPUTS = (
     TensorSpec("compress_ms", "FP32"),
 )
 
-# What clients of TensorRT-LLM send beside that. Before 0.20 the seed had the first name. The others ask for outputs
-# that these models do not have, and are accepted when they are false.
+# What clients of TensorRT-LLM send beside that. Before 0.20 the seed had the first name. Those behind return_log_probs
+# ask for outputs that these models do not have, and are accepted when they are false.
 CLIENT_INPUTS = (
     TensorSpec("random_seed", "UINT64"),
     TensorSpec("return_log_probs", "BOOL"),
@@ -207,11 +207,11 @@ ENGINE_FROM_REQUEST: TensorMap = (
     *((tensor.name, tensor.name) for tensor in (*CLIENT_INPUTS, MIN_LENGTH_INPUT)),
 )
 
+# In responses to requests with return_log_probs: the sum over the answer so far, and each of a response's own tokens.
+LOG_PROB_OUTPUTS = (TensorSpec("cum_log_probs", "FP32", (-1,)), TensorSpec("output_log_probs", "FP32", (-1, -1)))
 # Declared so that clients which list every output of TensorRT-LLM's models are served; no response has them, as in
 # TensorRT-LLM where nobody asks for them, and a request that asks is refused.
 ABSENT_OUTPUTS = (
-    TensorSpec("cum_log_probs", "FP32", (-1,)),
-    TensorSpec("output_log_probs", "FP32", (-1, -1)),
     TensorSpec("context_logits", "FP32", (-1, -1)),
     TensorSpec("generation_logits", "FP32", (-1, -1, -1)),
     TensorSpec("kv_cache_alloc_new_blocks", "INT32"),
