@@ -125,11 +125,12 @@ def test_proposals_keep_what_was_asked_for_in_total(keep: int, counts: tuple[tup
     demand = np.random.default_rng(0).random((30, 3))
     found = proposals_after(engine, demand, keep, 2_000)
     keeping_all, choosing = counts
-    assert sorted({int(one.name.split(" of")[0]) for one in found[:-1]}) == sorted((*keeping_all, *choosing))
+    assert sorted({int(one.name.split(" of")[0]) for one in found[:-3]}) == sorted((*keeping_all, *choosing))
     for one in (*found, *proposals_in_prompt(engine, demand, keep, 2_000)):
-        assert one.settings is not None and one.settings.min_tokens == (22 if "of 10" in one.name else 40)
+        assert one.settings is not None
         if one.settings.budget_split != "classes":
             continue
+        assert one.settings.min_tokens == (22 if "of 10" in one.name else 40)
         reading, local = one.settings.class_lengths(2_000, keep)
         count = sum(map(len, one.settings.reading_heads))
         assert (reading == 2_000) == (count in keeping_all), "as many as can keep everything do"
@@ -138,6 +139,19 @@ def test_proposals_keep_what_was_asked_for_in_total(keep: int, counts: tuple[tup
         assert scorer_name(one) == ("reread" if one.reread else "none" if count in keeping_all else "window")
         chosen = {demand[layer, head] for layer, heads in enumerate(one.settings.reading_heads) for head in heads}
         assert chosen == set(np.sort(demand.ravel())[-count:])
+
+
+def test_rankings_are_proposed_where_no_number_of_heads_is_asked_for() -> None:
+    engine = ChunkKVSettings(layer_groups=((0,), (1,)), boundaries="delimiter", chunk_size=20)
+    demand = np.random.default_rng(0).random((2, 3))
+    layers, heads, tokens = (one.settings for one in proposals_after(engine, demand, 2_000, 2_000)[-3:])
+    assert layers is not None and heads is not None and tokens is not None
+    assert all(one.budget_split == "ranked" for one in (layers, heads, tokens))
+    assert (layers.ranks_heads, heads.ranks_heads, tokens.ranks_heads) == (False, True, True)
+    assert (heads.chunk_size, heads.pooling, heads.min_tokens) == (20, 5, 40)
+    assert (tokens.chunk_size, tokens.pooling, tokens.min_tokens) == (1, 1, 21)
+    fixed = proposals_after(engine, demand, 2_000, 2_000, count=1)
+    assert fixed and all(one.settings is not None and one.settings.budget_split == "classes" for one in fixed)
 
 
 def test_a_search_writes_a_recipe_that_builds(

@@ -29,7 +29,8 @@ from examples.demo import asking, fetch, reading, report, small  # noqa: E402
 
 TEXT = Path(__file__).parent / "whaling.json"
 RECIPE = ROOT / "examples" / "smollm2" / "recipe.json"  # of the model that is fetched
-ANY_MODEL = ("--chunkkv_budget_split", "ranked")  # for later questions, where there is no recipe
+# For later questions, where there is no recipe.
+ANY_MODEL = "--chunkkv_budget_split ranked --chunkkv_heads each --chunkkv_chunk_size 1 --chunkkv_pooling 1".split()
 # The questions are some that the full cache answers with activations in float32.
 WEIGHTS = {
     "float32": (),
@@ -66,7 +67,7 @@ def main(words: Sequence[str] | None = None) -> None:
         type=Path,
         metavar="FILE",
         help="of chunkkv calibrate, for the engine that is asked afterwards; default: SmolLM2's, and for a model of "
-        "your own one ranking of all layers",
+        "your own one ranking of all heads",
     )
     parser.add_argument("--output_dir", type=Path, default=ROOT / "engines", help="for engines, picture and pages")
     parser.add_argument("--cache_dir", type=Path, default=fetch.FOLDER, help="where the fetched model is kept")
@@ -129,7 +130,7 @@ def read(
     with stage(console, f"Building an engine of {model.name} with ChunkKV"):
         build(model, engine, "--chunkkv", *WEIGHTS[weights])
     split = ("--chunkkv_recipe", str(recipe)) if recipe else ANY_MODEL
-    with stage(console, f"Building one for later questions, {'from a recipe' if recipe else 'which ranks all layers'}"):
+    with stage(console, f"Building one for later questions, {'from a recipe' if recipe else 'which ranks all heads'}"):
         build(model, tuned_engine, "--chunkkv", *split, *WEIGHTS[weights])
     session, tuned = (ChunkKVSession.from_dir(path) for path in (engine, tuned_engine))
     console.print(f"Text: {asked.about}.", soft_wrap=True)

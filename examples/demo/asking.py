@@ -115,7 +115,7 @@ def ask_afterwards(
 def _unevenly(settings: ChunkKVSettings) -> str:
     """Say how an engine for later questions divides the cache."""
     if settings.budget_split != "classes":
-        return f"{OURS} ranks the chunks of all layers together, by a second reading of the text"
+        return f"{OURS} ranks the tokens of all KV heads together, by a second reading of the text"
     reading = sum(map(len, settings.reading_heads))
     others = "recent tokens" if settings.local_policy == "recent" else "what a second reading of the text chooses"
     return f"in {OURS}, {reading} KV heads that read far keep most, and the others {others}"

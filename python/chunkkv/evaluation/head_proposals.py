@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -24,8 +25,9 @@ def proposals_after(
     """Return proposals for prompts that are compressed and asked later.
 
     Reading heads keep everything; the others keep recent tokens without any scores, or the chunks of a second reading.
-    Or more heads read, keep short chunks of a second reading, and leave the others the least. The last proposal ranks
-    the chunks of all layers together. Raises ConfigError for a `count` that is no number of heads.
+    Or more heads read, keep short chunks of a second reading, and leave the others the least. Or the chunks of all
+    layers or of all heads are ranked together, or the single tokens of all heads. Raises ConfigError for a `count` that
+    is no number of heads.
 
     Parameters
     ----------
@@ -38,7 +40,7 @@ def proposals_after(
     length : int
         Tokens of the prompts: in shorter ones, what the others keep at least takes more of the budget.
     count : int or None, default None
-        How many heads read; None proposes several numbers.
+        How many heads read; None proposes several numbers, and rankings, in which no head reads more than it wins.
     """
     _check_count(demand, count)
     whole = [
@@ -50,8 +52,8 @@ def proposals_after(
         _sharing(shortened(engine), demand, number, keep_per_10k, reread=True)
         for number in _sharing_counts(demand, count)
     ]
-    ranked = dataclasses.replace(_plain(engine, keep_per_10k), budget_split="ranked")
-    return [*_fitting(whole, shared, keep_per_10k, length), HeadCandidate("one ranking of all layers", ranked, True)]
+    rankings = [] if count is not None else _rankings(engine, keep_per_10k, demand.shape[1])
+    return [*_fitting(whole, shared, keep_per_10k, length), *rankings]
 
 
 def proposals_in_prompt(
@@ -122,6 +124,21 @@ def _whole_share(keep_per_10k: int) -> int:
 def _plain(engine: ChunkKVSettings, keep_per_10k: int) -> ChunkKVSettings:
     least = engine.window + engine.sinks + engine.chunk_size
     return dataclasses.replace(engine, min_tokens=least, keep_per_10k=keep_per_10k, budget_tokens=0)
+
+
+def _rankings(engine: ChunkKVSettings, keep_per_10k: int, heads: int) -> list[HeadCandidate]:
+    """Return rankings of everything together by a second reading; `heads` are the KV heads of a layer."""
+    of_layers: dict[str, Any] = {"budget_split": "ranked"}
+    of_heads: dict[str, Any] = {**of_layers, "heads": "each", "num_kv_heads": heads}
+    tokens = dataclasses.replace(engine, chunk_size=1, pooling=1)
+    return [
+        HeadCandidate(name, dataclasses.replace(_plain(form, keep_per_10k), **split), True)
+        for name, form, split in (
+            ("one ranking of all layers", engine, of_layers),
+            ("one ranking of all heads", engine, of_heads),
+            ("one ranking of all heads, single tokens", tokens, of_heads),
+        )
+    ]
 
 
 def _keeping_all(
