@@ -21,7 +21,7 @@ from chunkkv.errors import BackendUnavailableError, ConfigError
 from chunkkv.evaluation import head_search
 from chunkkv.evaluation.head_proposals import proposals_after, proposals_in_prompt, shortened
 from chunkkv.evaluation.head_report import decisions, demand_picture, measurements
-from chunkkv.evaluation.head_search import search_heads
+from chunkkv.evaluation.head_search import HeadSearchResult, search_heads
 from chunkkv.evaluation.measured_heads import HeadCandidate, MeasuredHeads, scorer_name
 from chunkkv.evaluation.probes import Probe, Prober, check_prober_settings
 from chunkkv.evaluation.settings_search import better, group_fields, groupings, variations
@@ -141,7 +141,7 @@ def test_proposals_keep_what_was_asked_for_in_total(keep: int, counts: tuple[tup
         assert chosen == set(np.sort(demand.ravel())[-count:])
 
 
-def test_rankings_are_proposed_where_no_number_of_heads_is_asked_for() -> None:
+def test_layers_and_heads_are_ranked_and_so_are_single_tokens() -> None:
     engine = ChunkKVSettings(layer_groups=((0,), (1,)), boundaries="delimiter", chunk_size=20)
     demand = np.random.default_rng(0).random((2, 3))
     layers, heads, tokens = (one.settings for one in proposals_after(engine, demand, 2_000, 2_000)[-3:])
@@ -150,8 +150,6 @@ def test_rankings_are_proposed_where_no_number_of_heads_is_asked_for() -> None:
     assert (layers.ranks_heads, heads.ranks_heads, tokens.ranks_heads) == (False, True, True)
     assert (heads.chunk_size, heads.pooling, heads.min_tokens) == (20, 5, 40)
     assert (tokens.chunk_size, tokens.pooling, tokens.min_tokens) == (1, 1, 21)
-    fixed = proposals_after(engine, demand, 2_000, 2_000, count=1)
-    assert fixed and all(one.settings is not None and one.settings.budget_split == "classes" for one in fixed)
 
 
 def test_a_search_writes_a_recipe_that_builds(
@@ -169,9 +167,9 @@ def test_a_search_writes_a_recipe_that_builds(
     result = search_heads(engine, [prompt(3), prompt(4)], [prompt(5), prompt(6)], 4_000, begin)
     assert steps == [("second reading", 2), ("question in the prompt", 2), ("asked after compression", 2)]
     assert result.demand.shape == (LAYERS, KV_HEADS)
-    best = max(np.mean(one.log_probability) for one in result.measured[1:])
+    best = max(np.mean(one.log_probability) for one in result.measured[1:] if "all heads" not in one.candidate.name)
     assert np.mean(result.chosen.log_probability) == best
-    assert len(decisions(result)) == 2 and decisions(result)[1].startswith("layer groups: none")
+    assert decisions(result)[1].startswith("layer groups: none")
     values = measurements(result, result.chosen, ["docstrings"], 90, 1, True)
     json.dumps(values)
     assert values["rows"][1]["gain"] == 0 and values["found_on_prompts"] == 2
@@ -186,6 +184,29 @@ def test_a_search_writes_a_recipe_that_builds(
     asked_in = search_heads(engine, [prompt(3)], [prompt(5)], 4_000, asked_later=False)
     assert asked_in.measured == asked_in.in_prompt and not asked_in.chosen.candidate.reread
     assert "rows" not in measurements(asked_in, asked_in.chosen, ["docstrings"], 90, 1, True)
+
+
+def test_a_ranking_of_all_heads_is_told_where_it_is_better_than_the_recipe() -> None:
+    engine = ChunkKVSettings(layer_groups=((0,), (1,)), boundaries="delimiter", chunk_size=20)
+    demand = np.array([[0.9, 0.1, 0.2], [0.1, 0.8, 0.3]])
+    layers, chunks, tokens = proposals_after(engine, demand, 2_000, 2_000)[-3:]
+    full, own = HeadCandidate("full cache", None), HeadCandidate("the engine's settings", engine)
+
+    def result(*log_p: float) -> HeadSearchResult:
+        measured = tuple(
+            MeasuredHeads(one, (p / 10,) * 3, (p,) * 3)
+            for one, p in zip((full, own, layers, chunks, tokens), (9.0, *log_p), strict=True)
+        )
+        return HeadSearchResult(demand, demand[None], measured, measured[:2], measured[1], 2_000)
+
+    better_by_heads = result(1.0, 2.0, 3.0, 4.0)
+    assert better_by_heads.chosen.candidate is layers, "a recipe holds what flags alone do not say"
+    assert decisions(better_by_heads)[-1] == (
+        "without a recipe: one ranking of all heads, single tokens by a second reading, +20.0 (+20.0 to +20.0) points "
+        "beside the proposal; build with --chunkkv_budget_split ranked --chunkkv_heads each --chunkkv_chunk_size 1 "
+        "--chunkkv_pooling 1"
+    )
+    assert result(1.0, 4.0, 3.0, 2.0).without_recipe() is None
 
 
 def test_a_prompt_that_goes_on_with_a_question_has_the_cache_and_window_of_the_whole_prompt(

@@ -30,7 +30,7 @@ from examples.demo import asking, fetch, reading, report, small  # noqa: E402
 TEXT = Path(__file__).parent / "whaling.json"
 RECIPE = ROOT / "examples" / "smollm2" / "recipe.json"  # of the model that is fetched
 # For later questions, where there is no recipe.
-ANY_MODEL = "--chunkkv_budget_split ranked --chunkkv_heads each --chunkkv_chunk_size 1 --chunkkv_pooling 1".split()
+ANY_MODEL = "--chunkkv_budget_split ranked --chunkkv_heads each --chunkkv_chunk_size 1 --chunkkv_pooling 1"
 # The questions are some that the full cache answers with activations in float32.
 WEIGHTS = {
     "float32": (),
@@ -129,7 +129,7 @@ def read(
     engine, tuned_engine = folder / "demo-chunkkv", folder / "demo-tuned"
     with stage(console, f"Building an engine of {model.name} with ChunkKV"):
         build(model, engine, "--chunkkv", *WEIGHTS[weights])
-    split = ("--chunkkv_recipe", str(recipe)) if recipe else ANY_MODEL
+    split = ("--chunkkv_recipe", str(recipe)) if recipe else ANY_MODEL.split()
     with stage(console, f"Building one for later questions, {'from a recipe' if recipe else 'which ranks all heads'}"):
         build(model, tuned_engine, "--chunkkv", *split, *WEIGHTS[weights])
     session, tuned = (ChunkKVSession.from_dir(path) for path in (engine, tuned_engine))

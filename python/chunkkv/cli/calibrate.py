@@ -111,10 +111,7 @@ def _add_search_flags(parser: CommandParser) -> None:
         help="where the questions of reading heads stand: after compression, or in the prompt; default: after",
     )
     group.add_argument(
-        "--heads",
-        type=whole_number,
-        metavar="N",
-        help="how many KV heads read; default: the best of three numbers, or of rankings of all layers or heads",
+        "--heads", type=whole_number, metavar="N", help="how many KV heads read; default: the best of three numbers"
     )
     group.add_argument(
         "--no_reread",

@@ -25,9 +25,9 @@ def proposals_after(
     """Return proposals for prompts that are compressed and asked later.
 
     Reading heads keep everything; the others keep recent tokens without any scores, or the chunks of a second reading.
-    Or more heads read, keep short chunks of a second reading, and leave the others the least. Or the chunks of all
-    layers or of all heads are ranked together, or the single tokens of all heads. Raises ConfigError for a `count` that
-    is no number of heads.
+    Or more heads read, keep short chunks of a second reading, and leave the others the least. The last proposals rank
+    the chunks of all layers together, the chunks of all heads, and the single tokens of all heads. Raises ConfigError
+    for a `count` that is no number of heads.
 
     Parameters
     ----------
@@ -40,7 +40,7 @@ def proposals_after(
     length : int
         Tokens of the prompts: in shorter ones, what the others keep at least takes more of the budget.
     count : int or None, default None
-        How many heads read; None proposes several numbers, and rankings, in which no head reads more than it wins.
+        How many heads read; None proposes several numbers.
     """
     _check_count(demand, count)
     whole = [
@@ -52,7 +52,7 @@ def proposals_after(
         _sharing(shortened(engine), demand, number, keep_per_10k, reread=True)
         for number in _sharing_counts(demand, count)
     ]
-    rankings = [] if count is not None else _rankings(engine, keep_per_10k, demand.shape[1])
+    rankings = _rankings(engine, keep_per_10k, demand.shape[1])
     return [*_fitting(whole, shared, keep_per_10k, length), *rankings]
 
 

@@ -21,7 +21,7 @@ _SHADES = " ·░▒▓█"
 _PROBE_TOKENS = 256
 # As measured on SmolLM2, in prefills and in tokens of a prefill.
 _SMALL, _CHOSEN = 2.0, 7.0  # a token of a small block, and one of an answer with the choice of tokens before it
-_IN_PROMPT, _AFTER = 14, 8  # about how many candidates are asked
+_IN_PROMPT, _AFTER = 14, 10  # about how many candidates are asked
 
 
 def estimate_text(
@@ -66,7 +66,11 @@ def demand_picture(result: HeadSearchResult) -> str:
 
 
 def decisions(result: HeadSearchResult) -> list[str]:
-    """Return a sentence on the settings and one on the layer groups that the question in the prompt speaks for."""
+    """Return what the command says of its tables.
+
+    A sentence on the settings and one on the layer groups that the question in the prompt speaks for; and one on a
+    ranking of all heads, where it answers later questions better than the proposal does.
+    """
     engine, tried = result.in_prompt[1], result.in_prompt[2:]
     uniform = [one for one in tried if _budget_split(one) == "uniform"]
     grouped = [one for one in uniform if group_fields(one.candidate)]
@@ -83,6 +87,13 @@ def decisions(result: HeadSearchResult) -> list[str]:
         sentences.append(
             f"layer groups: none, every layer chooses for itself; groups would change least with "
             f"{_best(grouped, engine)}"
+        )
+    if (ranking := result.without_recipe()) is not None and (form := ranking.candidate.settings) is not None:
+        flags = "--chunkkv_budget_split ranked --chunkkv_heads each"
+        flags += f" --chunkkv_chunk_size {form.chunk_size} --chunkkv_pooling {form.pooling}"
+        sentences.append(
+            f"without a recipe: {ranking.candidate.name} by a second reading, {_points(ranking, result.chosen)} beside "
+            f"the proposal; build with {flags}"
         )
     return sentences
 

@@ -59,7 +59,8 @@ class HeadSearchResult:
     def best(self, reread: bool = True) -> MeasuredHeads:
         """Return what answers best; with reread=False of those that need no second reading at run time.
 
-        Candidates are the engine's own settings or those that were taken in their place, and what splits the budget.
+        Candidates are the engine's own settings or those that were taken in their place, and what splits the budget. A
+        ranking of all heads is none: it takes flags alone, and a recipe would hold nothing of what was found.
         """
         return max((one for one in self.measured if self._may_be_chosen(one, reread)), key=_merit)
 
@@ -67,7 +68,16 @@ class HeadSearchResult:
         settings = one.candidate.settings
         if settings is None or (one.candidate.reread and not reread):
             return False
-        return settings.budget_split != "uniform" or one.candidate.name in (ENGINE, self.taken.candidate.name)
+        if settings.budget_split == "uniform":
+            return one.candidate.name in (ENGINE, self.taken.candidate.name)
+        return not settings.ranks_heads
+
+    def without_recipe(self) -> MeasuredHeads | None:
+        """Return the ranking of all heads that answers best, where it is better than the proposal; else None."""
+        settings = [one.candidate.settings for one in self.measured]
+        rankings = [one for one, of_it in zip(self.measured, settings, strict=True) if of_it and of_it.ranks_heads]
+        best = max((self.chosen, *rankings), key=_merit)
+        return None if best is self.chosen else best
 
     @property
     def chosen(self) -> MeasuredHeads:
