@@ -156,7 +156,8 @@ def test_what_is_missing_is_named(devices: list[int], tmp_path: Path, monkeypatc
 
 
 def test_without_tensorrt_llm_the_module_still_imports() -> None:
-    with pytest.raises(BackendUnavailableError, match=naming("'tensorrt' 'tensorrt_llm'")):
+    with pytest.raises(BackendUnavailableError, match=naming("'tensorrt' 'tensorrt_llm'")) as refused:
         _ = tensorrt_llm_runner.ChunkKVModelRunner
+    assert str(refused.value).endswith("('tensorrt' is not installed)"), "of no version: TensorRT-LLM brings its own"
     with pytest.raises(AttributeError, match="no attribute 'Other'"):
         _ = tensorrt_llm_runner.Other

@@ -91,17 +91,14 @@ def find_tensorrt(choice: str = AUTO) -> TensorRT:
     raise BackendUnavailableError(f"the Python package {packages}: not installed")
 
 
-def import_tensorrt(needed: Sequence[str] = _NEEDED) -> Any:
-    """Return the package tensorrt; raises BackendUnavailableError where it is missing, broken or lacks a name `needed`.
+def import_tensorrt() -> Any:
+    """Return the package tensorrt, whatever its version; raises BackendUnavailableError where it is missing or broken.
 
-    The default names are what the graphs for TensorRT need; TensorRT-LLM brings older versions and needs none of them.
+    TensorRT-LLM brings a version of its own, which may lack what the graphs for TensorRT need.
     """
     module = _import_flavour(STANDARD)
     if module is None:
-        raise BackendUnavailableError(
-            f"the Python package 'tensorrt' {FIRST_VERSION} or later, which is not installed"
-        ) from None
-    _require_names(module, TITLES[STANDARD], needed)
+        raise BackendUnavailableError("'tensorrt' is not installed")
     return module
 
 

@@ -174,7 +174,7 @@ def import_tensorrt_llm(path: Path | str) -> Any:
     Raises BackendUnavailableError where one of the packages cannot be imported.
     """
     try:
-        trt = import_tensorrt(needed=())
+        trt = import_tensorrt()
         import tensorrt_llm  # noqa: F401  importing it loads its plugin library
     except (BackendUnavailableError, ImportError) as error:
         raise BackendUnavailableError(
