@@ -228,7 +228,7 @@ def test_a_generation_step_pays_for_rope_and_one_copy_alone(
     ropes = [node.name for node in execution.graph.of("ChunkKVRope")]
     assert [counts[name] for name in ropes] == [1] * len(ropes)
     (prepare,) = execution.graph.of("ChunkKVPrepare")
-    assert sum(counts.values()) - counts[prepare.name] == len(ropes) + 1
+    assert counts[prepare.name] == 2 and sum(counts.values()) == 2 + len(ropes) + 1
 
 
 def test_a_prompt_in_two_parts_is_refused(machine: llm.Machine) -> None:
