@@ -15,6 +15,8 @@ from benchmarks.real.policies import (
     PRESSES,
     RANDOM,
     RANKED,
+    RANKED_HEADS,
+    RANKED_TOKENS,
     RECIPE,
     RECIPE_10,
     STATIC,
@@ -74,6 +76,11 @@ def test_what_the_page_says_of_reading_heads_and_of_one_ranking_holds() -> None:
         assert sign(AFTER, RECIPE_10, other, 1_000) > 0 > sign(AFTER, RECIPE_10, "kvpress KVzip", 1_000, least=7)
     for keep in SHARES:
         assert sign(AFTER, RANKED, page.BASE, keep, least=7) > 0 > sign(AFTER, RANKED, "kvpress KVzip", keep, least=7)
+        assert sign(AFTER, RANKED_HEADS, RANKED, keep) > 0 >= sign(AFTER, RANKED_HEADS, "kvpress KVzip", keep, least=7)
+        assert sign(AFTER, RANKED_TOKENS, "kvpress KVzip", keep, least=7) >= 0
+    for other in (RECIPE, STATIC, RECIPE_10):
+        assert sign(AFTER, RANKED_TOKENS, other, 1_000) > 0
+    assert sign(AFTER, RANKED_TOKENS, FULL, 2_000, KNOWN) == 0 == sign(AFTER, RANKED_TOKENS, FULL, 2_000, ("copy",))
 
 
 @pytest.mark.parametrize("keep", SHARES)

@@ -69,7 +69,17 @@ def render(measured: Outcomes) -> str:
     return re.sub(r"\{\{(.+?)\}\}", lambda place: texts[place[1]], TEMPLATE.read_text(encoding="utf-8")).rstrip()
 
 
-README = (FULL, BASE, RECIPE, STATIC, "kvpress SnapKV, window 16", "kvpress ChunkKV", "kvpress KVzip", STREAMING)
+README = (
+    FULL,
+    BASE,
+    RANKED_TOKENS,
+    RECIPE,
+    STATIC,
+    "kvpress SnapKV, window 16",
+    "kvpress ChunkKV",
+    "kvpress KVzip",
+    STREAMING,
+)
 
 
 def readme_table(measured: Outcomes) -> str:
