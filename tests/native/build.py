@@ -28,6 +28,7 @@ COMMON = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", 
 COMMON += ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 FLAVOURS = {
     "plain": ["-O2"],
+    "quick": ["-O1"],  # for what is compiled often and runs briefly
     "asan": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "tsan": ["-O1", "-g1", "-fsanitize=thread"],
 }
@@ -114,6 +115,7 @@ def mutant_library(flavour: str, base: tuple[Mutation, ...], bug: Mutation, unit
     return _link(flavour, list((of_bug | {name: of_base[name] for name in of_base.keys() - of_bug.keys()}).values()))
 
 
+@functools.cache
 def _objects(flavour: str, tree: Path, units: tuple[str, ...] = ()) -> dict[str, Path]:
     """Return the objects of the sources named in `units`, or of all, by the names of the sources."""
     emulator = tree / "plugins" / "emulator" / "simt.cc"

@@ -76,7 +76,7 @@ class Bug:
     new: str
     order: str = "forward"
     copies: str = "late"
-    flavour: str = "plain"
+    flavour: str = "quick"
     says: str = ""
     multiprocessors: int = SMALL
 

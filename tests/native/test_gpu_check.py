@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,17 @@ def test_predictions_are_above_the_time_of_the_bytes_and_grow_with_the_work() ->
         assert model.score(more)["score"] > model.score(plain)["score"]
     assert model.score(model.Layer(1, 131072, key="fp8"))["score"] < model.score(model.Layer(1, 131072))["score"]
     assert model.all_layers(plain, 32, 1) > model.all_layers(plain, 32, 4)
+
+
+def test_the_page_says_what_the_model_predicts() -> None:
+    page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) x ([\d,]+) \| (\d+) \| (\w+) \| (.+) \|$", page, re.MULTILINE)
+    assert len(rows) >= 15
+    for batch, length, window, key, predicted in rows:
+        layer = model.Layer(int(batch), int(length.replace(",", "")), window=int(window), key=key)
+        of = model.score(layer)
+        times = (layer.floor, of["statistics"], of["columns"], of["score"], model.select(layer), model.compact(layer))
+        assert predicted == " | ".join(f"{time:.1f}" for time in times), (batch, length, window, key)
 
 
 @pytest.mark.deep

@@ -15,7 +15,7 @@ from native.planted_bugs import BUGS
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
 def test_a_planted_bug_is_found(bug: Bug) -> None:
     library = mutant_library(bug.flavour, PRUNED, bug.mutation, bug.units)
-    preload = "" if bug.flavour == "plain" else f"lib{bug.flavour}.so"
+    preload = "" if bug.flavour == "quick" else f"lib{bug.flavour}.so"
     sizes = {"multiprocessors": bug.multiprocessors}
     outcome = probe.run(library, bug.check, order=bug.order, copies=bug.copies, preload=preload, **sizes)
     assert outcome.status != 0, "the bug was not noticed"
@@ -29,13 +29,13 @@ def test_a_planted_bug_is_found(bug: Bug) -> None:
 
 
 @pytest.mark.deep
-@pytest.mark.parametrize("flavour", ["plain", "asan"])
+@pytest.mark.parametrize("flavour", ["quick", "asan"])
 def test_without_a_bug_nothing_is_found(flavour: str) -> None:
     """The mutants leave out most of score; what is left must be right, or every bug would seem to be found.
 
     test_races.py shows it of every check under ThreadSanitizer.
     """
-    preload = "" if flavour == "plain" else f"lib{flavour}.so"
+    preload = "" if flavour == "quick" else f"lib{flavour}.so"
     checks = {bug.check for bug in BUGS if bug.flavour == flavour}
     for multiprocessors in (SMALL, LARGE):
         sizes = {"multiprocessors": multiprocessors}
