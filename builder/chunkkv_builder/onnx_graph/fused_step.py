@@ -1,11 +1,12 @@
 """The step graph for ONNX Runtime: its own attention, which rotates heads itself, and sums fused with norms.
 
-The attention's memory does not grow with block x cache. It takes several tokens per row only for B = 1.
+The attention's memory does not grow with block x cache. It takes several tokens per row only for B = 1. With weights
+that are multiplied as whole numbers, long blocks of long prompts take BlockAttention instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -13,9 +14,10 @@ from onnx import helper, numpy_helper
 
 from chunkkv_builder.checkpoint.config_keys import UNROTATED
 from chunkkv_builder.onnx_graph.arithmetic import scaled
+from chunkkv_builder.onnx_graph.block_attention import BlockAttention
 from chunkkv_builder.onnx_graph.emitter import NUMPY_TO_ONNX, NodeEmitter
 from chunkkv_builder.onnx_graph.merged_weights import MERGED
-from chunkkv_builder.onnx_graph.projections import CONTRIB
+from chunkkv_builder.onnx_graph.projections import CHANNELS_SUFFIX, CONTRIB
 from chunkkv_builder.onnx_graph.rotary_tables import rotated_kinds, table_names
 from chunkkv_builder.onnx_graph.transformer import StepGraph
 from chunkkv_builder.onnx_graph.weights import WeightLocation
@@ -24,6 +26,8 @@ from chunkkv_builder.plan import GraphPlan, LayerPlan, PartPlan
 _OPSET = 23
 _END = np.iinfo(np.int64).max  # of a slice: to the last
 _INT32 = onnx.TensorProto.INT32
+# Where BlockAttention is faster than ONNX Runtime's own: its many small operators need this much work.
+_LONG_BLOCK, _LONG_CACHE = 64, 1024
 
 
 class FusedStepGraph(StepGraph):
@@ -56,6 +60,10 @@ class FusedStepGraph(StepGraph):
         self.cache_dtype = cache_dtype
         self._rotates_inside = all(name in weights for kind in rotated_kinds(plan.model) for name in table_names(kind))
         self._observed: list[tuple[PartPlan, str]] = []
+        multiplies_whole_numbers = any(name.endswith(CHANNELS_SUFFIX) for name in weights)
+        self._has_block_attention = (
+            multiplies_whole_numbers and cache_dtype == self.dtype and plan.model.attention_soft_cap is None
+        )
 
     def _model(self) -> onnx.ModelProto:
         if self._observed:
@@ -70,6 +78,12 @@ class FusedStepGraph(StepGraph):
         total = e.op("Add", [e.op("ReduceMax", [lengths, e.ints(1)], keepdims=0), block])
         classes = sorted({part.length_class for part in self.plan.parts})
         self.lengths = {number: (self._of_class(last, number), self._of_class(total, number)) for number in classes}
+        if self._has_block_attention:
+            is_small = e.op("Less", [block, e.const(_LONG_BLOCK, "int32")])
+            self._is_short = {
+                number: e.op("Or", [is_small, e.op("Squeeze", [e.op("Less", [held, e.const(_LONG_CACHE, "int32")])])])
+                for number, (_, held) in self.lengths.items()
+            }
 
     def _rotation(self, positions: str) -> None:
         self._positions = positions
@@ -131,16 +145,68 @@ class FusedStepGraph(StepGraph):
 
         `qkv` are [B,S,H*D], or [B,S,(Hq+2*Hkv)*D] and two empty names.
         """
+        name = self._attention_name(part)
+        outputs = [f"{name}_output", *present]
+        if not self._has_block_attention:
+            return self._fused_attention(self.e, part, qkv, past, outputs)
+        step, block = NodeEmitter(f"{name}/step/"), NodeEmitter(f"{name}/block/")
+        of_step = [f"{name}/step/{output}" for output in ("mixed", "key", "value")]
+        self._fused_attention(step, part, qkv, past, of_step)
+        heads, scale = (self._query_heads(part), len(part.kv_heads)), self.model.attention_scale
+        attention = BlockAttention(block, *heads, self.model.head_dim, scale or self.model.head_dim**-0.5)
+        of_block = attention.emit(self._rotated(block, part, qkv), past, self.lengths[part.length_class][0])
+        self.e.op(
+            "If",
+            [self._is_short[part.length_class]],
+            outputs,
+            name=f"{name}/either",
+            then_branch=self._attention_branch(step, of_step, part),
+            else_branch=self._attention_branch(block, of_block, part),
+        )
+        return outputs[0]
+
+    def _attention_branch(self, e: NodeEmitter, names: Sequence[str], part: PartPlan) -> onnx.GraphProto:
+        """Return the nodes of `e` as a branch whose outputs are attention, keys and values."""
+        cache: list[int | str] = ["batch", len(part.kv_heads), self._capacity_name(part), self.model.head_dim]
+        shapes = (["batch", "block", self._query_heads(part) * self.model.head_dim], cache, cache)
+        values = [
+            helper.make_tensor_value_info(name, NUMPY_TO_ONNX[self.dtype], shape)
+            for name, shape in zip(names, shapes, strict=True)
+        ]
+        return helper.make_graph(e.nodes, names[0], [], values)
+
+    def _rotated(self, e: NodeEmitter, part: PartPlan, qkv: list[str]) -> tuple[str, str, str]:
+        """Return query, key and value [1,S,H*D] of a part, rotated where the attention would have done it."""
+        name, model, kind = self._attention_name(part), self.model, self._rotation_of(part.layer)
+        heads = self._query_heads(part), len(part.kv_heads), len(part.kv_heads)
+        query, key, value = qkv
+        if not key:
+            query, key, value = pieces = [f"{name}/block/{piece}" for piece in ("query", "key", "value")]
+            e.op("Split", [qkv[0], e.ints(*(count * model.head_dim for count in heads))], pieces, axis=2)
+        if self._rotates_inside and kind != UNROTATED:
+            tables = [
+                e.op("Gather", [self.e.weight(self.weights[name]), self._positions]) for name in table_names(kind)
+            ]
+            query, key = (
+                e.op("RotaryEmbedding", [values, *tables], num_heads=count, **self._rotary_attributes())
+                for values, count in zip((query, key), heads, strict=False)
+            )
+        return query, key, value
+
+    def _fused_attention(
+        self, e: NodeEmitter, part: PartPlan, qkv: list[str], past: list[str], outputs: Sequence[str]
+    ) -> str:
+        """Emit ONNX Runtime's own attention to `e`; `outputs` are names for attention, keys and values."""
         name, model, kind = self._attention_name(part), self.model, self._rotation_of(part.layer)
         rotary = []
         if self._rotates_inside and kind != UNROTATED:
             rotary = [*(self.e.weight(self.weights[table]) for table in table_names(kind)), self._positions]
         if self.cache_dtype != self.dtype:
-            qkv = [value and self.e.op("Cast", [value], to=NUMPY_TO_ONNX[self.cache_dtype]) for value in qkv]
-        mixed = self.e.op(
+            qkv = [value and e.op("Cast", [value], to=NUMPY_TO_ONNX[self.cache_dtype]) for value in qkv]
+        mixed = e.op(
             "GroupQueryAttention",
             [*qkv, *past, *self.lengths[part.length_class], *rotary],
-            [f"{name}_output", *present],
+            list(outputs),
             name=name,
             domain=CONTRIB,
             num_heads=self._query_heads(part),
@@ -149,7 +215,7 @@ class FusedStepGraph(StepGraph):
             **({} if model.attention_scale is None else {"scale": model.attention_scale}),
             **({} if model.attention_soft_cap is None else {"softcap": model.attention_soft_cap}),
         )
-        return mixed if self.cache_dtype == self.dtype else self.e.op("Cast", [mixed], to=NUMPY_TO_ONNX[self.dtype])
+        return mixed if self.cache_dtype == self.dtype else e.op("Cast", [mixed], to=NUMPY_TO_ONNX[self.dtype])
 
     def _observe(self, query_count: str) -> None:
         e, block = self.e, self.e.dim("input_ids", 1)

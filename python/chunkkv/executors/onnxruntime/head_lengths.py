@@ -15,6 +15,7 @@ from onnx import helper
 
 from chunkkv.errors import EngineError
 from chunkkv.executors.onnxruntime.graphs import CPU, OnnxRuntimeStep, bind_arrays, session_options
+from chunkkv.executors.onnxruntime.plain_attention import with_plain_attention
 
 _KINDS = ("query", "key", "value")
 _ROTARY_INPUT = 7  # of com.microsoft.GroupQueryAttention: cosines, sines and positions, where it rotates
@@ -36,7 +37,8 @@ class HeadLengthsScorer:
         self._step = step
         options = session_options(step.threads)
         options.add_session_config_entry(_FOLDER_OPTION, str(step.path.parent))
-        model = _with_head_caches(onnx.load(str(step.path), load_external_data=False), step, step.path)
+        model = with_plain_attention(onnx.load(str(step.path), load_external_data=False))
+        model = _with_head_caches(model, step, step.path)
         self._session = ort.InferenceSession(model.SerializeToString(), options, providers=CPU)
 
     def score_block(

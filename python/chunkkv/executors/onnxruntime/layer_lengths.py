@@ -17,6 +17,7 @@ from chunkkv.errors import EngineError
 from chunkkv.executors.host_cache import HostKVCache
 from chunkkv.executors.onnxruntime.decode import OnnxRuntimeDecoder
 from chunkkv.executors.onnxruntime.graphs import CPU, OnnxRuntimeStep, bind_arrays, session_options
+from chunkkv.executors.onnxruntime.plain_attention import with_plain_attention
 from chunkkv.executors.step_arrays import check_slots
 
 LENGTHS_INPUT = "layer_lengths"
@@ -34,7 +35,8 @@ def load_layer_lengths_graph(path: Path, threads: int) -> ort.InferenceSession:
     """
     options = session_options(threads)
     options.add_session_config_entry(_FOLDER_OPTION, str(path.parent))
-    model = _with_layer_lengths(onnx.load(str(path), load_external_data=False), path)
+    model = with_plain_attention(onnx.load(str(path), load_external_data=False))
+    model = _with_layer_lengths(model, path)
     return ort.InferenceSession(model.SerializeToString(), options, providers=CPU)
 
 

@@ -1,0 +1,147 @@
+"""Attention of long blocks with scores from whole numbers: against NumPy, and inside engines of w8a8."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from support import class_engines, engines
+
+from chunkkv.executors.onnxruntime.executor import OnnxRuntimeExecutor
+from chunkkv.executors.onnxruntime.graphs import OnnxRuntimeStep
+from chunkkv.settings import ChunkKVSettings
+from chunkkv_builder.backends.onnxruntime import step_weights
+from chunkkv_builder.checkpoint.hugging_face import HuggingFaceCheckpoint
+from chunkkv_builder.onnx_graph import fused_step
+from chunkkv_builder.onnx_graph.block_attention import BlockAttention
+from chunkkv_builder.onnx_graph.emitter import GraphEmitter
+from chunkkv_builder.onnx_graph.weights import write_weights
+from chunkkv_builder.plan import make_plan
+
+HEAD_DIM, CAPACITY = 32, 300
+W8A8 = {"use_weight_only": True, "weight_only_precision": "w8a8"}
+
+
+def graph(query_heads: int, kv_heads: int, scale: float) -> onnx.ModelProto:
+    e = GraphEmitter()
+    qkv = [
+        e.input(name, "float32", [1, "block", heads * HEAD_DIM])
+        for name, heads in (("query", query_heads), ("key", kv_heads), ("value", kv_heads))
+    ]
+    cache = [1, kv_heads, "capacity", HEAD_DIM]
+    past = [e.input(name, "float32", cache) for name in ("past_key", "past_value")]
+    last = e.input("last", "int32", [1])
+    made = BlockAttention(e, query_heads, kv_heads, HEAD_DIM, scale).emit((qkv[0], qkv[1], qkv[2]), past, last)
+    for name, shape in zip(made, ([1, "block", query_heads * HEAD_DIM], cache, cache), strict=True):
+        e.output(name, "float32", shape)
+    return e.model("block", opset=23, domains=[("com.microsoft", 1)])
+
+
+def expected(arrays: dict[str, np.ndarray], kv_heads: int, first: int, scale: float) -> list[np.ndarray]:
+    """Return attention and caches in float64."""
+    heads = {name: arrays[name][0].reshape(arrays[name].shape[1], -1, HEAD_DIM) for name in ("query", "key", "value")}
+    size, query_heads, _ = heads["query"].shape
+    caches = []
+    for name in ("key", "value"):
+        cache = arrays[f"past_{name}"].astype(np.float64)
+        cache[0, :, first : first + size] = heads[name].transpose(1, 0, 2)
+        caches.append(cache)
+    mixed = np.empty((size, query_heads, HEAD_DIM))
+    for head in range(query_heads):
+        keys, values = (cache[0, head // (query_heads // kv_heads), : first + size] for cache in caches)
+        scores = heads["query"][:, head] @ keys.T * scale
+        scores[np.arange(first + size) > first + np.arange(size)[:, None]] = -np.inf
+        shares = np.exp(scores - scores.max(axis=1, keepdims=True))
+        mixed[:, head] = shares / shares.sum(axis=1, keepdims=True) @ values
+    return [mixed.reshape(1, size, -1), *caches]
+
+
+@pytest.mark.parametrize(("query_heads", "kv_heads"), [(6, 2), (4, 4), (3, 1)])
+@pytest.mark.parametrize("first", [0, 1, 170])
+def test_it_attends_as_float64_does_up_to_rounding(query_heads: int, kv_heads: int, first: int) -> None:
+    rng, size, scale = np.random.default_rng(first), 65, 0.2
+    shapes = {"query": (1, size, query_heads * HEAD_DIM)} | {
+        name: (1, size, kv_heads * HEAD_DIM) for name in ("key", "value")
+    }
+    shapes |= {name: (1, kv_heads, CAPACITY, HEAD_DIM) for name in ("past_key", "past_value")}
+    arrays = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    arrays["key"][..., 3] *= 5  # some numbers of keys are larger than the others
+    arrays["past_key"][..., 3] *= 5
+    session = ort.InferenceSession(graph(query_heads, kv_heads, scale).SerializeToString())
+    found = session.run(None, {**arrays, "last": np.array([first + size - 1], np.int32)})
+    attention, *caches = expected(arrays, kv_heads, first, scale)
+    assert np.sqrt(((found[0] - attention) ** 2).mean()) < 0.04 * attention.std()
+    for cache, exact in zip(found[1:], caches, strict=True):
+        assert np.array_equal(cache, exact.astype(np.float32))
+
+
+def test_keys_of_zero_are_no_error() -> None:
+    arrays = {"query": np.ones((1, 64, HEAD_DIM), np.float32)}
+    arrays |= {name: np.zeros((1, 64, HEAD_DIM), np.float32) for name in ("key", "value")}
+    arrays |= {name: np.zeros((1, 1, 64, HEAD_DIM), np.float32) for name in ("past_key", "past_value")}
+    found = ort.InferenceSession(graph(1, 1, 1.0).SerializeToString()).run(
+        None, {**arrays, "last": np.array([63], np.int32)}
+    )
+    assert not found[0].any()
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "settings"),
+    [
+        (engines.checkpoint_dir("llama3"), None),
+        (engines.checkpoint_dir("qwen3"), None),  # norms of queries and keys
+        (engines.checkpoint_dir("phi3"), None),  # rotated outside the attention
+        (class_engines.checkpoint(), class_engines.settings_of(**class_engines.CLASSES)),
+        (class_engines.checkpoint(), class_engines.settings_of(budget_split="ranked")),
+    ],
+    ids=["llama3", "qwen3", "phi3", "classes", "ranked"],
+)
+def test_long_blocks_fill_the_cache_as_short_ones_do(
+    checkpoint: Path, settings: ChunkKVSettings | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused_step, "_LONG_CACHE", 128)  # these models have few positions
+    opened = HuggingFaceCheckpoint.open(checkpoint)
+    locations = write_weights(tmp_path / "weights.safetensors", step_weights(opened, "w8a8", 512))
+    model = fused_step.FusedStepGraph(make_plan(opened.config, settings), locations).build()
+    onnx.save_model(model, tmp_path / "step.onnx")
+    step = OnnxRuntimeStep(tmp_path / "step.onnx", settings, threads=1)
+    ids = np.random.default_rng(5).integers(3, step.vocab_size, 400)
+    logits, caches = [], []
+    for block in (32, 100):  # blocks of 32 never take it
+        cache = step.new_cache(1, len(ids))
+        for first in range(0, len(ids), block):
+            last, _ = step.append_prompt_block(cache, ids[first : first + block], first)
+        logits.append(last)
+        caches.append((*cache.keys, *cache.values))
+    assert not np.array_equal(logits[0], logits[1])
+    assert np.sqrt(((logits[0] - logits[1]) ** 2).mean()) < 0.1 * logits[0].std()
+    for first, second in zip(*caches, strict=True):
+        assert np.sqrt(((first - second) ** 2).mean()) < 0.1 * first.std()
+
+
+def test_only_engines_of_whole_numbers_have_it() -> None:
+    for flags, has_it in ((W8A8, True), ({}, False), ({**W8A8, "weight_only_precision": "int4"}, False)):
+        model = onnx.load(engines.engine_dir("llama3", **flags) / "step.onnx", load_external_data=False)
+        assert any(node.name.endswith("/either") for node in model.graph.node) is has_it
+    soft_capped = onnx.load(engines.engine_dir("gemma2", **W8A8) / "step.onnx", load_external_data=False)
+    assert not any(node.name.endswith("/either") for node in soft_capped.graph.node)
+
+
+def test_graphs_with_other_lengths_are_derived_from_such_engines() -> None:
+    executor = engines.session("llama3", **W8A8).executor
+    assert isinstance(executor, OnnxRuntimeExecutor)
+    ids = np.arange(3, 11)
+    cache, other = executor.new_cache(1, 16), executor.new_cache(1, 16)
+    expected_logits = executor.score_block(cache, ids, 0, 0)
+    layers = len(executor.step.layout.parts)
+    uneven = executor.layer_lengths_decoder(other)
+    for place, token in enumerate(ids):
+        last = uneven.step([0], [int(token)], [place], np.full((layers, 1), place))
+    assert np.allclose(last[0], expected_logits[-1], atol=1e-4)
+    empty = [
+        [np.zeros((0, executor.step.head_dim), np.float32)] * executor.step.num_kv_heads
+    ] * executor.step.num_layers
+    assert np.allclose(executor.head_scorer().score_block(empty, empty, ids, 0), expected_logits, atol=1e-4)
