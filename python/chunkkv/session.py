@@ -102,8 +102,9 @@ class ChunkKVSession:
         threads = None if threads is None else min(threads, usable_cpus())
         with profiling.range("load"):
             files = EngineFiles.load(engine_dir)
-            executor = load_executor(files, threads, max_tokens_in_paged_kv_cache)
+            # Before the graphs, which then take the memory that reading a large vocabulary leaves behind.
             tokenizer = Tokenizer.from_dir(files.path) if (files.path / "tokenizer.json").is_file() else None
+            executor = load_executor(files, threads, max_tokens_in_paged_kv_cache)
         model, build = files.model, files.build
         sizes = (build["max_batch_size"], build["max_input_len"], build["max_seq_len"], model["vocab_size"])
         limits = Limits(*sizes, budget_is_fixed=files.traits.budget_is_fixed)
