@@ -1,4 +1,4 @@
-"""What a KV cache in float16 costs in accuracy: perplexity behind a full and a compressed prompt, and agreement.
+"""What a KV cache in fewer bits costs in accuracy: perplexity behind a full and a compressed prompt, and agreement.
 
 Builds engines of one model with every type of cache. A text is the prompt; what follows it is scored behind the whole
 prompt and behind what ChunkKV keeps of it, and compared with the engine whose cache is float32, with the same share

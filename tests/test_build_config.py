@@ -66,7 +66,7 @@ def test_the_longest_context_is_what_it_was_trained_for(variant: str, overrides:
         ({"backend": "cuda"}, "backend 'cuda' onnxruntime tensorrt tensorrt_llm"),
         ({"dtype": "int8"}, "dtype 'int8' float32 float16 bfloat16"),
         ({"dtype": "float16"}, "dtype 'float16' onnxruntime float32"),
-        ({"kv_cache_dtype": "int8"}, "kv_cache_dtype 'int8' onnxruntime float32 float16"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype 'fp8' onnxruntime float32 float16 int8"),
         ({"kv_cache_dtype": "float16", "backend": "tensorrt", "dtype": "bfloat16"}, "kv_cache_dtype tensorrt bfloat16"),
         ({"weight_only_precision": "int2"}, "weight_only_precision 'int2' int8 int4"),
         ({"weight_only_activations": "int4"}, "weight_only_activations 'int4' int8 float32"),

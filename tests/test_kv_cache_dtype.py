@@ -1,4 +1,4 @@
-"""A KV cache in float16 beside float32 weights: half the bytes, moved unchanged, and answers that stay close."""
+"""A KV cache in float16 or int8 beside float32 weights: fewer bytes, moved unchanged, and answers that stay close."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from chunkkv import Context, SamplingParams
 from chunkkv.cli import doctor
 
 FLAGS: dict[str, Any] = {"kv_cache_dtype": "float16"}
+EIGHT: dict[str, Any] = {"kv_cache_dtype": "int8"}
+BOTH = pytest.mark.parametrize(("flags", "smaller"), [(FLAGS, 2), (EIGHT, 4)], ids=["float16", "int8"])
 IDS = np.array([(7 * i) % 380 + 3 for i in range(61)], np.int64)
 GREEDY = SamplingParams(max_new_tokens=8, temperature=0.0, ignore_eos=True, logprobs=True)
 # Heads rotated outside, heads with norms, layers without rotation, soft caps, and a scale of its own.
@@ -30,27 +32,33 @@ def test_answers_stay_close_to_those_of_float32(variant: str, keep_ratio: float)
     assert two.statistics.cache_bytes * 2 == one.statistics.cache_bytes
 
 
-def test_compaction_moves_the_bytes_unchanged() -> None:
-    session = engines.session("llama3", **FLAGS)
+@BOTH
+@pytest.mark.parametrize("split", [{}, {"chunkkv_budget_split": "ranked"}], ids=["uniform", "ranked"])
+def test_compaction_moves_the_bytes_unchanged(flags: dict[str, Any], smaller: int, split: dict[str, Any]) -> None:
+    session = engines.session("llama3", **flags, **split)
     prefiller = session.executor.blockwise_prefiller()
-    full, kept = prefiller.new_cache(1, len(IDS)), prefiller.new_cache(1, 24)
-    assert full.keys[0].dtype == np.float16
+    full, kept = prefiller.new_cache(1, len(IDS)), prefiller.new_cache(1, len(IDS))
+    assert full.keys[0].dtype == np.dtype(flags["kv_cache_dtype"])
     _, queries = prefiller.fill(IDS, full, threading.Event())
     choice = prefiller.compress(full, queries, IDS, 0, 24, kept)
     for part, indices in choice.kept_indices.items():
         for source, target in ((full.keys, kept.keys), (full.values, kept.values)):
-            assert np.array_equal(target[part].view(np.uint16), source[part][:, :, indices].view(np.uint16))
+            moved, stayed = target[part][:, :, : len(indices)], source[part][:, :, indices]
+            assert moved.tobytes() == stayed.tobytes()
 
 
-def test_rows_take_half_the_memory_where_they_grow() -> None:
-    exact, half = (engines.session("llama3", **flags).executor for flags in ({}, FLAGS))
-    assert half.kv_bytes_per_token * 2 == exact.kv_bytes_per_token
-    assert half.cache_bytes((512,)) * 2 == exact.cache_bytes((512,))
-    assert half.new_elastic_cache(2, 512).bytes_of((512,)) * 2 == exact.new_elastic_cache(2, 512).bytes_of((512,))
+@BOTH
+def test_rows_take_less_memory_where_they_grow(flags: dict[str, Any], smaller: int) -> None:
+    exact, small = (engines.session("llama3", **given).executor for given in ({}, flags))
+    assert small.kv_bytes_per_token * smaller == exact.kv_bytes_per_token
+    assert small.cache_bytes((512,)) * smaller == exact.cache_bytes((512,))
+    grown = [executor.new_elastic_cache(2, 512).bytes_of((512,)) for executor in (small, exact)]
+    assert grown[0] * smaller == grown[1]
 
 
-def test_a_saved_context_goes_on_where_it_was_saved(tmp_path: Path) -> None:
-    session = engines.session("llama3", **FLAGS)
+@BOTH
+def test_a_saved_context_goes_on_where_it_was_saved(tmp_path: Path, flags: dict[str, Any], smaller: int) -> None:
+    session = engines.session("llama3", **flags)
     context = session.compress(IDS, keep_ratio=0.4)
     context.save(tmp_path / "context.safetensors")
     question = IDS[:9]
@@ -59,13 +67,14 @@ def test_a_saved_context_goes_on_where_it_was_saved(tmp_path: Path) -> None:
     assert session.generate(question, GREEDY, context=loaded).token_ids == fresh.token_ids
 
 
-def test_a_second_reading_scores_the_same_tokens() -> None:
-    exact, half = engines.session("llama3"), engines.session("llama3", **FLAGS)
+@BOTH
+def test_a_second_reading_scores_the_same_tokens(flags: dict[str, Any], smaller: int) -> None:
+    exact, half = engines.session("llama3"), engines.session("llama3", **flags)
     one, two = (session.compress(IDS, keep_ratio=0.4, scorer="reread") for session in (exact, half))
     assert one.kept_tokens == two.kept_tokens
 
 
 def test_doctor_names_the_type() -> None:
-    for flags, expected in ((FLAGS, ["in float16"]), ({}, [])):
+    for flags, expected in ((FLAGS, ["in float16"]), (EIGHT, ["in int8"]), ({}, [])):
         findings = doctor.diagnose(engines.engine_dir("llama3", **flags))
         assert [finding.found for finding in findings if finding.check == "KV cache"] == expected

@@ -12,7 +12,7 @@ from chunkkv.errors import ConfigError
 from chunkkv.settings import ChunkKVSettings
 from chunkkv_builder.checkpoint.model_config import ModelConfig
 
-KV_CACHE_DTYPES = ("float32", "float16")
+KV_CACHE_DTYPES = ("float32", "float16", "int8")
 W8A8 = "w8a8"
 WEIGHT_ONLY_PRECISIONS = ("int8", "int4", W8A8)
 WEIGHT_ONLY_ACTIVATIONS = ("int8", "float32")
@@ -45,7 +45,8 @@ class BuildConfig:
     dtype : str, default "float32"
         Number type of weights and KV cache, one of DTYPES that the backend allows.
     kv_cache_dtype : str or None, default None
-        Number type of the KV cache alone, which the backend allows beside `dtype`; None means `dtype`.
+        Number type of the KV cache alone, which the backend allows beside `dtype`; None means `dtype`. "int8" has a
+        scale for each channel of each head, found while the engine is built.
     weight_only_precision : str or None, default None
         "int8" or "int4" stores the weights in fewer bits, in blocks of 32. "w8a8" stores the projections in 8 bits with
         a scale for each output, and multiplies whole numbers. None keeps them in `dtype`.

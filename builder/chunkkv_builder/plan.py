@@ -12,7 +12,7 @@ from chunkkv.errors import ConfigError
 from chunkkv.settings import ChunkKVSettings
 from chunkkv_builder.checkpoint.model_config import ModelConfig
 
-CACHE_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+CACHE_ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
 
 @dataclass(frozen=True)

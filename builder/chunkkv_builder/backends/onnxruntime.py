@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
 
+from chunkkv.cache_scales import CacheScales
 from chunkkv.engine.backends import ONNXRUNTIME
 from chunkkv.engine.directory import COMPRESS_FILE, GIVEN_FILE, REREAD_FILE, STEP_FILE
 from chunkkv.errors import ConfigError
+from chunkkv.text.tokenizer import Tokenizer
 from chunkkv_builder.backends.graph_build import GraphBuild, plan_graphs
 from chunkkv_builder.backends.interface import Built
 from chunkkv_builder.checkpoint.interface import Checkpoint
@@ -20,7 +23,7 @@ from chunkkv_builder.onnx_graph.merged_weights import with_merged_projections
 from chunkkv_builder.onnx_graph.packed_weights import packing_report, weight_sources
 from chunkkv_builder.onnx_graph.reread import reread_graph
 from chunkkv_builder.onnx_graph.rotary_tables import rotary_tables
-from chunkkv_builder.onnx_graph.weights import WeightSource, write_weights
+from chunkkv_builder.onnx_graph.weights import WeightLocation, WeightSource, write_weights
 from chunkkv_builder.plan import GraphPlan
 from chunkkv_builder.progress import Progress
 
@@ -48,13 +51,15 @@ def step_weights(
     return [*with_merged_projections(weight_sources(checkpoint, precision)), *tables]
 
 
-def compression_graphs(plan: GraphPlan, cache_dtype: str = "float32") -> dict[str, onnx.ModelProto]:
+def compression_graphs(
+    plan: GraphPlan, cache_dtype: str = "float32", scales: CacheScales | None = None
+) -> dict[str, onnx.ModelProto]:
     """Return the graphs that score, choose and compact, by file name: with attention, and with a second reading."""
     assert plan.settings is not None
-    graphs = {COMPRESS_FILE: compress_graph(plan, cache_dtype), REREAD_FILE: reread_graph(plan)}
+    graphs = {COMPRESS_FILE: compress_graph(plan, cache_dtype, scales), REREAD_FILE: reread_graph(plan)}
     if plan.settings.score != "given":
         given = dataclasses.replace(plan, settings=plan.settings.with_score("given"))
-        graphs[GIVEN_FILE] = compress_graph(given, cache_dtype)
+        graphs[GIVEN_FILE] = compress_graph(given, cache_dtype, scales)
     return graphs
 
 
@@ -90,9 +95,10 @@ class OnnxRuntimeBackend:
         for line in packing_report(planned.checkpoint, precision):
             progress.info(line)
         activations = planned.limits.weight_only_activations
-        graphs = {STEP_FILE: FusedStepGraph(planned.plan, locations, activations, cache_dtype).build()}
+        scales = _cache_scales(planned, locations, folder, progress) if cache_dtype == "int8" else None
+        graphs = {STEP_FILE: FusedStepGraph(planned.plan, locations, activations, cache_dtype, scales).build()}
         if planned.plan.settings is not None:
-            graphs |= compression_graphs(planned.plan, cache_dtype)
+            graphs |= compression_graphs(planned.plan, cache_dtype, scales)
         progress.stage("graphs", len(graphs))
         for file, model in graphs.items():
             onnx.save_model(model, folder / file)
@@ -100,3 +106,20 @@ class OnnxRuntimeBackend:
             progress.advance()
         planned.write_config(folder)
         return Built({"onnx": onnx.__version__})
+
+
+def _cache_scales(
+    planned: GraphBuild, locations: Mapping[str, WeightLocation], folder: Path, progress: Progress
+) -> CacheScales:
+    """Run the model, whose weights lie in `folder`, to see how large its keys and values become."""
+    # Only this takes the engine, which is slow to import.
+    from chunkkv_builder.backends.cache_calibration import calibrate, calibration_prompts
+
+    model, limits = planned.plan.model, planned.limits
+    tokenizer = None if planned.tokenizer_dir is None else Tokenizer.from_dir(planned.tokenizer_dir)
+    progress.stage("KV scales", 1)
+    prompts = calibration_prompts(tokenizer, model.vocab_size, limits.max_seq_len)
+    graph = FusedStepGraph(planned.plan, locations, limits.weight_only_activations).build()
+    scales = calibrate(graph, folder, planned.plan, prompts)
+    progress.advance()
+    return scales

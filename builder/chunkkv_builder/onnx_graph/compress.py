@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 import numpy as np
 import onnx
 
 from chunkkv.cache_layout import LOCAL, READING
+from chunkkv.cache_scales import CacheScales
 from chunkkv.errors import ConfigError
 from chunkkv_builder.onnx_graph import functions, ranked
 from chunkkv_builder.onnx_graph.budgets import kept_tokens, recent_indices
+from chunkkv_builder.onnx_graph.eight_bit_cache import scale_inputs
 from chunkkv_builder.onnx_graph.emitter import GraphEmitter
 from chunkkv_builder.onnx_graph.transformer import capacity_name
 from chunkkv_builder.plan import GraphPlan, PartPlan
@@ -267,10 +270,11 @@ class KeepAllNodes:
         return {"chunkkv.graph": graph}
 
 
-def compress_graph(plan: GraphPlan, cache_dtype: str = "float32") -> onnx.ModelProto:
+def compress_graph(plan: GraphPlan, cache_dtype: str = "float32", scales: CacheScales | None = None) -> onnx.ModelProto:
     """Return the graph that compacts the caches of all parts after the last prefill block; it has no weights.
 
-    Keys and values are of type `cache_dtype`, and compacted bit for bit; scores are computed in float32.
+    Keys and values are of type `cache_dtype`, and compacted bit for bit; scores are computed in float32, for which
+    `scales` say what keys and values of 8 bits mean.
 
     Inputs: those of ChunkKVNodes, query.p [B,g*H,W,D] per part p that scores (scores.p for scores from outside), key.p
     and value.p [B,H,S,D], and input_ids [B,S] int64 for delimiter boundaries. Outputs: kept_lengths, kept_key.p,
@@ -291,10 +295,7 @@ def compress_graph(plan: GraphPlan, cache_dtype: str = "float32") -> onnx.ModelP
                 heads = len(part.kv_heads) * (model.num_heads // model.num_kv_heads)
                 window: list[int | str] = ["batch", heads, nodes.settings.window, model.head_dim]
                 query = e.input(f"query.{part.number}", "float32", window)
-            cached = caches[part.number]
-            if cache_dtype != "float32":
-                cached = [e.op("Cast", [value], to=onnx.TensorProto.FLOAT) for value in cached]
-            nodes.select(part, query, *cached)
+            nodes.select(part, query, *_in_float32(e, part, caches[part.number], cache_dtype, scales))
     nodes.rank()
     for part in plan.parts:
         nodes.compact(part, *caches[part.number])
@@ -306,3 +307,16 @@ def compress_graph(plan: GraphPlan, cache_dtype: str = "float32") -> onnx.ModelP
         domains=[(functions.DOMAIN, functions.DOMAIN_VERSION)],
         metadata=nodes.metadata("compress"),
     )
+
+
+def _in_float32(
+    e: GraphEmitter, part: PartPlan, cached: Sequence[str], dtype: str, scales: CacheScales | None
+) -> list[str]:
+    """Return keys and values of a part as float32; `cached` are of type `dtype`."""
+    if dtype == "float32":
+        return list(cached)
+    floats = [e.op("Cast", [values], to=onnx.TensorProto.FLOAT) for values in cached]
+    if scales is None:
+        return floats
+    of_part = scale_inputs(e, scales, part.number)
+    return [e.op("Mul", [values, scale]) for values, scale in zip(floats, of_part, strict=True)]

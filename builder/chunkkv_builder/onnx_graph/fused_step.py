@@ -12,9 +12,12 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from chunkkv.cache_scales import SCALES_KEY, CacheScales
 from chunkkv_builder.checkpoint.config_keys import UNROTATED
 from chunkkv_builder.onnx_graph.arithmetic import scaled
 from chunkkv_builder.onnx_graph.block_attention import BlockAttention
+from chunkkv_builder.onnx_graph.eight_bit_cache import OPSET as EIGHT_BIT_OPSET
+from chunkkv_builder.onnx_graph.eight_bit_cache import BlockPlace, EightBitPart
 from chunkkv_builder.onnx_graph.emitter import NUMPY_TO_ONNX, NodeEmitter
 from chunkkv_builder.onnx_graph.merged_weights import MERGED
 from chunkkv_builder.onnx_graph.projections import CHANNELS_SUFFIX, CONTRIB
@@ -25,7 +28,7 @@ from chunkkv_builder.plan import GraphPlan, LayerPlan, PartPlan
 
 _OPSET = 23
 _END = np.iinfo(np.int64).max  # of a slice: to the last
-_INT32 = onnx.TensorProto.INT32
+_INT32, _INT64 = onnx.TensorProto.INT32, onnx.TensorProto.INT64
 # Where BlockAttention is faster than ONNX Runtime's own: its many small operators need this much work.
 _LONG_BLOCK, _LONG_CACHE = 64, 1024
 
@@ -45,8 +48,10 @@ class FusedStepGraph(StepGraph):
     packed_activations : str or None, default "int8"
         Type in which inputs are multiplied with packed weights, as Projections takes it.
     cache_dtype : str, default "float32"
-        Type of the KV cache, "float32" or "float16". Attention over float16 computes in float16 where queries meet the
-        cache; heads are rotated before, in float32.
+        Type of the KV cache, "float32", "float16" or "int8". Attention over float16 computes in float16 where queries
+        meet the cache. Heads are rotated before, in float32.
+    scales : CacheScales or None, default None
+        With which 8 bits hold keys and values; given exactly for "int8".
     """
 
     def __init__(
@@ -55,9 +60,10 @@ class FusedStepGraph(StepGraph):
         weights: Mapping[str, WeightLocation],
         packed_activations: str | None = "int8",
         cache_dtype: str = "float32",
+        scales: CacheScales | None = None,
     ) -> None:
         super().__init__(plan, weights, packed_activations=packed_activations)
-        self.cache_dtype = cache_dtype
+        self.cache_dtype, self._scales = cache_dtype, scales
         self._rotates_inside = all(name in weights for kind in rotated_kinds(plan.model) for name in table_names(kind))
         self._observed: list[tuple[PartPlan, str]] = []
         multiplies_whole_numbers = any(name.endswith(CHANNELS_SUFFIX) for name in weights)
@@ -69,7 +75,10 @@ class FusedStepGraph(StepGraph):
         if self._observed:
             self._emit_queries()
         metadata = {"chunkkv.graph": "step", "chunkkv.queries": "counted"}
-        return self.e.model("chunkkv_step", opset=_OPSET, domains=[(CONTRIB, 1)], metadata=metadata)
+        if self._scales is not None:
+            metadata[SCALES_KEY] = self._scales.to_text()
+        opset = _OPSET if self._scales is None else EIGHT_BIT_OPSET
+        return self.e.model("chunkkv_step", opset=opset, domains=[(CONTRIB, 1)], metadata=metadata)
 
     def _cache_inputs(self, lengths: str) -> None:
         e = self.e
@@ -83,6 +92,12 @@ class FusedStepGraph(StepGraph):
             self._is_short = {
                 number: e.op("Or", [is_small, e.op("Squeeze", [e.op("Less", [held, e.const(_LONG_CACHE, "int32")])])])
                 for number, (_, held) in self.lengths.items()
+            }
+        if self._scales is not None:
+            is_single, filled = e.op("Equal", [block, e.const(1, "int32")]), e.op("Cast", [lengths], to=_INT64)
+            self._places = {
+                number: BlockPlace(*self.lengths[number], self._of_class(filled, number), is_single)
+                for number in classes
             }
 
     def _rotation(self, positions: str) -> None:
@@ -119,7 +134,7 @@ class FusedStepGraph(StepGraph):
         parts = self.plan.parts_of(layer.index)
         qkv = e.op("Reshape", [self._project.emit(f"{prefix}.{MERGED}", normed), self.rows])
         is_ready = self._rotates_inside or self._rotation_of(layer.index) == UNROTATED
-        if is_ready and len(parts) == 1 and not model.qk_norm:
+        if is_ready and self._scales is None and len(parts) == 1 and not model.qk_norm:
             mixed = self._attend_part(parts[0], [qkv, "", ""])
         else:
             mixed = self._attend_parts(parts, self._apart(layer, qkv), axis=2, width=model.head_dim)
@@ -147,6 +162,10 @@ class FusedStepGraph(StepGraph):
         """
         name = self._attention_name(part)
         outputs = [f"{name}_output", *present]
+        if self._scales is not None:
+            sizes = self._query_heads(part), len(part.kv_heads), self.model.head_dim
+            eight = EightBitPart(part.number, *sizes, self._attention_attributes())
+            return eight.attend(self.e, name, qkv, self._scales, self._places[part.length_class])
         if not self._has_block_attention:
             return self._fused_attention(self.e, part, qkv, past, outputs)
         step, block = NodeEmitter(f"{name}/step/"), NodeEmitter(f"{name}/block/")
@@ -197,7 +216,7 @@ class FusedStepGraph(StepGraph):
         self, e: NodeEmitter, part: PartPlan, qkv: list[str], past: list[str], outputs: Sequence[str]
     ) -> str:
         """Emit ONNX Runtime's own attention to `e`; `outputs` are names for attention, keys and values."""
-        name, model, kind = self._attention_name(part), self.model, self._rotation_of(part.layer)
+        name, kind = self._attention_name(part), self._rotation_of(part.layer)
         rotary = []
         if self._rotates_inside and kind != UNROTATED:
             rotary = [*(self.e.weight(self.weights[table]) for table in table_names(kind)), self._positions]
@@ -212,10 +231,14 @@ class FusedStepGraph(StepGraph):
             num_heads=self._query_heads(part),
             kv_num_heads=len(part.kv_heads),
             do_rotary=int(bool(rotary)),
-            **({} if model.attention_scale is None else {"scale": model.attention_scale}),
-            **({} if model.attention_soft_cap is None else {"softcap": model.attention_soft_cap}),
+            **self._attention_attributes(),
         )
         return mixed if self.cache_dtype == self.dtype else e.op("Cast", [mixed], to=NUMPY_TO_ONNX[self.dtype])
+
+    def _attention_attributes(self) -> dict[str, float]:
+        """Return what the model changes of an attention."""
+        values = {"scale": self.model.attention_scale, "softcap": self.model.attention_soft_cap}
+        return {name: value for name, value in values.items() if value is not None}
 
     def _observe(self, query_count: str) -> None:
         e, block = self.e, self.e.dim("input_ids", 1)

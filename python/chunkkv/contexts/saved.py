@@ -27,7 +27,12 @@ FORMAT, FORMAT_VERSION = "chunkkv-context", 1
 KEY = "chunkkv_context"  # of the metadata
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-_CODES = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16", np.dtype(ml_dtypes.bfloat16): "BF16"}
+_CODES = {
+    np.dtype(np.float32): "F32",
+    np.dtype(np.float16): "F16",
+    np.dtype(ml_dtypes.bfloat16): "BF16",
+    np.dtype(np.int8): "I8",
+}
 _AGAIN = "compress the prompt and save it again"
 Layout = Mapping[str, tuple[np.dtype, tuple[int, ...]]]
 

@@ -69,7 +69,7 @@ TRAITS = {
     ONNXRUNTIME: BackendTraits(
         dtypes=("float32",),
         default_dtype="float32",
-        kv_cache_dtypes=("float16",),
+        kv_cache_dtypes=("float16", "int8"),
         has_weight_only=True,
         runs_kernels=False,
         needs_gpu=False,

@@ -65,7 +65,7 @@ class PrefilledPrompt:
 
     def key(self, layer: int) -> np.ndarray:
         """Return the rotated keys [Hkv,L,D] float32 of a layer."""
-        return self.cache.keys[layer][0].astype(np.float32, copy=False)
+        return self.cache.float_keys(layer)[0]
 
     def query(self, layer: int, window: int) -> np.ndarray:
         """Return the last `window` rotated queries [Hq,w,D]; raises ConfigError where the engine does not give them."""
@@ -84,9 +84,7 @@ class PrefilledPrompt:
                 settings.window,
                 settings.pooling,
                 settings.score,
-                value=self.cache.values[layer][0].astype(np.float32, copy=False)
-                if settings.value_norm == "on"
-                else None,
+                value=self.cache.float_values(layer)[0] if settings.value_norm == "on" else None,
                 window_reduce=settings.window_reduce,
                 head_reduce=settings.head_reduce,
             )

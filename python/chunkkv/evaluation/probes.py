@@ -234,7 +234,7 @@ def check_probes(capabilities: Capabilities) -> None:
     if missing := next((ability for ability, able in needed.items() if not able), None):
         raise BackendUnavailableError(
             f"this engine cannot {missing}, which finding the heads that read far takes: build the checkpoint for "
-            "backend onnxruntime"
+            "backend onnxruntime, with --kv_cache_dtype float32 or float16"
         )
 
 

@@ -91,7 +91,7 @@ def elastic_cache(template: HostKVCache, rows: int, capacity: Sequence[int]) -> 
         arrays.append(made)
         maps.append(memory)
     half = len(arrays) // 2
-    return ElasticHostKVCache(tuple(arrays[:half]), tuple(arrays[half:]), layout, tuple(maps))
+    return ElasticHostKVCache(tuple(arrays[:half]), tuple(arrays[half:]), layout, template.scales, tuple(maps))
 
 
 def _address_space(template: np.ndarray, rows: int, slots: int) -> tuple[np.ndarray, mmap.mmap]:

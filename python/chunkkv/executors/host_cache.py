@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from chunkkv.cache_layout import CacheLayout, Slots
+from chunkkv.cache_scales import CacheScales
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,14 @@ class HostKVCache:
         Values, one array per part, of the same shape as the keys.
     layout : CacheLayout
         The parts.
+    scales : CacheScales or None, default None
+        What keys and values of 8 bits are multiplied with; None where they are what they mean.
     """
 
     keys: tuple[np.ndarray, ...]
     values: tuple[np.ndarray, ...]
     layout: CacheLayout
+    scales: CacheScales | None = None
 
     @property
     def capacity(self) -> Slots:
@@ -54,7 +58,25 @@ class HostKVCache:
             tuple(array[first : first + count] for array in self.keys),
             tuple(array[first : first + count] for array in self.values),
             self.layout,
+            self.scales,
         )
+
+    def float_keys(self, part: int, first: int = 0, last: int | None = None) -> np.ndarray:
+        """Return the keys [B,H,N,D] float32 of slots first … last-1 of a part; a view where the cache is float32."""
+        scales = None if self.scales is None else self.scales.keys[part]
+        return self._in_float32(self.keys[part][:, :, first:last], scales)
+
+    def float_values(self, part: int, first: int = 0, last: int | None = None) -> np.ndarray:
+        """Return the values of slots first … last-1 of a part as `float_keys` returns the keys."""
+        scales = None if self.scales is None else self.scales.values[part]
+        return self._in_float32(self.values[part][:, :, first:last], scales)
+
+    @staticmethod
+    def _in_float32(array: np.ndarray, scales: np.ndarray | None) -> np.ndarray:
+        if scales is None:
+            return array.astype(np.float32, copy=False)
+        product: np.ndarray = array * scales[:, None]
+        return product
 
     def layer(self, layer: int) -> tuple[np.ndarray, np.ndarray]:
         """Return keys and values [B,Hkv,C,D] of all heads of a layer, whose parts must have equally many slots.

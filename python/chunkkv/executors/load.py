@@ -50,7 +50,10 @@ def load_executor(
 
 def _load_onnxruntime(files: EngineFiles, threads: int | None) -> Executor[Any]:
     from chunkkv.executors.onnxruntime.executor import OnnxRuntimeExecutor
+    from chunkkv.executors.onnxruntime.graphs import check_eight_bit_cache
 
+    if files.build.get("kv_cache_dtype") == "int8":
+        check_eight_bit_cache(files.path)
     executor = OnnxRuntimeExecutor(files.path, files.build["max_num_tokens"], files.settings, threads)
     for name, in_graph in (("vocab_size", executor.step.vocab_size), ("num_hidden_layers", executor.step.num_layers)):
         if files.model[name] != in_graph:

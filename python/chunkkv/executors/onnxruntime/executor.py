@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from chunkkv.engine.directory import COMPRESS_FILE, STEP_FILE
 from chunkkv.errors import EngineMismatchError
 from chunkkv.executors.elastic_cache import ElasticHostKVCache, elastic_cache
 from chunkkv.executors.host_cache import HostKVCache
+from chunkkv.executors.inside import HeadScorer
 from chunkkv.executors.interface import Capabilities, Executor
 from chunkkv.executors.onnxruntime.continuation import OnnxRuntimeContinuer
 from chunkkv.executors.onnxruntime.decode import OnnxRuntimeDecoder
@@ -66,6 +68,8 @@ class OnnxRuntimeExecutor(Executor[HostKVCache]):
         self._reread: OnnxRuntimeReread | None = None
         self._layer_lengths_graph: ort.InferenceSession | None = None
         self._lock = threading.Lock()
+        if self.step.scales is not None:  # attention by head is derived from that of a layer, without its scales
+            self.capabilities = replace(self.capabilities, head_lengths=False)
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -118,8 +122,10 @@ class OnnxRuntimeExecutor(Executor[HostKVCache]):
         """Append a block of tokens to a cache of one row and return the logits after each; see Executor."""
         return self.step.append_scored_block(cache, ids, slot, position)
 
-    def head_scorer(self) -> HeadLengthsScorer:
+    def head_scorer(self) -> HeadScorer:
         """Return what scores blocks behind kept tokens of any number per head; for evaluation. It is made anew."""
+        if not self.capabilities.head_lengths:
+            return super().head_scorer()
         return HeadLengthsScorer(self.step)
 
     def layer_lengths_decoder(self, cache: HostKVCache) -> OnnxRuntimeDecoder:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 import onnxruntime as ort
 
 from chunkkv.cache_layout import CacheLayout, layout_of, leading_parts
+from chunkkv.cache_scales import SCALES_KEY, CacheScales
 from chunkkv.errors import EngineError, EngineMismatchError
 from chunkkv.executors.host_cache import HostKVCache
 from chunkkv.executors.huge_pages import on_huge_pages
@@ -27,9 +29,11 @@ CPU = ["CPUExecutionProvider"]
 # Of a run: at its end, the memory that its session worked in goes back to the system.
 GIVING_BACK = ort.RunOptions()
 GIVING_BACK.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+EIGHT_BITS_SINCE = (1, 27)  # version of ONNX Runtime; earlier ones fail at the first token behind a prompt
 CACHE_DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
+    "tensor(int8)": np.dtype(np.int8),
 }
 
 
@@ -70,9 +74,18 @@ class OnnxRuntimeStep:
             )
         kinds = {value.name: value.type for value in self.session.get_inputs()}
         self.cache_dtype = CACHE_DTYPES[kinds["past_key.0"]]
+        self.scales = self._cache_scales(heads) if self.cache_dtype == np.int8 else None
         self.query_heads = {
             int(name.split(".")[1]): int(shape[1]) for name, shape in shapes.items() if name.startswith("query.")
         }
+
+    def _cache_scales(self, heads: list[int]) -> CacheScales:
+        """Return what the graph's file says of its cache of 8 bits; raises EngineError where it says nothing."""
+        text = self.session.get_modelmeta().custom_metadata_map.get(SCALES_KEY, "")
+        try:
+            return CacheScales.from_text(text, heads, self.head_dim)
+        except ValueError as error:
+            raise EngineError(f"{self.path} has no scales for its cache ({error}); build the engine again") from None
 
     def new_cache(self, rows: int, capacity: int | Sequence[int]) -> HostKVCache:
         """Return an empty cache; memory is touched only where tokens are written."""
@@ -82,7 +95,7 @@ class OnnxRuntimeStep:
         # One block of memory: NumPy asks for huge pages only for large ones.
         pieces = np.split(np.zeros(2 * sum(sizes), self.cache_dtype), np.cumsum(2 * sizes)[:-1])
         arrays = [piece.reshape(shape) for piece, shape in zip(pieces, 2 * shapes, strict=True)]
-        return HostKVCache(tuple(arrays[: len(shapes)]), tuple(arrays[len(shapes) :]), self.layout)
+        return HostKVCache(tuple(arrays[: len(shapes)]), tuple(arrays[len(shapes) :]), self.layout, self.scales)
 
     def append_prompt_block(
         self, cache: HostKVCache, ids: np.ndarray, filled: int, is_last: bool = False
@@ -241,6 +254,16 @@ class OnnxRuntimeCompress:
             return kept[part]
         head_class = layout.parts[part].head_class
         return next(kept[other] for other in kept if layout.parts[other].head_class == head_class)
+
+
+def check_eight_bit_cache(engine_dir: Path) -> None:
+    """Raise EngineMismatchError where the installed ONNX Runtime cannot attend to a cache of 8 bits on a CPU."""
+    installed = tuple(int(number) for number in re.findall(r"\d+", ort.__version__)[:2])
+    if installed < EIGHT_BITS_SINCE:
+        raise EngineMismatchError(
+            f"{engine_dir} holds its KV cache in int8, which onnxruntime {ort.__version__} cannot read: install "
+            f"{'.'.join(map(str, EIGHT_BITS_SINCE))} or later, or build with --kv_cache_dtype float32"
+        )
 
 
 def session_options(threads: int) -> ort.SessionOptions:

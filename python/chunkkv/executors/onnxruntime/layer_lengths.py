@@ -72,7 +72,7 @@ class LayerLengthsDecoder(OnnxRuntimeDecoder):
 
 def _with_layer_lengths(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
     graph = model.graph
-    attention = [node for node in graph.node if node.op_type == "GroupQueryAttention"]
+    attention = _attention_of_one_token(graph)
     if not attention:
         raise EngineError(f"{path} has no GroupQueryAttention; layers of different lengths cannot run on it")
     lengths = helper.make_tensor_value_info(LENGTHS_INPUT, onnx.TensorProto.INT32, [len(attention), "batch"])
@@ -103,3 +103,15 @@ def _with_layer_lengths(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
     del graph.node[:]
     graph.node.extend(nodes)
     return model
+
+
+def _attention_of_one_token(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """Return the attention of each layer; over a cache of 8 bits it is in the branch for rows of one new token."""
+    found = []
+    for node in graph.node:
+        if node.op_type == "GroupQueryAttention":
+            found.append(node)
+        for attribute in node.attribute:
+            if attribute.name == "then_branch":
+                found += _attention_of_one_token(attribute.g)
+    return found

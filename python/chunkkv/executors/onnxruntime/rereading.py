@@ -81,7 +81,7 @@ class OnnxRuntimeReread:
                 for part, query in queries.items():
                     start = first[layout.parts[part].length_class]
                     seen = (start + piece.start, start + piece.stop), (start + length, start + length + done)
-                    received = self._received(cache.keys[part][0], query[0], *seen)
+                    received = self._received(cache, part, query[0], *seen)
                     of_piece = scores[part][:, piece.start : piece.stop]
                     np.maximum(of_piece, received, out=of_piece)
                 yield len(ids)
@@ -96,13 +96,17 @@ class OnnxRuntimeReread:
             given[part] = padded
         return given
 
-    def _received(self, key: np.ndarray, query: np.ndarray, piece: tuple[int, int], own: tuple[int, int]) -> np.ndarray:
+    def _received(
+        self, cache: HostKVCache, part: int, query: np.ndarray, piece: tuple[int, int], own: tuple[int, int]
+    ) -> np.ndarray:
         """Return the largest attention [H,P] that the tokens of a piece receive from one block.
 
         Parameters
         ----------
-        key : numpy.ndarray
-            Keys [H,C,D] of a part.
+        cache : HostKVCache
+            One row.
+        part : int
+            The part whose keys are read.
         query : numpy.ndarray
             The block's queries [g*H,S,D]. They see the sinks, the piece, and the second reading up to themselves.
         piece : tuple of int
@@ -113,11 +117,11 @@ class OnnxRuntimeReread:
         count, (start, stop) = query.shape[1], piece
         sinks = min(self._sinks, start)
         ranges = ((0, sinks), piece, (own[0], own[1] + count))
-        keys = np.concatenate([key[:, first:last] for first, last in ranges], axis=1, dtype=np.float32)
+        keys = np.concatenate([cache.float_keys(part, first, last)[0] for first, last in ranges], axis=1)
         keys = np.ascontiguousarray(keys.swapaxes(1, 2))[:, None]
-        by_head = query.reshape(len(key), -1, *query.shape[1:])
+        by_head = query.reshape(len(keys), -1, *query.shape[1:])
         seen_at_first = keys.shape[-1] - count
-        largest = np.zeros((len(key), stop - start), np.float32)
+        largest = np.zeros((len(keys), stop - start), np.float32)
         for first in range(0, count, _QUERIES_AT_ONCE):
             queries = np.ascontiguousarray(by_head[:, :, first : first + _QUERIES_AT_ONCE])
             last_seen = seen_at_first + first + np.arange(queries.shape[2])[:, None]
