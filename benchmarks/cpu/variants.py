@@ -7,6 +7,7 @@ from dataclasses import dataclass
 FLOAT32, REDUCED = "float32", "reduced"  # arithmetic of float32 throughout, and anything cheaper
 FULL, PART = 100, 20  # percent of a prompt that stays in the cache
 PRODUCT = "product"
+INT8_CACHE = "int4, cache int8"  # weights of the product with a cache in 8 bits
 TITLES = {
     PRODUCT: "ChunkKV-TRT",
     "transformers_kvpress": "transformers",
@@ -73,6 +74,7 @@ VARIANTS = (
     Variant("llama_cpp", "float32", FLOAT32, FULL),
     *_pair(PRODUCT, "int8", REDUCED),
     *_pair(PRODUCT, "int4", REDUCED),
+    *_pair(PRODUCT, INT8_CACHE, REDUCED),
     *_pair(PRODUCT, "w8a8", REDUCED),
     Variant("onnxruntime_genai", "int4", REDUCED, FULL),
     *_pair("openvino", "int4", REDUCED),

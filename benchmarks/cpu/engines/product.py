@@ -7,12 +7,19 @@ from pathlib import Path
 
 from benchmarks.cpu.contract import BenchmarkEngine, Case, Runner, folder_of
 from benchmarks.cpu.machine import commit
+from benchmarks.cpu.variants import INT8_CACHE
 from chunkkv import ChunkKVSession, SamplingParams, __version__
 from chunkkv.results import GenerationResult, StreamEvent
 from chunkkv_builder.build import main as build
 
 FLAGS = "--chunkkv --max_seq_len 8192 --max_batch_size 8 --log_level error --overwrite"
-PRECISIONS = ("int8", "int4", "w8a8")
+# How weights and cache are stored, by what it is called in tables; float32 takes no flags.
+STORED = {
+    **{
+        precision: ["--use_weight_only", "--weight_only_precision", precision] for precision in ("int8", "int4", "w8a8")
+    },
+    INT8_CACHE: ["--use_weight_only", "--weight_only_precision", "int4", "--kv_cache_dtype", "int8"],
+}
 
 
 class ProductRunner:
@@ -64,8 +71,8 @@ class Product:
         is_known = built_by.is_file() and built_by.read_text("utf-8") == self.version()
         if is_known and "dirty" not in self.version():
             return
-        flags = ["--use_weight_only", "--weight_only_precision", weights] if weights in PRECISIONS else []
-        build(["--checkpoint_dir", str(model), "--output_dir", str(folder), *FLAGS.split(), *flags])
+        flags = [*FLAGS.split(), *STORED.get(weights, [])]
+        build(["--checkpoint_dir", str(model), "--output_dir", str(folder), *flags])
         built_by.write_text(self.version(), "utf-8")
 
     def load(self, case: Case) -> Runner:
