@@ -48,7 +48,7 @@ test-deep: test-tensorrt-api test-tensorrt-llm test-tensorrt test-triton test-so
 # Sanitizers, races, planted bugs and nvcc's table of the kernels; pages of the docs that are measured again.
 test-slow: $(VENV)/.installed-test
 	@echo "== make $@"
-	$(BIN)/python -m pytest -n 2 -m deep
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m deep
 
 # The machine code of the main kernels beside the committed table: the compiler comes from pip where the machine has none.
 sass: $(VENV)/.installed-test
@@ -75,7 +75,7 @@ test-soak: $(TRITON)/.installed
 # Against torch, transformers and kvpress themselves.
 test-peers: $(PEERS)/.installed
 	@echo "== make $@"
-	$(PEERS)/bin/python -m pytest $(ALONE) tests/peers
+	$(PEERS)/bin/python -m pytest $(ALONE) -n 2 --dist loadfile tests/peers
 
 # Engines and plugins built by TensorRT for RTX itself, in an environment of its own; it needs no GPU. Where it cannot be
 # installed the tests are skipped by name.
