@@ -21,7 +21,7 @@ from benchmarks.real.contexts import make_context
 from benchmarks.real.full_cache import Engine
 from benchmarks.real.measure import AFTER, FOLLOWS, IN, Measurement, context_head, measure_context, measured, wanted
 from benchmarks.real.policies import (
-    BUILT,
+    ENGINES,
     KEEPS,
     METHODS,
     OPENVINO_FILE,
@@ -29,8 +29,10 @@ from benchmarks.real.policies import (
     RANKED,
     RANKED_HEADS,
     RANKED_TOKENS,
+    READING_24,
     RECIPE,
     RECIPE_10,
+    SMALL_KEEPS,
     STATIC,
     VARIANTS,
 )
@@ -89,7 +91,9 @@ PASSES = (  # the order in which a run that is cut off is worth most
     Pass({1_000: 20, 2_000: 8}, (*METHODS, *PRESSES), (5_000, 3_000), (AFTER, IN)),
     Pass({1_000: 6, 2_000: 6}, VARIANTS, (2_000, 1_000), (IN,)),
     Pass({1_000: 12}, (RECIPE_10,), (1_000,), (AFTER,)),
+    Pass({1_000: 12}, (STATIC, RECIPE, RANKED), (5_000, 3_000), (AFTER,)),
     Pass({7_000: 2}, (*METHODS, *PRESSES), (2_000, 1_000), (AFTER, IN)),
+    Pass({2_000: 8}, ("ChunkKV", READING_24), SMALL_KEEPS, (IN,)),
 )
 
 
@@ -120,7 +124,7 @@ def main() -> None:
     if arguments.lengths:
         contexts = dict.fromkeys(map(int, arguments.lengths.split(",")), arguments.contexts)
         keeps = [int(keep) for keep in arguments.keeps.split(",")]
-        passes = [Pass(contexts, (*METHODS, *VARIANTS, *PRESSES, *BUILT), keeps)]
+        passes = [Pass(contexts, (*METHODS, *VARIANTS, *PRESSES, *ENGINES), keeps)]
     path = arguments.work_dir / "outcomes.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     measure(passes, arguments, path)
@@ -138,7 +142,7 @@ def measure(passes: Sequence[Pass], arguments: argparse.Namespace, path: Path) -
         from benchmarks.real.peers import Peers
 
         peers = Peers(arguments.gguf, arguments.work_dir / "transformers")
-    if needed & set(BUILT):
+    if needed & set(ENGINES):
         made = products(needed, arguments.work_dir, arguments.gguf, arguments.recipes)
     run = Measurement(engine(arguments.work_dir / "engine", arguments.gguf), peers, made)
     everything = [

@@ -14,8 +14,10 @@ from benchmarks.real.policies import (
     RANKED,
     RANKED_HEADS,
     RANKED_TOKENS,
+    READING_24,
     RECIPE,
     RECIPE_10,
+    SMALL_KEEPS,
     STATIC,
     STREAMING,
     VARIANTS,
@@ -41,6 +43,7 @@ JSON_FILE = ROOT / "docs" / "benchmarks" / "results-real.json"
 BASE = "ChunkKV"
 BUILT = (RECIPE, STATIC, RECIPE_10, RANKED, RANKED_HEADS, RANKED_TOKENS)  # engines of their own, for later questions
 BY_LENGTH = (FULL, BASE, "kvpress SnapKV, window 16", "kvpress KeyDiff", "kvpress ChunkKV", "kvpress KVzip", STREAMING)
+SMALL = (FULL, BASE, READING_24)  # in the table of the smallest caches
 POLICIES = (FULL, BASE, *BUILT, *METHODS[1:], *PRESSES)
 
 
@@ -60,6 +63,8 @@ def render(measured: Outcomes) -> str:
         "differences in": differences(measured, IN, POLICIES, BASE),
         "differences after": differences(measured, AFTER, POLICIES, BASE),
         "against KVzip": differences(measured, AFTER, BUILT, "kvpress KVzip"),
+        "smallest": methods(measured, IN, SMALL, SMALL_KEEPS),
+        "smallest differences": differences(measured, IN, SMALL, BASE, keeps=SMALL_KEEPS),
         "lengths in": by_length(measured, IN, BY_LENGTH, 2_000),
         "lengths after": by_length(measured, AFTER, BY_LENGTH, 2_000),
         "openvino": against_openvino(measured, BASE),

@@ -9,6 +9,7 @@ import numpy as np
 from benchmarks.real.choices import Rule, select
 
 KEEPS = (5_000, 3_000, 2_000, 1_000)
+SMALL_KEEPS = (500, 300)  # with a table of their own
 LAYERS = 30
 SINKS = 4
 LEAST = 64  # min_tokens of the settings
@@ -46,6 +47,7 @@ RECIPE = "ChunkKV, reading heads, reread chunks elsewhere"  # examples/smollm2/r
 STATIC = "ChunkKV, reading heads, recent tokens elsewhere"  # examples/smollm2/recipe-static.json
 RECIPE_10 = "ChunkKV, reading heads, the recipe for 10 %"  # examples/smollm2/recipe-10.json
 STREAMING, RANDOM = "StreamingLLM", "random chunks"
+READING_24 = "ChunkKV, 24 reading heads"  # examples/smollm2/recipe-in-prompt.json
 OWN = (*RULES, STREAMING, RANDOM)
 PRESSES = (  # names of benchmarks.real.peers, which needs torch
     "kvpress SnapKV",
@@ -65,12 +67,13 @@ OPENVINO = {  # by name, how many of the last queries choose
 }
 GREEDY = "greedy"  # the mode of what is generated instead of fed
 OPENVINO_FILE = "outcomes-openvino.jsonl"
-BUILT = (RANKED, RANKED_HEADS, RANKED_TOKENS, RECIPE, STATIC, RECIPE_10)  # engines of their own
+BUILT = (RANKED, RANKED_HEADS, RANKED_TOKENS, RECIPE, STATIC, RECIPE_10)  # engines of their own, for later questions
+ENGINES = (*BUILT, READING_24)
 ONLY_AFTER = ("kvpress KVzip", *BUILT)  # they read the text for questions that come later
 MEAN, FIXED_10 = "ChunkKV, mean over heads", "ChunkKV, fixed chunks of 10"
 METHODS = ("ChunkKV", MEAN, FIXED_10, "SnapKV, heads sharing", STREAMING, RANDOM)
 VARIANTS = tuple(name for name in RULES if name not in METHODS)
-ONLY_IN = (*VARIANTS, MEAN, FIXED_10)
+ONLY_IN = (*VARIANTS, MEAN, FIXED_10, READING_24)
 
 
 def streaming(length: int, count: int, shape: tuple[int, int]) -> np.ndarray:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.real.full_cache import Scored
-from benchmarks.real.policies import RANKED, RANKED_HEADS, RANKED_TOKENS, RECIPE, RECIPE_10, STATIC
+from benchmarks.real.policies import RANKED, RANKED_HEADS, RANKED_TOKENS, READING_24, RECIPE, RECIPE_10, STATIC
 from chunkkv.contexts.context import Context
 from chunkkv.evaluation.lm_eval.continuations import log_probabilities
 from chunkkv.session import ChunkKVSession
@@ -58,6 +58,7 @@ def products(names: Collection[str], folder: Path, gguf: Path, recipes: Path) ->
         (RECIPE, "recipe", f"--chunkkv_recipe {recipes / 'recipe.json'}", "reread"),
         (STATIC, "recipe-static", f"--chunkkv_recipe {recipes / 'recipe-static.json'}", "window"),
         (RECIPE_10, "recipe-10", f"--chunkkv_recipe {recipes / 'recipe-10.json'}", "reread"),
+        (READING_24, "recipe-in-prompt", f"--chunkkv_recipe {recipes / 'recipe-in-prompt.json'}", "window"),
     ):
         if name not in names:
             continue

@@ -109,9 +109,9 @@ def count(outcomes: Outcomes, mode: str, policy: str, keep: int, tasks: Sequence
     return sum(None not in context for context in zip(*rows, strict=True))
 
 
-def methods(outcomes: Outcomes, mode: str, policies: Sequence[str]) -> str:
+def methods(outcomes: Outcomes, mode: str, policies: Sequence[str], keeps: Sequence[int] = ()) -> str:
     """Return right tokens (exact answers) in % by task and share kept; `n` are contexts."""
-    keeps = outcomes.keeps()
+    keeps = keeps or outcomes.keeps()
     lines = [f"| {_MODES[mode]} | n | {' | '.join(f'keep {keep / 100:g} %' for keep in keeps)} |"]
     lines.append("| --- | ---: |" + " ---: |" * len(keeps))
     for policy in policies:
@@ -134,7 +134,12 @@ def _cell(outcomes: Outcomes, mode: str, task: str, policy: str, keep: int) -> s
 
 
 def differences(
-    outcomes: Outcomes, mode: str, policies: Sequence[str], other: str, tasks: Sequence[str] = TASKS
+    outcomes: Outcomes,
+    mode: str,
+    policies: Sequence[str],
+    other: str,
+    tasks: Sequence[str] = TASKS,
+    keeps: Sequence[int] = (),
 ) -> str:
     """Return every policy minus `other` in points of right tokens; bold where the interval leaves out zero.
 
@@ -143,7 +148,7 @@ def differences(
     policies = [policy for policy in policies if policy != other]
     keeps = [
         keep
-        for keep in outcomes.keeps()
+        for keep in keeps or outcomes.keeps()
         if any(outcomes.difference(mode, policy, other, keep, right_tokens, tasks) for policy in policies)
     ]
     lines = [f"| {_MODES[mode]}, minus {other} | {' | '.join(f'keep {keep / 100:g} %' for keep in keeps)} |"]
