@@ -10,6 +10,7 @@ import pytest
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 from support.engines import command_line
+from support.smollm2 import smollm2
 
 from chunkkv.errors import RequestError
 from chunkkv.evaluation.lm_eval.model import ChunkKVLM
@@ -74,7 +75,24 @@ metric_list: [{metric: word_perplexity}]
 }
 
 
-def documents() -> list[dict[str, Any]]:
+# Of different lengths, with choices of different lengths, for a model of general language.
+ASKED = (
+    ("The keeper of the amber lantern is Ada Hunt of Porto. The code of the mill is 40719. ", "amber lantern"),
+    ("Call me Ishmael. Some years ago, never mind how long, having little or no money in my purse, and nothing "
+     "particular to interest me on shore, I thought I would sail about a little and see the watery part of the world. "
+     "The keeper of the copper bell is Ada Hunt of Porto.\n\n", "copper bell"),
+    ("def keeper(of):\n    # The keeper of the stone gate is Ada Hunt of Porto.\n    return \"é ☂\"\n", "stone gate"),
+)  # fmt: skip
+
+
+def documents(real: bool) -> list[dict[str, Any]]:
+    if real:
+        choices = [" Hunt Ada of Porto", " Ada Hunt of Porto", " nobody"]
+        return [
+            {"text": f"{text}The keeper of the {thing} is", "answer": "Ada Hunt of Porto", "first": "Ada",
+             "choices": choices, "label": 1}
+            for text, thing in ASKED
+        ]  # fmt: skip
     lines = []
     for name in FILES:
         file = json.loads((ROOT / "examples" / "needle" / "prompts" / f"{name}.json").read_text(encoding="utf-8"))
@@ -88,22 +106,23 @@ def documents() -> list[dict[str, Any]]:
     return lines
 
 
-@pytest.fixture(scope="module")
-def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tasks")
-    (folder / "data.json").write_text("\n".join(map(json.dumps, documents())), encoding="utf-8")
+def written_tasks(folder: Path, real: bool) -> Path:
+    """Write the tasks and their data; "real" for a model of general language."""
+    (folder / "data.json").write_text("\n".join(map(json.dumps, documents(real))), encoding="utf-8")
     for name, text in TASKS.items():
         (folder / f"{name}.yaml").write_text(HEAD.format(name=name, data=folder / "data.json") + text, encoding="utf-8")
     return folder
 
 
+def built(checkpoint: Path, output: Path, **flags: Any) -> Path:
+    named = {"checkpoint_dir": checkpoint, "output_dir": output, "chunkkv": True, "log_level": "error", **flags}
+    build_engine.main(command_line(named))
+    return output
+
+
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("side_by_side") / "engine"
-    build_engine.main(
-        command_line({"checkpoint_dir": MODEL, "output_dir": output, "chunkkv": True, "log_level": "error"})
-    )
-    return output
+    return built(MODEL, tmp_path_factory.mktemp("side_by_side") / "engine")
 
 
 def samples(model: str, arguments: str, tasks: Path, chat: bool) -> dict[str, list[dict[str, Any]]]:
@@ -122,11 +141,22 @@ def samples(model: str, arguments: str, tasks: Path, chat: bool) -> dict[str, li
     return {name: sorted(entries, key=lambda sample: sample["doc_id"]) for name, entries in result["samples"].items()}
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["plain", "chat"])
-def both(request: pytest.FixtureRequest, engine: Path, tasks: Path) -> tuple[dict, dict]:
-    ours = samples("chunkkv", f"engine_dir={engine},keep_ratio=1.0,threads=1", tasks, request.param)
-    theirs = samples("hf", f"pretrained={MODEL},dtype=float32", tasks, request.param)
-    return ours, theirs
+@pytest.fixture(
+    scope="module",
+    params=[(real, chat) for real in (False, True) for chat in (False, True)],
+    ids=["toy, plain", "toy, chat", "SmolLM2, plain", "SmolLM2, chat"],
+)
+def both(request: pytest.FixtureRequest, engine: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict]:
+    real, chat = request.param
+    tasks = written_tasks(tmp_path_factory.mktemp("tasks"), real)
+    theirs = f"pretrained={MODEL},dtype=float32"
+    if real:
+        file = smollm2()
+        engine = built(file, tmp_path_factory.mktemp("smollm2") / "engine", max_seq_len=2048)
+        # Read from GGUF, transformers' tokenizer puts a begin token there that SmolLM2 has none of.
+        theirs = f"pretrained={file.parent},gguf_file={file.name},dtype=float32,add_bos_token=False"
+    ours = samples("chunkkv", f"engine_dir={engine},keep_ratio=1.0,threads=1", tasks, chat)
+    return ours, samples("hf", theirs, tasks, chat)
 
 
 @pytest.mark.parametrize("name", TASKS)

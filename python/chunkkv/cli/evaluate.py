@@ -141,7 +141,11 @@ def run(args: argparse.Namespace) -> None:
     check = FullCacheCheck(plan.chat)
     with progress_bars(quiet) as begin:
         advance = begin("eval", len(evaluator.examples()))
-        records = evaluator.run(args.output_dir, advance, lambda record: _warn(check.take(record), quiet))
+        try:
+            records = evaluator.run(args.output_dir, advance, lambda record: _warn(check.take(record), quiet))
+        except KeyboardInterrupt:
+            _say(f"eval: {args.output_dir} has what was measured; the same command goes on from there", quiet)
+            raise
     for warning in check.remaining():
         _warn(warning, quiet)
     summary = summarize(plan.header(settings_and_tokenizer(session)[0]), records)
@@ -197,8 +201,13 @@ def _plan(
 
 
 def _warn(warning: str | None, quiet: bool) -> None:
-    if warning and not quiet:
-        print(f"chunkkv: warning: {warning}", file=sys.stderr)
+    if warning:
+        _say(f"chunkkv: warning: {warning}", quiet)
+
+
+def _say(text: str, quiet: bool) -> None:
+    if not quiet:
+        print(text, file=sys.stderr)
 
 
 def _print_estimate(session: ChunkKVSession, evaluator: Evaluator, plan: Plan, folder: Path) -> None:

@@ -15,6 +15,8 @@ from chunkkv.files import errors_name_target
 RECORDS_FILE = "records.jsonl"
 FORMAT, FORMAT_VERSION = "chunkkv-evaluation", 1
 
+_REMEDY = "remove this line and those below it to go on from there"
+
 Record = dict[str, Any]
 
 
@@ -33,15 +35,23 @@ def read_records(path: Path, data: bytes | None = None) -> list[Record]:
     """
     try:
         lines = (path.read_bytes() if data is None else data).decode("utf-8").splitlines()
-        records = [json.loads(line) for line in lines]
-    except (ValueError, OSError, RecursionError) as problem:
+    except (ValueError, OSError) as problem:
         raise ConfigError(f"{path} cannot be read as results of an evaluation: {problem}") from None
+    records = [_parsed(line, f"{path} line {number}", number) for number, line in enumerate(lines, 1)]
     known = not records or (isinstance(records[0], dict) and records[0].get("format") == FORMAT)
     if not known or not all(isinstance(record, dict) for record in records):
         raise ConfigError(f"{path} is no file of results; give another output_dir")
     if records and records[0].get("format_version") != FORMAT_VERSION:
         raise ConfigError(f"{path}: format_version is {records[0].get('format_version')!r}, not {FORMAT_VERSION}")
     return records
+
+
+def _parsed(line: str, where: str, number: int) -> Record:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as problem:
+        remedy = "give another output_dir" if number == 1 else f"the record is damaged, {_REMEDY}"
+        raise ConfigError(f"{where} cannot be read as results of an evaluation: {problem}; {remedy}") from None
 
 
 def resume_records(path: Path, header: Record) -> list[Record]:
@@ -74,10 +84,9 @@ def resume_records(path: Path, header: Record) -> list[Record]:
 def check_records(path: Path, records: Sequence[Record], keys: Sequence[Mapping[str, Any]]) -> None:
     """Raise ConfigError unless the records are undamaged and of the examples that `keys` describe, in their order."""
     for number, (record, key) in enumerate(zip(records, keys, strict=False), 2):  # line 1 is the header
-        remedy = "the record is damaged, remove this line and those below it to go on from there"
-        _check_record(Fields(record, f"{path} line {number}", ConfigError, remedy))
+        _check_record(Fields(record, f"{path} line {number}", ConfigError, f"the record is damaged, {_REMEDY}"))
         if any(record.get(name) != value for name, value in key.items()):
-            raise ConfigError(f"{path} has {record.get('suite')!r} where {dict(key)} was to come; remove the file")
+            raise ConfigError(f"{path} line {number} is not that of {dict(key)}, which was to come: {_REMEDY}")
     if len(records) > len(keys):
         raise ConfigError(f"{path} holds {len(records)} records for {len(keys)} examples; remove the file")
 
