@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -231,3 +234,29 @@ def test_durations_are_said_roughly(seconds: float, text: str) -> None:
 
 def test_names_of_suites_do_not_clash() -> None:
     assert not set(make_suites(SETTINGS)) & set(real_suites()) and np.all([s.general for s in real_suites().values()])
+
+
+def test_ctrl_c_keeps_what_was_measured_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    """A process of its own is interrupted after its first prompts."""
+    folder = needle_engine.engine_dir()
+    words = f"eval --engine_dir {folder} --suite needle --modes in --lengths 300 --examples 3 --keep 0.4 --threads 1"
+    # A background process of a shell may ignore the signal, and so would what it starts.
+    program = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\nfrom chunkkv.cli.main import main"
+    )
+    command = [sys.executable, "-c", f"{program}\nmain()", *words.split()]
+    command += ["--policies", "chunkkv", "--no_plots", "--output_dir"]
+    begun = subprocess.Popen([*command, tmp_path / "cut"], stderr=subprocess.PIPE, text=True)
+    file, ends = tmp_path / "cut" / RECORDS_FILE, time.monotonic() + 120
+    while not (file.exists() and file.read_bytes().count(b"\n") >= 3) and time.monotonic() < ends:
+        time.sleep(0.01)
+    begun.send_signal(signal.SIGINT)
+    err = begun.communicate(timeout=60)[1]
+    measured = file.read_bytes().count(b"\n") - 1
+    assert begun.returncode == 130 and "goes on from there" in err and "Traceback" not in err
+    assert 2 <= measured < 15
+    for name in ("cut", "whole"):
+        done = subprocess.run([*command, tmp_path / name], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    for name in (RECORDS_FILE, "summary.json", "summary.csv"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

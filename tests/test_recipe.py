@@ -158,3 +158,14 @@ def test_the_recipes_of_smollm2_are_for_their_share_of_the_cache(
     assert (reading == 1_000) == whole and 0 <= 90 * keep // 10 - (count * reading + (90 - count) * local) < 90
     measured = json.loads(path.read_text(encoding="utf-8"))["measured"]
     assert measured["keep_ratio"] == keep / 10_000 and measured["chosen"] in {row["name"] for row in measured["rows"]}
+
+
+def test_smollm2s_two_recipes_for_20_percent_differ_in_what_the_other_heads_keep() -> None:
+    """Both are rows of one search: 12 heads of the same demand, with chunks or recent tokens elsewhere."""
+    folder = Path(__file__).resolve().parent.parent / "examples" / "smollm2"
+    chunks, recent = (
+        json.loads((folder / name).read_text(encoding="utf-8")) for name in ("recipe.json", "recipe-static.json")
+    )
+    changed = {name for name, value in chunks["settings"].items() if recent["settings"][name] != value}
+    assert changed == {"local_policy"}
+    assert "12 of 90 heads read, others chunks" in {row["name"] for row in recent["measured"]["rows"]}
