@@ -88,9 +88,11 @@ def slots() -> dict[str, dict[str, int]]:
 def score_pass(layer: Layer, which: str) -> float:
     """Return the microseconds of one pass over K, without its launch."""
     name = {"bfloat16": "nv_bfloat16", "fp8": "Fp8", "int8": "Int8"}[layer.key]
-    issued = slots()[f"score {which} nv_bfloat16 x {name} D 128"]["slots"]
     rows = layer.heads // layer.kv_heads * layer.window
-    row_warps = 2 if rows <= 64 else 4
+    groups = 1 if rows <= 64 else 2  # of 32 keys that a warp takes of a tile
+    row_warps = 2 * groups
+    case = ", 128 query rows" if groups == 2 else ""
+    issued = slots()[f"score {which} nv_bfloat16 x {name} D 128{case}"]["slots"] / groups
     turns = layer.batch * layer.kv_heads * math.ceil(rows / (32 * row_warps)) * row_warps * layer.length / 32
     share = layer.head_dim / 128  # products and copies shrink with the head size, exponentials do not
     of_clock = turns / (MULTIPROCESSORS * SCHEDULERS * CLOCK_GHZ * 1e3)  # microseconds per clock of a turn

@@ -211,27 +211,29 @@ void storeScalar(T* to, T value) {
     to->bits = value.bits;
 }
 
-inline void cpAsync16(void* to, const void* from, int bytes) {
+using SharedAddress = char*;
+inline SharedAddress sharedAddress(const void* place) { return static_cast<char*>(const_cast<void*>(place)); }
+inline void cpAsync16(SharedAddress to, const void* from, int bytes) {
     emulator::checkAligned(to, 16, "cp.async");
     if (bytes > 0) emulator::checkAligned(from, 16, "cp.async");
     emulator::issueCopy({to, from, bytes, 0}, emulator::copy16);
 }
 using CachePolicy = uint64_t;
 inline CachePolicy evictFirst() { return 0; }
-inline void cpAsync16(void* to, const void* from, int bytes, CachePolicy) { cpAsync16(to, from, bytes); }
+inline void cpAsync16(SharedAddress to, const void* from, int bytes, CachePolicy) { cpAsync16(to, from, bytes); }
 inline void cpAsyncCommit() { emulator::commitCopies(); }
 template <int kPending>
 void cpAsyncWait() {
     emulator::waitCopies(kPending, emulator::copy16);
 }
 
-inline void ldmatrixX4(uint32_t (&out)[4], const void* row, const char* file = __builtin_FILE(),
+inline void ldmatrixX4(uint32_t (&out)[4], SharedAddress row, const char* file = __builtin_FILE(),
                        int line = __builtin_LINE()) {
     emulator::checkAligned(row, 16, "ldmatrix");
     struct Lane {
         uint32_t row[4], out[4];
     } mine;
-    for (int i = 0; i < 4; ++i) mine.row[i] = static_cast<const uint32_t*>(row)[i];
+    for (int i = 0; i < 4; ++i) mine.row[i] = reinterpret_cast<const uint32_t*>(row)[i];
     emulator::meet(emulator::kAllLanes, &mine, file, line, [](void* const* lanes, unsigned) {
         for (int lane = 0; lane < 32; ++lane)
             for (int i = 0; i < 4; ++i)

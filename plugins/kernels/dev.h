@@ -114,10 +114,15 @@ __device__ __forceinline__ void storeScalar(T* to, T value) {
     *to = value;
 }
 
+/// A place in shared memory, to which bytes can be added: what its instructions take, with nothing to compute.
+using SharedAddress = uint32_t;
+__device__ __forceinline__ SharedAddress sharedAddress(const void* place) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(place));
+}
+
 /// Start to copy 16 bytes to shared memory: the first `bytes` from `from`, the others zero. Both 16-byte aligned.
-__device__ __forceinline__ void cpAsync16(void* to, const void* from, int bytes) {
-    const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(bytes) : "memory");
+__device__ __forceinline__ void cpAsync16(SharedAddress to, const void* from, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 /// What the second-level cache does with bytes that are read: evictFirst() for those that nobody reads again soon.
 using CachePolicy = uint64_t;
@@ -126,10 +131,9 @@ __device__ __forceinline__ CachePolicy evictFirst() {
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     return policy;
 }
-__device__ __forceinline__ void cpAsync16(void* to, const void* from, int bytes, CachePolicy policy) {
-    const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(to));
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(address), "l"(from),
-                 "r"(bytes), "l"(policy)
+__device__ __forceinline__ void cpAsync16(SharedAddress to, const void* from, int bytes, CachePolicy policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(from), "r"(bytes),
+                 "l"(policy)
                  : "memory");
 }
 /// Close a group of copies of this thread; cpAsyncWait<n> waits for all but the last n groups.
@@ -140,11 +144,10 @@ __device__ __forceinline__ void cpAsyncWait() {
 }
 
 /// Lanes 8i..8i+7 give the 16-byte rows of matrix i; lane l gets the words at column l % 4 of row l / 4 of each.
-__device__ __forceinline__ void ldmatrixX4(uint32_t (&out)[4], const void* row) {
-    const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+__device__ __forceinline__ void ldmatrixX4(uint32_t (&out)[4], SharedAddress row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-                 : "r"(address)
+                 : "r"(row)
                  : "memory");
 }
 

@@ -38,10 +38,11 @@ ScoreArgs argsWithSizes(const ScoreParams& params) {
     args.by_head = keepsHeadsApart(params.settings) ? 1 : 0;
     args.query_rows = params.heads / params.kv_heads * headPitch(params.settings.window, args.by_head != 0);
     args.token_groups = args.row_warps = args.block_rows = 1;
+    args.tile_tokens = kWarpTokens;
     if (readsKeys(params)) withPasses(params, [&](auto passes) { passes.divide(args); });
     const int64_t bands = ceilDiv(args.query_rows, args.block_rows), row_warp = args.block_rows / args.row_warps;
     args.column_rows = static_cast<int32_t>(ceilDiv(args.query_rows, args.by_head ? 8 : row_warp));
-    const int64_t tiles = ceilDiv(params.rows.max_length, int64_t{kWarpTokens} * args.token_groups);
+    const int64_t tiles = ceilDiv(params.rows.max_length, args.tile_tokens);
     const int64_t segments = ceilDiv(kWorkUnits, params.kv_heads * bands);
     args.parts = static_cast<int32_t>(clampTo(tiles, 1, segments)) * args.token_groups;
     args.token_pitch = static_cast<int32_t>(ceilDiv(params.rows.max_length, 2 * kWarpTokens) * 2 * kWarpTokens);

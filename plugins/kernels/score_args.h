@@ -30,7 +30,8 @@ struct ScoreArgs {
     int32_t rows;           // b
     int32_t query_rows;     // R: the most query rows of a KV head
     int32_t row_warps;      // warps of a block that share a tile's keys and differ in query rows
-    int32_t token_groups;   // the others differ in keys: a tile has this many times kWarpTokens
+    int32_t token_groups;   // warps that share query rows and differ in keys: each takes one group of a tile, or all
+    int32_t tile_tokens;    // keys of a tile
     int32_t block_rows;     // query rows of a block
     int32_t column_rows;    // groups of query rows
     int32_t parts;          // the most pieces of a KV head that have statistics of their own
@@ -75,7 +76,7 @@ __device__ RowWork rowWork(const ScoreArgs& args, int32_t row) {
     work.bands = ceilDivide(work.query_rows, args.block_rows);
     const int32_t seen = kPass == Pass::kColumns ? work.ranked_end : work.length;
     const bool skipped = skipsRow(params, row, work.length) || work.ranked_end <= 0;
-    work.tiles = skipped ? 0 : ceilDivide(seen, kWarpTokens * args.token_groups);
+    work.tiles = skipped ? 0 : ceilDivide(seen, args.tile_tokens);
     return work;
 }
 

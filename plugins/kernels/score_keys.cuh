@@ -1,5 +1,5 @@
-// Keys of the score kernels: how a tile of them comes to shared memory as it is stored, and how a warp multiplies it
-// with its query rows, which it holds in registers.
+// Keys of the score kernels: how a tile of them lies in shared memory, as it is stored, and how a warp multiplies it
+// with its query rows, which it holds in registers. score_fetch.cuh brings it there.
 //
 // 16-bit keys are multiplied as they are. 8-bit keys become float16, exactly, when a fragment of them is loaded. Every
 // thread then holds 4 neighbouring bytes of a key where it holds 2 pairs of 16-bit ones, and its queries are loaded in
@@ -37,9 +37,13 @@ struct TileShape {
     static constexpr int kPieces = kHeadDim * static_cast<int>(sizeof(Key)) / 16;
     static constexpr int kPitch = 16 * (kPieces | 1);  // an odd number of 16 bytes: no bank conflicts
     static constexpr int kStages = 3;
-    static constexpr int kMostGroups = kStages * 2 * kWarpTokens * kPitch <= 99 * 1024 ? 2 : 1;
+    static constexpr int kGroupBytes = kWarpTokens * kPitch;
+    /// Groups of keys in a tile: a warp multiplies all of them, or two warps that share query rows one each.
+    static constexpr int kGroups = kStages * 2 * kGroupBytes <= 99 * 1024 ? 2 : 1;
+    static constexpr int kTileTokens = kGroups * kWarpTokens;
+    static constexpr int kStageBytes = kGroups * kGroupBytes;
     static constexpr int kColumnTiles = kWarpTokens / 8;
-    static_assert(kStages * kWarpTokens * kPitch <= 99 * 1024, "what a block may have on every architecture");
+    static_assert(kStages * kStageBytes <= 99 * 1024, "what a block may have on every architecture");
     using Product = std::conditional_t<kIsByte && !kIsFloat, __half, T>;
 };
 
@@ -102,6 +106,16 @@ struct Multiplier {
     static constexpr int kSteps = kHeadDim / 16;
     uint32_t query[Shape::kRowTiles][kSteps][4];
     float scale[Shape::kRows];  // what products are multiplied by; only where rows have been scaled
+    SharedAddress own;          // what the lane passes to ldmatrix, of the warp's first group in the first stage
+
+    /// Lanes 8i.. address matrix i: of two neighbouring column tiles the lower and the upper 8 elements of a step; of
+    /// 8-bit keys the 16 bytes of a step in column tile i, of which a thread gets 4.
+    __device__ Multiplier(const char* stages, const FragmentPlace& place) {
+        const int lane = threadIdx.x % 32;
+        own = sharedAddress(stages) + place.group * Shape::kGroupBytes +
+              (Shape::kIsByte ? lane * Shape::kPitch
+                              : (lane / 16 * 8 + lane % 8) * Shape::kPitch + lane / 8 % 2 * 16);
+    }
 
     __device__ void load(const char* const (&rows)[Shape::kRows], const FragmentPlace& place) {
 #pragma unroll
@@ -151,11 +165,12 @@ struct Multiplier {
             }
     }
 
-    __device__ void multiply(Sums& sums, const char* keys, const FragmentPlace&) const {
+    /// The products with the group of keys that lies `at` bytes behind the warp's first one in the first stage.
+    __device__ void multiply(Sums& sums, int at, const FragmentPlace&) const {
         if constexpr (Shape::kIsByte)
-            multiplyBytes(sums, keys);
+            multiplyBytes(sums, own + at);
         else
-            multiplyHalves(sums, keys);
+            multiplyHalves(sums, own + at);
     }
 
   private:
@@ -170,27 +185,22 @@ struct Multiplier {
         }
     }
 
-    /// Lanes 8i.. address matrix i: of two neighbouring column tiles the lower and the upper 8 elements of a step.
     template <int kStep = 0>
-    __device__ void multiplyHalves(Sums& sums, const char* keys) const {
-        const int lane = threadIdx.x % 32;
-        const char* address = keys + (lane / 16 * 8 + lane % 8) * Shape::kPitch + lane / 8 % 2 * 16;
+    __device__ void multiplyHalves(Sums& sums, SharedAddress keys) const {
 #pragma unroll
         for (int pair = 0; pair < Shape::kColumnTiles / 2; ++pair) {
             uint32_t key[4];
-            ldmatrixX4(key, address + pair * 16 * Shape::kPitch + kStep * 32);
+            ldmatrixX4(key, keys + pair * 16 * Shape::kPitch + kStep * 32);
             add<kStep>(sums, 2 * pair, key[0], key[1]);
             add<kStep>(sums, 2 * pair + 1, key[2], key[3]);
         }
         if constexpr (kStep + 1 < kSteps) multiplyHalves<kStep + 1>(sums, keys);
     }
 
-    /// Lanes 8i.. address the 16 bytes of a step in column tile i; a thread gets 4 bytes of each.
     template <int kStep = 0>
-    __device__ void multiplyBytes(Sums& sums, const char* keys) const {
-        const int lane = threadIdx.x % 32;
+    __device__ void multiplyBytes(Sums& sums, SharedAddress keys) const {
         uint32_t fours[4];
-        ldmatrixX4(fours, keys + lane * Shape::kPitch + kStep * 16);
+        ldmatrixX4(fours, keys + kStep * 16);
 #pragma unroll
         for (int column_tile = 0; column_tile < Shape::kColumnTiles; ++column_tile) {
             uint32_t key[2];
@@ -217,13 +227,17 @@ struct Multiplier<float, Key, kHeadDim> {
     static constexpr bool kScalesRows = false;
     const float* query[Shape::kRows];
     float scale[Shape::kRows];
+    const char* own;  // the warp's first group in the first stage
+
+    __device__ Multiplier(const char* stages, const FragmentPlace& place)
+        : own(stages + place.group * Shape::kGroupBytes) {}
 
     __device__ void load(const char* const (&rows)[Shape::kRows], const FragmentPlace&) {
 #pragma unroll
         for (int i = 0; i < Shape::kRows; ++i) query[i] = reinterpret_cast<const float*>(rows[i]);
     }
 
-    __device__ void multiply(Sums& sums, const char* keys, const FragmentPlace& place) const {
+    __device__ void multiply(Sums& sums, int at_group, const FragmentPlace& place) const {
         constexpr int kStep = 4, kBlock = 16;  // sums of 16 products first: long running sums would lose bits
         constexpr int kTokens = 2 * Shape::kColumnTiles;
 #pragma unroll
@@ -242,7 +256,7 @@ struct Multiplier<float, Key, kHeadDim> {
 #pragma unroll
                 for (int token = 0; token < kTokens; ++token) {
                     const int row = token / 2 * 8 + place.column + token % 2;
-                    const auto* key = reinterpret_cast<const Key*>(keys + row * Shape::kPitch);
+                    const auto* key = reinterpret_cast<const Key*>(own + at_group + row * Shape::kPitch);
                     float k[kStep];
 #pragma unroll
                     for (int j = 0; j < kStep; ++j) k[j] = keyValue(key, at + j);
@@ -258,117 +272,6 @@ struct Multiplier<float, Key, kHeadDim> {
                     sums[i / 2][token / 2][i % 2 * 2 + token % 2] += part[i][token];
         }
     }
-};
-
-/// Copies tiles of one (row, KV head) to shared memory, as they are stored. Bytes behind the row's length are never
-/// read: the copies fill with zero there. With kStreams the second-level cache need not keep what is read.
-template <class Shape, bool kStreams>
-class Fetcher {
-  public:
-    __device__ Fetcher(const ScoreArgs& args, const Run& run)
-        : keys_(tokenRows(args.params.key_layout, args.params.key, 0, args.first_row + run.row,
-                          headNumber(args.params.kv_head_numbers, run.kv_head, args.params.all_kv_heads))),
-          groups_(args.token_groups) {
-        readable_ = run.work.length;
-        if (keys_.offsets != nullptr) return;
-        const int64_t first = clampTo(keys_.first, 0, keys_.extent - 1);
-        readable_ = static_cast<int32_t>(clampTo(keys_.extent - first, 0, run.work.length));
-        keys_.base += first * keys_.stride_token;
-        if constexpr (kSteps) keys_.base += ownToken() * keys_.stride_token + ownPiece();
-    }
-
-    /// Look up the pages of a tile, so that fetch() of that tile need not wait for them.
-    __device__ void lookAhead(int32_t tile) {
-        if (keys_.offsets == nullptr) return;
-        const int lane = threadIdx.x % 32;
-#pragma unroll
-        for (int group = 0; group < Shape::kMostGroups; ++group) {
-            if (group < groups_) {
-                const int32_t token = (tile * groups_ + group) * kWarpTokens + lane;
-                page_[group] = keys_.offsetOf((token < readable_ ? token : readable_ - 1) >> keys_.block_shift);
-            }
-        }
-    }
-
-    /// Start to copy the tile that lookAhead() was last called for; all warps of the block take part.
-    __device__ void fetch(int32_t tile, char* stage) const {
-        const int32_t first = tile * groups_ * kWarpTokens;
-        if (first + groups_ * kWarpTokens <= readable_)
-            copy<true>(first, stage);
-        else
-            copy<false>(first, stage);
-    }
-
-  private:
-    static constexpr int kAll = kWarpTokens * Shape::kPieces;
-    static constexpr int kEach = (kAll + Shape::kThreads - 1) / Shape::kThreads;
-    /// Whether a thread copies the same piece of tokens that are kStepTokens apart.
-    static constexpr bool kSteps = Shape::kThreads % Shape::kPieces == 0;
-    static constexpr int kStepTokens = Shape::kThreads / Shape::kPieces;
-
-    __device__ static int ownToken() { return static_cast<int>(threadIdx.x) / Shape::kPieces; }
-    __device__ static int ownPiece() { return static_cast<int>(threadIdx.x) % Shape::kPieces * 16; }
-
-    template <bool kWhole>
-    __device__ void copy(int32_t first, char* stage) const {
-        if constexpr (kSteps)
-            if (keys_.offsets == nullptr) return copyInSteps<kWhole>(first, stage);
-#pragma unroll
-        for (int group = 0; group < Shape::kMostGroups; ++group) {
-            if (group >= groups_) continue;
-            const int32_t token = first + group * kWarpTokens;
-            char* to = stage + group * kWarpTokens * Shape::kPitch;
-            if (keys_.offsets == nullptr)
-                copyGroup<kWhole>(token, to, [&](int own) {
-                    return keys_.base + static_cast<int64_t>(token + own) * keys_.stride_token;
-                });
-            else
-                copyGroup<kWhole>(token, to, [&](int own) {
-                    const int64_t page = keys_.inPool(__shfl_sync(kFullWarp, page_[group], own));
-                    const int32_t place = (token + own) & ((1 << keys_.block_shift) - 1);
-                    return keys_.base + page * keys_.stride_block + place * keys_.stride_token;
-                });
-        }
-    }
-
-    /// Tokens at one distance, from the thread's own of the tile on.
-    template <bool kWhole>
-    __device__ void copyInSteps(int32_t first, char* stage) const {
-        const char* from = keys_.base + first * keys_.stride_token;
-        char* to = stage + ownToken() * Shape::kPitch + ownPiece();
-        const int64_t step = kStepTokens * keys_.stride_token;
-#pragma unroll
-        for (int i = 0; i < Shape::kMostGroups * kEach; ++i, from += step) {
-            if (i >= kEach && groups_ == 1) break;
-            copyPiece(to + i * kStepTokens * Shape::kPitch, from,
-                      kWhole || first + ownToken() + i * kStepTokens < readable_);
-        }
-    }
-
-    /// 32 tokens; addressOf(i) is the first byte of the i-th, which all lanes ask for together.
-    template <bool kWhole, class AddressOf>
-    __device__ void copyGroup(int32_t first, char* to, AddressOf addressOf) const {
-#pragma unroll
-        for (int i = 0; i < kEach; ++i) {
-            const int item = static_cast<int>(threadIdx.x) + i * Shape::kThreads;
-            const int token = item / Shape::kPieces, piece = (item - token * Shape::kPieces) * 16;
-            const char* from = addressOf(token < kWarpTokens ? token : 0) + piece;
-            if (kAll % Shape::kThreads != 0 && item >= kAll) continue;
-            copyPiece(to + token * Shape::kPitch + piece, from, kWhole || first + token < readable_);
-        }
-    }
-
-    __device__ static void copyPiece(char* to, const char* from, bool exists) {
-        if constexpr (kStreams)
-            cpAsync16(to, from, exists ? 16 : 0, evictFirst());
-        else
-            cpAsync16(to, from, exists ? 16 : 0);
-    }
-
-    TokenRows keys_;
-    int32_t groups_;
-    int32_t readable_;  // tokens that the row has, and the tensor as well
-    int32_t page_[Shape::kMostGroups];
 };
 
 }  // namespace chunkkv

@@ -8,20 +8,22 @@ namespace chunkkv {
 
 template <class Shape>
 void divideRows(ScoreArgs& args) {
-    int32_t warps = Shape::kWarps / Shape::kMostGroups;
+    int32_t warps = Shape::kWarps / Shape::kGroups;
     while (warps < Shape::kWarps && warps * Shape::kWarpRows < args.query_rows) warps *= 2;
     args.row_warps = warps;
-    args.token_groups = Shape::kWarps / warps < Shape::kMostGroups ? Shape::kWarps / warps : Shape::kMostGroups;
+    args.token_groups = Shape::kWarps / warps;
+    args.tile_tokens = Shape::kTileTokens;
     args.block_rows = warps * Shape::kWarpRows;
 }
 
 template <class T, class Key, int kHeadDim, Pass kPass>
 LaunchStatus launchTiles(const ScoreArgs& args, void* stream, After after) {
     using Shape = TileShape<T, Key, kHeadDim>;
-    const size_t shared = size_t{Shape::kStages} * args.token_groups * kWarpTokens * Shape::kPitch;
+    constexpr size_t shared = size_t{Shape::kStages} * Shape::kStageBytes;
     const auto kernel = scoreTilesKernel<T, Key, kHeadDim, kPass>;
     const int64_t bands = (args.query_rows + args.block_rows - 1) / args.block_rows;
-    const int64_t most = int64_t{args.rows} * args.params.kv_heads * bands * (args.token_pitch / kWarpTokens);
+    const int64_t most = int64_t{args.rows} * args.params.kv_heads * bands * 
+                         ceilDiv(args.token_pitch, Shape::kTileTokens);
     const int64_t wave = residentBlocks(kernel, Shape::kThreads, shared);
     const dim3 grid(static_cast<unsigned>(most < wave ? most : wave));
     return launch(kernel, grid, dim3(Shape::kThreads), shared, stream, args, after);

@@ -9,7 +9,8 @@ namespace chunkkv {
 
 template <class T>
 struct ScorePasses {
-    /// Set what the shape of the kernel decides for args.params and query_rows: row_warps, token_groups, block_rows.
+    /// Set what the shape of the kernel decides for args.params and query_rows: row_warps, token_groups, tile_tokens,
+    /// block_rows.
     static void divide(ScoreArgs& args);
     static LaunchStatus launchPass(const ScoreArgs& args, Pass pass, void* stream, After after);
 };

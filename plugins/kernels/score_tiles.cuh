@@ -1,6 +1,6 @@
 // score, the part that reads K, in two passes: the softmax denominators of all query rows, then the scores of tokens.
 //
-//            32 or 64 tokens of K, staged in shared memory by cp.async while older tiles are computed
+//            64 tokens of K (or 32, where they are large), staged in shared memory while older tiles are computed
 //           ┌────────────────────────────┐
 //   warp 0  │ 32 rows (g heads x w)      │  1st pass: per row a base b and the sum of 2^(logit - b), kept in registers
 //   warp 1  │ Q in registers             │            over a segment of many tiles
@@ -8,11 +8,12 @@
 //   warp 3  │                            │            the largest
 //           └────────────────────────────┘
 //
-// With few query rows, two warps share 32 rows and take 32 tokens each of a tile of 64. Segments do not depend on the
-// grid, and sums are added in a fixed order, so results do not depend on the grid either.
+// A warp multiplies 32 tokens at a time, a group. With few query rows, two warps share 32 rows and take one group each
+// of a tile; otherwise every warp takes both. Segments do not depend on the grid, and sums are added in a fixed order,
+// so results do not depend on the grid either.
 #pragma once
 
-#include "score_keys.cuh"
+#include "score_fetch.cuh"
 #include "score_schedule.cuh"
 
 namespace chunkkv {
@@ -43,27 +44,35 @@ struct RunningSums {
 
     template <class Sums>
     __device__ static float sumAbove(const Sums& logits, int row, float scale, float base) {
-        float parts[2] = {0.0f, 0.0f};
+        const auto weight = [&](int i) {
+            return exp2Fast(multiplyAdd(logits[row / 2][i / 2][row % 2 * 2 + i % 2], scale, -base));
+        };
+        float parts[2] = {weight(0), weight(1)};
 #pragma unroll
-        for (int i = 0; i < 2 * Shape::kColumnTiles; ++i)
-            parts[i % 2] += exp2Fast(multiplyAdd(logits[row / 2][i / 2][row % 2 * 2 + i % 2], scale, -base));
+        for (int i = 2; i < 2 * Shape::kColumnTiles; ++i) parts[i % 2] += weight(i);
         return parts[0] + parts[1];
     }
 
+    /// Add what a group of keys gives above the base to `more`.
     template <class Sums>
-    __device__ void add(const Sums& logits, const float (&scale)[Shape::kRows]) {
-        float more[Shape::kRows];
-        bool fits = true;
+    __device__ void addTo(float (&more)[Shape::kRows], const Sums& logits, const float (&scale)[Shape::kRows]) const {
 #pragma unroll
-        for (int row = 0; row < Shape::kRows; ++row) {
-            more[row] = sumAbove(logits, row, scale[row], base[row]);
-            fits = fits && more[row] <= kMost;  // not so for NaN, which a base of -infinity gives
-        }
-        if (__ballot_sync(kFullWarp, fits) != kFullWarp) return raise(logits, scale);
-#pragma unroll
-        for (int row = 0; row < Shape::kRows; ++row) sum[row] += more[row];
+        for (int row = 0; row < Shape::kRows; ++row) more[row] += sumAbove(logits, row, scale[row], base[row]);
     }
 
+    /// Take these sums; false, and nothing is taken, where a base is too low for one of them, in any lane.
+    __device__ bool accept(const float (&more)[Shape::kRows]) {
+        bool fits = true;
+#pragma unroll
+        for (int row = 0; row < Shape::kRows; ++row)
+            fits = fits && more[row] <= kMost;  // not so for NaN, which a base of -infinity gives
+        if (__ballot_sync(kFullWarp, fits) != kFullWarp) return false;
+#pragma unroll
+        for (int row = 0; row < Shape::kRows; ++row) sum[row] += more[row];
+        return true;
+    }
+
+    /// Raise the base to the largest logit of a group of keys, and take that group.
     template <class Sums>
     __device__ void raise(const Sums& logits, const float (&scale)[Shape::kRows]) {
 #pragma unroll
@@ -89,12 +98,14 @@ struct RunningSums {
 };
 
 /// Combine 4 pairs of columns over the 8 threads that hold the same columns: afterwards each thread holds a pair,
-/// complete over half of them, and twice: pair `held` of the four. Halves are exchanged, so that no sum is made twice.
+/// complete over half of them, and twice: pair held() of the four. Halves are exchanged, so that no sum is made twice.
 struct ColumnPairs {
     float value[4][2];
 
+    __device__ static int held() { return static_cast<int>(threadIdx.x) % 32 / 16 * 2 + threadIdx.x % 16 / 8; }
+
     template <class Combine>
-    __device__ float2 combined(int& held, Combine combine) {
+    __device__ float2 combined(Combine combine) {
         const int lane = threadIdx.x % 32;
         const bool upper = lane & 16, odd = lane & 8;
 #pragma unroll
@@ -112,7 +123,6 @@ struct ColumnPairs {
             pair[j] = combine(kept, __shfl_xor_sync(kFullWarp, sent, 8));
             pair[j] = combine(pair[j], __shfl_xor_sync(kFullWarp, pair[j], 4));
         }
-        held = (upper ? 2 : 0) + (odd ? 1 : 0);
         result.x = pair[0];
         result.y = pair[1];
         return result;
@@ -138,28 +148,28 @@ struct Weights {
     }
 };
 
-/// columns [token]: the scores of the warp's tokens, summed over its rows (0 where it has none).
+/// The scores of a group of tokens, summed over the warp's rows (0 where it has none), from the lane's own on.
 template <class Shape, class Sums>
-__device__ void writeColumns(const Sums& sums, const Weights<Shape>& weights, const FragmentPlace& place, bool raw,
-                             float* columns) {
+__device__ void writeColumns(const Sums& sums, const Weights<Shape>& weights, bool raw, float* columns) {
     ColumnPairs pairs;
 #pragma unroll
     for (int i = 0; i < 2 * Shape::kColumnTiles; ++i) {
-        float total = 0.0f;
+        const auto weight = [&](int row) {
+            return weights.of(row, sums[row / 2][i / 2][row % 2 * 2 + i % 2], raw);
+        };
+        float total = weight(0) * weights.inverse[0];
 #pragma unroll
-        for (int row = 0; row < Shape::kRows; ++row)
-            total += weights.of(row, sums[row / 2][i / 2][row % 2 * 2 + i % 2], raw) * weights.inverse[row];
+        for (int row = 1; row < Shape::kRows; ++row) total = multiplyAdd(weight(row), weights.inverse[row], total);
         pairs.value[i / 2][i % 2] = total;
     }
-    int held;
-    const float2 pair = pairs.combined(held, Add());
-    if (threadIdx.x % 8 < 4) storeScalar(reinterpret_cast<float2*>(columns + held * 8 + place.column), pair);
+    const float2 pair = pairs.combined(Add());
+    if (threadIdx.x % 8 < 4) storeScalar(reinterpret_cast<float2*>(columns), pair);
 }
 
 /// The same for every 8 rows, which are of one head: their sum or the largest. `pitch` is between groups of rows.
 template <class Shape, class Sums>
-__device__ void writeHeadColumns(const Sums& sums, const Weights<Shape>& weights, const FragmentPlace& place, bool most,
-                                 int32_t groups, int64_t pitch, float* columns) {
+__device__ void writeHeadColumns(const Sums& sums, const Weights<Shape>& weights, bool most, int32_t groups,
+                                 int64_t pitch, float* columns) {
 #pragma unroll
     for (int row = 0; row < Shape::kRows; ++row) {
         ColumnPairs pairs;
@@ -167,10 +177,8 @@ __device__ void writeHeadColumns(const Sums& sums, const Weights<Shape>& weights
         for (int i = 0; i < 2 * Shape::kColumnTiles; ++i)
             pairs.value[i / 2][i % 2] =
                 weights.of(row, sums[row / 2][i / 2][row % 2 * 2 + i % 2], false) * weights.inverse[row];
-        int held;
-        const float2 pair = most ? pairs.combined(held, Most()) : pairs.combined(held, Add());
-        if (row < groups && threadIdx.x % 8 < 4)
-            storeScalar(reinterpret_cast<float2*>(columns + row * pitch + held * 8 + place.column), pair);
+        const float2 pair = most ? pairs.combined(Most()) : pairs.combined(Add());
+        if (row < groups && threadIdx.x % 8 < 4) storeScalar(reinterpret_cast<float2*>(columns + row * pitch), pair);
     }
 }
 
@@ -182,54 +190,40 @@ class RunOfTiles {
     using Sums = typename Multiplier<T, Key, kHeadDim>::Sums;
 
     __device__ RunOfTiles(const ScoreArgs& args, const Run& run, const FragmentPlace& place, char* stages)
-        : args_(args), run_(run), place_(place), stages_(stages) {}
-
-    __device__ void walk() {
-        const int32_t row_group = run_.band * args_.row_warps + place_.row_warp;
-        const bool has_rows = row_group * Shape::kWarpRows < run_.work.query_rows;
-        Fetcher<Shape, kPass == Pass::kColumns> fetcher(args_, run_);
-        int32_t left = run_.last - run_.first + 1;  // tiles
-        int32_t tile = kPass == Pass::kColumns ? run_.last : run_.first;
-        fetcher.lookAhead(tile);
+        : args_(args), run_(run), place_(place), multiplier_(stages, place) {
+        const int32_t count = run_.last - run_.first + 1;
+        Fetcher<Shape, kPass == Pass::kStatistics, kPass == Pass::kColumns> fetcher(
+            args, run, stages, kPass == Pass::kColumns ? run.last : run.first, count);
 #pragma unroll
-        for (int32_t i = 0; i < kAhead; ++i) fetch(fetcher, tile + i * kStep, left - i, i);
-        Multiplier<T, Key, kHeadDim> multiplier;
+        for (int i = 0; i < kAhead; ++i) fetcher.fetch(i * Shape::kStageBytes);
         const char* queries[Shape::kRows];
 #pragma unroll
         for (int i = 0; i < Shape::kRows; ++i)
             queries[i] = queryData(args_, run_, queryRow<Shape>(args_, place_, run_, i));
-        multiplier.load(queries, place_);
-        begin(multiplier.scale);
-        int number = 0;  // of the stage that holds the tile
-#pragma unroll 1
-        for (; left > 0; --left, tile += kStep) {
-            cpAsyncWait<kAhead - 1>();
-            __syncthreads();  // this tile has arrived, and all threads have read the one that the next copy overwrites
-            fetch(fetcher, tile + kAhead * kStep, left - kAhead, number == 0 ? kAhead : number - 1);
-            const char* keys = stage(number) + place_.group * kWarpTokens * Shape::kPitch;
-            number = number == kAhead ? 0 : number + 1;
-            if (!has_rows) continue;
-            Sums sums;
-            multiplier.multiply(sums, keys, place_);
-            take(sums, tile, left == 1);
-        }
-        cpAsyncWait<0>();
+        multiplier_.load(queries, place_);
+        begin();
+        walk(fetcher, count);
     }
 
   private:
-    static constexpr int32_t kStep = kPass == Pass::kColumns ? -1 : 1;
-    static constexpr int32_t kAhead = Shape::kStages - 1;
+    static constexpr int kAhead = Shape::kStages - 1;
 
-    __device__ char* stage(int number) const {
-        return stages_ + number * args_.token_groups * (kWarpTokens * Shape::kPitch);
-    }
-
-    /// Start to copy a tile, the first of the `left` ones that have not been copied, and look up the pages of the next.
     template <class F>
-    __device__ void fetch(F& fetcher, int32_t tile, int32_t left, int number) const {
-        if (left > 0) fetcher.fetch(tile, stage(number));
-        if (left > 1) fetcher.lookAhead(tile + kStep);
-        cpAsyncCommit();
+    __device__ void walk(F& fetcher, int32_t left) {
+        const int32_t row_group = run_.band * args_.row_warps + place_.row_warp;
+        const bool has_rows = row_group * Shape::kWarpRows < run_.work.query_rows;
+        int stage = 0, free = kAhead * Shape::kStageBytes;  // the stage that holds the tile, and that of the next copy
+#pragma unroll 1
+        for (; left > 0; --left) {
+            cpAsyncWait<kAhead - 1>();
+            __syncthreads();  // this tile has arrived, and all threads have read the one that the next copy overwrites
+            fetcher.fetch(free);
+            if (has_rows) take(stage);
+            next();
+            free = stage;
+            stage = stage == kAhead * Shape::kStageBytes ? 0 : stage + Shape::kStageBytes;
+        }
+        cpAsyncWait<0>();
     }
 
     __device__ int64_t head() const {
@@ -237,15 +231,15 @@ class RunOfTiles {
     }
 
     /// Scales, and what the first pass has found.
-    __device__ void begin(const float (&row_scale)[Shape::kRows]) {
+    __device__ void begin() {
         const ScoreParams& params = args_.params;
         const bool scaled = Shape::kIsByte && params.key_scale != nullptr;
-        raw_ = params.settings.score == CHUNKKV_SCORE_LOGITS;
+        raw_ = kPass == Pass::kColumns && params.settings.score == CHUNKKV_SCORE_LOGITS;
         const float natural = 1.4426950408889634f / sqrtf(static_cast<float>(kHeadDim));
         const float scale = (scaled ? *params.key_scale : 1.0f) * (raw_ ? 1.0f : natural);
 #pragma unroll
         for (int i = 0; i < Shape::kRows; ++i) {
-            weights_.scale[i] = Multiplier<T, Key, kHeadDim>::kScalesRows ? scale * row_scale[i] : scale;
+            weights_.scale[i] = Multiplier<T, Key, kHeadDim>::kScalesRows ? scale * multiplier_.scale[i] : scale;
             if constexpr (kPass == Pass::kColumns) {
                 const int32_t number = queryRow<Shape>(args_, place_, run_, i).number;
                 weights_.maximum[i] = INFINITY;
@@ -262,32 +256,60 @@ class RunOfTiles {
         }
         if constexpr (kPass == Pass::kStatistics) {
             running_.clear();
-            segment_ = segmentTiles(args_, run_.work.tiles);
-            left_ = segment_;
+            tile_ = run_.first;
+            stop_ = segmentEnd();
+            seen_by_all_ = run_.work.ranked_end / Shape::kTileTokens;
         } else {
             const int32_t group = run_.band * args_.row_warps + place_.row_warp;
             const int32_t first = args_.by_head ? group * Shape::kRows : group;
-            columns_ = args_.columns + (head() * args_.column_rows + first) * args_.token_pitch;
+            columns_ = args_.columns + (head() * args_.column_rows + first) * args_.token_pitch +
+                       (run_.last * Shape::kGroups + place_.group) * kWarpTokens + ColumnPairs::held() * 8 +
+                       place_.column;
         }
     }
 
-    __device__ void take(Sums& sums, int32_t tile, bool is_last) {
-        const int32_t first = (tile * args_.token_groups + place_.group) * kWarpTokens;
-        if constexpr (kPass == Pass::kColumns) {
-            if (args_.by_head) {
-                const int32_t group = (run_.band * args_.row_warps + place_.row_warp) * Shape::kRows;
-                writeHeadColumns<Shape>(sums, weights_, place_,
-                                        args_.params.settings.window_reduce == CHUNKKV_REDUCE_MAX,
-                                        ceilDivide(run_.work.query_rows, 8) - group, args_.token_pitch,
-                                        columns_ + first);
-            } else {
-                writeColumns<Shape>(sums, weights_, place_, raw_, columns_ + first);
-            }
-        } else {
-            if (first + kWarpTokens > run_.work.ranked_end) hideTheFuture(sums, first);
-            running_.add(sums, weights_.scale);
-            if (--left_ == 0 || is_last) writeStatistics(tile / segment_);
+    /// Visit the products of the warp's groups of the tile in a stage, one or all of them, with their numbers.
+    template <class Visit>
+    __device__ void forEachGroup(int stage, Visit visit) const {
+#pragma unroll 1
+        for (int i = 0; i < Shape::kGroups; i += args_.token_groups) {
+            Sums sums;
+            multiplier_.multiply(sums, stage + i * Shape::kGroupBytes, place_);
+            visit(i, sums);
         }
+    }
+
+    __device__ void take(int stage) {
+        if constexpr (kPass == Pass::kColumns) {
+            forEachGroup(stage, [&](int i, const Sums& sums) {
+                float* columns = columns_ + i * kWarpTokens;
+                if (args_.by_head) {
+                    const int32_t group = (run_.band * args_.row_warps + place_.row_warp) * Shape::kRows;
+                    writeHeadColumns<Shape>(sums, weights_,
+                                            args_.params.settings.window_reduce == CHUNKKV_REDUCE_MAX,
+                                            ceilDivide(run_.work.query_rows, 8) - group, args_.token_pitch, columns);
+                } else {
+                    writeColumns<Shape>(sums, weights_, raw_, columns);
+                }
+            });
+        } else {
+            if (tile_ < seen_by_all_) {
+                float more[Shape::kRows] = {};
+                forEachGroup(stage, [&](int, const Sums& sums) { running_.addTo(more, sums, weights_.scale); });
+                if (running_.accept(more)) return;
+            }
+            forEachGroup(stage, [&](int i, Sums& sums) {
+                hideTheFuture(sums, (tile_ * Shape::kGroups + place_.group + i) * kWarpTokens);
+                running_.raise(sums, weights_.scale);
+            });
+        }
+    }
+
+    __device__ void next() {
+        if constexpr (kPass == Pass::kColumns)
+            columns_ -= Shape::kTileTokens;
+        else if (++tile_ == stop_)
+            writeStatistics();
     }
 
     /// A query sees no token behind its own position.
@@ -302,7 +324,14 @@ class RunOfTiles {
         }
     }
 
-    __device__ void writeStatistics(int32_t segment) {
+    /// The first tile behind this one's segment, or behind the run.
+    __device__ int32_t segmentEnd() const {
+        const int32_t segment = segmentTiles(args_, run_.work.tiles), end = (tile_ / segment + 1) * segment;
+        return end <= run_.last ? end : run_.last + 1;
+    }
+
+    __device__ void writeStatistics() {
+        const int32_t segment = (tile_ - 1) / segmentTiles(args_, run_.work.tiles);
         const int64_t part = head() * args_.parts + segment * args_.token_groups + place_.group;
 #pragma unroll
         for (int i = 0; i < Shape::kRows; ++i) {
@@ -314,18 +343,19 @@ class RunOfTiles {
             out.sum = stat.sum;
         }
         running_.clear();
-        left_ = segment_;
+        stop_ = segmentEnd();
     }
 
     const ScoreArgs& args_;
     const Run& run_;
     const FragmentPlace& place_;
-    char* stages_;
+    Multiplier<T, Key, kHeadDim> multiplier_;
     bool raw_ = false;
     Weights<Shape> weights_;
     RunningSums<Shape> running_;
-    int32_t segment_ = 1, left_ = 1;  // tiles of a segment, and what is left of this one
-    float* columns_ = nullptr;
+    int32_t tile_ = 0, stop_ = 0;  // this tile, and the first one behind its segment
+    int32_t seen_by_all_ = 0;      // tiles all of whose tokens every query sees
+    float* columns_ = nullptr;     // the lane's own place for this tile
 };
 
 /// grid: one wave of blocks, which divide all tiles among themselves. See the top of this file.
@@ -344,7 +374,7 @@ __global__ void __launch_bounds__(TileShape<T, Key, kHeadDim>::kThreads, (TileSh
         if (threadIdx.x == 0) schedule->next(args, *run);
         __syncthreads();  // the run is there
         if (run->exists == 0) return;
-        RunOfTiles<T, Key, kHeadDim, kPass>(args, *run, place, stages).walk();
+        RunOfTiles<T, Key, kHeadDim, kPass>(args, *run, place, stages);
         __syncthreads();  // the run and its tiles have been read
     }
 }

@@ -61,8 +61,8 @@ __global__ void product(const Buffers b) {
     __syncthreads();
     uint32_t a[4], key[4];
     const int matrix = lane / 8, row = lane % 8;
-    ldmatrixX4(a, tile + (matrix % 2 * 8 + row) * 16 + matrix / 2 * 8);
-    ldmatrixX4(key, tile + 256 + row * 16 + matrix % 2 * 8);
+    ldmatrixX4(a, sharedAddress(tile + (matrix % 2 * 8 + row) * 16 + matrix / 2 * 8));
+    ldmatrixX4(key, sharedAddress(tile + 256 + row * 16 + matrix % 2 * 8));
     float sums[4];
     for (int i = 0; i < 4; ++i) sums[i] = out<float>(b)[(lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2];
     mma16816<__half>(sums, a, key[0], key[1]);
@@ -72,9 +72,9 @@ __global__ void product(const Buffers b) {
 __global__ void asyncCopy(const Buffers b) {
     // The first 16 bytes are waited for, the second only committed; b.count bytes of the first are copied.
     SHARED(uint4, stage, 2);
-    cpAsync16(stage, b.in, b.count);
+    cpAsync16(sharedAddress(stage), b.in, b.count);
     cpAsyncCommit();
-    cpAsync16(stage + 1, b.in, 16);
+    cpAsync16(sharedAddress(stage + 1), b.in, 16);
     cpAsyncCommit();
     cpAsyncWait<1>();
     for (int i = 0; i < 8; ++i) out<uint32_t>(b)[i] = reinterpret_cast<uint32_t*>(stage)[i];
@@ -126,11 +126,11 @@ __global__ void fromOutsideItsMask(const Buffers) {
 __global__ void misalignedMatrix(const Buffers) {
     SHARED(char, tile, 1024);
     uint32_t words[4];
-    ldmatrixX4(words, tile + 8);
+    ldmatrixX4(words, sharedAddress(tile + 8));
 }
 __global__ void misalignedCopy(const Buffers b) {
     SHARED(uint4, tile, 1);
-    cpAsync16(tile, in<char>(b) + 4, 16);
+    cpAsync16(sharedAddress(tile), in<char>(b) + 4, 16);
 }
 
 struct Entry {

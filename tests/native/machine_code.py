@@ -6,8 +6,10 @@ python tests/native/machine_code.py --update    write machine_code.json anew, fo
 The oldest architecture and the main one are compiled, or those of --architectures: each takes half a minute of a core.
 
 Slots are the instructions that a warp issues on the shortest way round a kernel's main loop that does all of its work:
-the way of a whole tile of contiguous keys, without the rare branches. Every branch of the loop is looked at, so no
-condition need be known: of all ways with the expected number of products and exponentials, the shortest counts.
+the way of a whole tile of keys, without the rare branches. Every branch of the loop is looked at, so no condition need
+be known: of all ways with the expected products, exponentials, copies, shuffles and lookups of pages, the shortest
+counts. So one kernel has several ways: a warp takes half of a tile of 64 keys where a KV head has at most 64 query
+rows, and all of it where there are more; keys are contiguous or lie in pages.
 """
 
 from __future__ import annotations
@@ -55,36 +57,47 @@ class Main:
     products: int = 0  # tensor core instructions of a warp in one turn
     exponentials: int = 0
     copies: int = 0  # cp.async instructions
+    shuffles: int = 0
+    lookups: int = 0  # loads from the block table
+
+    @property
+    def text(self) -> str:
+        """What is compiled: the file, or of the passes this instance alone, so that no other changes its code."""
+        if self.source != PASSES:
+            return f'#include "{self.source}"\n'
+        kernel = self.instance.replace(">", ">(const __grid_constant__ ScoreArgs);")
+        numbered = re.sub(r", (\d)>", r", static_cast<Pass>(\1)>", kernel)
+        return f'#include "score_tiles.cuh"\nnamespace chunkkv {{\ntemplate __global__ void {numbered}\n}}\n'
 
 
-def _score(query: str, key: str, head_dim: int, which: str) -> Main:
-    """Return one of the two passes, in the shape for 64 query rows of a KV head: a turn is 32 rows and 32 keys."""
+def _score(query: str, key: str, head_dim: int, which: str, query_rows: int = 64, *, paged: bool = False) -> Main:
+    """Return one of the two passes for 64 or 128 query rows of a KV head: a turn is 32 rows, and 32 or 64 keys."""
     item = {"Int8": 1, "Fp8": 1, "float": 4}.get(key, 2)
     pieces = head_dim * item // 16
     rows = 1 if head_dim > 128 else 2
+    groups = query_rows // 64
+    case = f"{', 128 query rows' if groups > 1 else ''}{', paged' if paged else ''}"
     return Main(
-        f"score {which} {query.strip('_')} x {key.strip('_')} D {head_dim}",
+        f"score {which} {query.strip('_')} x {key.strip('_')} D {head_dim}{case}",
         PASSES,
         f"scoreTilesKernel<{query}, {key}, {head_dim}, {('statistics', 'columns').index(which)}>",
         threads=128 * 2 // rows,
         shared=3 * 2 * 32 * 16 * (pieces | 1),
-        products=4 * rows * head_dim // 16,
-        exponentials=16 * rows,
+        products=4 * rows * head_dim // 16 * groups,
+        exponentials=16 * rows * groups,
         copies=-(-2 * 32 * pieces // (256 // rows)),
+        shuffles=(8 * groups if which == "columns" else 0) + (8 if paged else 0),
+        lookups=2 if paged else 0,
     )
 
 
+BFLOAT16 = ("__nv_bfloat16", "__nv_bfloat16", 128)
+BYTES = (("__nv_bfloat16", "Fp8", 128), ("__nv_bfloat16", "Int8", 128))
+BOTH = ("statistics", "columns")
 MAIN = (
-    *(
-        _score(query, key, head_dim, which)
-        for query, key, head_dim in (
-            ("__nv_bfloat16", "__nv_bfloat16", 128),
-            ("__half", "__half", 64),
-            ("__nv_bfloat16", "Fp8", 128),
-            ("__nv_bfloat16", "Int8", 128),
-        )
-        for which in ("statistics", "columns")
-    ),
+    *(_score(*shape, which) for shape in (BFLOAT16, ("__half", "__half", 64), *BYTES) for which in BOTH),
+    *(_score(*shape, which, 128) for shape in (BFLOAT16, *BYTES) for which in BOTH),
+    *(_score(*BFLOAT16, which, query_rows, paged=True) for query_rows in (64, 128) for which in BOTH),
     Main("compact in place", "compact.cu", "compactKernel<uint4, true>", threads=256),
     Main("select", "select.cu", "selectKernel", threads=1024),
     Main("finish", "score.cu", "finishKernel", threads=256),
@@ -104,10 +117,15 @@ class Instruction:
     predicated: bool
     name: str
     target: str | None
+    operands: str = ""
 
     @property
     def mnemonic(self) -> str:
         return self.name.partition(".")[0]
+
+    def reads(self, register: str) -> bool:
+        """Whether an operand behind the first is this register."""
+        return re.search(rf"\b{register}\b", self.operands.partition(",")[2]) is not None
 
 
 _LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
@@ -123,7 +141,9 @@ def parse(text: str) -> tuple[list[Instruction], dict[str, int]]:
             labels[label[1]] = len(code)
         elif found := _LINE.search(line):
             aim = re.search(r"`\((\.L_x_\w+)\)", found[4])
-            code.append(Instruction(int(found[1], 16), found[2] is not None, found[3], aim[1] if aim else None))
+            code.append(
+                Instruction(int(found[1], 16), found[2] is not None, found[3], aim[1] if aim else None, found[4])
+            )
     return code, labels
 
 
@@ -144,7 +164,7 @@ class Block:
 def blocks(code: list[Instruction], labels: dict[str, int]) -> dict[int, Block]:
     """Return the basic blocks by the place of their first instruction."""
     firsts = {0, *labels.values()}
-    firsts |= {place + 1 for place, one in enumerate(code) if one.mnemonic in ("BRA", "EXIT", "RET")}
+    firsts |= {place + 1 for place, one in enumerate(code) if one.mnemonic in ("EXIT", "RET") or one.target}
     edges = sorted(first for first in firsts if first < len(code))
     return {
         first: Block(tuple(code[first:behind]), tuple(_successors(code, labels, behind - 1)))
@@ -152,17 +172,18 @@ def blocks(code: list[Instruction], labels: dict[str, int]) -> dict[int, Block]:
     }
 
 
-def shortest_turn(code: list[Instruction], labels: dict[str, int], wanted: Main) -> Counter[str] | None:
-    """Return the instructions of the shortest way round a loop that does what `wanted` says, by their names."""
+def shortest_turn(code: list[Instruction], labels: dict[str, int], wanted: Main) -> list[Instruction] | None:
+    """Return the instructions of the shortest way round a loop that does what `wanted` says."""
     of = blocks(code, labels)
     heads = {labels[one.target] for place, one in enumerate(code) if one.target and labels[one.target] <= place}
     turns = [turn for head in sorted(heads) if (turn := _turn_from(head, of, wanted)) is not None]
-    return min(turns, key=lambda turn: sum(turn.values()), default=None)
+    return min(turns, key=len, default=None)
 
 
-def _turn_from(head: int, of: dict[int, Block], wanted: Main) -> Counter[str] | None:
+def _turn_from(head: int, of: dict[int, Block], wanted: Main) -> list[Instruction] | None:
     """Return the shortest way from a block back to itself that meets exactly the expected instructions."""
     limits = {"HMMA": wanted.products, "MUFU": wanted.exponentials, "LDGSTS": wanted.copies}
+    limits |= {"SHFL": wanted.shuffles, "LDG": wanted.lookups}
     goal, counts = tuple(limits.values()), {first: block.counts(limits) for first, block in of.items()}
     came: dict[tuple[int, State], tuple[int, State] | None] = {}
     start = (head, (0,) * len(goal))
@@ -173,11 +194,11 @@ def _turn_from(head: int, of: dict[int, Block], wanted: Main) -> Counter[str] | 
         if first == head and before is not None:
             if met != goal:
                 continue
-            names: Counter[str] = Counter()
+            way: list[tuple[Instruction, ...]] = []
             while before is not None:
-                names.update(one.name for one in of[before[0]].code)
+                way.append(of[before[0]].code)
                 before = came[before]
-            return names
+            return [one for code in reversed(way) for one in code]
         if node in came:
             continue
         came[node] = before
@@ -192,12 +213,26 @@ def _successors(code: list[Instruction], labels: dict[str, int], place: int) -> 
     one, following = code[place], [place + 1] if place + 1 < len(code) else []
     if one.mnemonic in ("EXIT", "RET"):
         return following if one.predicated else []
-    if one.mnemonic == "BRA" and one.target is not None:
+    # For sm_80 a call to a label of the function itself is a branch that warps take together.
+    if one.mnemonic in ("BRA", "CALL") and one.target is not None:
         # A branch of a warp whose threads differ goes out of the way to a collective; none of ours do.
         if ".DIV" in one.name:
             return following
         return [labels[one.target], *(following if one.predicated or ".U" in one.name else [])]
     return following
+
+
+def slots_before_use(turn: list[Instruction], name: str) -> int:
+    """Return the fewest slots of a loop between an instruction `name` and the first one that reads what it gives."""
+    twice, fewest = turn * 2, len(turn)
+    for place, one in enumerate(turn):
+        if one.mnemonic != name:
+            continue
+        register = re.match(r"\s*(R\d+)", one.operands)
+        assert register is not None, one
+        uses = (at for at in range(place + 1, place + len(turn)) if twice[at].reads(register[1]))
+        fewest = min(fewest, next(uses, len(turn) + place) - place)
+    return fewest
 
 
 def measure(wanted: Main, function: str, usage: str, architecture: str) -> dict[str, int]:
@@ -221,12 +256,13 @@ def measure(wanted: Main, function: str, usage: str, architecture: str) -> dict[
         turn = shortest_turn(code, labels, wanted)
         if turn is None:
             raise RuntimeError(f"{wanted.name}, sm_{architecture}: no way round the main loop does the expected work")
-        of = Counter({name: count for name, count in turn.items()})
-        row["slots"] = sum(turn.values())
+        of = Counter(one.name for one in turn)
+        row["slots"] = len(turn)
+        if wanted.lookups:
+            row["slots before a lookup is used"] = slots_before_use(turn, "LDG")
         row["narrow loads"] = sum(n for name, n in of.items() if re.match(r"LDG?\.E(?!.*(64|128))", name))
         row["generic loads"] = sum(n for name, n in of.items() if re.match(r"LD\.", name) or name == "LD")
         row["local"] = sum(n for name, n in of.items() if re.match(r"(LDL|STL)", name))
-        row["shuffles"] = sum(n for name, n in of.items() if name.startswith("SHFL"))
         if int(architecture.rstrip("a")) >= 90:  # where the policy of a copy is put together in plain sight
             row["evict first"] = int(re.search(r"UMOV UR\d+, 0xf0 ;", function) is not None)
     return row
@@ -240,14 +276,14 @@ def measure_all(
     plugins: Path = PLUGINS,
 ) -> Table:
     """Return the rows of these kernels, whose sources lie in `plugins`; raises RuntimeError where nvcc refuses."""
-    sources = dict.fromkeys(one.source for one in kernels)
-    jobs = [(source, architecture, plugins) for architecture in architectures for source in sources]
+    texts = dict.fromkeys(one.text for one in kernels)
+    jobs = [(text, architecture, plugins) for architecture in architectures for text in texts]
     with ThreadPoolExecutor(JOBS) as pool:
         compiled = dict(zip(jobs, pool.map(lambda job: _compile(nvcc, nvdisasm, *job), jobs), strict=True))
     table: Table = {}
     for one in kernels:
         for architecture in architectures:
-            functions, usages = compiled[one.source, architecture, plugins]
+            functions, usages = compiled[one.text, architecture, plugins]
             (name,) = [name for name in functions if one.instance in name]
             row = measure(one, functions[name], usages[name], architecture)
             table.setdefault(one.name, {})[f"sm_{architecture}"] = row
@@ -255,14 +291,13 @@ def measure_all(
 
 
 def _compile(
-    nvcc: str, nvdisasm: str, source: str, architecture: str, plugins: Path
+    nvcc: str, nvdisasm: str, text: str, architecture: str, plugins: Path
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Return listings and ptxas's words by demangled kernel, from the cache where nothing has changed since."""
-    text = _passes_source() if source == PASSES else f'#include "{source}"\n'
     key = hashlib.sha256(repr((nvcc_release(nvcc), nvdisasm, text, architecture)).encode())
     for path in sorted(path for part in ("include", "kernels") for path in (plugins / part).rglob("*.*")):
         key.update(path.read_bytes())
-    stem = f"{Path(source).stem}-{architecture}-{key.hexdigest()[:16]}"
+    stem = f"{architecture}-{key.hexdigest()[:16]}"
     listing, log = CACHE / f"{stem}.sass", CACHE / f"{stem}.log"
     if not listing.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
@@ -291,18 +326,7 @@ def _demangled(names: list[str], texts: list[str]) -> dict[str, str]:
     return dict(zip(short, texts, strict=True))
 
 
-def _passes_source() -> str:
-    """Return a file that instantiates the passes of the table and nothing else."""
-    kernels = [
-        f"template __global__ void {one.instance.replace('>', '>(const __grid_constant__ ScoreArgs);')}"
-        for one in MAIN
-        if one.source == PASSES
-    ]
-    numbers = [re.sub(r", (\d)>", r", static_cast<Pass>(\1)>", kernel) for kernel in kernels]
-    return "\n".join(['#include "score_tiles.cuh"', "namespace chunkkv {", *numbers, "}", ""])
-
-
-LARGER_IS_BETTER = ("blocks", "evict first")
+LARGER_IS_BETTER = ("blocks", "evict first", "slots before a lookup is used")
 
 
 def complaints(table: Table, known: dict[str, Any], release: str) -> list[str]:

@@ -10,11 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from native.build import Mutation
-from native.devices import SMALL
+from native.devices import LARGE, SMALL
 
-TILES, KEYS, SCHEDULE, REDUCE, SCORE, PASSES = (
+TILES, KEYS, FETCHER, SCHEDULE, REDUCE, SCORE, PASSES = (
     "kernels/score_tiles.cuh",
     "kernels/score_keys.cuh",
+    "kernels/score_fetch.cuh",
     "kernels/score_schedule.cuh",
     "kernels/score_reduce.cuh",
     "kernels/score.cu",
@@ -78,11 +79,22 @@ class Bug:
     copies: str = "late"
     flavour: str = "quick"
     says: str = ""
-    multiprocessors: int = SMALL
+    only_on: int = 0  # the device that shows it, where not every one does
 
     @property
     def mutation(self) -> Mutation:
         return Mutation(self.file, self.old, self.new)
+
+    @property
+    def multiprocessors(self) -> tuple[int, ...]:
+        """The devices on each of which it must be found: both where work is divided by their size.
+
+        A sanitizer takes so long that one must do.
+        """
+        if self.only_on:
+            return (self.only_on,)
+        divides = self.flavour == "quick" and not {"score", "compact"}.isdisjoint(self.units)
+        return (SMALL, LARGE) if divides else (SMALL,)
 
     @property
     def units(self) -> tuple[str, ...]:

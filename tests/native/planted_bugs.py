@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from native.devices import LARGE
+from native.devices import LARGE, SMALL
 from native.mutants import (
     BOUNDARIES,
     BUDGET,
     COMPACT,
     DEVICE,
+    FETCHER,
     KEYS,
     LAYOUT,
     PASSES,
@@ -22,12 +23,21 @@ from native.mutants import (
 
 BOTH_READ = "this tile has arrived, and all threads have read the one that the next copy overwrites"
 ARRIVED = f"            __syncthreads();  // {BOTH_READ}\n"
-FETCH = "            fetch(fetcher, tile + kAhead * kStep, left - kAhead, number == 0 ? kAhead : number - 1);\n"
+FETCH = "            fetcher.fetch(free);\n"
 
 BUGS = (
     # A dropped barrier, one by one.
     Bug("score: tile used before it is there", "score", TILES, ARRIVED, ""),
-    Bug("score: stage overwritten too early", "score", TILES, ARRIVED + FETCH, FETCH + ARRIVED, "greedy", "early"),
+    Bug(
+        "score: stage overwritten too early",
+        "score",
+        TILES,
+        ARRIVED + FETCH,
+        FETCH + ARRIVED,
+        "greedy",
+        "early",
+        only_on=SMALL,
+    ),
     Bug(
         "score: run overwritten while read",
         "score",
@@ -35,6 +45,7 @@ BUGS = (
         "        __syncthreads();  // the run and its tiles have been read\n",
         "",
         "greedy",
+        only_on=SMALL,
     ),
     Bug(
         "score: run read before it is there",
@@ -95,8 +106,8 @@ BUGS = (
         "score: last tile left out",
         "score",
         "kernels/score_args.h",
-        "ceilDivide(seen, kWarpTokens * args.token_groups)",
-        "seen / (kWarpTokens * args.token_groups)",
+        "ceilDivide(seen, args.tile_tokens)",
+        "seen / args.tile_tokens",
     ),
     Bug(
         "score: window sees one token too many",
@@ -130,16 +141,27 @@ BUGS = (
     Bug(
         "score: second half of the rows' tokens forgotten",
         "score",
-        TILES,
-        "stage(number) + place_.group * kWarpTokens",
-        "stage(number) + 0 * place_.group * kWarpTokens",
+        KEYS,
+        "own = sharedAddress(stages) + place.group * Shape::kGroupBytes +",
+        "own = sharedAddress(stages) + 0 * place.group * Shape::kGroupBytes +",
+    ),
+    Bug("score: one group of a tile for all", "bands", TILES, "i += args_.token_groups", "i += Shape::kGroups"),
+    Bug("score: groups in the same columns", "bands", TILES, "columns_ + i * kWarpTokens", "columns_ + 0 * i"),
+    Bug("score: both groups in one page", "score", FETCHER, "group == 0 ? page_[0]", "group >= 0 ? page_[0]"),
+    Bug(
+        "score: a tile that ends behind the row copied whole",
+        "bands",
+        FETCHER,
+        "(tile_ + 1) * Shape::kTileTokens <= readable_",
+        "tile_ * Shape::kTileTokens <= readable_",
+        flavour="asan",
     ),
     Bug(
         "score: base never raised",
         "spread",
         TILES,
-        "if (__ballot_sync(kFullWarp, fits) != kFullWarp) return raise(logits, scale);",
-        "if (base[0] == -INFINITY) return raise(logits, scale);",
+        "if (__ballot_sync(kFullWarp, fits) != kFullWarp) return false;",
+        "if (base[0] == -INFINITY) return false;",
     ),
     Bug(
         "score: heads mixed in a group",
@@ -197,7 +219,7 @@ BUGS = (
         COMPACT,
         "left < args.slice_vectors ? left : args.slice_vectors;",
         "left < 0 ? left : args.slice_vectors;",
-        multiprocessors=LARGE,
+        only_on=LARGE,
     ),
     Bug(
         "compact: outside the pool written to block 0",
@@ -255,7 +277,7 @@ BUGS = (
     Bug(
         "score: wrong page",
         "score",
-        KEYS,
+        FETCHER,
         "(token < readable_ ? token : readable_ - 1) >> keys_.block_shift",
         "((token < readable_ ? token : readable_ - 1) + 1) >> keys_.block_shift",
     ),
@@ -282,8 +304,8 @@ BUGS = (
         "too little shared memory",
         "score",
         PASSES,
-        "size_t{Shape::kStages} * args.token_groups * kWarpTokens * Shape::kPitch;",
-        "size_t{Shape::kStages} * args.token_groups * kWarpTokens * Shape::kPitch - 32;",
+        "size_t{Shape::kStages} * Shape::kStageBytes;",
+        "size_t{Shape::kStages} * Shape::kStageBytes - 32;",
         flavour="asan",
     ),
     # Packed rows.

@@ -16,16 +16,17 @@ from native.planted_bugs import BUGS
 def test_a_planted_bug_is_found(bug: Bug) -> None:
     library = mutant_library(bug.flavour, PRUNED, bug.mutation, bug.units)
     preload = "" if bug.flavour == "quick" else f"lib{bug.flavour}.so"
-    sizes = {"multiprocessors": bug.multiprocessors}
-    outcome = probe.run(library, bug.check, order=bug.order, copies=bug.copies, preload=preload, **sizes)
-    assert outcome.status != 0, "the bug was not noticed"
-    if bug.flavour == "tsan":
-        assert outcome.status == RACE and "data race" in outcome.text
-    elif bug.flavour == "asan":
-        assert "AddressSanitizer" in outcome.text
-    else:
-        assert outcome.status == 1, outcome.text
-    assert bug.says in outcome.text
+    for size in bug.multiprocessors:
+        how = {"order": bug.order, "copies": bug.copies, "preload": preload}
+        outcome = probe.run(library, bug.check, multiprocessors=size, **how)
+        assert outcome.status != 0, f"the bug was not noticed on {size} multiprocessors"
+        if bug.flavour == "tsan":
+            assert outcome.status == RACE and "data race" in outcome.text
+        elif bug.flavour == "asan":
+            assert "AddressSanitizer" in outcome.text
+        else:
+            assert outcome.status == 1, outcome.text
+        assert bug.says in outcome.text
 
 
 @pytest.mark.deep
