@@ -58,7 +58,8 @@ class BlockAttention:
         hidden = self._hidden()
         mixed = []
         for head in range(self._kv_heads):
-            mixed += self._mix(query, *(self._of_head(cache, head) for cache in caches), head, hidden)
+            keys, values = (self._of_head(cache, head) for cache in caches)
+            mixed += self._mix(query, keys, values, head, hidden)
         tokens_first = e.op("Transpose", [e.op("Concat", mixed, axis=0)], perm=[1, 0, 2])
         joined = e.op("Reshape", [tokens_first, e.ints(1, -1, self._query_heads * self._head_dim)])
         return joined, caches[0], caches[1]

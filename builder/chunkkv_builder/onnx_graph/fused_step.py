@@ -187,10 +187,10 @@ class FusedStepGraph(StepGraph):
     def _attention_branch(self, e: NodeEmitter, names: Sequence[str], part: PartPlan) -> onnx.GraphProto:
         """Return the nodes of `e` as a branch whose outputs are attention, keys and values."""
         cache: list[int | str] = ["batch", len(part.kv_heads), self._capacity_name(part), self.model.head_dim]
-        shapes = (["batch", "block", self._query_heads(part) * self.model.head_dim], cache, cache)
+        mixed: list[int | str] = ["batch", "block", self._query_heads(part) * self.model.head_dim]
         values = [
             helper.make_tensor_value_info(name, NUMPY_TO_ONNX[self.dtype], shape)
-            for name, shape in zip(names, shapes, strict=True)
+            for name, shape in zip(names, (mixed, cache, cache), strict=True)
         ]
         return helper.make_graph(e.nodes, names[0], [], values)
 
