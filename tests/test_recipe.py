@@ -145,6 +145,7 @@ def test_a_build_reads_it(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFi
         ("recipe.json", "chunks", 12, 2_000, True),
         ("recipe-static.json", "recent", 12, 2_000, True),
         ("recipe-10.json", "recent", 11, 1_000, False),
+        ("recipe-in-prompt.json", "recent", 24, 300, False),
     ],
 )
 def test_the_recipes_of_smollm2_are_for_their_share_of_the_cache(
@@ -154,10 +155,11 @@ def test_the_recipes_of_smollm2_are_for_their_share_of_the_cache(
     words = ["--checkpoint_dir", "c", "--chunkkv", "--chunkkv_recipe", str(path)]
     found = chunkkv_settings(parse([*words, "--chunkkv_keep_ratio", str(keep / 10_000)]), 30, num_kv_heads=3)
     assert found is not None and found.local_policy == policy and sum(map(len, found.reading_heads)) == count
-    reading, local = found.class_lengths(1_000)
-    assert (reading == 1_000) == whole and 0 <= 90 * keep // 10 - (count * reading + (90 - count) * local) < 90
+    reading, local = found.class_lengths(2_000)
+    assert (reading == 2_000) == whole and 0 <= 90 * keep // 5 - (count * reading + (90 - count) * local) < 90
     measured = json.loads(path.read_text(encoding="utf-8"))["measured"]
-    assert measured["keep_ratio"] == keep / 10_000 and measured["chosen"] in {row["name"] for row in measured["rows"]}
+    rows = measured["rows" if measured["asked"] == "after compression" else "rows_in_prompt"]
+    assert measured["keep_ratio"] == keep / 10_000 and measured["chosen"] in {row["name"] for row in rows}
 
 
 def test_smollm2s_two_recipes_for_20_percent_differ_in_what_the_other_heads_keep() -> None:
