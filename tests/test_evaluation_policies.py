@@ -10,12 +10,14 @@ from support import needle_engine
 from support.messages import naming
 
 from chunkkv import SamplingParams, reference, reference_layers
+from chunkkv.cache_layout import uniform_layout
 from chunkkv.errors import ConfigError, RequestError
 from chunkkv.evaluation import policies as rules
 from chunkkv.evaluation.policies import make_policy, parse_policies, pyramid_budgets
 from chunkkv.evaluation.prefilled import PrefilledPrompt
 from chunkkv.evaluation.runner import PromptRunner
 from chunkkv.evaluation.texts.questions import Question
+from chunkkv.executors.host_cache import HostKVCache
 from chunkkv.settings import ChunkKVSettings
 
 TEXT = (needle_engine.MODEL.parent / "prompts" / "short.txt").read_text(encoding="utf-8")
@@ -31,13 +33,10 @@ def prompt() -> PrefilledPrompt:
     keys = tuple(random.normal(size=(1, 2, LENGTH, 8)).astype(np.float32) for _ in range(3))
     queries = {layer: (random.normal(size=(4, 8, 8)) * 3).astype(np.float32) for layer in range(3)}
 
-    class Cache:
-        values = keys
-
-    Cache.keys = keys
+    cache = HostKVCache(keys, keys, uniform_layout(3, 2))
     table = random.random(50) < 0.2
     ids = random.integers(0, 50, LENGTH)
-    return PrefilledPrompt(ids, np.zeros(50, np.float32), Cache(), queries, table, seed=3)
+    return PrefilledPrompt(ids, np.zeros(50, np.float32), cache, queries, table, seed=3)
 
 
 LOGITS = {"score": "logits", "head_reduce": "mean"}
