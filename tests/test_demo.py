@@ -139,7 +139,7 @@ def sessions(shown: tuple[Path, str]) -> tuple[ChunkKVSession, ChunkKVSession]:
 
 @pytest.fixture(scope="module")
 def halves(sessions: tuple[ChunkKVSession, ChunkKVSession]) -> list[reading.Half]:
-    return asking.ask_both_halves(*sessions, tiny_reading(), lambda text: nullcontext())
+    return asking.ask_both_halves(sessions[0], {"ChunkKV": sessions[1]}, tiny_reading(), lambda text: nullcontext())
 
 
 def prompt_lengths(session: ChunkKVSession, half: reading.Half) -> list[int]:

@@ -62,8 +62,9 @@ def run_worker(engine: str, action: str, case: Path | None = None, threads: int 
     done = subprocess.run(words, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
     if done.returncode:
         raise OSError((done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1])
-    lines = done.stdout.strip().splitlines()
-    return json.loads(lines[-1]) if lines else None
+    if action == "prepare":  # prints nothing of its own, but libraries may
+        return None
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 class Bench:

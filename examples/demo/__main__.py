@@ -1,6 +1,6 @@
 """The whole path in one command: a real model reads a text, and answers from all of its KV cache and from parts of it.
 
-Fetches SmolLM2-135M-Instruct once (93 MB), builds two engines with ChunkKV, and asks questions about a chapter of
+Fetches SmolLM2-135M-Instruct once (93 MB), builds engines with ChunkKV, and asks questions about a chapter of
 Moby-Dick. First the questions stand in the prompt, and 20 % or 10 % of the cache stays. Then the chapter is compressed
 once to 20 %, without a question, and all questions are asked afterwards. Beside ChunkKV stand the full cache,
 SnapKV-style selection and StreamingLLM. Prints answers and costs, and writes a picture and two HTML pages. Where the
@@ -29,8 +29,8 @@ from examples.demo import asking, fetch, reading, report, small  # noqa: E402
 
 TEXT = Path(__file__).parent / "whaling.json"
 RECIPE = ROOT / "examples" / "smollm2" / "recipe.json"  # of the model that is fetched
-# For later questions, where there is no recipe.
-ANY_MODEL = "--chunkkv_budget_split ranked --chunkkv_heads each --chunkkv_chunk_size 1 --chunkkv_pooling 1"
+# For later questions, of any model.
+RANKED = "--chunkkv_budget_split ranked --chunkkv_heads each --chunkkv_chunk_size 1 --chunkkv_pooling 1"
 # The questions are some that the full cache answers with activations in float32.
 WEIGHTS = {
     "float32": (),
@@ -66,8 +66,8 @@ def main(words: Sequence[str] | None = None) -> None:
         "--recipe",
         type=Path,
         metavar="FILE",
-        help="of chunkkv calibrate, for the engine that is asked afterwards; default: SmolLM2's, and for a model of "
-        "your own one ranking of all heads",
+        help="of chunkkv calibrate, for one more engine that is asked afterwards; default: SmolLM2's, and none for a "
+        "model of your own",
     )
     parser.add_argument("--output_dir", type=Path, default=ROOT / "engines", help="for engines, picture and pages")
     parser.add_argument("--cache_dir", type=Path, default=fetch.FOLDER, help="where the fetched model is kept")
@@ -124,15 +124,27 @@ def read(
     asked: reading.Reading,
     recipe: Path | None = None,
 ) -> None:
-    """Build two engines of a model, ask every question in both ways, and show, draw and write what came of it."""
+    """Build engines of a model, ask every question in both ways, and show, draw and write what came of it."""
     weights = weights or ("int4" if model.suffix == ".gguf" else "float32")
-    engine, tuned_engine = folder / "demo-chunkkv", folder / "demo-tuned"
+    engine = folder / "demo-chunkkv"
     with stage(console, f"Building an engine of {model.name} with ChunkKV"):
         build(model, engine, "--chunkkv", *WEIGHTS[weights])
-    split = ("--chunkkv_recipe", str(recipe)) if recipe else ANY_MODEL.split()
-    with stage(console, f"Building one for later questions, {'from a recipe' if recipe else 'which ranks all heads'}"):
-        build(model, tuned_engine, "--chunkkv", *split, *WEIGHTS[weights])
-    session, tuned = (ChunkKVSession.from_dir(path) for path in (engine, tuned_engine))
+    tuned_engines = {reading.OURS: folder / "demo-tuned"}
+    with stage(console, "Building one for later questions, which ranks all heads"):
+        build(model, tuned_engines[reading.OURS], "--chunkkv", *RANKED.split(), *WEIGHTS[weights])
+    if recipe:
+        tuned_engines[reading.OURS_RECIPE] = folder / "demo-recipe"
+        with stage(console, "Building another for later questions, from a recipe"):
+            build(
+                model,
+                tuned_engines[reading.OURS_RECIPE],
+                "--chunkkv",
+                "--chunkkv_recipe",
+                str(recipe),
+                *WEIGHTS[weights],
+            )
+    session = ChunkKVSession.from_dir(engine)
+    tuned = {name: ChunkKVSession.from_dir(path) for name, path in tuned_engines.items()}
     console.print(f"Text: {asked.about}.", soft_wrap=True)
     halves = asking.ask_both_halves(session, tuned, asked, lambda text: stage(console, text))
     picture, page, kept_page = folder / "demo.png", folder / "demo.html", folder / "demo-kept.html"

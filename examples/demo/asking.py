@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
@@ -90,35 +90,41 @@ def ask_in_prompt(session: ChunkKVSession, reading: Reading, full: Outcome, stag
 
 
 def ask_afterwards(
-    session: ChunkKVSession, tuned: ChunkKVSession, reading: Reading, whole: Held, full: Outcome, stage: Stage
+    session: ChunkKVSession,
+    tuned: Mapping[str, ChunkKVSession],
+    reading: Reading,
+    whole: Held,
+    full: Outcome,
+    stage: Stage,
 ) -> Half:
     """Compress the text once without a question, then ask all questions of what stayed.
 
-    `tuned` is an engine for later questions; `session` keeps equally much in every head and chooses by the text's last
-    tokens. `whole` is the whole text as a context of `session`, and `full` what it answered.
+    `tuned` are engines for later questions, by the name they are shown with. `session` keeps equally much in every head
+    and chooses by the text's last tokens. `whole` is the whole text as a context of `session`, and `full` what it
+    answered.
     """
     keep = KEEP_AFTERWARDS
     with stage(f"Compressing the text once, without a question, to {keep:.0%}"):
-        ours = hold(tuned, reading.text, keep)
+        ours = [(engine, hold(engine, reading.text, keep), method) for method, engine in tuned.items()]
         by_window = hold(session, reading.text, keep, scorer="window")
         streaming = _streaming(session, whole, keep)
-    rows = ((tuned, ours, OURS), (session, by_window, OURS_WINDOW), (session, streaming, STREAMING))
+    rows = (*ours, (session, by_window, OURS_WINDOW), (session, streaming, STREAMING))
     outcomes = [full, *(ask(engine, held, reading, method, keep, stage) for engine, held, method in rows)]
-    assert tuned.settings is not None
+    unevenly = " ".join(f"{_unevenly(method, engine.settings)}." for method, engine in tuned.items() if engine.settings)
     note = (
-        f"The text was compressed once, before any question was known; {_unevenly(tuned.settings)}. "
+        f"The text was compressed once, before any question was known. {unevenly} "
         f"{OURS_WINDOW} keeps equally much everywhere and chooses by the text's last tokens."
     )
     return Half("Asked afterwards", note, reading.questions, outcomes)
 
 
-def _unevenly(settings: ChunkKVSettings) -> str:
+def _unevenly(method: str, settings: ChunkKVSettings) -> str:
     """Say how an engine for later questions divides the cache."""
     if settings.budget_split != "classes":
-        return f"{OURS} ranks the tokens of all KV heads together, by a second reading of the text"
+        return f"{method} ranks the tokens of all KV heads together, by a second reading of the text"
     reading = sum(map(len, settings.reading_heads))
     others = "recent tokens" if settings.local_policy == "recent" else "what a second reading of the text chooses"
-    return f"in {OURS}, {reading} KV heads that read far keep most, and the others {others}"
+    return f"In {method}, {reading} KV heads that read far keep most, and the others {others}"
 
 
 def _streaming(session: ChunkKVSession, whole: Held, keep_ratio: float) -> Held:
@@ -181,7 +187,9 @@ def _ask_chosen(session: ChunkKVSession, prompt: str, question: Question, outcom
         outcome.add(question, tokenizer_of(session).decode(tokens), len(prefilled), count, size)
 
 
-def ask_both_halves(session: ChunkKVSession, tuned: ChunkKVSession, reading: Reading, stage: Stage) -> list[Half]:
+def ask_both_halves(
+    session: ChunkKVSession, tuned: Mapping[str, ChunkKVSession], reading: Reading, stage: Stage
+) -> list[Half]:
     """Ask in the prompt and afterwards; the full cache is the same in both, and is asked once."""
     with stage("Prefilling the text once, to keep all of it"):
         whole = hold(session, reading.text, 1.0)

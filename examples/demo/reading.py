@@ -9,7 +9,7 @@ from pathlib import Path
 
 from chunkkv.results import GenerationResult
 
-FULL, OURS, OURS_WINDOW = "full cache", "ChunkKV", "ChunkKV window"
+FULL, OURS, OURS_RECIPE, OURS_WINDOW = "full cache", "ChunkKV", "ChunkKV recipe", "ChunkKV window"
 SNAPKV, STREAMING = "SnapKV-style", "StreamingLLM"
 BETWEEN = "\n\n"  # text and question, as a context adds a question to a message
 
@@ -66,7 +66,7 @@ class Outcome:
     Parameters
     ----------
     method : str
-        FULL, OURS, OURS_WINDOW, SNAPKV or STREAMING.
+        FULL, OURS, OURS_RECIPE, OURS_WINDOW, SNAPKV or STREAMING.
     keep_ratio : float
         The share of the prompt that was to stay.
     prompt_tokens, kept_tokens, cache_bytes : list of int

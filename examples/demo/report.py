@@ -81,7 +81,7 @@ def draw(path: Path, halves: Sequence[reading.Half], choice: Inspection) -> None
     rows = figure.subfigures(len(halves) + 1, 1, height_ratios=[*[2.6] * len(halves), 1.6], squeeze=False)[:, 0]
     for half, part in zip(halves, rows[:-1], strict=True):
         names = [outcome.name for outcome in half.outcomes]
-        own = (reading.OURS, reading.OURS_WINDOW)
+        own = (reading.OURS, reading.OURS_RECIPE, reading.OURS_WINDOW)
         colours = [OURS if outcome.method in own else OTHER for outcome in half.outcomes]
         right, sizes = part.subplots(1, 2, sharey=True)
         counts = [sum(outcome.is_right) for outcome in half.outcomes]
