@@ -8,15 +8,13 @@ from pathlib import Path
 
 from benchmarks.real.measure import AFTER, IN
 from benchmarks.real.policies import (
+    BUILT,
     FULL,
     METHODS,
     PRESSES,
-    RANKED,
-    RANKED_HEADS,
     RANKED_TOKENS,
     READING_24,
     RECIPE,
-    RECIPE_10,
     SMALL_KEEPS,
     STATIC,
     STREAMING,
@@ -41,7 +39,6 @@ from benchmarks.results.runs import ROOT
 TEMPLATE = Path(__file__).with_name("page.md")
 JSON_FILE = ROOT / "docs" / "benchmarks" / "results-real.json"
 BASE = "ChunkKV"
-BUILT = (RECIPE, STATIC, RECIPE_10, RANKED, RANKED_HEADS, RANKED_TOKENS)  # engines of their own, for later questions
 BY_LENGTH = (FULL, BASE, "kvpress SnapKV, window 16", "kvpress KeyDiff", "kvpress ChunkKV", "kvpress KVzip", STREAMING)
 SMALL = (FULL, BASE, READING_24)  # in the table of the smallest caches
 POLICIES = (FULL, BASE, *BUILT, *METHODS[1:], *PRESSES)

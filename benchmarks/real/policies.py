@@ -67,7 +67,7 @@ OPENVINO = {  # by name, how many of the last queries choose
 }
 GREEDY = "greedy"  # the mode of what is generated instead of fed
 OPENVINO_FILE = "outcomes-openvino.jsonl"
-BUILT = (RANKED, RANKED_HEADS, RANKED_TOKENS, RECIPE, STATIC, RECIPE_10)  # engines of their own, for later questions
+BUILT = (RECIPE, STATIC, RECIPE_10, RANKED, RANKED_HEADS, RANKED_TOKENS)  # engines of their own, for later questions
 ENGINES = (*BUILT, READING_24)
 ONLY_AFTER = ("kvpress KVzip", *BUILT)  # they read the text for questions that come later
 MEAN, FIXED_10 = "ChunkKV, mean over heads", "ChunkKV, fixed chunks of 10"

@@ -16,12 +16,12 @@ from chunkkv.cache_scales import CacheScales
 from chunkkv.text.tokenizer import Tokenizer
 from chunkkv_builder.checkpoint.config_keys import UNROTATED
 from chunkkv_builder.checkpoint.model_config import ModelConfig
+from chunkkv_builder.onnx_graph.eight_bit_cache import KINDS
 from chunkkv_builder.plan import GraphPlan
 
 TEXT = "evaluation/texts/excerpts/speech.txt"  # of the package chunkkv: prose with figures
 TOKENS = 512  # of the text, and as many at random
 _LETTERS = 8 * TOKENS  # of the text that are tokenized: more than any tokenizer needs
-_KINDS = ("key", "value")
 _GRAPH_FILE = "calibration.onnx"
 
 
@@ -59,7 +59,7 @@ def calibrate(graph: onnx.ModelProto, folder: Path, plan: GraphPlan, prompts: li
         largest = _largest(file, plan, prompts)
     finally:
         file.unlink()
-    keys, values = ([largest[f"present_{kind}.{part.number}"] for part in plan.parts] for kind in _KINDS)
+    keys, values = ([largest[f"present_{kind}.{part.number}"] for part in plan.parts] for kind in KINDS)
     return CacheScales.for_largest(keys, values)
 
 
@@ -67,10 +67,10 @@ def _largest(file: Path, plan: GraphPlan, prompts: list[np.ndarray]) -> dict[str
     """Return what the channels [H,D] of every cache reach, by the name of the graph's output."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    options.add_session_config_entry("session.x64quantprecision", "1")  # as engines run
+    options.add_session_config_entry("session.x64quantprecision", "1")  # exact on every processor
     session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     inputs = {value.name for value in session.get_inputs()}
-    outputs = [(kind, part, f"present_{kind}.{part.number}") for part in plan.parts for kind in _KINDS]
+    outputs = [(kind, part, f"present_{kind}.{part.number}") for part in plan.parts for kind in KINDS]
     largest: dict[str, np.ndarray] = {}
     for ids in prompts:
         feeds: dict[str, np.ndarray] = {
@@ -82,7 +82,7 @@ def _largest(file: Path, plan: GraphPlan, prompts: list[np.ndarray]) -> dict[str
         }
         for part in plan.parts:
             empty = np.zeros((1, len(part.kv_heads), len(ids), plan.model.head_dim), np.float32)
-            feeds |= {f"past_{kind}.{part.number}": empty for kind in _KINDS}
+            feeds |= {f"past_{kind}.{part.number}": empty for kind in KINDS}
         caches = session.run(
             [name for *_, name in outputs], {name: array for name, array in feeds.items() if name in inputs}
         )

@@ -1,7 +1,7 @@
 """Attention of a block of tokens over the cache in small operators, with products of whole numbers for the scores.
 
 ONNX Runtime's own attention multiplies in float32 only, and is the larger part of a long prefill. Here queries and keys
-are rounded to 8 bits: keys with a scale for each number of a head, queries with one for all heads that read the same
+are rounded to 8 bits: keys with a scale for each channel of a head, queries with one for all heads that read the same
 keys. Probabilities and values stay float32, because most probabilities are far smaller than the largest one. Scores
 exist for one query head at a time, so that they stay in the processor's cache.
 """
@@ -12,13 +12,11 @@ import numpy as np
 from onnx import TensorProto
 
 from chunkkv_builder.onnx_graph.emitter import NodeEmitter
+from chunkkv_builder.onnx_graph.projections import CONTRIB, SMALLEST_SCALE, ZERO_CODE
 from chunkkv_builder.onnx_graph.quantize import LARGEST_CODE
 
-_CONTRIB = "com.microsoft"
 _INT64 = TensorProto.INT64
 _END = np.iinfo(np.int64).max  # of a slice: to the last
-_ZERO_CODE = 128  # of queries, which are unsigned: ONNX Runtime has no fast kernel of x86 for signed inputs
-_SMALLEST_SCALE = 1e-30  # of zeros
 _HIDDEN = -1e30  # added to the score of a token that comes later
 
 
@@ -96,32 +94,32 @@ class BlockAttention:
     def _mix(self, query: str, key: str, value: str, head: int, hidden: str) -> list[str]:
         """Return the attention [1,S,D] of each query head that reads a KV head's keys and values [T,D]."""
         e, group = self._e, self._query_heads // self._kv_heads
-        by_number = e.op("Transpose", [key], perm=[1, 0])
-        key_scales = self._scale_of(by_number, e.ints(1))
+        by_channel = e.op("Transpose", [key], perm=[1, 0])
+        key_scales = self._scale_of(by_channel, e.ints(1))
         zeros = e.const(np.zeros(self._head_dim), "int8")
-        codes = e.op("QuantizeLinear", [by_number, key_scales, zeros], axis=0)
+        codes = e.op("QuantizeLinear", [by_channel, key_scales, zeros], axis=0)
         before = e.op("Slice", [codes, e.ints(0), self._before, e.ints(1)])
         own = e.op("Slice", [codes, self._before, e.ints(_END), e.ints(1)])
         queries = e.op("Slice", [query, e.ints(head * group), e.ints((head + 1) * group), e.ints(1)])
         queries = e.op("Mul", [queries, key_scales])
         scale = self._scale_of(queries, None)
-        rounded = e.op("QuantizeLinear", [queries, scale, e.const(_ZERO_CODE, "uint8")])
+        rounded = e.op("QuantizeLinear", [queries, scale, e.const(ZERO_CODE, "uint8")])
         scale = e.op("Mul", [scale, e.scalar(self._scale)])
         mixed = []
         for number in range(group):
             one = e.op("Gather", [rounded, e.const(number, "int64")], axis=1)
             one = e.op("Squeeze", [one, e.ints(0)])
             scores = [self._product(one, scale, before), e.op("Add", [self._product(one, scale, own), hidden])]
-            shares = e.op("Softmax", [e.op("Concat", scores, axis=1)], axis=-1)
-            mixed.append(e.op("Unsqueeze", [e.op("MatMul", [shares, value]), e.ints(0)]))
+            probabilities = e.op("Softmax", [e.op("Concat", scores, axis=1)], axis=-1)
+            mixed.append(e.op("Unsqueeze", [e.op("MatMul", [probabilities, value]), e.ints(0)]))
         return mixed
 
     def _scale_of(self, values: str, axes: str | None) -> str:
         """Return the scales of 8-bit codes of `values`, whose largest magnitudes are taken along `axes` or all."""
         e = self._e
         largest = e.op("ReduceMax", [e.op("Abs", [values]), *([] if axes is None else [axes])], keepdims=0)
-        return e.op("Max", [e.op("Mul", [largest, e.scalar(1 / LARGEST_CODE)]), e.scalar(_SMALLEST_SCALE)])
+        return e.op("Max", [e.op("Mul", [largest, e.scalar(1 / LARGEST_CODE)]), e.scalar(SMALLEST_SCALE)])
 
     def _product(self, queries: str, scale: str, codes: str) -> str:
-        inputs = [queries, codes, scale, self._e.scalar(1.0), self._e.const(_ZERO_CODE, "uint8")]
-        return self._e.op("MatMulIntegerToFloat", inputs, domain=_CONTRIB)
+        inputs = [queries, codes, scale, self._e.scalar(1.0), self._e.const(ZERO_CODE, "uint8")]
+        return self._e.op("MatMulIntegerToFloat", inputs, domain=CONTRIB)

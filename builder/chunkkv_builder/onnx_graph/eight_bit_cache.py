@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import onnx
-from onnx import helper
 
 from chunkkv.cache_scales import HIGHEST, LOWEST, CacheScales
 from chunkkv_builder.onnx_graph.emitter import GraphEmitter, NodeEmitter
@@ -139,13 +138,9 @@ class EightBitPart:
 
     def _graph(self, e: NodeEmitter, outputs: Sequence[str]) -> onnx.GraphProto:
         """Return the branch that gives attention, keys and values."""
-        cache: list[str | int | None] = ["batch", self.kv_heads, "slots", self.head_dim]
-        mixed: list[str | int | None] = ["batch", "block", self.query_heads * self.head_dim]
-        values = [
-            helper.make_tensor_value_info(name, kind, shape)
-            for name, kind, shape in zip(outputs, (_FLOAT, _INT8, _INT8), (mixed, cache, cache), strict=True)
-        ]
-        return helper.make_graph(e.nodes, outputs[0], [], values)
+        cache: tuple[str, list[int | str]] = ("int8", ["batch", self.kv_heads, "slots", self.head_dim])
+        mixed: tuple[str, list[int | str]] = ("float32", ["batch", "block", self.query_heads * self.head_dim])
+        return e.branch([(name, *form) for name, form in zip(outputs, (mixed, cache, cache), strict=True)])
 
 
 def scale_inputs(e: GraphEmitter, scales: CacheScales, part: int) -> list[str]:

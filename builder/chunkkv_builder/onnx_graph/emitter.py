@@ -72,6 +72,13 @@ class NodeEmitter:
         """Return dimension `axis` of `value` as a 1-D int64 tensor of one element."""
         return self.op("Shape", [value], start=axis, end=axis + 1)
 
+    def branch(self, outputs: Sequence[tuple[str, str, Sequence[int | str]]]) -> onnx.GraphProto:
+        """Return the nodes as a branch of an If; `outputs` are (name, dtype, shape) of what it gives."""
+        values = [
+            helper.make_tensor_value_info(name, NUMPY_TO_ONNX[dtype], list(shape)) for name, dtype, shape in outputs
+        ]
+        return helper.make_graph(self.nodes, outputs[0][0], [], values)
+
 
 class GraphEmitter(NodeEmitter):
     """A NodeEmitter with graph inputs, outputs and initializers stored in the engine's weights file."""

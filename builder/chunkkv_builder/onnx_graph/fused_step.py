@@ -188,11 +188,8 @@ class FusedStepGraph(StepGraph):
         """Return the nodes of `e` as a branch whose outputs are attention, keys and values."""
         cache: list[int | str] = ["batch", len(part.kv_heads), self._capacity_name(part), self.model.head_dim]
         mixed: list[int | str] = ["batch", "block", self._query_heads(part) * self.model.head_dim]
-        values = [
-            helper.make_tensor_value_info(name, NUMPY_TO_ONNX[self.dtype], shape)
-            for name, shape in zip(names, (mixed, cache, cache), strict=True)
-        ]
-        return helper.make_graph(e.nodes, names[0], [], values)
+        shapes = zip(names, (mixed, cache, cache), strict=True)
+        return e.branch([(name, self.dtype, shape) for name, shape in shapes])
 
     def _rotated(self, e: NodeEmitter, part: PartPlan, qkv: list[str]) -> tuple[str, str, str]:
         """Return query, key and value [1,S,H*D] of a part, rotated where the attention would have done it."""
