@@ -10,13 +10,16 @@ import onnxruntime as ort
 import pytest
 from support import class_engines, engines
 
+from chunkkv.cache_scales import CacheScales
 from chunkkv.executors.onnxruntime.executor import OnnxRuntimeExecutor
 from chunkkv.executors.onnxruntime.graphs import OnnxRuntimeStep
 from chunkkv.settings import ChunkKVSettings
+from chunkkv_builder import build as build_engine
 from chunkkv_builder.backends.onnxruntime import step_weights
 from chunkkv_builder.checkpoint.hugging_face import HuggingFaceCheckpoint
 from chunkkv_builder.onnx_graph import fused_step
-from chunkkv_builder.onnx_graph.block_attention import BlockAttention
+from chunkkv_builder.onnx_graph.block_attention import BlockAttention, EightBitBlockAttention
+from chunkkv_builder.onnx_graph.eight_bit_cache import scale_inputs
 from chunkkv_builder.onnx_graph.emitter import GraphEmitter
 from chunkkv_builder.onnx_graph.weights import write_weights
 from chunkkv_builder.plan import make_plan
@@ -38,6 +41,24 @@ def graph(query_heads: int, kv_heads: int, scale: float) -> onnx.ModelProto:
     for name, shape in zip(made, ([1, "block", query_heads * HEAD_DIM], cache, cache), strict=True):
         e.output(name, "float32", shape)
     return e.model("block", opset=23, domains=[("com.microsoft", 1)])
+
+
+def eight_bit_graph(query_heads: int, kv_heads: int, scale: float, scales: CacheScales) -> onnx.ModelProto:
+    e = GraphEmitter()
+    qkv = [
+        e.input(name, "float32", [1, "block", heads * HEAD_DIM])
+        for name, heads in (("query", query_heads), ("key", kv_heads), ("value", kv_heads))
+    ]
+    cache = [1, kv_heads, "capacity", HEAD_DIM]
+    past = [e.input(name, "int8", cache) for name in ("past_key", "past_value")]
+    last = e.input("last", "int32", [1])
+    stored = scale_inputs(e, scales, 0)
+    attention = EightBitBlockAttention(e, query_heads, kv_heads, HEAD_DIM, scale, stored)
+    made = attention.emit((qkv[0], qkv[1], qkv[2]), past, last)
+    e.output(made[0], "float32", [1, "block", query_heads * HEAD_DIM])
+    for name in made[1:]:
+        e.output(name, "int8", cache)
+    return e.model("block", opset=24, domains=[("com.microsoft", 1)])
 
 
 def expected(arrays: dict[str, np.ndarray], kv_heads: int, first: int, scale: float) -> list[np.ndarray]:
@@ -76,6 +97,31 @@ def test_it_attends_as_float64_does_up_to_rounding(query_heads: int, kv_heads: i
     assert np.sqrt(((found[0] - attention) ** 2).mean()) < 0.04 * attention.std()
     for cache, exact in zip(found[1:], caches, strict=True):
         assert np.array_equal(cache, exact.astype(np.float32))
+
+
+def test_over_a_cache_of_8_bits_it_reads_what_the_cache_holds() -> None:
+    rng, size, first, scale, kv_heads = np.random.default_rng(4), 65, 170, 0.2, 2
+    scales = CacheScales(*(((rng.uniform(0.5, 2, (kv_heads, HEAD_DIM)) / 40).astype(np.float32),) for _ in range(2)))
+    shapes = {"query": 6, "key": kv_heads, "value": kv_heads}
+    arrays = {
+        name: rng.standard_normal((1, size, heads * HEAD_DIM)).astype(np.float32) for name, heads in shapes.items()
+    }
+    past = {
+        name: rng.integers(-90, 91, (1, kv_heads, CAPACITY, HEAD_DIM)).astype(np.int8)
+        for name in ("past_key", "past_value")
+    }
+    session = ort.InferenceSession(eight_bit_graph(6, kv_heads, scale, scales).SerializeToString())
+    found = session.run(None, {**arrays, **past, "last": np.array([first + size - 1], np.int32)})
+    read = {}
+    for name, of_kind in (("key", scales.keys[0]), ("value", scales.values[0])):
+        codes = np.clip(np.rint(arrays[name].reshape(1, size, kv_heads, HEAD_DIM) / of_kind), -128, 127)
+        read[name] = (codes * of_kind).reshape(1, size, -1)
+        read[f"past_{name}"] = past[f"past_{name}"] * of_kind[None, :, None]
+        written = found[1 + (name == "value")]
+        assert np.array_equal(written[0, :, first : first + size], codes[0].transpose(1, 0, 2))
+        assert np.array_equal(written[0, :, :first], past[f"past_{name}"][0, :, :first])
+    attention = expected({"query": arrays["query"], **read}, kv_heads, first, scale)[0]
+    assert np.sqrt(((found[0] - attention) ** 2).mean()) < 0.02 * attention.std(), "only queries are rounded"
 
 
 def test_keys_of_zero_are_no_error() -> None:
@@ -118,6 +164,27 @@ def test_long_blocks_fill_the_cache_as_short_ones_do(
         caches.append((*cache.keys, *cache.values))
     assert not np.array_equal(logits[0], logits[1])
     assert np.sqrt(((logits[0] - logits[1]) ** 2).mean()) < 0.1 * logits[0].std()
+    for first, second in zip(*caches, strict=True):
+        assert np.sqrt(((first - second) ** 2).mean()) < 0.1 * first.std()
+
+
+@pytest.mark.parametrize("variant", ["llama3", "qwen3", "phi3"])
+def test_long_blocks_over_a_cache_of_8_bits_fill_it_as_short_ones_do(
+    variant: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(fused_step, "_LONG_CACHE", 128)
+    flags = {**W8A8, "kv_cache_dtype": "int8", "max_seq_len": 400, "max_num_tokens": 128, "overwrite": True}
+    named = {"checkpoint_dir": engines.checkpoint_dir(variant), "output_dir": tmp_path / "engine", **flags}
+    build_engine.main(engines.command_line({**named, "log_level": "error"}))
+    step = OnnxRuntimeStep(tmp_path / "engine" / "step.onnx", None, threads=1)
+    ids = np.random.default_rng(5).integers(3, step.vocab_size, 400)
+    caches = []
+    for block in (32, 100):  # blocks of 32 never take it
+        cache = step.new_cache(1, len(ids))
+        for first in range(0, len(ids), block):
+            step.append_prompt_block(cache, ids[first : first + block], first)
+        caches.append([array.astype(np.float32) for array in (*cache.keys, *cache.values)])
+    assert any(not np.array_equal(first, second) for first, second in zip(*caches, strict=True))
     for first, second in zip(*caches, strict=True):
         assert np.sqrt(((first - second) ** 2).mean()) < 0.1 * first.std()
 

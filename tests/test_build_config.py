@@ -74,6 +74,15 @@ def test_the_longest_context_is_what_it_was_trained_for(variant: str, overrides:
             {"weight_only_precision": "w8a8", "weight_only_activations": "float32"},
             "weight_only_activations 'float32' w8a8 int4",
         ),
+        ({"prefill_precision": "int8"}, "prefill_precision 'int8' w8a8"),
+        (
+            {"prefill_precision": "w8a8", "weight_only_precision": "w8a8", "weight_only_activations": "int8"},
+            "prefill_precision 'w8a8' weight_only_precision",
+        ),
+        (
+            {"prefill_precision": "w8a8", "backend": "tensorrt", "dtype": "bfloat16"},
+            "prefill_precision 'w8a8' tensorrt bfloat16",
+        ),
         ({"weight_only_activations": "int8"}, "weight_only_precision None weight_only_activations 'int8'"),
     ],
 )

@@ -94,7 +94,7 @@ def test_config_json_has_tensorrt_llms_shape(build: Callable[..., Outcome], tmp_
     assert config["build_config"] == {
         "max_input_len": 64, "max_seq_len": 64, "max_batch_size": 8, "max_num_tokens": 16, "dtype": "float32",
         "weight_only_precision": None, "weight_only_activations": None, "backend": "onnxruntime",
-        "kv_cache_dtype": None, "max_beam_width": 1, "kv_cache_type": "continuous",
+        "kv_cache_dtype": None, "prefill_precision": None, "max_beam_width": 1, "kv_cache_type": "continuous",
     }  # fmt: skip
 
 

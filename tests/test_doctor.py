@@ -208,6 +208,11 @@ def test_the_precision_of_the_weights_is_named_with_that_of_the_activations() ->
         assert found.state == OK and found.found == f"int4, multiplied with activations in {activations}"
 
 
+def test_the_precision_of_prompts_is_named_where_it_is_another() -> None:
+    found = named(doctor.diagnose(engines.engine_dir("llama3", prefill_precision="w8a8")), "prompts")
+    assert found.state == OK and found.found == "all blocks but the last are multiplied in w8a8"
+
+
 def test_an_engine_whose_build_settings_do_not_hold(machine: Path, tmp_path: Path) -> None:
     plugin_config = {"multiple_profiles": True, "tokens_per_block": 64}
     found = checked(built_with(tmp_path / "engine", plugin_config, max_beam_width=4))

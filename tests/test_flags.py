@@ -32,7 +32,7 @@ CHUNKKV_FLAGS = tuple(
     )
 )
 OWN_FLAGS = ("overwrite", "backend", "dtype", "use_weight_only", "weight_only_precision")
-OWN_FLAGS += ("weight_only_activations", "kv_cache_dtype")
+OWN_FLAGS += ("weight_only_activations", "kv_cache_dtype", "prefill_precision")
 OWN_FLAGS += ("tensorrt", "compute_capability", "timing_cache", "chunkkv_ops")
 LAYERS, KV_HEADS = 3, 2  # of the llama3 checkpoint, whose context is 512
 
@@ -151,7 +151,7 @@ def test_every_setting_arrives_in_the_engine_as_given(cli: CommandLine, checkpoi
         "checkpoint_dir": checkpoint, "output_dir": tmp_path / "engine", "max_batch_size": 3, "max_input_len": 150,
         "max_seq_len": 200, "max_num_tokens": 40, "log_level": "error", "backend": "onnxruntime", "dtype": "float32",
         "use_weight_only": True, "weight_only_activations": "float32", "kv_cache_dtype": "float16",
-        "weight_only_precision": "int4", "chunkkv": True, "chunkkv_keep_ratio": 0.25,
+        "prefill_precision": "w8a8", "weight_only_precision": "int4", "chunkkv": True, "chunkkv_keep_ratio": 0.25,
         "chunkkv_max_keep_ratio": 0.75, "chunkkv_chunk_size": 7, "chunkkv_window": 9, "chunkkv_sinks": 2,
         "chunkkv_boundaries": "delimiter", "chunkkv_pooling": 5, "chunkkv_score": "logits", "chunkkv_leader": "first",
         "chunkkv_min_tokens": 33, "chunkkv_layer_reuse": "0-1,2",
@@ -162,7 +162,7 @@ def test_every_setting_arrives_in_the_engine_as_given(cli: CommandLine, checkpoi
     assert config["build_config"] == {
         "max_batch_size": 3, "max_input_len": 150, "max_seq_len": 200, "max_num_tokens": 40, "backend": "onnxruntime",
         "dtype": "float32", "weight_only_precision": "int4", "max_beam_width": 1, "kv_cache_type": "continuous",
-        "weight_only_activations": "float32", "kv_cache_dtype": "float16",
+        "weight_only_activations": "float32", "kv_cache_dtype": "float16", "prefill_precision": "w8a8",
     }  # fmt: skip
     assert config["chunkkv"] == {
         **ChunkKVSettings().to_dict(),
@@ -321,6 +321,7 @@ def test_a_value_out_of_range_is_named_with_what_is_allowed(
         ("dtype", "int8", "is not offered; allowed is auto or float32 or float16 or bfloat16"),
         ("weight_only_precision", "int2", "is not offered; allowed is int8 or int4 or w8a8"),
         ("weight_only_activations", "int4", "is not offered; allowed is int8 or float32"),
+        ("prefill_precision", "int8", "is not offered; allowed is w8a8"),
         ("log_level", "loud", "is not offered; allowed is error or warning or info or verbose or debug"),
     ],
 )

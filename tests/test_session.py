@@ -19,7 +19,8 @@ from support.messages import naming
 
 from chunkkv import ChunkKVSession, SamplingParams
 from chunkkv.errors import EngineMismatchError, EngineRunError, RequestError
-from chunkkv.executors.onnxruntime.prefill import OnnxRuntimePrefiller, block_sizes
+from chunkkv.executors.onnxruntime.prefill import OnnxRuntimePrefiller
+from chunkkv.executors.onnxruntime.prompt_blocks import block_sizes, text_blocks
 from chunkkv.sampling import Sampler, TokenChoice
 from chunkkv_builder import build as build_engine
 
@@ -48,6 +49,22 @@ def test_blocks_cover_the_prompt_and_the_last_holds_the_window(length: int, wind
     assert all(0 < size <= block for size in sizes)
     assert sizes[-1] >= min(window, length)
     assert len(sizes) == -(-length // block)
+
+
+@given(length=st.integers(1, 400), window=st.integers(0, 16), extra=st.integers(1, 30))
+def test_a_long_prompt_may_end_with_a_block_of_its_window_alone(length: int, window: int, extra: int) -> None:
+    block, end = window + extra, max(window, 1)
+    blocks = text_blocks(length, block, window, has_graph=True)
+    sizes = [one.stop - one.start for one in blocks]
+    assert sum(sizes) == length == blocks[-1].stop
+    assert all(0 < size <= block for size in sizes)
+    if length < end + 64:
+        assert sizes == block_sizes(length, block, window) and all(one.is_asked for one in blocks)
+        assert [one.is_last for one in blocks] == [False] * (len(blocks) - 1) + [True]
+    else:
+        assert sizes[-1] == end and len(sizes) == 1 - (end - length) // block
+        assert [one.is_asked for one in blocks] == [False] * (len(blocks) - 1) + [True]
+        assert [one.is_last for one in blocks] == [False] * (len(blocks) - 2) + [True, True]
 
 
 def test_rows_of_a_ragged_batch_equal_their_own_runs(session) -> None:

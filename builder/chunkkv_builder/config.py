@@ -16,6 +16,7 @@ KV_CACHE_DTYPES = ("float32", "float16", "int8")
 W8A8 = "w8a8"
 WEIGHT_ONLY_PRECISIONS = ("int8", "int4", W8A8)
 WEIGHT_ONLY_ACTIVATIONS = ("int8", "float32")
+PREFILL_PRECISIONS = (W8A8,)
 DEFAULT_WEIGHT_ONLY_PRECISION = "int8"
 # Decode is faster with it for int4, and ONNX Runtime has no fast product of int8 weights and float32 activations.
 DEFAULT_WEIGHT_ONLY_ACTIVATIONS = "int8"
@@ -54,6 +55,9 @@ class BuildConfig:
         "int8" rounds the inputs of those projections to 8 bits, which is faster; "float32" leaves them as they are,
         which "w8a8" cannot.
         Given exactly where weight_only_precision is.
+    prefill_precision : str or None, default None
+        "w8a8" stores the projections a second time, as weight_only_precision "w8a8" does, and multiplies with them in
+        all blocks of a prompt but the last. None multiplies with the weights of decode.
     backend : str, default "onnxruntime"
         The engine that runs it, one of chunkkv.engine.backends.BACKENDS.
     """
@@ -66,6 +70,7 @@ class BuildConfig:
     kv_cache_dtype: str | None = None
     weight_only_precision: str | None = None
     weight_only_activations: str | None = None
+    prefill_precision: str | None = None
     backend: str = DEFAULT_BACKEND
 
     def __post_init__(self) -> None:
@@ -110,6 +115,8 @@ class BuildConfig:
                 f"{self.weight_only_activations!r}; give both, or leave both away"
             )
 
+        self._check_prefill()
+
     @property
     def cache_dtype(self) -> str:
         """Number type of the KV cache."""
@@ -118,6 +125,19 @@ class BuildConfig:
     def _check_weight_only(self, name: str, allowed: tuple[str, ...]) -> None:
         if (value := getattr(self, name)) not in (None, *allowed):
             raise ConfigError(f"{name} is {value!r}; allowed is {' or '.join(allowed)}")
+
+    def _check_prefill(self) -> None:
+        self._check_weight_only("prefill_precision", PREFILL_PRECISIONS)
+        if self.prefill_precision and not TRAITS[self.backend].has_weight_only:
+            raise ConfigError(
+                f"prefill_precision is {self.prefill_precision!r}; backend {self.backend} multiplies in {self.dtype} "
+                "throughout: leave it away"
+            )
+        if self.prefill_precision and self.weight_only_precision == W8A8:
+            raise ConfigError(
+                f"prefill_precision is {self.prefill_precision!r}, and so is weight_only_precision, which holds for "
+                "prompts, too: leave one of them away"
+            )
 
     @classmethod
     def for_model(

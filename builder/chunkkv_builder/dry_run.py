@@ -42,6 +42,8 @@ def print_plan(plan: GraphPlan, build: BuildConfig, console: Console | None = No
     weights = f"weights {build.dtype}"
     if build.weight_only_precision:
         weights = f"weights {build.weight_only_precision} times activations {build.weight_only_activations}"
+    if build.prefill_precision:
+        weights += f", prompts in {build.prefill_precision}"
     console.print(
         f"{model.architecture}: {model.num_layers} layers, {model.num_kv_heads} KV heads of {model.head_dim}, "
         f"{human_bytes(plan.kv_bytes_per_token(build.cache_dtype))} of KV cache per token"

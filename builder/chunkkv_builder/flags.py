@@ -154,6 +154,7 @@ def _parser() -> BuildParser:
         help=f"number type of weights and KV cache; default: auto = {_auto_dtypes()}",
     )
     _add_stored_types(build)
+    _add_prefill_precision(build)
     _add_tensorrt(parser)
     _add_output(parser)
     add_chunkkv(parser)
@@ -183,6 +184,17 @@ def _add_stored_types(build: argparse._ArgumentGroup) -> None:
         choices=config.WEIGHT_ONLY_ACTIVATIONS,
         help="number type of what those weights are multiplied with: int8 rounds it, float32 does not and is slower, "
         f"much slower for int8 weights; default: {config.DEFAULT_WEIGHT_ONLY_ACTIVATIONS}",
+    )
+
+
+def _add_prefill_precision(build: argparse._ArgumentGroup) -> None:
+    """Add the flag for weights that only the blocks of a prompt are multiplied with."""
+    build.add_argument(
+        "--prefill_precision",
+        choices=config.PREFILL_PRECISIONS,
+        help="number type in which all blocks of a prompt but the last are multiplied, for backend onnxruntime: w8a8 "
+        "stores the projections a second time, in 8 bits with a scale for each output, which reads long prompts "
+        "faster and takes their memory; answers keep the weights of the other flags; default: those, too",
     )
 
 

@@ -26,7 +26,7 @@ from chunkkv_builder.progress import Progress
 _OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json", "spiece.model")  # files that only transformers can convert
 _LIMITS = (
     *("max_input_len", "max_seq_len", "max_batch_size", "max_num_tokens"),
-    *("kv_cache_dtype", "weight_only_precision", "weight_only_activations"),
+    *("kv_cache_dtype", "weight_only_precision", "weight_only_activations", "prefill_precision"),
 )
 
 

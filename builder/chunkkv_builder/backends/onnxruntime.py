@@ -11,7 +11,7 @@ import onnx
 
 from chunkkv.cache_scales import CacheScales
 from chunkkv.engine.backends import ONNXRUNTIME
-from chunkkv.engine.directory import COMPRESS_FILE, GIVEN_FILE, REREAD_FILE, STEP_FILE
+from chunkkv.engine.directory import COMPRESS_FILE, GIVEN_FILE, PREFILL_BLOCKS_FILE, REREAD_FILE, STEP_FILE
 from chunkkv.errors import ConfigError
 from chunkkv.text.tokenizer import Tokenizer
 from chunkkv_builder.backends.graph_build import GraphBuild, plan_graphs
@@ -21,6 +21,8 @@ from chunkkv_builder.onnx_graph.compress import compress_graph
 from chunkkv_builder.onnx_graph.fused_step import FusedStepGraph
 from chunkkv_builder.onnx_graph.merged_weights import with_merged_projections
 from chunkkv_builder.onnx_graph.packed_weights import packing_report, weight_sources
+from chunkkv_builder.onnx_graph.prefill_blocks import PrefillBlocksGraph
+from chunkkv_builder.onnx_graph.projections import CHANNEL_SCALES_SUFFIX, CHANNELS_SUFFIX
 from chunkkv_builder.onnx_graph.reread import reread_graph
 from chunkkv_builder.onnx_graph.rotary_tables import rotary_tables
 from chunkkv_builder.onnx_graph.weights import WeightLocation, WeightSource, write_weights
@@ -32,23 +34,27 @@ HEAD_DIM_STEP = 8  # of GroupQueryAttention
 
 
 def step_weights(
-    checkpoint: Checkpoint, precision: str | None, positions: int, cache_dtype: str = "float32"
+    checkpoint: Checkpoint,
+    precision: str | None,
+    positions: int,
+    cache_dtype: str = "float32",
+    prefill_precision: str | None = None,
 ) -> list[WeightSource]:
-    """Return every tensor of a step graph.
+    """Return every tensor of a step graph, and of the graph for a prompt's blocks where `prefill_precision` is given.
 
     Parameters
     ----------
     checkpoint : Checkpoint
         The model.
-    precision : str or None
-        As weight_sources takes it.
+    precision, prefill_precision : str or None
+        As weight_sources takes them.
     positions : int
         Positions that the engine has.
     cache_dtype : str, default "float32"
         Type of the KV cache. Attention over another one would rotate in that type, and gets no tables for it.
     """
     tables = rotary_tables(checkpoint.config, positions) if cache_dtype == "float32" else []
-    return [*with_merged_projections(weight_sources(checkpoint, precision)), *tables]
+    return [*with_merged_projections(weight_sources(checkpoint, precision, prefill_precision)), *tables]
 
 
 def compression_graphs(
@@ -89,14 +95,18 @@ class OnnxRuntimeBackend:
         """Write weights, graphs and config.json to `folder`; return the version of onnx."""
         precision = planned.limits.weight_only_precision
         cache_dtype = planned.limits.cache_dtype
-        sources = step_weights(planned.checkpoint, precision, planned.limits.max_seq_len, cache_dtype)
+        prefill = planned.limits.prefill_precision
+        sources = step_weights(planned.checkpoint, precision, planned.limits.max_seq_len, cache_dtype, prefill)
         progress.stage("weights", len(sources))
-        locations = write_weights(folder / WEIGHTS_FILE, sources, progress.advance)
+        stored = write_weights(folder / WEIGHTS_FILE, sources, progress.advance)
+        locations = stored if prefill is None else _without_channels(stored)
         for line in packing_report(planned.checkpoint, precision):
             progress.info(line)
         activations = planned.limits.weight_only_activations
         scales = _cache_scales(planned, locations, folder, progress) if cache_dtype == "int8" else None
         graphs = {STEP_FILE: FusedStepGraph(planned.plan, locations, activations, cache_dtype, scales).build()}
+        if prefill is not None:
+            graphs[PREFILL_BLOCKS_FILE] = PrefillBlocksGraph(planned.plan, stored, cache_dtype, scales).build()
         if planned.plan.settings is not None:
             graphs |= compression_graphs(planned.plan, cache_dtype, scales)
         progress.stage("graphs", len(graphs))
@@ -106,6 +116,12 @@ class OnnxRuntimeBackend:
             progress.advance()
         planned.write_config(folder)
         return Built({"onnx": onnx.__version__})
+
+
+def _without_channels(locations: Mapping[str, WeightLocation]) -> dict[str, WeightLocation]:
+    """Return where the tensors of the step graph lie: without those of a prompt's blocks."""
+    only_prefill = (CHANNELS_SUFFIX, CHANNEL_SCALES_SUFFIX)
+    return {name: place for name, place in locations.items() if not name.endswith(only_prefill)}
 
 
 def _cache_scales(

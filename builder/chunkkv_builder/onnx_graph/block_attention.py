@@ -2,26 +2,30 @@
 
 ONNX Runtime's own attention multiplies in float32 only, and is the larger part of a long prefill. Here queries and keys
 are rounded to 8 bits: keys with a scale for each channel of a head, queries with one for all heads that read the same
-keys. Probabilities and values stay float32, because most probabilities are far smaller than the largest one. Scores
-exist for one query head at a time, so that they stay in the processor's cache.
+keys. A cache of 8 bits holds such keys already. Probabilities and values are multiplied in float32, because most
+probabilities are far smaller than the largest one. Scores exist for one query head at a time, so that they stay in the
+processor's cache.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from onnx import TensorProto
 
+from chunkkv.cache_scales import HIGHEST, LOWEST
 from chunkkv_builder.onnx_graph.emitter import NodeEmitter
 from chunkkv_builder.onnx_graph.projections import CONTRIB, SMALLEST_SCALE, ZERO_CODE
 from chunkkv_builder.onnx_graph.quantize import LARGEST_CODE
 
-_INT64 = TensorProto.INT64
+_FLOAT, _INT8, _INT64 = TensorProto.FLOAT, TensorProto.INT8, TensorProto.INT64
 _END = np.iinfo(np.int64).max  # of a slice: to the last
 _HIDDEN = -1e30  # added to the score of a token that comes later
 
 
 class BlockAttention:
-    """Emits the attention of one row's block over one part of the cache.
+    """Emits the attention of one row's block over one part of a float32 cache.
 
     Parameters
     ----------
@@ -44,16 +48,8 @@ class BlockAttention:
         slot.
         """
         e = self._e
-        self._total = e.op("Add", [e.op("Cast", [last], to=_INT64), e.ints(1)])
-        self._block = e.dim(qkv[0], 1)
-        self._before = e.op("Sub", [self._total, self._block])
-        query, key, value = (
-            self._heads_first(of, count)
-            for of, count in zip(qkv, (self._query_heads, self._kv_heads, self._kv_heads), strict=True)
-        )
-        places = self._places()
-        caches = [e.op("ScatterND", [old, places, new]) for old, new in zip(past, (key, value), strict=True)]
-        hidden = self._hidden()
+        caches = self.store(qkv[1:], past, last)
+        query, hidden = self._heads_first(qkv[0], self._query_heads), self._hidden()
         mixed = []
         for head in range(self._kv_heads):
             keys, values = (self._of_head(cache, head) for cache in caches)
@@ -61,6 +57,26 @@ class BlockAttention:
         tokens_first = e.op("Transpose", [e.op("Concat", mixed, axis=0)], perm=[1, 0, 2])
         joined = e.op("Reshape", [tokens_first, e.ints(1, -1, self._query_heads * self._head_dim)])
         return joined, caches[0], caches[1]
+
+    def store(
+        self, new: Sequence[str], past: Sequence[str], last: str, names: Sequence[str | None] = (None, None)
+    ) -> list[str]:
+        """Return the caches of keys and values with those of the block, `new` [1,S,Hkv*D] each, in them; see emit.
+
+        `names` are what the caches are called, None for names of their own.
+        """
+        e = self._e
+        self._total = e.op("Add", [e.op("Cast", [last], to=_INT64), e.ints(1)])
+        self._block = e.dim(new[0], 1)
+        self._before = e.op("Sub", [self._total, self._block])
+        outputs = [None if name is None else [name] for name in names]
+        return self._stored([self._heads_first(values, self._kv_heads) for values in new], past, outputs)
+
+    def _stored(self, new: Sequence[str], past: Sequence[str], outputs: Sequence[list[str] | None]) -> list[str]:
+        """Return `past` with the block's keys and values, `new` [1,Hkv,S,D] each, in it; `outputs` are its names."""
+        places = self._places()
+        pairs = zip(past, new, outputs, strict=True)
+        return [self._e.op("ScatterND", [old, places, values], output) for old, values, output in pairs]
 
     def _heads_first(self, value: str, heads: int) -> str:
         """[1,S,H*D] to [1,H,S,D]."""
@@ -94,10 +110,8 @@ class BlockAttention:
     def _mix(self, query: str, key: str, value: str, head: int, hidden: str) -> list[str]:
         """Return the attention [1,S,D] of each query head that reads a KV head's keys and values [T,D]."""
         e, group = self._e, self._query_heads // self._kv_heads
-        by_channel = e.op("Transpose", [key], perm=[1, 0])
-        key_scales = self._scale_of(by_channel, e.ints(1))
-        zeros = e.const(np.zeros(self._head_dim), "int8")
-        codes = e.op("QuantizeLinear", [by_channel, key_scales, zeros], axis=0)
+        codes, key_scales = self._key_codes(key, head)
+        value = self._float_values(value, head)
         before = e.op("Slice", [codes, e.ints(0), self._before, e.ints(1)])
         own = e.op("Slice", [codes, self._before, e.ints(_END), e.ints(1)])
         queries = e.op("Slice", [query, e.ints(head * group), e.ints((head + 1) * group), e.ints(1)])
@@ -114,6 +128,18 @@ class BlockAttention:
             mixed.append(e.op("Unsqueeze", [e.op("MatMul", [probabilities, value]), e.ints(0)]))
         return mixed
 
+    def _key_codes(self, key: str, head: int) -> tuple[str, str]:
+        """Return the keys [T,D] of a head as codes [D,T] of 8 bits, and their scales [D]."""
+        e = self._e
+        by_channel = e.op("Transpose", [key], perm=[1, 0])
+        scales = self._scale_of(by_channel, e.ints(1))
+        zeros = e.const(np.zeros(self._head_dim), "int8")
+        return e.op("QuantizeLinear", [by_channel, scales, zeros], axis=0), scales
+
+    def _float_values(self, value: str, head: int) -> str:
+        """Return the values [T,D] of a head in float32."""
+        return value
+
     def _scale_of(self, values: str, axes: str | None) -> str:
         """Return the scales of 8-bit codes of `values`, whose largest magnitudes are taken along `axes` or all."""
         e = self._e
@@ -123,3 +149,48 @@ class BlockAttention:
     def _product(self, queries: str, scale: str, codes: str) -> str:
         inputs = [queries, codes, scale, self._e.scalar(1.0), self._e.const(ZERO_CODE, "uint8")]
         return self._e.op("MatMulIntegerToFloat", inputs, domain=CONTRIB)
+
+
+class EightBitBlockAttention(BlockAttention):
+    """Emits the attention of one row's block over one part of a cache of 8 bits.
+
+    The block's own keys and values are read as the cache holds them.
+
+    Parameters
+    ----------
+    e, query_heads, kv_heads, head_dim, scale
+        As BlockAttention takes them.
+    scales : sequence of str
+        What the numbers of keys and of values are multiplied with, [1,Hkv,1,D] each.
+    """
+
+    def __init__(
+        self, e: NodeEmitter, query_heads: int, kv_heads: int, head_dim: int, scale: float, scales: Sequence[str]
+    ) -> None:
+        super().__init__(e, query_heads, kv_heads, head_dim, scale)
+        self._scales = scales
+
+    def _stored(self, new: Sequence[str], past: Sequence[str], outputs: Sequence[list[str] | None]) -> list[str]:
+        e, stored = self._e, []
+        for values, old, output, scale in zip(new, past, outputs, self._scales, strict=True):
+            numbers = e.op("Cast", [whole_numbers(e, values, scale)], to=_INT8)
+            stored.append(e.op("TensorScatter", [old, numbers, self._before], output, axis=2))
+        return stored
+
+    def _key_codes(self, key: str, head: int) -> tuple[str, str]:
+        return self._e.op("Transpose", [key], perm=[1, 0]), self._scales_of_head(0, head)
+
+    def _float_values(self, value: str, head: int) -> str:
+        e = self._e
+        return e.op("Mul", [e.op("Cast", [value], to=_FLOAT), self._scales_of_head(1, head)])
+
+    def _scales_of_head(self, kind: int, head: int) -> str:
+        """Return the scales [D] of a head's keys, or of its values where `kind` is 1."""
+        of_head = self._e.op("Gather", [self._scales[kind], self._e.const(head, "int64")], axis=1)
+        return self._e.op("Reshape", [of_head, self._e.ints(-1)])
+
+
+def whole_numbers(e: NodeEmitter, values: str, scale: str) -> str:
+    """Return what a cache of 8 bits holds of `values`, as float32."""
+    rounded = e.op("Round", [e.op("Div", [values, scale])])
+    return e.op("Clip", [rounded, *(e.scalar(limit) for limit in (LOWEST, HIGHEST))])

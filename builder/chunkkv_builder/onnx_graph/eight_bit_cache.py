@@ -1,7 +1,8 @@
 """Attention over a KV cache of 8 bits: whole numbers in the cache, and a scale for each channel of each head beside it.
 
 ONNX Runtime's attention reads such a cache at once where a row has one new token. Over a block of several it takes
-three times as long as over float32, so there the cache of this one part becomes float32 while the block attends.
+three times as long as over float32, so there the cache of this one part becomes float32 while the block attends. Graphs
+that multiply whole numbers read it as it is over long blocks, too, with EightBitBlockAttention.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any
 
 import onnx
 
-from chunkkv.cache_scales import HIGHEST, LOWEST, CacheScales
+from chunkkv.cache_scales import CacheScales
+from chunkkv_builder.onnx_graph.block_attention import EightBitBlockAttention, whole_numbers
 from chunkkv_builder.onnx_graph.emitter import GraphEmitter, NodeEmitter
 from chunkkv_builder.onnx_graph.projections import CONTRIB
 
@@ -37,12 +39,15 @@ class BlockPlace:
         Slots that are filled before this block, [B] int64.
     is_single : str
         Whether each row has one new token, bool.
+    is_short : str or None
+        Whether the block or the cache is too short for EightBitBlockAttention, bool; None for graphs without it.
     """
 
     last: str
     total: str
     filled: str
     is_single: str
+    is_short: str | None
 
 
 @dataclass(frozen=True)
@@ -108,18 +113,38 @@ class EightBitPart:
     def _block(
         self, prefix: str, qkv: Sequence[str], past: Sequence[str], scales: Sequence[str], place: BlockPlace
     ) -> onnx.GraphProto:
-        """Return the branch for several new tokens of one row.
+        """Return the branch for several new tokens of one row."""
+        if place.is_short is None:
+            return self._over_floats(prefix, qkv, past, scales, place)
+        e, given = NodeEmitter(prefix), (qkv, past, scales, place)
+        outputs = [f"{prefix}either/{name}" for name in ("output", *KINDS)]
+        branches = self._over_floats(f"{prefix}short/", *given), self._over_codes(f"{prefix}long/", *given)
+        e.op("If", [place.is_short], outputs, name=f"{prefix}either", then_branch=branches[0], else_branch=branches[1])
+        return self._graph(e, outputs)
 
-        They attend to their own keys and values as the cache holds them: what is read does not depend on how a prompt
-        is cut into blocks.
+    def _over_codes(
+        self, prefix: str, qkv: Sequence[str], past: Sequence[str], scales: Sequence[str], place: BlockPlace
+    ) -> onnx.GraphProto:
+        """Return the branch for long blocks, in which queries meet the cache's own whole numbers."""
+        e = NodeEmitter(prefix)
+        scale = self.attributes.get("scale", self.head_dim**-0.5)
+        attention = EightBitBlockAttention(e, self.query_heads, self.kv_heads, self.head_dim, scale, scales)
+        return self._graph(e, attention.emit((qkv[0], qkv[1], qkv[2]), list(past), place.last))
+
+    def _over_floats(
+        self, prefix: str, qkv: Sequence[str], past: Sequence[str], scales: Sequence[str], place: BlockPlace
+    ) -> onnx.GraphProto:
+        """Return the branch in which ONNX Runtime's attention meets the cache turned into float32.
+
+        New tokens attend to their own keys and values as the cache holds them: what is read does not depend on how a
+        prompt is cut into blocks.
         """
         e = NodeEmitter(prefix)
         new, read, stored = [], [], []
         to_heads, flat = e.ints(0, 0, self.kv_heads, self.head_dim), e.ints(0, 0, self.kv_heads * self.head_dim)
         for values, cached, scale in zip(qkv[1:], past, scales, strict=True):
             by_head = e.op("Transpose", [e.op("Reshape", [values, to_heads])], perm=[0, 2, 1, 3])
-            whole = e.op("Round", [e.op("Div", [by_head, scale])])
-            whole = e.op("Clip", [whole, *(e.scalar(limit) for limit in (LOWEST, HIGHEST))])
+            whole = whole_numbers(e, by_head, scale)
             rounded = e.op("Transpose", [e.op("Mul", [whole, scale])], perm=[0, 2, 1, 3])
             new.append(e.op("Reshape", [rounded, flat]))
             before = e.op("Slice", [cached, e.ints(0), place.filled, e.ints(2)])

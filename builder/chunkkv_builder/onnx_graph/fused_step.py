@@ -68,7 +68,7 @@ class FusedStepGraph(StepGraph):
         self._observed: list[tuple[PartPlan, str]] = []
         multiplies_whole_numbers = any(name.endswith(CHANNELS_SUFFIX) for name in weights)
         self._has_block_attention = (
-            multiplies_whole_numbers and cache_dtype == self.dtype and plan.model.attention_soft_cap is None
+            multiplies_whole_numbers and cache_dtype in (self.dtype, "int8") and plan.model.attention_soft_cap is None
         )
 
     def _model(self) -> onnx.ModelProto:
@@ -95,8 +95,11 @@ class FusedStepGraph(StepGraph):
             }
         if self._scales is not None:
             is_single, filled = e.op("Equal", [block, e.const(1, "int32")]), e.op("Cast", [lengths], to=_INT64)
+            is_short = self._is_short if self._has_block_attention else {}
             self._places = {
-                number: BlockPlace(*self.lengths[number], self._of_class(filled, number), is_single)
+                number: BlockPlace(
+                    *self.lengths[number], self._of_class(filled, number), is_single, is_short.get(number)
+                )
                 for number in classes
             }
 
@@ -106,15 +109,23 @@ class FusedStepGraph(StepGraph):
             super()._rotation(positions)
 
     def _layers(self, hidden: str) -> str:
+        hidden, normed = self._before_last(hidden)
+        return self.e.op("Add", [*self._layer(self.plan.layers[-1], hidden, normed)])
+
+    def _before_last(self, hidden: str) -> tuple[str, str]:
+        """Run all layers but the last over the embeddings; return the residual stream, and its norm for the last."""
         normed = self._norm("model.layers.0.input_layernorm.weight", hidden)
-        for layer in self.plan.layers:
-            prefix, following = f"model.layers.{layer.index}", f"model.layers.{layer.index + 1}"
-            mixed = self._addend(self._attention(layer, normed), f"{prefix}.post_attention_layernorm.weight")
-            hidden, normed = self._add_and_norm(hidden, mixed, self._norm_before_mlp(prefix))
-            inner = self._addend(self._mlp(prefix, normed), f"{prefix}.post_feedforward_layernorm.weight")
-            if layer is not self.plan.layers[-1]:
-                hidden, normed = self._add_and_norm(hidden, inner, f"{following}.input_layernorm.weight")
-        return self.e.op("Add", [hidden, inner])
+        for layer, following in zip(self.plan.layers, self.plan.layers[1:], strict=False):
+            norm = f"model.layers.{following.index}.input_layernorm.weight"
+            hidden, normed = self._add_and_norm(*self._layer(layer, hidden, normed), norm)
+        return hidden, normed
+
+    def _layer(self, layer: LayerPlan, hidden: str, normed: str) -> tuple[str, str]:
+        """Run one layer; return the residual stream before its MLP, and what the MLP adds to it."""
+        prefix = f"model.layers.{layer.index}"
+        mixed = self._addend(self._attention(layer, normed), f"{prefix}.post_attention_layernorm.weight")
+        hidden, normed = self._add_and_norm(hidden, mixed, self._norm_before_mlp(prefix))
+        return hidden, self._addend(self._mlp(prefix, normed), f"{prefix}.post_feedforward_layernorm.weight")
 
     def _add_and_norm(self, hidden: str, addend: str, norm: str) -> tuple[str, str]:
         """Return the sum of both, and that sum normalised."""
@@ -130,17 +141,19 @@ class FusedStepGraph(StepGraph):
         return added, normed
 
     def _attention(self, layer: LayerPlan, normed: str) -> str:
+        e, prefix = self.e, f"model.layers.{layer.index}.self_attn"
+        flat = e.ints(-1, self.model.num_heads * self.model.head_dim)
+        return self._project.emit(f"{prefix}.o_proj", e.op("Reshape", [self._mixed(layer, normed), flat]))
+
+    def _mixed(self, layer: LayerPlan, normed: str) -> str:
+        """Return a layer's attention [B,S,Hq*D] before its last projection."""
         e, model, prefix = self.e, self.model, f"model.layers.{layer.index}.self_attn"
         parts = self.plan.parts_of(layer.index)
         qkv = e.op("Reshape", [self._project.emit(f"{prefix}.{MERGED}", normed), self.rows])
         is_ready = self._rotates_inside or self._rotation_of(layer.index) == UNROTATED
         if is_ready and self._scales is None and len(parts) == 1 and not model.qk_norm:
-            mixed = self._attend_part(parts[0], [qkv, "", ""])
-        else:
-            mixed = self._attend_parts(parts, self._apart(layer, qkv), axis=2, width=model.head_dim)
-        return self._project.emit(
-            f"{prefix}.o_proj", e.op("Reshape", [mixed, e.ints(-1, model.num_heads * model.head_dim)])
-        )
+            return self._attend_part(parts[0], [qkv, "", ""])
+        return self._attend_parts(parts, self._apart(layer, qkv), axis=2, width=model.head_dim)
 
     def _apart(self, layer: LayerPlan, qkv: str) -> tuple[str, str, str]:
         """Return query, key and value [B,S,H*D] of `qkv`, ready for the attention."""

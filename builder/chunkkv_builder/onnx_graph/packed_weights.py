@@ -26,7 +26,9 @@ _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 _Parts = tuple[np.ndarray, ...]
 
 
-def weight_sources(checkpoint: Checkpoint, weight_only_precision: str | None = None) -> list[WeightSource]:
+def weight_sources(
+    checkpoint: Checkpoint, weight_only_precision: str | None = None, prefill_precision: str | None = None
+) -> list[WeightSource]:
     """Return every tensor of the engine, in layer order.
 
     Parameters
@@ -37,6 +39,8 @@ def weight_sources(checkpoint: Checkpoint, weight_only_precision: str | None = N
         "int8" or "int4" packs the projections, the embedding table and the head; None keeps them float32. Blocks that
         the checkpoint has already are packed as they are. "w8a8" rounds the projections to 8 bits with a scale for each
         output, and packs the table and the head. Norms and biases always stay float32.
+    prefill_precision : str or None, default None
+        "w8a8" stores the projections a second time, as "w8a8" does, for the blocks of a prompt.
     """
     sources = []
     for name in checkpoint.names():
@@ -46,6 +50,8 @@ def weight_sources(checkpoint: Checkpoint, weight_only_precision: str | None = N
             sources += _by_channel(checkpoint, name)
         else:
             sources.append(WeightSource(name, checkpoint.shape(name), "float32", partial(_float32, checkpoint, name)))
+        if prefill_precision == quantize.W8A8 and name.endswith(_PROJECTIONS):
+            sources += _by_channel(checkpoint, name)
     return sources
 
 

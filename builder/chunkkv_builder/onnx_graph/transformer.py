@@ -54,6 +54,7 @@ class StepGraph:
         Type in which inputs are multiplied with packed weights, as Projections takes it.
     """
 
+    gives_logits = True  # whether the graph has the input logit_indices and the output logits
     lengths: dict[int, tuple[str, str]]  # what attention needs of each length class
 
     def __init__(
@@ -87,13 +88,15 @@ class StepGraph:
         ids = e.input("input_ids", "int64", ["batch", "block"])
         positions = e.input("position_ids", "int64", ["batch", "block"])
         lengths = e.input("cache_lengths", "int32", [self.plan.layout.length_classes, "batch"])
-        places = e.input("logit_indices", "int64", ["batch", "logit_count"])
+        places = e.input("logit_indices", "int64", ["batch", "logit_count"]) if self.gives_logits else ""
         if self._keeps_queries and any(part.scores for part in self.plan.parts):
             self._observe(e.input("query_count", "int64", [1]))
         self.rows = e.op("Concat", [e.dim("input_ids", 0), e.dim("input_ids", 1), e.ints(-1)], axis=0)
         self._cache_inputs(lengths)
         self._rotation(positions)
-        self._logits(self._layers(self._embed(ids)), places)
+        hidden = self._layers(self._embed(ids))
+        if self.gives_logits:
+            self._logits(hidden, places)
         return self._model()
 
     def _model(self) -> onnx.ModelProto:

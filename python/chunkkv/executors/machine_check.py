@@ -37,6 +37,8 @@ def check_engine(files: EngineFiles) -> list[Finding]:
     if precision := files.build.get("weight_only_precision"):
         activations = files.build.get("weight_only_activations", "int8")  # the only one before the flag
         findings.append(Finding.ok("weights", f"{precision}, multiplied with activations in {activations}"))
+    if precision := files.build.get("prefill_precision"):
+        findings.append(Finding.ok("prompts", f"all blocks but the last are multiplied in {precision}"))
     if cache_dtype := files.build.get("kv_cache_dtype"):
         findings.append(Finding.ok("KV cache", f"in {cache_dtype}"))
     findings += _versions(files)

@@ -12,7 +12,7 @@ from chunkkv.cache_layout import Slots
 from chunkkv.executors.host_cache import HostKVCache
 from chunkkv.executors.interface import CancelSignal, PrefillProgress, PrefillResult, no_progress
 from chunkkv.executors.onnxruntime.graphs import OnnxRuntimeStep
-from chunkkv.executors.onnxruntime.prefill import OnnxRuntimePrefiller, block_sizes
+from chunkkv.executors.onnxruntime.prefill import OnnxRuntimePrefiller
 from chunkkv.requests import Request
 
 
@@ -27,13 +27,11 @@ class OnnxRuntimeContinuer:
         Compresses a text.
     block : int
         The largest block, in tokens.
-    window : int
-        The observation window in tokens, at most `block`.
     """
 
-    def __init__(self, step: OnnxRuntimeStep, prefiller: OnnxRuntimePrefiller, block: int, window: int) -> None:
+    def __init__(self, step: OnnxRuntimeStep, prefiller: OnnxRuntimePrefiller, block: int) -> None:
         self.block = block
-        self._step, self._prefiller, self._window = step, prefiller, window
+        self._step, self._prefiller = step, prefiller
 
     def copy(self, source: HostKVCache, slots: Sequence[int], out: HostKVCache) -> None:
         """Copy the filled slots of `source` to the first slots of `out`."""
@@ -65,12 +63,15 @@ class OnnxRuntimeContinuer:
         queries: dict[int, np.ndarray] = {}
         done = 0
         with profiling.range_of("prefill", (request,)):
-            for size in block_sizes(length, self.block, self._window):
+            for block in self._prefiller.text_blocks(length):
                 if cancel.is_set():
                     return PrefillResult(None)
-                ids = request.ids[done : done + size]
-                logits, queries = self._step.append_block(row, ids, _plus(slots, done), position + done)
-                done += size
+                ids, place = request.ids[block.start : block.stop], (_plus(slots, done), position + done)
+                if block.is_asked:
+                    logits, queries = self._step.append_block(row, ids, *place)
+                else:
+                    self._prefiller.append_unasked(row, ids, *place, block.is_last)
+                done = block.stop
                 progress(done, total)
             scores: dict[int, np.ndarray] = {}
             if request.reread:

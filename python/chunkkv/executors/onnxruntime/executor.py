@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime as ort
 
 from chunkkv.cache_layout import CacheLayout, Slots
-from chunkkv.engine.directory import COMPRESS_FILE, STEP_FILE
+from chunkkv.engine.directory import COMPRESS_FILE, PREFILL_BLOCKS_FILE, STEP_FILE
 from chunkkv.errors import EngineMismatchError
 from chunkkv.executors.elastic_cache import ElasticHostKVCache, elastic_cache
 from chunkkv.executors.host_cache import HostKVCache
@@ -24,6 +24,7 @@ from chunkkv.executors.onnxruntime.graphs import OnnxRuntimeCompress, OnnxRuntim
 from chunkkv.executors.onnxruntime.head_lengths import HeadLengthsScorer
 from chunkkv.executors.onnxruntime.layer_lengths import LayerLengthsDecoder, load_layer_lengths_graph
 from chunkkv.executors.onnxruntime.prefill import OnnxRuntimePrefiller
+from chunkkv.executors.onnxruntime.prompt_blocks import PromptBlocksGraph
 from chunkkv.executors.onnxruntime.rereading import OnnxRuntimeReread
 from chunkkv.settings import ChunkKVSettings
 
@@ -65,6 +66,8 @@ class OnnxRuntimeExecutor(Executor[HostKVCache]):
         self._window = settings.window if settings else 0
         self.step = OnnxRuntimeStep(engine_dir / STEP_FILE, settings, threads or 0)
         self.compress = OnnxRuntimeCompress(engine_dir / COMPRESS_FILE, settings, threads or 0) if settings else None
+        prompt_blocks = engine_dir / PREFILL_BLOCKS_FILE
+        self._prompt_blocks = PromptBlocksGraph(prompt_blocks, self.step) if prompt_blocks.is_file() else None
         self._reread: OnnxRuntimeReread | None = None
         self._layer_lengths_graph: ort.InferenceSession | None = None
         self._lock = threading.Lock()
@@ -95,7 +98,8 @@ class OnnxRuntimeExecutor(Executor[HostKVCache]):
 
     def prefiller(self) -> OnnxRuntimePrefiller:
         """Return what prefills the prompts of one call, block by block."""
-        return OnnxRuntimePrefiller(self.step, self.compress, self._block, self._window or 1, self.reread)
+        window = self._window or 1
+        return OnnxRuntimePrefiller(self.step, self.compress, self._block, window, self.reread, self._prompt_blocks)
 
     def reread(self) -> OnnxRuntimeReread:
         """Return what scores prompts by reading them again; raises EngineMismatchError for engines without ChunkKV."""
@@ -112,7 +116,7 @@ class OnnxRuntimeExecutor(Executor[HostKVCache]):
 
     def continuer(self) -> OnnxRuntimeContinuer:
         """Return what goes on with filled rows."""
-        return OnnxRuntimeContinuer(self.step, self.prefiller(), self._block, self._window or 1)
+        return OnnxRuntimeContinuer(self.step, self.prefiller(), self._block)
 
     def decoder(self, cache: HostKVCache) -> OnnxRuntimeDecoder:
         """Return what appends tokens to the rows of `cache`."""

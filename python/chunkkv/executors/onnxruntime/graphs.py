@@ -266,22 +266,31 @@ def check_eight_bit_cache(engine_dir: Path) -> None:
         )
 
 
-def session_options(threads: int) -> ort.SessionOptions:
-    """Return the options of every graph; `threads` are intra-op threads, 0 leaves the number to ONNX Runtime."""
+def session_options(threads: int, repacks: bool = True) -> ort.SessionOptions:
+    """Return the options of a graph; `threads` are intra-op threads, 0 leaves the number to ONNX Runtime.
+
+    Without `repacks` weights are read as the file has them: products of many rows are a little slower, and no copy of
+    the weights is made.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     if products_overflow():  # it stores weights unsigned, for which there is no fast kernel
         options.add_session_config_entry("session.x64quantprecision", "1")
+    if not repacks:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     options.enable_mem_pattern = False  # a plan per prompt length would be made, kept, and hardly met again
     return options
 
 
-def load_graph(path: Path, threads: int) -> ort.InferenceSession:
-    """Return the graph in `path`, ready to run on the CPU; raises EngineError for one that does not load."""
+def load_graph(path: Path, threads: int, repacks: bool = True) -> ort.InferenceSession:
+    """Return the graph in `path`, ready to run on the CPU; raises EngineError for one that does not load.
+
+    `threads` and `repacks` are those of session_options.
+    """
     try:
-        return ort.InferenceSession(str(path), session_options(threads), providers=CPU)
+        return ort.InferenceSession(str(path), session_options(threads, repacks), providers=CPU)
     except Exception as error:  # ONNX Runtime's own classes share no base but this one
         raise EngineError(
             f"{path} does not load in ONNX Runtime {ort.__version__} ({str(error).splitlines()[0]}); "

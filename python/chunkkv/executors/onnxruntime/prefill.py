@@ -12,6 +12,7 @@ from chunkkv.errors import EngineMismatchError
 from chunkkv.executors.host_cache import HostKVCache
 from chunkkv.executors.interface import CancelSignal, Choice, Prefiller, PrefillProgress, PrefillResult, no_progress
 from chunkkv.executors.onnxruntime.graphs import OnnxRuntimeCompress, OnnxRuntimeStep
+from chunkkv.executors.onnxruntime.prompt_blocks import PromptBlocksGraph, TextBlock, text_blocks
 from chunkkv.executors.onnxruntime.rereading import OnnxRuntimeReread
 from chunkkv.requests import Request
 from chunkkv.rereading import Piece
@@ -32,6 +33,8 @@ class OnnxRuntimePrefiller(Prefiller[HostKVCache]):
         The observation window in tokens, at most `block`: the last block of a prompt holds at least as many.
     reread : callable
         Returns what scores by a second reading; called where a request asks for it.
+    prompt_blocks : PromptBlocksGraph or None, default None
+        Appends all blocks of a prompt but the last; None leaves them to `step`.
     """
 
     max_rows = 1
@@ -43,9 +46,10 @@ class OnnxRuntimePrefiller(Prefiller[HostKVCache]):
         block: int,
         window: int,
         reread: Callable[[], OnnxRuntimeReread],
+        prompt_blocks: PromptBlocksGraph | None = None,
     ) -> None:
         self._step, self._compress_graph, self._block, self._window = step, compress_graph, block, window
-        self._reread = reread
+        self._reread, self._prompt_blocks = reread, prompt_blocks
         self._full: HostKVCache | None = None
 
     def start(
@@ -77,25 +81,41 @@ class OnnxRuntimePrefiller(Prefiller[HostKVCache]):
         queries: dict[int, np.ndarray] = {}
         blocks = self.blocks(ids, cache, filled=filled)
         while not cancel.is_set():
-            if (made := next(blocks, None)) is None:
+            try:
+                made = next(blocks)
+            except StopIteration:
                 return logits, queries
-            logits, queries = made
+            if made is not None:
+                logits, queries = made
         return None, {}
 
     def blocks(
         self, ids: np.ndarray, cache: HostKVCache, progress: PrefillProgress = no_progress, filled: int = 0
-    ) -> Iterator[tuple[np.ndarray, dict[int, np.ndarray]]]:
+    ) -> Iterator[tuple[np.ndarray, dict[int, np.ndarray]] | None]:
         """Append a prompt to a cache of one row, a block per item: its last logits and its window's queries.
 
-        The first `filled` slots hold what stands before `ids`.
+        The first `filled` slots hold what stands before `ids`. Blocks before the last may give nothing.
         """
-        done = 0
-        for size in block_sizes(len(ids), self._block, self._window):
-            block, is_last = ids[done : done + size], done + size == len(ids)
-            made = self._step.append_prompt_block(cache, block, filled + done, is_last)
-            done += size
-            progress(done, len(ids))
+        for block in self.text_blocks(len(ids)):
+            tokens, place = ids[block.start : block.stop], filled + block.start
+            made = None
+            if block.is_asked:
+                made = self._step.append_prompt_block(cache, tokens, place, block.is_last)
+            else:
+                self.append_unasked(cache, tokens, place, place, block.is_last)
+            progress(block.stop, len(ids))
             yield made
+
+    def text_blocks(self, length: int) -> list[TextBlock]:
+        """Return the blocks in which a text of `length` tokens is appended."""
+        return text_blocks(length, self._block, self._window, self._prompt_blocks is not None)
+
+    def append_unasked(
+        self, cache: HostKVCache, ids: np.ndarray, slot: int | Sequence[int], position: int, is_last: bool
+    ) -> None:
+        """Append a block of `text_blocks` that is not asked for; see PromptBlocksGraph.append."""
+        assert self._prompt_blocks is not None, "without that graph every block is asked for"
+        self._prompt_blocks.append(cache, ids, slot, position, is_last)
 
     def compress(
         self,
@@ -175,7 +195,8 @@ class OnnxRuntimePrefillRun:
         """Run the prompt and then its second reading, a block per item."""
         request, cache = self._request, self._cache
         for made in self._prefiller.blocks(request.ids, cache, self._count):
-            self._logits, self._queries = made
+            if made is not None:
+                self._logits, self._queries = made
             yield
         if request.reread:
             reread, length = self._prefiller.reread, len(request.ids)
@@ -215,17 +236,3 @@ class OnnxRuntimePrefillRun:
         seconds = time.perf_counter() - started
         scratch, lengths = self._cache.nbytes, choice.kept_lengths
         return PrefillResult(self._logits, choice, self._prefill_s, seconds, scratch, lengths)
-
-
-def block_sizes(length: int, block: int, window: int) -> list[int]:
-    """Split a prompt into prefill blocks of at most `block` tokens, the last with at least min(window, length).
-
-    The scores need the queries of the whole window, and a block returns only its own. Requires window <= block.
-    """
-    sizes = [block] * (length // block)
-    rest = length % block
-    if rest:
-        sizes.append(rest)
-        if len(sizes) > 1 and rest < window:
-            sizes[-2:] = [block + rest - window, window]
-    return sizes

@@ -1,0 +1,52 @@
+"""The graph that appends blocks of a prompt whose logits nobody asks for: all blocks but the last.
+
+It multiplies whole numbers where the step graph multiplies packed weights, which is several times as fast, and leaves
+out what only logits need. Decode keeps the step graph, whose weights are smaller and more exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from chunkkv.cache_scales import CacheScales
+from chunkkv_builder.onnx_graph.fused_step import FusedStepGraph
+from chunkkv_builder.onnx_graph.weights import WeightLocation
+from chunkkv_builder.plan import GraphPlan
+
+
+class PrefillBlocksGraph(FusedStepGraph):
+    """Emits the graph of a plan that only fills the cache.
+
+    Inputs are those of FusedStepGraph without logit_indices and query_count; outputs are present_key.p and
+    present_value.p alone.
+
+    Parameters
+    ----------
+    plan : GraphPlan
+        Model, settings and layers.
+    weights : mapping
+        Where each tensor lies, by name: those of the step graph, and of every projection the codes with a scale for
+        each output.
+    cache_dtype : str, default "float32"
+        As FusedStepGraph takes it.
+    scales : CacheScales or None, default None
+        As FusedStepGraph takes it.
+    """
+
+    gives_logits = False
+
+    def __init__(
+        self,
+        plan: GraphPlan,
+        weights: Mapping[str, WeightLocation],
+        cache_dtype: str = "float32",
+        scales: CacheScales | None = None,
+    ) -> None:
+        super().__init__(plan, weights, "int8", cache_dtype, scales)
+        self._keeps_queries = False
+
+    def _layers(self, hidden: str) -> str:
+        """Run all layers but the last, of which only keys and values are needed."""
+        hidden, normed = self._before_last(hidden)
+        self._mixed(self.plan.layers[-1], normed)
+        return hidden
