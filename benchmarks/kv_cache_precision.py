@@ -1,8 +1,9 @@
-"""What a KV cache in fewer bits costs in accuracy: perplexity behind a full and a compressed prompt, and agreement.
+"""What a prompt costs in accuracy that is held or read in fewer bits: perplexity behind it, and agreement.
 
-Builds engines of one model with every type of cache. A text is the prompt; what follows it is scored behind the whole
-prompt and behind what ChunkKV keeps of it, and compared with the engine whose cache is float32, with the same share
-kept. Prints a table, then the result as one JSON line; --output also writes it to a file. Nothing is timed.
+Builds engines of one model with every type of KV cache, and with prompts read by `--prefill_precision w8a8`. A text is
+the prompt; what follows it is scored behind the whole prompt and behind what ChunkKV keeps of it, and compared with the
+engine that does both in float32, with the same share kept. Prints a table, then the result as one JSON line; --output
+also writes it to a file. Nothing is timed.
 """
 
 from __future__ import annotations
@@ -20,17 +21,24 @@ from rich.console import Console
 from benchmarks.weight_precision import BLOCK, TEXT, compare, table, write_result
 from chunkkv import ChunkKVSession
 from chunkkv_builder.build import main as build
-from chunkkv_builder.config import KV_CACHE_DTYPES
+from chunkkv_builder.config import KV_CACHE_DTYPES, PREFILL_PRECISIONS
 
 KEPT_PER_10K = (10_000, 2_000)
+EXACT = "float32"
+# Types of the cache, and in what prompts are read.
+VARIANTS = (
+    *((dtype, EXACT) for dtype in KV_CACHE_DTYPES),
+    *((dtype, precision) for precision in PREFILL_PRECISIONS for dtype in (EXACT, "int8")),
+)
 
 
-def session(checkpoint: Path, dtype: str, folder: Path, tokens: int) -> ChunkKVSession:
-    """Build an engine with ChunkKV and a cache of `dtype`, and load it."""
+def session(checkpoint: Path, dtype: str, prompts_in: str, folder: Path, tokens: int) -> ChunkKVSession:
+    """Build an engine with ChunkKV, a cache of `dtype` and prompts that are read in `prompts_in`, and load it."""
     limits = ["--max_seq_len", str(tokens), "--max_batch_size", "1", "--log_level", "error", "--chunkkv"]
-    flags = ["--checkpoint_dir", str(checkpoint), "--output_dir", str(folder / dtype), "--kv_cache_dtype", dtype]
-    build([*flags, *limits])
-    return ChunkKVSession.from_dir(folder / dtype)
+    output = folder / f"{dtype}-{prompts_in}"
+    flags = ["--checkpoint_dir", str(checkpoint), "--output_dir", str(output), "--kv_cache_dtype", dtype]
+    build([*flags, *limits, *([] if prompts_in == EXACT else ["--prefill_precision", prompts_in])])
+    return ChunkKVSession.from_dir(output)
 
 
 def continued(
@@ -57,13 +65,13 @@ def continued(
 def measure(
     checkpoint: Path, ids_of: Path, lengths: tuple[int, int], console: Console
 ) -> tuple[int, list[dict[str, Any]]]:
-    """Build and compare every type; return the number of tokens that were read and one row per type and share."""
+    """Build and compare every variant; return the number of tokens that were read, and a row per variant and share."""
     rows: list[dict[str, Any]] = []
     exact: dict[int, tuple[list[np.ndarray], dict[int, np.ndarray]]] = {}
     prompt_tokens, tokens = lengths[0], sum(lengths)
     with tempfile.TemporaryDirectory() as folder:
-        for dtype in KV_CACHE_DTYPES:
-            engine = session(checkpoint, dtype, Path(folder), tokens)
+        for dtype, prompts_in in VARIANTS:
+            engine = session(checkpoint, dtype, prompts_in, Path(folder), tokens)
             assert engine.tokenizer is not None
             ids = np.array(engine.tokenizer.encode(ids_of.read_text(encoding="utf-8"))[:tokens], np.int64)
             prompt, text = ids[:prompt_tokens], ids[prompt_tokens:]
@@ -74,6 +82,7 @@ def measure(
                 rows.append(
                     {
                         "kv_cache": dtype,
+                        "prompts_in": prompts_in,
                         "keep_ratio": keep_per_10k / KEPT_PER_10K[0],
                         "bytes_per_token": engine.executor.kv_bytes_per_token,
                         **compare(blocks, reference, text[1:]),
