@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from support import engines
@@ -19,6 +20,7 @@ from chunkkv.rereading import Piece
 from chunkkv.session import ChunkKVSession
 from chunkkv.text.tokenizer import Tokenizer
 from chunkkv_builder.backends.cache_calibration import TOKENS, calibration_prompts
+from chunkkv_builder.onnx_graph import functions
 
 FLAGS: dict[str, Any] = {"kv_cache_dtype": "int8"}
 IDS = np.array([(7 * i) % 380 + 3 for i in range(61)], np.int64)
@@ -99,6 +101,21 @@ def test_what_is_kept_is_what_the_reference_keeps_of_the_same_keys(flags: dict[s
             )
             expected = reference.select_tokens(scores, len(IDS), 24, settings)
             assert np.array_equal(kept[row] if settings.heads == "each" else kept, expected)
+
+
+@pytest.mark.parametrize(
+    ("flags", "file"),
+    [({}, "compress.onnx"), ({}, "compress_given.onnx"), ({"chunkkv_value_norm": "on"}, "compress.onnx")],
+    ids=["attention", "given", "values"],
+)
+def test_whole_caches_are_not_made_float32_to_be_compressed(flags: dict[str, Any], file: str) -> None:
+    """Scales are multiplied with the few queries; only norms of values need the values themselves."""
+    nodes = onnx.load(engines.engine_dir("llama3", **FLAGS, **flags) / file).graph.node
+    readers = {kind: [node for node in nodes if f"{kind}.0" in node.input] for kind in ("key", "value")}
+    for kind, operators in ((kind, {node.op_type for node in readers[kind]}) for kind in readers):
+        reads_values = kind == "value" and bool(flags)
+        assert operators - {functions.COMPACT, functions.SELECT} == ({"Cast"} if reads_values else set())
+        assert functions.COMPACT in operators
 
 
 def test_a_second_reading_scores_what_the_keys_mean() -> None:

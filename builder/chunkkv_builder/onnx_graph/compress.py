@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 
 import numpy as np
 import onnx
@@ -13,7 +12,6 @@ from chunkkv.cache_scales import CacheScales
 from chunkkv.errors import ConfigError
 from chunkkv_builder.onnx_graph import functions, ranked
 from chunkkv_builder.onnx_graph.budgets import kept_tokens, recent_indices
-from chunkkv_builder.onnx_graph.eight_bit_cache import scale_inputs
 from chunkkv_builder.onnx_graph.emitter import GraphEmitter
 from chunkkv_builder.onnx_graph.transformer import capacity_name
 from chunkkv_builder.plan import GraphPlan, PartPlan
@@ -290,12 +288,15 @@ def compress_graph(plan: GraphPlan, cache_dtype: str = "float32", scales: CacheS
         caches.append([e.input(f"{kind}.{part.number}", cache_dtype, shape) for kind in ("key", "value")])
     for part in plan.parts:
         if part.leads:
+            key, value = caches[part.number]
             query = ""
             if part.scores and nodes.settings.score != "given":
                 heads = len(part.kv_heads) * (model.num_heads // model.num_kv_heads)
                 window: list[int | str] = ["batch", heads, nodes.settings.window, model.head_dim]
                 query = e.input(f"query.{part.number}", "float32", window)
-            nodes.select(part, query, *_in_float32(e, part, caches[part.number], cache_dtype, scales))
+                if scales is not None:
+                    query, value = _with_scales(e, plan, part.number, query, value, scales)
+            nodes.select(part, query, key, value)
     nodes.rank()
     for part in plan.parts:
         nodes.compact(part, *caches[part.number])
@@ -309,14 +310,17 @@ def compress_graph(plan: GraphPlan, cache_dtype: str = "float32", scales: CacheS
     )
 
 
-def _in_float32(
-    e: GraphEmitter, part: PartPlan, cached: Sequence[str], dtype: str, scales: CacheScales | None
-) -> list[str]:
-    """Return keys and values of a part as float32; `cached` are of type `dtype`."""
-    if dtype == "float32":
-        return list(cached)
-    floats = [e.op("Cast", [values], to=onnx.TensorProto.FLOAT) for values in cached]
-    if scales is None:
-        return floats
-    of_part = scale_inputs(e, scales, part.number)
-    return [e.op("Mul", [values, scale]) for values, scale in zip(floats, of_part, strict=True)]
+def _with_scales(
+    e: GraphEmitter, plan: GraphPlan, part: int, query: str, value: str, scales: CacheScales
+) -> tuple[str, str]:
+    """Return query and value of a part with which its keys and values of 8 bits score as what they mean.
+
+    The keys' scales go into the queries, of which there are few. Values are read where their norms count.
+    """
+    assert plan.settings is not None
+    of_keys = np.repeat(scales.keys[part], plan.model.num_heads // plan.model.num_kv_heads, axis=0)  # [g*H,D]
+    query = e.op("Mul", [query, e.inline(f"key_scale.{part}", of_keys[None, :, None])])
+    if plan.settings.value_norm == "on":
+        floats = e.op("Cast", [value], to=onnx.TensorProto.FLOAT)
+        value = e.op("Mul", [floats, e.inline(f"value_scale.{part}", scales.values[part][None, :, None])])
+    return query, value

@@ -126,7 +126,7 @@ def select_function(
         Name of the function; a graph that chooses for several classes or numbers of heads needs several.
     """
     e = _function_emitter(name)
-    row = _row(e, settings, head_class)
+    row = _row(e, settings, head_class, sorting)
     scores = _token_scores(e, settings, score_bodies.HeadCounts(heads, kv_heads), row, sorting, request_window)
     e.op("Cast", [e.op("Squeeze", [row.kept, e.ints(1)])], ["kept_lengths"], to=onnx.TensorProto.INT32)
     starts = sorted_starts if sorting else threshold.segment_starts
@@ -159,7 +159,7 @@ def score_function(
     Outputs rank_values [B,S] float64 and token_scores [B,S] float32. The inputs are those of ChunkKVSelect.
     """
     e, settings = _function_emitter(SCORE), settings.of_one_part()
-    row = _row(e, settings, ALL_HEADS)
+    row = _row(e, settings, ALL_HEADS, True)
     raw = _token_scores(e, settings, score_bodies.HeadCounts(heads, kv_heads), row, True, request_window)
     scores = score_bodies.pooled(e, settings, raw, row.before_window)
     start = _chunk_starts(e, settings, row.position, sorted_starts)
@@ -174,11 +174,18 @@ def _function(name: str, inputs: list[str], outputs: list[str], e: NodeEmitter, 
     return helper.make_function(DOMAIN, name, inputs, outputs, e.nodes, [helper.make_opsetid("", opset)])
 
 
-def _row(e: NodeEmitter, settings: ChunkKVSettings, head_class: str) -> threshold.Row:
-    """Emit what is known of every row."""
+def _row(e: NodeEmitter, settings: ChunkKVSettings, head_class: str, sorting: bool) -> threshold.Row:
+    """Emit what is known of every row.
+
+    The number of tokens is read from an input that all layers share, where there is one: ONNX Runtime then computes
+    positions and chunks once for all layers.
+    """
     length = e.op("Unsqueeze", [e.op("Cast", ["lengths"], to=onnx.TensorProto.INT64), e.ints(1)])
     given = settings.score == "given"
-    tokens = e.op("Shape", ["scores"], start=-1) if given else e.dim("key", 2)
+    if sorting and settings.boundaries == "delimiter":
+        tokens = e.dim("is_delimiter", 1)
+    else:
+        tokens = e.op("Shape", ["scores"], start=-1) if given else e.dim("key", 2)
     position = positions(e, e.op("Squeeze", [tokens]))
     ranked_end = e.op("Sub", [length, e.const(settings.window, "int64")])
     before_window = e.op("Less", [position, ranked_end])
