@@ -123,8 +123,8 @@ class Projections:
         offsets = self._weights.get(f"{name}.weight{OFFSETS_SUFFIX}")
         if offsets is not None:
             # A block's offset is the same for its 32 inputs, so all it takes is their sum.
-            added = e.op("Gemm", [self._block_sums(value), e.weight(offsets), *bias], name=f"{node}/offsets", transB=1)
-            return e.op("Add", [result, added])
+            inputs = [self._block_sums(value), e.weight(offsets), result]
+            result = e.op("Gemm", inputs, name=f"{node}/offsets", transB=1)
         return e.op("Add", [result, *bias]) if bias else result
 
     def _by_channel(self, name: str, value: str, node: str) -> str:
