@@ -2,7 +2,8 @@
 
 Builds engines of one GGUF model in every precision, with both types of activations, and for int4 with the plain and the
 searched rounding. The text is fed token by token (teacher forcing). Prints a table, then the result as one JSON line;
---output also writes it to a file. Nothing is timed.
+--output also writes it to a file. --rows measures some variants and leaves the other rows of that file. Nothing is
+timed.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from rich.table import Table
 from chunkkv import ChunkKVSession, SamplingParams
 from chunkkv.evaluation.lm_eval.continuations import log_probabilities
 from chunkkv.files import write_whole
+from chunkkv_builder.backends import input_calibration
 from chunkkv_builder.build import main as build
 from chunkkv_builder.checkpoint.gguf import GgufCheckpoint
 from chunkkv_builder.onnx_graph import quantize
@@ -59,7 +61,7 @@ class Variant:
         "float32" or "int8".
     rounding : str
         "none" for float32; "plain" gives each block's largest value exactly; "searched" looks for a better scale;
-        "kept" takes the blocks of the file; "by output" is that of w8a8.
+        "kept" takes the blocks of the file. Of w8a8, "smoothed" evens out the inputs, and "by output" does not.
     """
 
     weights: str
@@ -84,15 +86,18 @@ class Variant:
             if self.rounding == "plain":
                 plain = mock.patch.object(quantize, "search_scales", lambda blocks: quantize.plain_scales(blocks, 4))
                 patches.enter_context(plain)
+            if self.rounding == "by output":
+                patches.enter_context(mock.patch.object(input_calibration, "smoothing_scales", np.ones_like))
             yield
 
 
 REFERENCE = Variant("float32", "float32", "none")
 VARIANTS = (
+    REFERENCE,
     *(Variant("int8", activations, "plain") for activations in ("float32", "int8")),
     *(Variant("int4", activations, rule) for rule in ("plain", "searched") for activations in ("float32", "int8")),
     *(Variant("int4", activations, "kept") for activations in ("float32", "int8")),
-    Variant("w8a8", "int8", "by output"),
+    *(Variant("w8a8", "int8", rule) for rule in ("by output", "smoothed")),
 )
 
 
@@ -149,15 +154,17 @@ def answers(engine: ChunkKVSession) -> list[list[int]]:
     return [list(result.token_ids) for result in results]
 
 
-def measure(checkpoint: Path, ids_of: Path, tokens: int, console: Console) -> tuple[int, list[dict[str, Any]]]:
-    """Build and compare every variant; return the number of tokens that were fed and one row for each."""
+def measure(
+    checkpoint: Path, ids_of: Path, tokens: int, variants: Iterable[Variant], console: Console
+) -> tuple[int, list[dict[str, Any]]]:
+    """Build and compare the variants; return the number of tokens that were fed and one row for each."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         reference = session(checkpoint, REFERENCE, Path(folder), tokens)
         assert reference.tokenizer is not None
         ids = np.array(reference.tokenizer.encode(ids_of.read_text(encoding="utf-8"))[:tokens], np.int64)
         exact, exact_logits = answers(reference), list(logits(reference, ids[:-1]))
-        for variant in (REFERENCE, *VARIANTS):
+        for variant in variants:
             engine = session(checkpoint, variant, Path(folder), tokens) if variant != REFERENCE else reference
             ours = answers(engine)
             equal_answers = sum(first == second for first, second in zip(ours, exact, strict=True))
@@ -183,11 +190,29 @@ def main() -> None:
     parser.add_argument("--text", type=Path, default=TEXT, metavar="FILE", help="text in UTF-8; default: Moby-Dick, 1")
     parser.add_argument("--tokens", type=int, default=2048, metavar="N", help="tokens of the text; default: 2048")
     parser.add_argument("--output", type=Path, metavar="FILE", help="where to write the JSON, too")
+    parser.add_argument(
+        "--rows",
+        type=int,
+        nargs="+",
+        choices=range(len(VARIANTS)),
+        metavar="N",
+        help=f"measure rows of these numbers, 0 to {len(VARIANTS) - 1}; the others are those of --output; default: all",
+    )
     arguments = parser.parse_args()
     console = Console(file=sys.stderr, highlight=False)
-    count, rows = measure(arguments.checkpoint_dir, arguments.text, arguments.tokens, console)
+    chosen = VARIANTS if arguments.rows is None else [VARIANTS[number] for number in arguments.rows]
+    count, rows = measure(arguments.checkpoint_dir, arguments.text, arguments.tokens, chosen, console)
+    if arguments.rows is not None and arguments.output is not None and arguments.output.exists():
+        rows = with_rows_of(json.loads(arguments.output.read_text(encoding="utf-8"))["rows"], rows)
     console.print(table(rows))
     write_result(arguments.checkpoint_dir, arguments.text, count, rows, arguments.output)
+
+
+def with_rows_of(before: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows and those of an earlier result that they do not replace, in the order of VARIANTS."""
+    by_variant = {tuple(row[name] for name in vars(REFERENCE)): row for row in (*before, *rows)}
+    places = [tuple(vars(variant).values()) for variant in VARIANTS]
+    return [by_variant[place] for place in places if place in by_variant]
 
 
 def write_result(model: Path, text: Path, tokens: int, rows: list[dict[str, Any]], output: Path | None) -> None:

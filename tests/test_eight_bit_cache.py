@@ -19,7 +19,7 @@ from chunkkv.executors.host_cache import HostKVCache
 from chunkkv.rereading import Piece
 from chunkkv.session import ChunkKVSession
 from chunkkv.text.tokenizer import Tokenizer
-from chunkkv_builder.backends.cache_calibration import TOKENS, calibration_prompts
+from chunkkv_builder.backends.calibration import TOKENS, calibration_prompts
 from chunkkv_builder.onnx_graph import functions
 
 FLAGS: dict[str, Any] = {"kv_cache_dtype": "int8"}

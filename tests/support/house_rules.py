@@ -57,7 +57,7 @@ ONLY_IN = {
     "lm_eval": ("chunkkv.cli.lm_eval", "chunkkv.evaluation.lm_eval"),
     "matplotlib": ("chunkkv.evaluation.report", "chunkkv.profile.picture"),
     "nvtx": ("chunkkv.profile", "chunkkv.profiling"),
-    "onnxruntime": ("chunkkv.executors.onnxruntime", "chunkkv_builder.backends.cache_calibration"),
+    "onnxruntime": ("chunkkv.executors.onnxruntime", "chunkkv_builder.backends.calibration"),
     "pickle": (),
     "prometheus_client": ("chunkkv.serve",),
     "psutil": ("chunkkv.triton.server", "chunkkv.batching"),

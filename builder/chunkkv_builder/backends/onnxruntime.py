@@ -7,6 +7,7 @@ from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import onnx
 
 from chunkkv.cache_scales import CacheScales
@@ -17,15 +18,23 @@ from chunkkv.text.tokenizer import Tokenizer
 from chunkkv_builder.backends.graph_build import GraphBuild, plan_graphs
 from chunkkv_builder.backends.interface import Built
 from chunkkv_builder.checkpoint.interface import Checkpoint
+from chunkkv_builder.config import W8A8
 from chunkkv_builder.onnx_graph.compress import compress_graph
 from chunkkv_builder.onnx_graph.fused_step import FusedStepGraph
 from chunkkv_builder.onnx_graph.merged_weights import with_merged_projections
 from chunkkv_builder.onnx_graph.packed_weights import packing_report, weight_sources
 from chunkkv_builder.onnx_graph.prefill_blocks import PrefillBlocksGraph
-from chunkkv_builder.onnx_graph.projections import CHANNEL_SCALES_SUFFIX, CHANNELS_SUFFIX
+from chunkkv_builder.onnx_graph.projections import (
+    CHANNEL_SCALES_SUFFIX,
+    CHANNELS_SUFFIX,
+    OFFSETS_SUFFIX,
+    PACKED_SUFFIX,
+    SCALES_SUFFIX,
+)
 from chunkkv_builder.onnx_graph.reread import reread_graph
 from chunkkv_builder.onnx_graph.rotary_tables import rotary_tables
-from chunkkv_builder.onnx_graph.weights import WeightLocation, WeightSource, write_weights
+from chunkkv_builder.onnx_graph.smoothing import SmoothedCheckpoint
+from chunkkv_builder.onnx_graph.weights import WeightLocation, WeightSource, overwrite_weights, write_weights
 from chunkkv_builder.plan import GraphPlan
 from chunkkv_builder.progress import Progress
 
@@ -102,6 +111,8 @@ class OnnxRuntimeBackend:
         locations = stored if prefill is None else _without_channels(stored)
         for line in packing_report(planned.checkpoint, precision):
             progress.info(line)
+        if W8A8 in (precision, prefill):
+            _smooth_weights(planned, stored, locations, folder, progress)
         activations = planned.limits.weight_only_activations
         scales = _cache_scales(planned, locations, folder, progress) if cache_dtype == "int8" else None
         graphs = {STEP_FILE: FusedStepGraph(planned.plan, locations, activations, cache_dtype, scales).build()}
@@ -124,18 +135,49 @@ def _without_channels(locations: Mapping[str, WeightLocation]) -> dict[str, Weig
     return {name: place for name, place in locations.items() if not name.endswith(only_prefill)}
 
 
+def _smooth_weights(
+    planned: GraphBuild,
+    stored: Mapping[str, WeightLocation],
+    locations: Mapping[str, WeightLocation],
+    folder: Path,
+    progress: Progress,
+) -> None:
+    """Run the model, whose weights lie in `folder`, and write those of w8a8 again in their places, evened out.
+
+    `stored` are all tensors, `locations` those of the step graph.
+    """
+    # Only calibrations take the engine, which is slow to import.
+    from chunkkv_builder.backends.input_calibration import calibrated_scales
+
+    limits = planned.limits
+    progress.stage("smoothing", 1)
+    activations = limits.weight_only_activations
+    scales = calibrated_scales(planned.plan, locations, activations, folder, _prompts(planned))
+    smoothed = SmoothedCheckpoint(planned.checkpoint, scales)
+    precisions = limits.weight_only_precision, limits.prefill_precision
+    sources = weight_sources(planned.checkpoint, *precisions, smoothed)
+    packed = (PACKED_SUFFIX, SCALES_SUFFIX, OFFSETS_SUFFIX)
+    changed = [source for source in with_merged_projections(sources) if not source.name.endswith(packed)]
+    progress.extend(len(changed))
+    progress.advance()
+    overwrite_weights(folder / WEIGHTS_FILE, stored, changed, progress.advance)
+
+
 def _cache_scales(
     planned: GraphBuild, locations: Mapping[str, WeightLocation], folder: Path, progress: Progress
 ) -> CacheScales:
     """Run the model, whose weights lie in `folder`, to see how large its keys and values become."""
-    # Only this takes the engine, which is slow to import.
-    from chunkkv_builder.backends.cache_calibration import calibrate, calibration_prompts
+    from chunkkv_builder.backends.cache_calibration import calibrate
 
-    model, limits = planned.plan.model, planned.limits
-    tokenizer = None if planned.tokenizer_dir is None else Tokenizer.from_dir(planned.tokenizer_dir)
     progress.stage("KV scales", 1)
-    prompts = calibration_prompts(tokenizer, model.vocab_size, limits.max_seq_len)
-    graph = FusedStepGraph(planned.plan, locations, limits.weight_only_activations).build()
-    scales = calibrate(graph, folder, planned.plan, prompts)
+    graph = FusedStepGraph(planned.plan, locations, planned.limits.weight_only_activations).build()
+    scales = calibrate(graph, folder, planned.plan, _prompts(planned))
     progress.advance()
     return scales
+
+
+def _prompts(planned: GraphBuild) -> list[np.ndarray]:
+    from chunkkv_builder.backends.calibration import calibration_prompts
+
+    tokenizer = None if planned.tokenizer_dir is None else Tokenizer.from_dir(planned.tokenizer_dir)
+    return calibration_prompts(tokenizer, planned.plan.model.vocab_size, planned.limits.max_seq_len)

@@ -37,3 +37,8 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, hidden)
     return shapes
+
+
+def norm_before_mlp(config: ModelConfig, prefix: str) -> str:
+    """Return the name of the norm's weight whose output the MLP of the layer `prefix` reads."""
+    return f"{prefix}.{'pre_feedforward' if config.post_norms else 'post_attention'}_layernorm.weight"

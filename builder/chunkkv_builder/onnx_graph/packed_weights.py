@@ -19,6 +19,7 @@ from chunkkv_builder.onnx_graph.projections import (
     PACKED_SUFFIX,
     SCALES_SUFFIX,
 )
+from chunkkv_builder.onnx_graph.smoothing import SMOOTHED_SUFFIX, shared_inputs
 from chunkkv_builder.onnx_graph.weights import WeightSource
 
 _PROJECTIONS = "_proj.weight"
@@ -27,7 +28,10 @@ _Parts = tuple[np.ndarray, ...]
 
 
 def weight_sources(
-    checkpoint: Checkpoint, weight_only_precision: str | None = None, prefill_precision: str | None = None
+    checkpoint: Checkpoint,
+    weight_only_precision: str | None = None,
+    prefill_precision: str | None = None,
+    smoothed: Checkpoint | None = None,
 ) -> list[WeightSource]:
     """Return every tensor of the engine, in layer order.
 
@@ -40,18 +44,26 @@ def weight_sources(
         the checkpoint has already are packed as they are. "w8a8" rounds the projections to 8 bits with a scale for each
         output, and packs the table and the head. Norms and biases always stay float32.
     prefill_precision : str or None, default None
-        "w8a8" stores the projections a second time, as "w8a8" does, for the blocks of a prompt.
+        "w8a8" stores the projections a second time, as "w8a8" does, for the blocks of a prompt. What scales their
+        inputs is stored a second time, too, with SMOOTHED_SUFFIX.
+    smoothed : Checkpoint or None, default None
+        The same model, from which "w8a8" takes its tensors: a SmoothedCheckpoint; None for `checkpoint` as it is.
     """
     sources = []
+    smoothed = smoothed or checkpoint
+    given = smoothed if weight_only_precision == quantize.W8A8 else checkpoint
+    scaling = {name for shared in shared_inputs(checkpoint.config) for name in shared.divided}
     for name in checkpoint.names():
-        if (bits := packed_bits(checkpoint, name, weight_only_precision)) is not None:
-            sources += _packed(checkpoint, name, bits)
+        if (bits := packed_bits(given, name, weight_only_precision)) is not None:
+            sources += _packed(given, name, bits)
         elif weight_only_precision == quantize.W8A8 and name.endswith(_PROJECTIONS):
-            sources += _by_channel(checkpoint, name)
+            sources += _by_channel(given, name)
         else:
-            sources.append(WeightSource(name, checkpoint.shape(name), "float32", partial(_float32, checkpoint, name)))
+            sources.append(_float_source(given, name))
         if prefill_precision == quantize.W8A8 and name.endswith(_PROJECTIONS):
-            sources += _by_channel(checkpoint, name)
+            sources += _by_channel(smoothed, name)
+        elif prefill_precision == quantize.W8A8 and name in scaling:
+            sources.append(_float_source(smoothed, name, SMOOTHED_SUFFIX))
     return sources
 
 
@@ -88,6 +100,10 @@ def packing_report(checkpoint: Checkpoint, weight_only_precision: str | None) ->
         elif weight_only_precision is not None and name.endswith(_PROJECTIONS):
             counts[stored, f"values rounded again, to {weight_only_precision}"] += 1
     return [f"{count} weights in {stored}: {what}" for (stored, what), count in sorted(counts.items())]
+
+
+def _float_source(checkpoint: Checkpoint, name: str, suffix: str = "") -> WeightSource:
+    return WeightSource(name + suffix, checkpoint.shape(name), "float32", partial(_float32, checkpoint, name))
 
 
 def _float32(checkpoint: Checkpoint, name: str) -> np.ndarray:

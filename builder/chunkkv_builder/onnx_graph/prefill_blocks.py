@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from chunkkv.cache_scales import CacheScales
 from chunkkv_builder.onnx_graph.fused_step import FusedStepGraph
+from chunkkv_builder.onnx_graph.smoothing import SMOOTHED_SUFFIX
 from chunkkv_builder.onnx_graph.weights import WeightLocation
 from chunkkv_builder.plan import GraphPlan
 
@@ -26,7 +27,7 @@ class PrefillBlocksGraph(FusedStepGraph):
         Model, settings and layers.
     weights : mapping
         Where each tensor lies, by name: those of the step graph, and of every projection the codes with a scale for
-        each output.
+        each output. Of tensors that are there with SMOOTHED_SUFFIX, too, it takes those.
     cache_dtype : str, default "float32"
         As FusedStepGraph takes it.
     scales : CacheScales or None, default None
@@ -42,7 +43,8 @@ class PrefillBlocksGraph(FusedStepGraph):
         cache_dtype: str = "float32",
         scales: CacheScales | None = None,
     ) -> None:
-        super().__init__(plan, weights, "int8", cache_dtype, scales)
+        own = {name: weights.get(name + SMOOTHED_SUFFIX, place) for name, place in weights.items()}
+        super().__init__(plan, own, "int8", cache_dtype, scales)
         self._keeps_queries = False
 
     def _layers(self, hidden: str) -> str:

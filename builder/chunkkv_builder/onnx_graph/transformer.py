@@ -15,6 +15,7 @@ import onnx
 from chunkkv_builder.checkpoint.config_keys import GLOBAL, UNROTATED
 from chunkkv_builder.checkpoint.families import GELU_TANH
 from chunkkv_builder.checkpoint.model_config import rope_frequencies
+from chunkkv_builder.checkpoint.tensor_shapes import norm_before_mlp
 from chunkkv_builder.onnx_graph.arithmetic import scaled, soft_cap, soft_capped_attention
 from chunkkv_builder.onnx_graph.emitter import NUMPY_TO_ONNX, GraphEmitter
 from chunkkv_builder.onnx_graph.head_parts import HeadParts
@@ -170,7 +171,7 @@ class StepGraph:
         return hidden
 
     def _norm_before_mlp(self, prefix: str) -> str:
-        return f"{prefix}.{'pre_feedforward' if self.model.post_norms else 'post_attention'}_layernorm.weight"
+        return norm_before_mlp(self.model, prefix)
 
     def _addend(self, output: str, post_norm: str) -> str:
         """Return what one half of a layer adds to the residual stream, normalised before where the model does so."""

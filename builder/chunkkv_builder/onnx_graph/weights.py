@@ -6,7 +6,7 @@ It is a safetensors file, so any tool can read it. Graphs refer to it by offset 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,14 +106,42 @@ def write_weights(
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for source in ordered:
-            array = source.load()
-            if array.shape != source.shape or array.dtype != np.dtype(source.dtype):
-                raise AssertionError(
-                    f"{source.name}: planned {source.shape} {source.dtype}, got {array.shape} {array.dtype}"
-                )
             offset = start + offsets[source.name]
             locations[source.name] = WeightLocation(source.name, path.name, offset, source.shape, source.dtype)
-            # As bytes, because bfloat16 is no type that NumPy shares with other libraries.
-            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            file.write(_bytes(source))
             advance(1)
     return locations
+
+
+def overwrite_weights(
+    path: Path,
+    locations: Mapping[str, WeightLocation],
+    sources: Iterable[WeightSource],
+    advance: Callable[[int], None] = lambda n: None,
+) -> None:
+    """Write tensors to the places of a weights file that they have already.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    locations : mapping
+        What write_weights returned for it.
+    sources : iterable of WeightSource
+        The tensors, by name among those of the file, with the same shapes and types.
+    advance : callable, default nothing
+        Called with 1 after each tensor.
+    """
+    with path.open("r+b") as file:
+        for source in sources:
+            file.seek(locations[source.name].offset)
+            file.write(_bytes(source))
+            advance(1)
+
+
+def _bytes(source: WeightSource) -> memoryview:
+    """Return the content of a tensor as bytes, because bfloat16 is no type that NumPy shares with other libraries."""
+    array = source.load()
+    if array.shape != source.shape or array.dtype != np.dtype(source.dtype):
+        raise AssertionError(f"{source.name}: planned {source.shape} {source.dtype}, got {array.shape} {array.dtype}")
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
