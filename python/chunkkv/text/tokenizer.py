@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tokenizers
@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from chunkkv.engine.json_files import read_text
 from chunkkv.errors import CheckpointError, RequestError
 from chunkkv.text.added_tokens import ADDED_TOKENS_FILE, add_stated_tokens
-from chunkkv.text.chat_template import ChatTemplate
 from chunkkv.text.question import question_start
 from chunkkv.text.tokenizer_settings import (
     GENERATION_FILE,
@@ -26,6 +25,9 @@ from chunkkv.text.tokenizer_settings import (
     special_tokens_of,
     template_text,
 )
+
+if TYPE_CHECKING:
+    from chunkkv.text.chat_template import ChatTemplate
 
 TOKENIZER_FILE = "tokenizer.json"
 DELIMITERS = ".!?;:,\n"
@@ -186,6 +188,8 @@ class Tokenizer:
     def check_chat_template(self) -> None:
         """Compile the chat template, if there is one; raises CheckpointError where that fails."""
         if self._template is None and self._template_text is not None:
+            from chunkkv.text.chat_template import ChatTemplate  # with jinja2, which only chats need
+
             self._template = ChatTemplate(*self._template_text)
 
     def apply_chat_template(

@@ -21,8 +21,6 @@ from chunkkv.executors.interface import Capabilities, Executor
 from chunkkv.executors.onnxruntime.continuation import OnnxRuntimeContinuer
 from chunkkv.executors.onnxruntime.decode import OnnxRuntimeDecoder
 from chunkkv.executors.onnxruntime.graphs import OnnxRuntimeCompress, OnnxRuntimeStep
-from chunkkv.executors.onnxruntime.head_lengths import HeadLengthsScorer
-from chunkkv.executors.onnxruntime.layer_lengths import LayerLengthsDecoder, load_layer_lengths_graph
 from chunkkv.executors.onnxruntime.prefill import OnnxRuntimePrefiller
 from chunkkv.executors.onnxruntime.prompt_blocks import PromptBlocksGraph
 from chunkkv.executors.onnxruntime.rereading import OnnxRuntimeReread
@@ -130,6 +128,8 @@ class OnnxRuntimeExecutor(Executor[HostKVCache]):
         """Return what scores blocks behind kept tokens of any number per head; for evaluation. It is made anew."""
         if not self.capabilities.head_lengths:
             return super().head_scorer()
+        from chunkkv.executors.onnxruntime.head_lengths import HeadLengthsScorer  # with onnx, as below
+
         return HeadLengthsScorer(self.step)
 
     def layer_lengths_decoder(self, cache: HostKVCache) -> OnnxRuntimeDecoder:
@@ -139,6 +139,8 @@ class OnnxRuntimeExecutor(Executor[HostKVCache]):
         """
         if self.step.layout.length_classes == len(self.step.layout.parts):
             return OnnxRuntimeDecoder(self.step, cache)
+        from chunkkv.executors.onnxruntime.layer_lengths import LayerLengthsDecoder, load_layer_lengths_graph
+
         with self._lock:  # only evaluation needs this graph, so it is loaded when first asked for
             if self._layer_lengths_graph is None:
                 self._layer_lengths_graph = load_layer_lengths_graph(self.step.path, self.step.threads)
