@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from chunkkv.executors import huge_pages
-from chunkkv.executors.huge_pages import HUGE_PAGE_BYTES, anonymous_memory, on_huge_pages, without
+from chunkkv.executors.huge_pages import HUGE_PAGE_BYTES, is_anonymous, on_huge_pages
+from chunkkv.executors.mappings import mappings, own_mappings
 
 SMAPS = """\
 55d0c0000000-55d0c0400000 rw-p 00000000 00:00 0                          [heap]
@@ -31,22 +32,8 @@ HEAP, RESERVED = (0x55D0C0000000, 0x55D0C0400000), (0x7F0000000000, 0x7F00008000
 
 
 def test_only_writable_memory_without_a_file_counts() -> None:
-    assert anonymous_memory(SMAPS) == [(HEAP, 4000 << 10), (RESERVED, 8 << 10)]
-
-
-@pytest.mark.parametrize(
-    ("others", "left"),
-    [
-        ([], [(10, 20)]),
-        ([(0, 10), (20, 30)], [(10, 20)]),
-        ([(12, 14)], [(10, 12), (14, 20)]),
-        ([(15, 25), (5, 11)], [(11, 15)]),
-        ([(10, 20)], []),
-        ([(0, 40), (12, 13)], []),
-    ],
-)
-def test_what_was_there_before_is_taken_out(others: list[tuple[int, int]], left: list[tuple[int, int]]) -> None:
-    assert without((10, 20), others) == left
+    found = [(mapping.place, mapping.resident) for mapping in mappings(SMAPS) if is_anonymous(mapping)]
+    assert found == [(HEAP, 4000 << 10), (RESERVED, 8 << 10)]
 
 
 def huge_bytes(start: int, size: int) -> int:
@@ -84,11 +71,11 @@ def test_filled_memory_is_moved_and_keeps_its_content() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has these calls")
 def test_reserved_memory_takes_no_pages() -> None:
     size = 64 * HUGE_PAGE_BYTES
-    before = sum(count for _, count in anonymous_memory(Path("/proc/self/smaps").read_text()))
+    before = sum(mapping.resident or 0 for mapping in filter(is_anonymous, own_mappings()))
     with on_huge_pages():
         memory, reserved = mapped(size)
         reserved[:: size // 4] = 1
-    after = sum(count for _, count in anonymous_memory(Path("/proc/self/smaps").read_text()))
+    after = sum(mapping.resident or 0 for mapping in filter(is_anonymous, own_mappings()))
     assert after - before < size // 4
     del reserved, memory
 

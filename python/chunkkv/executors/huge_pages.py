@@ -6,24 +6,17 @@ changes. Only Linux has such calls.
 
 from __future__ import annotations
 
-import ctypes
-import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from chunkkv.executors.mappings import MADV_COLLAPSE, MADV_HUGEPAGE, MAPS, Mapping, advise, own_mappings, without
+
 HUGE_PAGE_BYTES = 2 << 20
 _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-_SMAPS = Path("/proc/self/smaps")
-# Of madvise(2): use huge pages here from now on; and, from Linux 6.1 on, move what is there to huge pages at once.
-_MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25
 # Moving a mapping fills its holes. Stacks of threads and reserved memory are nearly empty, weights are full.
 _LEAST_RESIDENT = 0.9
-_MAPPING = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) (\S+) \S+ \S+ (\d+) *(.*)$")
-_RESIDENT = re.compile(r"^Rss: +(\d+) kB$")
-
-Range = tuple[int, int]
 
 
 @contextmanager
@@ -33,54 +26,19 @@ def on_huge_pages() -> Iterator[None]:
     Does nothing where the system has no huge pages, or where they are switched off.
     """
     is_possible = _system_gives_them()
-    before = [] if not is_possible else [place for place, _ in _anonymous_memory()]
+    before = [] if not is_possible else [mapping.place for mapping in own_mappings(MAPS) if is_anonymous(mapping)]
     yield
     if not is_possible:
         return
-    for place, resident in _anonymous_memory():
-        if resident >= _LEAST_RESIDENT * (place[1] - place[0]):
-            for start, stop in without(place, before):
+    for mapping in filter(is_anonymous, own_mappings()):
+        if (mapping.resident or 0) >= _LEAST_RESIDENT * mapping.size:
+            for start, stop in without(mapping.place, before):
                 _move(start, stop)
 
 
-def without(place: Range, others: Sequence[Range]) -> list[Range]:
-    """Return what is left of a range of addresses when `others` are taken out of it."""
-    left, (start, stop) = [], place
-    for first, last in sorted(others):
-        if last > start and first < stop:
-            if first > start:
-                left.append((start, first))
-            start = last
-    if start < stop:
-        left.append((start, stop))
-    return left
-
-
-def anonymous_memory(smaps: str) -> list[tuple[Range, int]]:
-    """Return the addresses of the writable memory that belongs to no file, and how many bytes of each are resident.
-
-    Parameters
-    ----------
-    smaps : str
-        What /proc/self/smaps says.
-    """
-    places: list[tuple[Range, int]] = []
-    place: Range | None = None
-    for line in smaps.splitlines():
-        if mapping := _MAPPING.match(line):
-            start, stop, access, file_number, name = mapping.groups()
-            is_anonymous = access == "rw-p" and file_number == "0" and name in ("", "[heap]")
-            place = (int(start, 16), int(stop, 16)) if is_anonymous else None
-        elif place is not None and (resident := _RESIDENT.match(line)):
-            places.append((place, int(resident.group(1)) << 10))
-    return places
-
-
-def _anonymous_memory() -> list[tuple[Range, int]]:
-    try:
-        return anonymous_memory(_SMAPS.read_text(encoding="utf-8", errors="replace"))
-    except OSError:
-        return []
+def is_anonymous(mapping: Mapping) -> bool:
+    """Return whether a mapping is writable memory that belongs to no file."""
+    return mapping.access == "rw-p" and not mapping.is_file and mapping.name in ("", "[heap]")
 
 
 def _system_gives_them() -> bool:
@@ -95,9 +53,6 @@ def _system_gives_them() -> bool:
 def _move(start: int, stop: int) -> None:
     """Move the whole huge pages between two addresses; a system that refuses leaves them as they are."""
     start, stop = -(-start // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES, stop // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
-    if start >= stop:
-        return
-    madvise = ctypes.CDLL(None).madvise
-    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    for advice in (_MADV_HUGEPAGE, _MADV_COLLAPSE):
-        madvise(start, stop - start, advice)
+    if start < stop:
+        for advice in (MADV_HUGEPAGE, MADV_COLLAPSE):
+            advise((start, stop), advice)

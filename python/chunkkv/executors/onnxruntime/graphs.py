@@ -19,9 +19,11 @@ import onnxruntime as ort
 from chunkkv.cache_layout import CacheLayout, layout_of, leading_parts
 from chunkkv.cache_scales import SCALES_KEY, CacheScales
 from chunkkv.errors import EngineError, EngineMismatchError
+from chunkkv.executors.file_pages import file_pages
 from chunkkv.executors.host_cache import HostKVCache
 from chunkkv.executors.huge_pages import on_huge_pages
 from chunkkv.executors.interface import Choice
+from chunkkv.executors.mappings import give_back_freed
 from chunkkv.executors.onnxruntime.products import products_overflow
 from chunkkv.settings import ChunkKVSettings
 
@@ -55,7 +57,7 @@ class OnnxRuntimeStep:
 
     def __init__(self, path: Path, settings: ChunkKVSettings | None, threads: int) -> None:
         self.path, self.threads = path, threads
-        with on_huge_pages():
+        with file_pages(path.parent) as self._weights, on_huge_pages():
             self.session = load_graph(path, threads)
         self._window = settings.window if settings else 0
         shapes = {value.name: value.shape for value in (*self.session.get_inputs(), *self.session.get_outputs())}
@@ -101,7 +103,11 @@ class OnnxRuntimeStep:
         self, cache: HostKVCache, ids: np.ndarray, filled: int, is_last: bool = False
     ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
         """Append the tokens ids [S] int64 of one row at slots and positions filled … filled+S-1; see append_block."""
-        return self.append_block(cache, ids, filled, filled, is_last=is_last)
+        made = self.append_block(cache, ids, filled, filled, is_last=is_last)
+        self._weights.release()  # the embeddings of this block
+        if is_last:
+            give_back_freed()
+        return made
 
     def append_block(
         self,

@@ -14,6 +14,7 @@ import onnxruntime as ort
 from onnx import helper
 
 from chunkkv.errors import EngineError
+from chunkkv.executors.file_pages import file_pages
 from chunkkv.executors.onnxruntime.graphs import CPU, OnnxRuntimeStep, bind_arrays, session_options
 from chunkkv.executors.onnxruntime.plain_attention import with_plain_attention
 
@@ -39,7 +40,8 @@ class HeadLengthsScorer:
         options.add_session_config_entry(_FOLDER_OPTION, str(step.path.parent))
         model = with_plain_attention(onnx.load(str(step.path), load_external_data=False))
         model = _with_head_caches(model, step, step.path)
-        self._session = ort.InferenceSession(model.SerializeToString(), options, providers=CPU)
+        with file_pages(step.path.parent):
+            self._session = ort.InferenceSession(model.SerializeToString(), options, providers=CPU)
 
     def score_block(
         self,

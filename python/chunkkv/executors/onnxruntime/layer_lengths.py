@@ -14,6 +14,7 @@ import onnxruntime as ort
 from onnx import helper
 
 from chunkkv.errors import EngineError
+from chunkkv.executors.file_pages import file_pages
 from chunkkv.executors.host_cache import HostKVCache
 from chunkkv.executors.onnxruntime.decode import OnnxRuntimeDecoder
 from chunkkv.executors.onnxruntime.graphs import CPU, OnnxRuntimeStep, bind_arrays, session_options
@@ -37,7 +38,8 @@ def load_layer_lengths_graph(path: Path, threads: int) -> ort.InferenceSession:
     options.add_session_config_entry(_FOLDER_OPTION, str(path.parent))
     model = with_plain_attention(onnx.load(str(path), load_external_data=False))
     model = _with_layer_lengths(model, path)
-    return ort.InferenceSession(model.SerializeToString(), options, providers=CPU)
+    with file_pages(path.parent):
+        return ort.InferenceSession(model.SerializeToString(), options, providers=CPU)
 
 
 class LayerLengthsDecoder(OnnxRuntimeDecoder):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from chunkkv.executors.file_pages import file_pages
 from chunkkv.executors.host_cache import HostKVCache
 from chunkkv.executors.onnxruntime.graphs import GIVING_BACK, OnnxRuntimeStep, bind_arrays, bind_cache, load_graph
 
@@ -37,7 +38,7 @@ class TextBlock:
 class PromptBlocksGraph:
     """The graph of all blocks of a prompt but the last: it multiplies in fewer bits than the step graph.
 
-    Its weights stay where the file is mapped into memory, so processes share them.
+    Its weights stay where the file is mapped into memory, so processes share them. Between prompts they are not held.
 
     Parameters
     ----------
@@ -48,7 +49,8 @@ class PromptBlocksGraph:
     """
 
     def __init__(self, path: Path, step: OnnxRuntimeStep) -> None:
-        self._session = load_graph(path, step.threads, repacks=False)
+        with file_pages(path.parent) as self._weights:
+            self._session = load_graph(path, step.threads, repacks=False)
         self._step = step
 
     def append(
@@ -57,7 +59,7 @@ class PromptBlocksGraph:
         """Append the tokens ids [S] int64 of one row at slots from `slot` and positions from `position`.
 
         `slot` is one number for each length class, or one for all of them. After the last block of a text the memory
-        that the graph worked in goes back to the system.
+        that the graph worked in goes back to the system, and that of its weights to the system's cache of files.
         """
         binding = bind_cache(self._session, cache)
         inputs: dict[str, np.ndarray] = {
@@ -67,6 +69,8 @@ class PromptBlocksGraph:
         }
         bind_arrays(binding, inputs, {})
         self._session.run_with_iobinding(binding, GIVING_BACK if is_last else None)
+        if is_last:
+            self._weights.release()
 
 
 def text_blocks(length: int, block: int, window: int, has_graph: bool) -> list[TextBlock]:
