@@ -107,14 +107,37 @@ def test_parts_of_several_lengths_are_filled(settings: ChunkKVSettings | None, t
         assert relative(two, one) < 0.1 and np.array_equal(one[:, :, 48:], two[:, :, 48:])
 
 
-def test_a_context_goes_on_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    session = engines.session("llama3", **PREFILL)
-    context = session.compress(ids(100).tolist())
-    appended: list[int] = []
+@pytest.fixture
+def appended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that gets the tokens of every block that the graph appends."""
+    sizes: list[int] = []
     append = PromptBlocksGraph.append
     monkeypatch.setattr(
-        PromptBlocksGraph, "append", lambda *given, **named: appended.append(len(given[2])) or append(*given, **named)
+        PromptBlocksGraph, "append", lambda *given, **named: sizes.append(len(given[2])) or append(*given, **named)
     )
+    return sizes
+
+
+def test_without_chunkkv_the_last_block_is_one_token(appended: list[int]) -> None:
+    session = engines.session("llama3", chunkkv=False, **PREFILL)
+    filled(session, ids(64))
+    assert not appended
+    filled(session, ids(65))
+    assert sum(appended) == 64
+
+
+def test_questions_and_second_readings_meet_the_other_weights(appended: list[int]) -> None:
+    session = engines.session("llama3", **PREFILL)
+    context = session.compress(ids(90).tolist(), scorer="reread")
+    assert sum(appended) == 90 - WINDOW
+    session.generate(ids(100).tolist(), GREEDY, context=context)
+    assert sum(appended) == 90 - WINDOW
+
+
+def test_a_context_goes_on_with_it(appended: list[int]) -> None:
+    session = engines.session("llama3", **PREFILL)
+    context = session.compress(ids(100).tolist())
+    appended.clear()
     longer = context.extend(ids(120).tolist(), keep_ratio=0.4)
     assert sum(appended) == 120 - WINDOW
     assert session.generate([5, 6, 7], GREEDY, context=longer).token_ids
@@ -125,6 +148,7 @@ def test_the_graph_has_no_head_and_no_other_projections() -> None:
     model = onnx.load(folder / "prefill_blocks.onnx", load_external_data=False)
     assert {value.name.split(".")[0] for value in model.graph.output} == {"present_key", "present_value"}
     assert "logit_indices" not in {value.name for value in model.graph.input}
+    assert {entry.key: entry.value for entry in model.metadata_props} == {"chunkkv.graph": "prefill_blocks"}
     kinds = [node.op_type for node in model.graph.node]
     assert "MatMulNBits" not in kinds and kinds.count("MatMulIntegerToFloat") == 2 * 5 + 1, (
         "five of each layer, and of the last only what gives keys and values"

@@ -193,8 +193,8 @@ def _add_prefill_precision(build: argparse._ArgumentGroup) -> None:
         "--prefill_precision",
         choices=config.PREFILL_PRECISIONS,
         help="number type in which all blocks of a prompt but the last are multiplied, for backend onnxruntime: w8a8 "
-        "stores the projections a second time, in 8 bits with a scale for each output, which reads long prompts "
-        "faster and takes their memory; answers keep the weights of the other flags; default: those, too",
+        "stores the projections a second time, in 8 bits with a scale for each output, which takes memory and reads "
+        "long prompts faster; answers keep the weights of the other flags; default: prompts, too",
     )
 
 

@@ -48,7 +48,10 @@ class BlockAttention:
         slot.
         """
         e = self._e
-        caches = self.store(qkv[1:], past, last)
+        self._total = e.op("Add", [e.op("Cast", [last], to=_INT64), e.ints(1)])
+        self._block = e.dim(qkv[1], 1)
+        self._before = e.op("Sub", [self._total, self._block])
+        caches = self._stored([self._heads_first(values, self._kv_heads) for values in qkv[1:]], past)
         query, hidden = self._heads_first(qkv[0], self._query_heads), self._hidden()
         mixed = []
         for head in range(self._kv_heads):
@@ -58,25 +61,10 @@ class BlockAttention:
         joined = e.op("Reshape", [tokens_first, e.ints(1, -1, self._query_heads * self._head_dim)])
         return joined, caches[0], caches[1]
 
-    def store(
-        self, new: Sequence[str], past: Sequence[str], last: str, names: Sequence[str | None] = (None, None)
-    ) -> list[str]:
-        """Return the caches of keys and values with those of the block, `new` [1,S,Hkv*D] each, in them; see emit.
-
-        `names` are what the caches are called, None for names of their own.
-        """
-        e = self._e
-        self._total = e.op("Add", [e.op("Cast", [last], to=_INT64), e.ints(1)])
-        self._block = e.dim(new[0], 1)
-        self._before = e.op("Sub", [self._total, self._block])
-        outputs = [None if name is None else [name] for name in names]
-        return self._stored([self._heads_first(values, self._kv_heads) for values in new], past, outputs)
-
-    def _stored(self, new: Sequence[str], past: Sequence[str], outputs: Sequence[list[str] | None]) -> list[str]:
-        """Return `past` with the block's keys and values, `new` [1,Hkv,S,D] each, in it; `outputs` are its names."""
+    def _stored(self, new: Sequence[str], past: Sequence[str]) -> list[str]:
+        """Return the caches `past` with the block's keys and values, `new` [1,Hkv,S,D] each, in them."""
         places = self._places()
-        pairs = zip(past, new, outputs, strict=True)
-        return [self._e.op("ScatterND", [old, places, values], output) for old, values, output in pairs]
+        return [self._e.op("ScatterND", [old, places, values]) for old, values in zip(past, new, strict=True)]
 
     def _heads_first(self, value: str, heads: int) -> str:
         """[1,S,H*D] to [1,H,S,D]."""
@@ -170,11 +158,11 @@ class EightBitBlockAttention(BlockAttention):
         super().__init__(e, query_heads, kv_heads, head_dim, scale)
         self._scales = scales
 
-    def _stored(self, new: Sequence[str], past: Sequence[str], outputs: Sequence[list[str] | None]) -> list[str]:
+    def _stored(self, new: Sequence[str], past: Sequence[str]) -> list[str]:
         e, stored = self._e, []
-        for values, old, output, scale in zip(new, past, outputs, self._scales, strict=True):
+        for values, old, scale in zip(new, past, self._scales, strict=True):
             numbers = e.op("Cast", [whole_numbers(e, values, scale)], to=_INT8)
-            stored.append(e.op("TensorScatter", [old, numbers, self._before], output, axis=2))
+            stored.append(e.op("TensorScatter", [old, numbers, self._before], axis=2))
         return stored
 
     def _key_codes(self, key: str, head: int) -> tuple[str, str]:

@@ -54,6 +54,8 @@ class FusedStepGraph(StepGraph):
         With which 8 bits hold keys and values; given exactly for "int8".
     """
 
+    kind = "step"  # as the graph's file says
+
     def __init__(
         self,
         plan: GraphPlan,
@@ -74,11 +76,13 @@ class FusedStepGraph(StepGraph):
     def _model(self) -> onnx.ModelProto:
         if self._observed:
             self._emit_queries()
-        metadata = {"chunkkv.graph": "step", "chunkkv.queries": "counted"}
+        metadata = {"chunkkv.graph": self.kind}
+        if self._keeps_queries:
+            metadata["chunkkv.queries"] = "counted"
         if self._scales is not None:
             metadata[SCALES_KEY] = self._scales.to_text()
         opset = _OPSET if self._scales is None else EIGHT_BIT_OPSET
-        return self.e.model("chunkkv_step", opset=opset, domains=[(CONTRIB, 1)], metadata=metadata)
+        return self.e.model(f"chunkkv_{self.kind}", opset=opset, domains=[(CONTRIB, 1)], metadata=metadata)
 
     def _cache_inputs(self, lengths: str) -> None:
         e = self.e

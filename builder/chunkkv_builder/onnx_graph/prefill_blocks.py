@@ -35,6 +35,7 @@ class PrefillBlocksGraph(FusedStepGraph):
     """
 
     gives_logits = False
+    kind = "prefill_blocks"
 
     def __init__(
         self,

@@ -24,9 +24,7 @@ CONFIG_FILE = "config.json"
 MANIFEST_FILE = "manifest.json"
 # Of an engine for ONNX Runtime: the model, the op, the op by scores from outside, and what scores a second reading.
 STEP_FILE, COMPRESS_FILE, GIVEN_FILE, REREAD_FILE = "step.onnx", "compress.onnx", "compress_given.onnx", "reread.onnx"
-PREFILL_BLOCKS_FILE = (
-    "prefill_blocks.onnx"  # of some engines: the model as it appends all blocks of a prompt but the last
-)
+PREFILL_BLOCKS_FILE = "prefill_blocks.onnx"  # of some: the model as it appends all blocks of a prompt but the last
 FORMAT = "chunkkv-engine"
 FORMAT_VERSION = 2
 PARTIAL_MARK = ".partial-"  # a build writes to <output_dir>.partial-<process id> until it is complete

@@ -24,7 +24,7 @@ class OnnxRuntimeContinuer:
     step : OnnxRuntimeStep
         The graph that appends a block.
     prefiller : OnnxRuntimePrefiller
-        Compresses a text.
+        Cuts a text into blocks, appends those that are not asked for, and compresses it.
     block : int
         The largest block, in tokens.
     """
