@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.cpu.machine import QUIET_CORES, ROOT
 from benchmarks.cpu.picture import draw
 from benchmarks.cpu.results import JSON_FILE, LEVEL, QUANTITIES, Comparison, Measurements, Row, prefill_s
-from benchmarks.cpu.variants import FLOAT32, INT8_CACHE, PRODUCT, REDUCED, TITLES, VARIANTS, Cell, Variant
+from benchmarks.cpu.variants import FLOAT32, INT4_ALL, INT4_CACHE, PRODUCT, REDUCED, TITLES, VARIANTS, Cell, Variant
 from chunkkv.files import write_whole
 
 TEMPLATE = Path(__file__).with_name("page.md")
@@ -22,7 +22,7 @@ README_VARIANTS = tuple(
     one
     for one in VARIANTS
     if one.group == FLOAT32
-    or one.weights in ("int4", INT8_CACHE, "Q4_0")
+    or one.weights in ("int4", INT4_CACHE, INT4_ALL, "Q4_0")
     or (one.engine, one.weights) == (PRODUCT, "int8")
 )
 

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 FLOAT32, REDUCED = "float32", "reduced"  # arithmetic of float32 throughout, and anything cheaper
 FULL, PART = 100, 20  # percent of a prompt that stays in the cache
 PRODUCT = "product"
-INT8_CACHE = "int4, cache int8"  # weights of the product with a cache in 8 bits
+# How the product stores weights, its KV cache, and the weights that prompts are read with.
+INT4_CACHE = "int4, cache int8"
+INT4_ALL = f"{INT4_CACHE}, prefill w8a8"
+W8A8_ALL = "w8a8, cache int8"
 TITLES = {
     PRODUCT: "ChunkKV-TRT",
     "transformers_kvpress": "transformers",
@@ -73,9 +76,9 @@ VARIANTS = (
     *_pair("openvino", "float32", FLOAT32),
     Variant("llama_cpp", "float32", FLOAT32, FULL),
     *_pair(PRODUCT, "int8", REDUCED),
-    *_pair(PRODUCT, "int4", REDUCED),
-    *_pair(PRODUCT, INT8_CACHE, REDUCED),
-    *_pair(PRODUCT, "w8a8", REDUCED),
+    *_pair(PRODUCT, INT4_CACHE, REDUCED),
+    *_pair(PRODUCT, INT4_ALL, REDUCED),
+    *_pair(PRODUCT, W8A8_ALL, REDUCED),
     Variant("onnxruntime_genai", "int4", REDUCED, FULL),
     *_pair("openvino", "int4", REDUCED),
     Variant("openvino", "default", REDUCED, FULL),

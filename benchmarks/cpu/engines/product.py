@@ -7,18 +7,20 @@ from pathlib import Path
 
 from benchmarks.cpu.contract import BenchmarkEngine, Case, Runner, folder_of
 from benchmarks.cpu.machine import commit
-from benchmarks.cpu.variants import INT8_CACHE
+from benchmarks.cpu.variants import INT4_ALL, INT4_CACHE, W8A8_ALL
 from chunkkv import ChunkKVSession, SamplingParams, __version__
 from chunkkv.results import GenerationResult, StreamEvent
 from chunkkv_builder.build import main as build
 
 FLAGS = "--chunkkv --max_seq_len 8192 --max_batch_size 8 --log_level error --overwrite"
-# How weights and cache are stored, by what it is called in tables; float32 takes no flags.
+_INT4 = "--use_weight_only --weight_only_precision int4 --kv_cache_dtype int8"
+# Flags by what they are called in tables.
 STORED = {
-    **{
-        precision: ["--use_weight_only", "--weight_only_precision", precision] for precision in ("int8", "int4", "w8a8")
-    },
-    INT8_CACHE: ["--use_weight_only", "--weight_only_precision", "int4", "--kv_cache_dtype", "int8"],
+    "float32": "",
+    "int8": "--use_weight_only --weight_only_precision int8",
+    INT4_CACHE: _INT4,
+    INT4_ALL: f"{_INT4} --prefill_precision w8a8",
+    W8A8_ALL: "--use_weight_only --weight_only_precision w8a8 --kv_cache_dtype int8",
 }
 
 
@@ -71,7 +73,7 @@ class Product:
         is_known = built_by.is_file() and built_by.read_text("utf-8") == self.version()
         if is_known and "dirty" not in self.version():
             return
-        flags = [*FLAGS.split(), *STORED.get(weights, [])]
+        flags = [*FLAGS.split(), *STORED[weights].split()]
         build(["--checkpoint_dir", str(model), "--output_dir", str(folder), *flags])
         built_by.write_text(self.version(), "utf-8")
 
