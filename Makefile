@@ -40,7 +40,7 @@ install: $(VENV)/.installed-test
 
 # Everything a user of the CPU path relies on: about 5 minutes on two cores.
 test: lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # What is worth having and not worth waiting for after each change: about 30 minutes on two cores, downloads 1.9 GB.
 test-deep: test-tensorrt-api test-tensorrt-llm test-tensorrt test-triton test-soak test-peers sass test-slow

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from chunkkv.executors.mappings import MADV_DONTNEED, MAPS, Mapping, Range, advise, own_mappings, without
+from chunkkv.executors.mappings import MADV_DONTNEED, MAPS, Mapping, Range, advise, own_mappings, with_amounts, without
 
-_LEAST_BYTES = 1 << 16  # smaller tensors are not worth a system call
+_LEAST_BYTES = 1 << 20  # smaller tensors are not worth a system call
 # Else a mapping might be that of a graph which another thread loads, and be released after that graph has gone.
 _ONE_LOADS = threading.Lock()
 
@@ -52,7 +52,8 @@ def file_pages(folder: Path) -> Iterator[FilePages]:
     with _ONE_LOADS:
         before = [mapping.place for mapping in own_mappings(MAPS) if mapping.name.startswith(inside)]
         yield pages
-        new = [mapping for mapping in own_mappings() if mapping.name.startswith(inside) and can_be_released(mapping)]
+        large = with_amounts(lambda one: one.name.startswith(inside) and one.size >= _LEAST_BYTES)
+        new = filter(can_be_released, large)
         # The system joins neighbours to one mapping, so one that is new may have a part that was there.
         pages.places = tuple(place for mapping in new for place in without(mapping.place, before))
         pages.release()

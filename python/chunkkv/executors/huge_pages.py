@@ -11,7 +11,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from chunkkv.executors.mappings import MADV_COLLAPSE, MADV_HUGEPAGE, MAPS, Mapping, advise, own_mappings, without
+from chunkkv.executors.mappings import (
+    MADV_COLLAPSE,
+    MADV_HUGEPAGE,
+    MAPS,
+    Mapping,
+    advise,
+    own_mappings,
+    with_amounts,
+    without,
+)
 
 HUGE_PAGE_BYTES = 2 << 20
 _SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -30,7 +39,12 @@ def on_huge_pages() -> Iterator[None]:
     yield
     if not is_possible:
         return
-    for mapping in filter(is_anonymous, own_mappings()):
+
+    def may_move(mapping: Mapping) -> bool:
+        grown = without(mapping.place, before) if is_anonymous(mapping) else []
+        return any(stop - start >= HUGE_PAGE_BYTES for start, stop in grown)
+
+    for mapping in with_amounts(may_move):
         if (mapping.resident or 0) >= _LEAST_RESIDENT * mapping.size:
             for start, stop in without(mapping.place, before):
                 _move(start, stop)

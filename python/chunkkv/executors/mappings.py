@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -91,6 +91,16 @@ def own_mappings(source: Path = SMAPS) -> list[Mapping]:
         return mappings(source.read_text(encoding="utf-8", errors="replace"))
     except OSError:
         return []
+
+
+def with_amounts(wanted: Callable[[Mapping], bool]) -> list[Mapping]:
+    """Return those of this process's mappings that `wanted` takes by place and name, with their amounts.
+
+    The system counts amounts slowly, and only for all mappings: it is not asked where none is wanted.
+    """
+    if not any(map(wanted, own_mappings(MAPS))):
+        return []
+    return list(filter(wanted, own_mappings()))
 
 
 def without(place: Range, others: Sequence[Range]) -> list[Range]:
