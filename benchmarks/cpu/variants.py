@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-FLOAT32, REDUCED = "float32", "reduced"  # arithmetic of float32 throughout, and anything cheaper
+FLOAT32, REDUCED = "float32", "reduced"  # weights and arithmetic of float32, and anything cheaper
 FULL, PART = 100, 20  # percent of a prompt that stays in the cache
 PRODUCT = "product"
 # How the product stores weights, its KV cache, and the weights that prompts are read with.
+HALF_CACHE = "float32, cache float16"
 INT4_CACHE = "int4, cache int8"
 INT4_ALL = f"{INT4_CACHE}, prefill w8a8"
 W8A8_ALL = "w8a8, cache int8"
@@ -71,6 +72,7 @@ def _pair(engine: str, weights: str, group: str) -> tuple[Variant, Variant]:
 # OpenVINO's default multiplies in bfloat16 where the processor has it, and stores the cache in fewer bits.
 VARIANTS = (
     *_pair(PRODUCT, "float32", FLOAT32),
+    *_pair(PRODUCT, HALF_CACHE, FLOAT32),
     *_pair("transformers_kvpress", "float32", FLOAT32),
     Variant("onnxruntime_genai", "float32", FLOAT32, FULL),
     *_pair("openvino", "float32", FLOAT32),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.cpu.contract import BenchmarkEngine, Case, Runner, folder_of
 from benchmarks.cpu.machine import commit
-from benchmarks.cpu.variants import INT4_ALL, INT4_CACHE, W8A8_ALL
+from benchmarks.cpu.variants import HALF_CACHE, INT4_ALL, INT4_CACHE, W8A8_ALL
 from chunkkv import ChunkKVSession, SamplingParams, __version__
 from chunkkv.results import GenerationResult, StreamEvent
 from chunkkv_builder.build import main as build
@@ -17,6 +17,7 @@ _INT4 = "--use_weight_only --weight_only_precision int4 --kv_cache_dtype int8"
 # Flags by what they are called in tables.
 STORED = {
     "float32": "",
+    HALF_CACHE: "--kv_cache_dtype float16",
     "int8": "--use_weight_only --weight_only_precision int8",
     INT4_CACHE: _INT4,
     INT4_ALL: f"{_INT4} --prefill_precision w8a8",
