@@ -28,37 +28,25 @@ HEAD_DIM, CAPACITY = 32, 300
 W8A8 = {"use_weight_only": True, "weight_only_precision": "w8a8"}
 
 
-def graph(query_heads: int, kv_heads: int, scale: float) -> onnx.ModelProto:
-    e = GraphEmitter()
+def graph(query_heads: int, kv_heads: int, scale: float, scales: CacheScales | None = None) -> onnx.ModelProto:
+    """Return a graph of the attention alone, over a cache of 8 bits where `scales` are given."""
+    e, dtype = GraphEmitter(), "float32" if scales is None else "int8"
     qkv = [
         e.input(name, "float32", [1, "block", heads * HEAD_DIM])
         for name, heads in (("query", query_heads), ("key", kv_heads), ("value", kv_heads))
     ]
     cache = [1, kv_heads, "capacity", HEAD_DIM]
-    past = [e.input(name, "float32", cache) for name in ("past_key", "past_value")]
-    last = e.input("last", "int32", [1])
-    made = BlockAttention(e, query_heads, kv_heads, HEAD_DIM, scale).emit((qkv[0], qkv[1], qkv[2]), past, last)
-    for name, shape in zip(made, ([1, "block", query_heads * HEAD_DIM], cache, cache), strict=True):
-        e.output(name, "float32", shape)
-    return e.model("block", opset=23, domains=[("com.microsoft", 1)])
-
-
-def eight_bit_graph(query_heads: int, kv_heads: int, scale: float, scales: CacheScales) -> onnx.ModelProto:
-    e = GraphEmitter()
-    qkv = [
-        e.input(name, "float32", [1, "block", heads * HEAD_DIM])
-        for name, heads in (("query", query_heads), ("key", kv_heads), ("value", kv_heads))
-    ]
-    cache = [1, kv_heads, "capacity", HEAD_DIM]
-    past = [e.input(name, "int8", cache) for name in ("past_key", "past_value")]
-    last = e.input("last", "int32", [1])
-    stored = scale_inputs(e, scales, 0)
-    attention = EightBitBlockAttention(e, query_heads, kv_heads, HEAD_DIM, scale, stored)
-    made = attention.emit((qkv[0], qkv[1], qkv[2]), past, last)
-    e.output(made[0], "float32", [1, "block", query_heads * HEAD_DIM])
-    for name in made[1:]:
-        e.output(name, "int8", cache)
-    return e.model("block", opset=24, domains=[("com.microsoft", 1)])
+    past = [e.input(name, dtype, cache) for name in ("past_key", "past_value")]
+    last, sizes = e.input("last", "int32", [1]), (query_heads, kv_heads, HEAD_DIM, scale)
+    if scales is None:
+        attention = BlockAttention(e, *sizes)
+    else:
+        attention = EightBitBlockAttention(e, *sizes, scale_inputs(e, scales, 0))
+    mixed, *caches = attention.emit((qkv[0], qkv[1], qkv[2]), past, last)
+    e.output(mixed, "float32", [1, "block", query_heads * HEAD_DIM])
+    for name in caches:
+        e.output(name, dtype, cache)
+    return e.model("block", opset=23 if scales is None else 24, domains=[("com.microsoft", 1)])
 
 
 def expected(arrays: dict[str, np.ndarray], kv_heads: int, first: int, scale: float) -> list[np.ndarray]:
@@ -110,7 +98,7 @@ def test_over_a_cache_of_8_bits_it_reads_what_the_cache_holds() -> None:
         name: rng.integers(-90, 91, (1, kv_heads, CAPACITY, HEAD_DIM)).astype(np.int8)
         for name in ("past_key", "past_value")
     }
-    session = ort.InferenceSession(eight_bit_graph(6, kv_heads, scale, scales).SerializeToString())
+    session = ort.InferenceSession(graph(6, kv_heads, scale, scales).SerializeToString())
     found = session.run(None, {**arrays, **past, "last": np.array([first + size - 1], np.int32)})
     read = {}
     for name, of_kind in (("key", scales.keys[0]), ("value", scales.values[0])):

@@ -59,11 +59,11 @@ def test_a_long_prompt_may_end_with_a_block_of_its_window_alone(length: int, win
     assert sum(sizes) == length == blocks[-1].stop
     assert all(0 < size <= block for size in sizes)
     if length < end + 64:
-        assert sizes == block_sizes(length, block, window) and all(one.is_asked for one in blocks)
+        assert sizes == block_sizes(length, block, window) and all(one.needs_logits for one in blocks)
         assert [one.is_last for one in blocks] == [False] * (len(blocks) - 1) + [True]
     else:
         assert sizes[-1] == end and len(sizes) == 1 - (end - length) // block
-        assert [one.is_asked for one in blocks] == [False] * (len(blocks) - 1) + [True]
+        assert [one.needs_logits for one in blocks] == [False] * (len(blocks) - 1) + [True]
         assert [one.is_last for one in blocks] == [False] * (len(blocks) - 2) + [True, True]
 
 

@@ -11,6 +11,7 @@ import onnx
 import onnxruntime as ort
 
 from chunkkv.text.tokenizer import Tokenizer
+from chunkkv_builder.onnx_graph.eight_bit_cache import KINDS
 from chunkkv_builder.plan import GraphPlan
 
 TEXT = "evaluation/texts/excerpts/speech.txt"  # of the package chunkkv: prose with figures
@@ -76,5 +77,5 @@ def _feeds(plan: GraphPlan, ids: np.ndarray) -> dict[str, np.ndarray]:
     }
     for part in plan.parts:
         empty = np.zeros((1, len(part.kv_heads), len(ids), plan.model.head_dim), np.float32)
-        feeds |= {f"past_{kind}.{part.number}": empty for kind in ("key", "value")}
+        feeds |= {f"past_{kind}.{part.number}": empty for kind in KINDS}
     return feeds

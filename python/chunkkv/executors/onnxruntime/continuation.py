@@ -67,10 +67,10 @@ class OnnxRuntimeContinuer:
                 if cancel.is_set():
                     return PrefillResult(None)
                 ids, place = request.ids[block.start : block.stop], (_plus(slots, done), position + done)
-                if block.is_asked:
+                if block.needs_logits:
                     logits, queries = self._step.append_block(row, ids, *place)
                 else:
-                    self._prefiller.append_unasked(row, ids, *place, block.is_last)
+                    self._prefiller.append_without_logits(row, ids, *place, block.is_last)
                 done = block.stop
                 progress(done, total)
             scores: dict[int, np.ndarray] = {}

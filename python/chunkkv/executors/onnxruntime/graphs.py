@@ -99,6 +99,17 @@ class OnnxRuntimeStep:
         arrays = [piece.reshape(shape) for piece, shape in zip(pieces, 2 * shapes, strict=True)]
         return HostKVCache(tuple(arrays[: len(shapes)]), tuple(arrays[len(shapes) :]), self.layout, self.scales)
 
+    def block_inputs(self, ids: np.ndarray, slot: int | Sequence[int], position: int) -> dict[str, np.ndarray]:
+        """Return a graph's inputs for the tokens ids [S] of one row at slots from `slot` and positions from `position`.
+
+        `slot` is one number for each length class, or one for all of them.
+        """
+        return {
+            "input_ids": np.ascontiguousarray(ids, dtype=np.int64).reshape(1, -1),
+            "position_ids": np.arange(position, position + len(ids), dtype=np.int64).reshape(1, -1),
+            "cache_lengths": np.array(self.layout.slots(slot), np.int32).reshape(-1, 1),
+        }
+
     def append_prompt_block(
         self, cache: HostKVCache, ids: np.ndarray, filled: int, is_last: bool = False
     ) -> tuple[np.ndarray, dict[int, np.ndarray]]:
@@ -152,12 +163,8 @@ class OnnxRuntimeStep:
         size, observed = len(ids), query_count or self._window
         binding = bind_cache(self.session, cache)
         logits = np.empty((1, len(logit_indices), self.vocab_size), np.float32)
-        inputs: dict[str, np.ndarray] = {
-            "input_ids": np.ascontiguousarray(ids, dtype=np.int64).reshape(1, size),
-            "position_ids": np.arange(position, position + size, dtype=np.int64).reshape(1, size),
-            "cache_lengths": np.array(self.layout.slots(slot), np.int32).reshape(-1, 1),
-            "logit_indices": np.ascontiguousarray(logit_indices, dtype=np.int64).reshape(1, -1),
-        }
+        inputs = self.block_inputs(ids, slot, position)
+        inputs["logit_indices"] = np.ascontiguousarray(logit_indices, dtype=np.int64).reshape(1, -1)
         queries: dict[int, np.ndarray] = {
             leader: np.empty((1, heads, min(observed, size), self.head_dim), np.float32)
             for leader, heads in self.query_heads.items()

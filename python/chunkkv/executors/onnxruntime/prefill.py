@@ -99,10 +99,10 @@ class OnnxRuntimePrefiller(Prefiller[HostKVCache]):
         for block in self.text_blocks(len(ids)):
             tokens, place = ids[block.start : block.stop], filled + block.start
             made = None
-            if block.is_asked:
+            if block.needs_logits:
                 made = self._step.append_prompt_block(cache, tokens, place, block.is_last)
             else:
-                self.append_unasked(cache, tokens, place, place, block.is_last)
+                self.append_without_logits(cache, tokens, place, place, block.is_last)
             progress(block.stop, len(ids))
             yield made
 
@@ -110,11 +110,11 @@ class OnnxRuntimePrefiller(Prefiller[HostKVCache]):
         """Return the blocks in which a text of `length` tokens is appended."""
         return text_blocks(length, self._block, self._window, self._prompt_blocks is not None)
 
-    def append_unasked(
+    def append_without_logits(
         self, cache: HostKVCache, ids: np.ndarray, slot: int | Sequence[int], position: int, is_last: bool
     ) -> None:
-        """Append a block of `text_blocks` that is not asked for; see PromptBlocksGraph.append."""
-        assert self._prompt_blocks is not None, "without that graph every block is asked for"
+        """Append a block of `text_blocks` that needs no logits; see PromptBlocksGraph.append."""
+        assert self._prompt_blocks is not None, "without that graph every block needs its logits"
         self._prompt_blocks.append(cache, ids, slot, position, is_last)
 
     def compress(

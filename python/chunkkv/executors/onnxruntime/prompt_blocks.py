@@ -23,15 +23,15 @@ class TextBlock:
     ----------
     start, stop : int
         Its tokens.
-    is_asked : bool
-        Whether its logits and queries are asked for, or PromptBlocksGraph can append it.
+    needs_logits : bool
+        Whether its logits and queries are needed, which the step graph gives; else PromptBlocksGraph appends it.
     is_last : bool
         Whether it is the last one that its graph appends.
     """
 
     start: int
     stop: int
-    is_asked: bool
+    needs_logits: bool
     is_last: bool
 
 
@@ -62,11 +62,7 @@ class PromptBlocksGraph:
         that the graph worked in goes back to the system, and that of its weights to the system's cache of files.
         """
         binding = bind_cache(self._session, cache)
-        inputs: dict[str, np.ndarray] = {
-            "input_ids": np.ascontiguousarray(ids, dtype=np.int64).reshape(1, -1),
-            "position_ids": np.arange(position, position + len(ids), dtype=np.int64).reshape(1, -1),
-            "cache_lengths": np.array(self._step.layout.slots(slot), np.int32).reshape(-1, 1),
-        }
+        inputs = self._step.block_inputs(ids, slot, position)
         bind_arrays(binding, inputs, {})
         self._session.run_with_iobinding(binding, GIVING_BACK if is_last else None)
         if is_last:
@@ -76,14 +72,17 @@ class PromptBlocksGraph:
 def text_blocks(length: int, block: int, window: int, has_graph: bool) -> list[TextBlock]:
     """Return the blocks in which a text is appended; see block_sizes.
 
-    Where there is a PromptBlocksGraph, the last block of a long text is the window alone, and no other is asked for.
+    Where there is a PromptBlocksGraph, the last block of a long text is the window alone, and only it needs
+    logits.
     """
     end = max(window, 1)
     is_parted = has_graph and length >= end + _WORTH_IT
     sizes = [*block_sizes(length - end, block, 0), end] if is_parted else block_sizes(length, block, window)
     stops = np.cumsum(sizes).tolist()
     return [
-        TextBlock(stop - size, stop, is_asked=not is_parted or stop == length, is_last=stop in stops[-1 - is_parted :])
+        TextBlock(
+            stop - size, stop, needs_logits=not is_parted or stop == length, is_last=stop in stops[-1 - is_parted :]
+        )
         for size, stop in zip(sizes, stops, strict=True)
     ]
 
