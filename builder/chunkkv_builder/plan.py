@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
-from chunkkv.cache_layout import ALL_HEADS, LOCAL, CacheLayout, layout_of
+from chunkkv.cache_layout import ALL_HEADS, LOCAL, CacheLayout, deciding_parts, layout_of
 from chunkkv.errors import ConfigError
 from chunkkv.settings import ChunkKVSettings
 from chunkkv_builder.checkpoint.model_config import ModelConfig
@@ -113,13 +113,11 @@ class GraphPlan:
     @cached_property
     def parts(self) -> tuple[PartPlan, ...]:
         """The parts of every cache in order, each with the part that decides for it."""
-        places = {(part.layer, part.length_class): number for number, part in enumerate(self.layout.parts)}
         by_score = self.settings is not None
         recent = self.settings is not None and self.settings.local_policy == "recent"
-        ranked = self.settings is not None and self.settings.budget_split == "ranked"
         parts = []
-        for number, part in enumerate(self.layout.parts):
-            leader = number if ranked else places[self.layers[part.layer].leader, part.length_class]
+        leaders = deciding_parts(self.settings, self.layout)
+        for number, (part, leader) in enumerate(zip(self.layout.parts, leaders, strict=True)):
             scores = by_score and leader == number and not (recent and part.head_class == LOCAL)
             parts.append(
                 PartPlan(number, part.layer, part.kv_heads, part.head_class, part.length_class, leader, scores)

@@ -98,10 +98,20 @@ def layout_of(settings: ChunkKVSettings | None, num_layers: int, num_kv_heads: i
     return CacheLayout(tuple(parts), 2)
 
 
+def deciding_parts(settings: ChunkKVSettings | None, layout: CacheLayout) -> tuple[int, ...]:
+    """Return for each part the number of the part whose choice it takes: that of its layer-reuse group's leader."""
+    places = {(part.layer, part.length_class): number for number, part in enumerate(layout.parts)}
+    leaders = {part.layer: part.layer for part in layout.parts}
+    if settings is not None:
+        leaders |= {layer: settings.leader_of(group) for group in settings.layer_groups for layer in group}
+    return tuple(places[leaders[part.layer], part.length_class] for part in layout.parts)
+
+
 def leading_parts(settings: ChunkKVSettings | None, layout: CacheLayout) -> tuple[int, ...]:
-    """Return the numbers of the parts whose choice is their own: those of the leader of each layer-reuse group."""
-    leaders = set() if settings is None else {settings.leader_of(group) for group in settings.layer_groups}
-    return tuple(number for number, part in enumerate(layout.parts) if part.layer in leaders)
+    """Return the numbers of the parts whose choice is their own; none without ChunkKV."""
+    if settings is None:
+        return ()
+    return tuple(number for number, leader in enumerate(deciding_parts(settings, layout)) if leader == number)
 
 
 def uniform_layout(num_layers: int, num_kv_heads: int) -> CacheLayout:

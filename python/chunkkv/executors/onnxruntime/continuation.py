@@ -90,9 +90,9 @@ class OnnxRuntimeContinuer:
         with profiling.range_of("compress", (request,)):
             budget = request.keep_per_10k, request.budget_tokens
             if scores:
-                choice = self._prefiller.compress_scored(text, scores, request.ids, *budget, out)
+                choice = self._prefiller.compress_scored(text, scores, request.ids, *budget, out, is_spent=True)
             else:
-                choice = self._prefiller.compress(text, queries, request.ids, *budget, out)
+                choice = self._prefiller.compress(text, queries, request.ids, *budget, out, is_spent=True)
         _copy_slots(out, start, choice.kept_lengths, cache, slots)
         scratch = row.nbytes + text.nbytes + out.nbytes
         seconds = time.perf_counter() - started

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from chunkkv.cache_layout import CacheLayout, layout_of, leading_parts
+from chunkkv.cache_layout import CacheLayout, deciding_parts, layout_of, leading_parts
 from chunkkv.cache_scales import SCALES_KEY, CacheScales
 from chunkkv.errors import EngineError, EngineMismatchError
 from chunkkv.executors.file_pages import file_pages
@@ -24,6 +24,7 @@ from chunkkv.executors.host_cache import HostKVCache
 from chunkkv.executors.huge_pages import on_huge_pages
 from chunkkv.executors.interface import Choice
 from chunkkv.executors.mappings import give_back_freed
+from chunkkv.executors.onnxruntime.compaction import compact
 from chunkkv.executors.onnxruntime.products import products_overflow
 from chunkkv.settings import ChunkKVSettings
 
@@ -178,7 +179,7 @@ class OnnxRuntimeStep:
 
 
 class OnnxRuntimeCompress:
-    """The compress graph: chooses the tokens of one row that stay and copies them to another cache.
+    """The compress graph: chooses the tokens of one row that stay. They are copied to another cache outside of it.
 
     Raises EngineError for a file that does not load, EngineMismatchError for a graph built with other settings.
 
@@ -222,11 +223,12 @@ class OnnxRuntimeCompress:
         budget_tokens: int,
         out: HostKVCache,
         window: int = 0,
+        is_spent: bool = False,
     ) -> Choice:
         """Choose what one row keeps and copy it to the first slots of `out`; see BlockwisePrefiller.compress.
 
-        `full` may have slots behind the prompt. Where scores are given, `queries` are per part the scores of all slots
-        of `full`, [1,C] float32 or [1,H,C].
+        `full` may have slots behind the prompt; `is_spent` as compact takes it. Where scores are given, `queries` are
+        per part the scores of all slots of `full`, [1,C] float32 or [1,H,C].
         """
         binding, observed = self.session.io_binding(), "scores" if self.takes_scores else "query"
         padded = np.zeros((1, full.keys[0].shape[2]), np.int64)
@@ -236,30 +238,27 @@ class OnnxRuntimeCompress:
             "keep_per_10k": np.array([keep_per_10k], np.int32),
             "budget_tokens": np.array([budget_tokens], np.int32),
             "window": np.array([window or self._settings.window], np.int32),
-            "capacity": np.array(out.capacity, np.int64),
+            "capacity": np.zeros(len(out.capacity), np.int64),  # the graph copies no slot
             "input_ids": padded,
             **{f"{observed}.{part}": array for part, array in queries.items()},
         }
-        outputs: dict[str, np.ndarray] = {}
         for part in range(len(full.keys)):
             inputs[f"key.{part}"], inputs[f"value.{part}"] = full.keys[part], full.values[part]
-            outputs[f"kept_key.{part}"], outputs[f"kept_value.{part}"] = out.keys[part], out.values[part]
         # ids are an input only where delimiters cut chunks; a graph takes no array that it does not declare
-        bind_arrays(binding, {name: array for name, array in inputs.items() if name in self._input_names}, outputs)
+        bind_arrays(binding, {name: array for name, array in inputs.items() if name in self._input_names}, {})
         names = [*(f"kept_indices.{part}" for part in self._chosen), *(f"token_scores.{part}" for part in self._scored)]
         names.append("kept_lengths")
         for name in names:
             binding.bind_output(name, "cpu")
         self.session.run_with_iobinding(binding)
-        results = dict(zip((*outputs, *names), binding.get_outputs(), strict=True))
+        results = dict(zip(names, binding.get_outputs(), strict=True))
         lengths, classes = results["kept_lengths"].numpy()[:, 0].tolist(), [p.length_class for p in full.layout.parts]
         # Where layers keep unequal numbers, each is padded to the longest.
-        kept = {p: results[f"kept_indices.{p}"].numpy()[0][..., : lengths[classes[p]]] for p in self._chosen}
-        return Choice(
-            {part: self._choice_of(part, kept, full.layout) for part in leading_parts(self._settings, full.layout)},
-            {part: results[f"token_scores.{part}"].numpy()[0][..., : len(ids)] for part in self._scored},
-            tuple(lengths),
-        )
+        chosen = {p: results[f"kept_indices.{p}"].numpy()[0][..., : lengths[classes[p]]] for p in self._chosen}
+        kept = {part: self._choice_of(part, chosen, full.layout) for part in leading_parts(self._settings, full.layout)}
+        compact(full, kept, deciding_parts(self._settings, full.layout), out, is_spent)
+        scores = {part: results[f"token_scores.{part}"].numpy()[0][..., : len(ids)] for part in self._scored}
+        return Choice(kept, scores, tuple(lengths))
 
     def _choice_of(self, part: int, kept: Mapping[int, np.ndarray], layout: CacheLayout) -> np.ndarray:
         """Return what a leading part keeps; those without scores keep what the first of them does."""

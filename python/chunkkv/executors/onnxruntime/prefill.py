@@ -126,13 +126,17 @@ class OnnxRuntimePrefiller(Prefiller[HostKVCache]):
         budget_tokens: int,
         out: HostKVCache,
         window: int = 0,
+        is_spent: bool = False,
     ) -> Choice:
-        """Choose what one row keeps and copy it to `out`; raises EngineMismatchError for an engine without ChunkKV."""
+        """Choose what one row keeps and copy it to `out`; raises EngineMismatchError for an engine without ChunkKV.
+
+        With `is_spent` the memory of `full` is given back, and its contents become meaningless.
+        """
         if self._compress_graph is None:
             raise EngineMismatchError("this engine was built without ChunkKV and cannot compress: build with --chunkkv")
         if self._compress_graph.takes_scores:
             raise EngineMismatchError("this engine was built with score 'given' and needs scorer 'reread'")
-        return self._compress_graph.run(full, queries, ids, keep_per_10k, budget_tokens, out, window)
+        return self._compress_graph.run(full, queries, ids, keep_per_10k, budget_tokens, out, window, is_spent)
 
     def reread_scores(self, full: HostKVCache, length: int, pieces: Sequence[Piece]) -> dict[int, np.ndarray]:
         """Return what the tokens of a prompt receive from a second reading; see BlockwisePrefiller.reread_scores."""
@@ -149,10 +153,11 @@ class OnnxRuntimePrefiller(Prefiller[HostKVCache]):
         keep_per_10k: int,
         budget_tokens: int,
         out: HostKVCache,
+        is_spent: bool = False,
     ) -> Choice:
-        """Choose by the scores of a second reading, as `reread_scores` gives them, and copy it to `out`."""
+        """Choose by the scores of a second reading, as `reread_scores` gives them; else as `compress`."""
         given = self.reread.for_compress(scores, max(full.capacity))
-        return self.reread.compress.run(full, given, ids, keep_per_10k, budget_tokens, out)
+        return self.reread.compress.run(full, given, ids, keep_per_10k, budget_tokens, out, is_spent=is_spent)
 
     @property
     def reread(self) -> OnnxRuntimeReread:
@@ -228,11 +233,11 @@ class OnnxRuntimePrefillRun:
         assert self._compressed is not None, "a run that compresses nothing ends with its last block"
         started, request = time.perf_counter(), self._request
         rest = request.ids, request.keep_per_10k, request.budget_tokens, self._compressed
-        with profiling.range_of("compress", (request,)):  # score, select and compact of all layers are one graph
+        with profiling.range_of("compress", (request,)):
             if self._scores:
-                choice = self._prefiller.compress_scored(self._cache, self._scores, *rest)
+                choice = self._prefiller.compress_scored(self._cache, self._scores, *rest, is_spent=True)
             else:
-                choice = self._prefiller.compress(self._cache, self._queries, *rest, request.window)
+                choice = self._prefiller.compress(self._cache, self._queries, *rest, request.window, is_spent=True)
         seconds = time.perf_counter() - started
         scratch, lengths = self._cache.nbytes, choice.kept_lengths
         return PrefillResult(self._logits, choice, self._prefill_s, seconds, scratch, lengths)
