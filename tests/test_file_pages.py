@@ -71,10 +71,9 @@ def test_mappings_are_read_as_the_system_writes_them() -> None:
         (True, SIZE, 0, True),
         (True, SIZE, 4096, False),
         (True, SIZE, None, False),
-        (True, SIZE // 128, 0, False),
         (False, SIZE, 0, False),
     ],
-    ids=["as in the file", "written to", "not told", "small", "no file"],
+    ids=["as in the file", "written to", "not told", "no file"],
 )
 def test_only_what_the_file_still_has_is_released(
     is_file: bool, size: int, own_copies: int | None, can_be: bool
@@ -92,6 +91,24 @@ def test_pages_leave_the_process_and_come_back_from_the_file(tmp_path: Path, con
     pages.release()
     assert resident(tmp_path) == 0 and np.array_equal(array[::4096], content[::4096])
     del array, memory
+
+
+@on_linux
+def test_small_tensors_are_released_once_where_there_are_large_ones(tmp_path: Path, content: np.ndarray) -> None:
+    """An engine reads them while it packs them, and seldom again."""
+    (tmp_path / "small").write_bytes(content[:65536].tobytes())
+    with file_pages(tmp_path) as pages:
+        memory, array = mapped(tmp_path / "small")
+    assert pages.places == () and resident(tmp_path) == 65536
+    with file_pages(tmp_path) as pages:
+        also_small, other = mapped(tmp_path / "small")
+        large, whole = mapped(tmp_path / "weights")
+    assert resident(tmp_path) == 65536
+    assert other.sum() + whole.sum() >= 0 and resident(tmp_path) == 2 * 65536 + SIZE
+    pages.release()
+    assert resident(tmp_path) == 2 * 65536
+    assert np.array_equal(other, content[:65536]) and np.array_equal(array, other)
+    del array, other, whole, memory, also_small, large
 
 
 @on_linux
