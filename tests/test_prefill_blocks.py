@@ -60,6 +60,17 @@ def test_a_prompt_s_cache_is_nearly_that_of_the_same_engine_without_it(variant: 
     assert all(relative(other_queries[part], queries[part]) < 0.2 for part in queries)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+@pytest.mark.parametrize("variant", ["llama3", "qwen3", "phi3"])
+def test_a_cache_of_fewer_bits_is_filled_to_the_last_layer(variant: str, dtype: str) -> None:
+    prompt, flags = ids(150), {"kv_cache_dtype": dtype}
+    exact, *_ = filled(engines.session(variant, **flags), prompt)
+    found, *_ = filled(engines.session(variant, **flags, **PREFILL), prompt)
+    for one, two in zip((*found.keys, *found.values), (*exact.keys, *exact.values), strict=True):
+        assert one.dtype == two.dtype == dtype
+        assert relative(one.astype(np.float32), two.astype(np.float32)) < 0.1
+
+
 @pytest.mark.parametrize("flags", [{}, INT4, {**INT4, "kv_cache_dtype": "int8"}, {"kv_cache_dtype": "float16"}])
 def test_short_prompts_and_answers_are_those_of_the_other_weights(flags: dict[str, Any]) -> None:
     plain, session = engines.session("llama3", **flags), engines.session("llama3", **flags, **PREFILL)
@@ -150,6 +161,8 @@ def test_the_graph_has_no_head_and_no_other_projections() -> None:
     assert "logit_indices" not in {value.name for value in model.graph.input}
     assert {entry.key: entry.value for entry in model.metadata_props} == {"chunkkv.graph": "prefill_blocks"}
     kinds = [node.op_type for node in model.graph.node]
+    attentions = [node.name for node in model.graph.node if node.name.endswith("/either")]
+    assert attentions == [f"/layers.{layer}/attention/either" for layer in (0, 1)], "the last of three only stores"
     assert "MatMulNBits" not in kinds and kinds.count("MatMulIntegerToFloat") == 2 * 5 + 1, (
         "five of each layer, and of the last only what gives keys and values"
     )

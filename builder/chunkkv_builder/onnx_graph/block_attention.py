@@ -25,7 +25,7 @@ _HIDDEN = -1e30  # added to the score of a token that comes later
 
 
 class BlockAttention:
-    """Emits the attention of one row's block over one part of a float32 cache.
+    """Emits the attention of one row's block over one part of a float32 cache, or only stores its keys and values.
 
     Parameters
     ----------
@@ -48,10 +48,7 @@ class BlockAttention:
         slot.
         """
         e = self._e
-        self._total = e.op("Add", [e.op("Cast", [last], to=_INT64), e.ints(1)])
-        self._block = e.dim(qkv[1], 1)
-        self._before = e.op("Sub", [self._total, self._block])
-        caches = self._stored([self._heads_first(values, self._kv_heads) for values in qkv[1:]], past)
+        caches = self.store(qkv[1:], past, last)
         query, hidden = self._heads_first(qkv[0], self._query_heads), self._hidden()
         mixed = []
         for head in range(self._kv_heads):
@@ -61,10 +58,23 @@ class BlockAttention:
         joined = e.op("Reshape", [tokens_first, e.ints(1, -1, self._query_heads * self._head_dim)])
         return joined, caches[0], caches[1]
 
-    def _stored(self, new: Sequence[str], past: Sequence[str]) -> list[str]:
-        """Return the caches `past` with the block's keys and values, `new` [1,Hkv,S,D] each, in them."""
+    def store(self, new: Sequence[str], past: Sequence[str], last: str, present: Sequence[str] = ()) -> list[str]:
+        """Return the caches with the block's keys and values, `new` [1,S,Hkv*D] each, in them, and do not attend.
+
+        `past` and `last` are as `emit` takes them; `present` are names for the caches, if they need any.
+        """
+        e = self._e
+        self._total = e.op("Add", [e.op("Cast", [last], to=_INT64), e.ints(1)])
+        self._block = e.dim(new[0], 1)
+        self._before = e.op("Sub", [self._total, self._block])
+        outputs: list[list[str] | None] = [[name] for name in present] if present else [None] * len(past)
+        return self._stored([self._heads_first(values, self._kv_heads) for values in new], past, outputs)
+
+    def _stored(self, new: Sequence[str], past: Sequence[str], outputs: Sequence[list[str] | None]) -> list[str]:
+        """Return the caches `past` with `new` [1,Hkv,S,D] each in them."""
         places = self._places()
-        return [self._e.op("ScatterND", [old, places, values]) for old, values in zip(past, new, strict=True)]
+        given = zip(past, new, outputs, strict=True)
+        return [self._e.op("ScatterND", [old, places, values], names) for old, values, names in given]
 
     def _heads_first(self, value: str, heads: int) -> str:
         """[1,S,H*D] to [1,H,S,D]."""
@@ -158,11 +168,11 @@ class EightBitBlockAttention(BlockAttention):
         super().__init__(e, query_heads, kv_heads, head_dim, scale)
         self._scales = scales
 
-    def _stored(self, new: Sequence[str], past: Sequence[str]) -> list[str]:
+    def _stored(self, new: Sequence[str], past: Sequence[str], outputs: Sequence[list[str] | None]) -> list[str]:
         e, stored = self._e, []
-        for values, old, scale in zip(new, past, self._scales, strict=True):
+        for values, old, scale, names in zip(new, past, self._scales, outputs, strict=True):
             numbers = e.op("Cast", [whole_numbers(e, values, scale)], to=_INT8)
-            stored.append(e.op("TensorScatter", [old, numbers, self._before], axis=2))
+            stored.append(e.op("TensorScatter", [old, numbers, self._before], names, axis=2))
         return stored
 
     def _key_codes(self, key: str, head: int) -> tuple[str, str]:

@@ -100,6 +100,14 @@ class EightBitPart:
             else_branch=self._block(f"{name}/block/", qkv, past, of_part, place),
         )
 
+    def store(self, e: GraphEmitter, new: Sequence[str], scales: CacheScales, place: BlockPlace) -> None:
+        """Store keys and values of one row, `new` [1,S,H*D] float32 each, rotated, and do not attend.
+
+        Reads and emits the caches that `attend` does; `scales` and `place` are as there.
+        """
+        past, present = ([f"{when}_{kind}.{self.number}" for kind in KINDS] for when in ("past", "present"))
+        self._block_attention(e, scale_inputs(e, scales, self.number)).store(new, past, place.last, present)
+
     def _single(
         self, prefix: str, qkv: Sequence[str], past: Sequence[str], scales: Sequence[str], place: BlockPlace
     ) -> onnx.GraphProto:
@@ -127,9 +135,12 @@ class EightBitPart:
     ) -> onnx.GraphProto:
         """Return the branch for long blocks, in which queries meet the cache's own whole numbers."""
         e = NodeEmitter(prefix)
-        scale = self.attributes.get("scale", self.head_dim**-0.5)
-        attention = EightBitBlockAttention(e, self.query_heads, self.kv_heads, self.head_dim, scale, scales)
+        attention = self._block_attention(e, scales)
         return self._graph(e, attention.emit((qkv[0], qkv[1], qkv[2]), list(past), place.last))
+
+    def _block_attention(self, e: NodeEmitter, scales: Sequence[str]) -> EightBitBlockAttention:
+        scale = self.attributes.get("scale", self.head_dim**-0.5)
+        return EightBitBlockAttention(e, self.query_heads, self.kv_heads, self.head_dim, scale, scales)
 
     def _over_floats(
         self, prefix: str, qkv: Sequence[str], past: Sequence[str], scales: Sequence[str], place: BlockPlace

@@ -151,26 +151,38 @@ class FusedStepGraph(StepGraph):
 
     def _mixed(self, layer: LayerPlan, normed: str) -> str:
         """Return a layer's attention [B,S,Hq*D] before its last projection."""
-        e, model, prefix = self.e, self.model, f"model.layers.{layer.index}.self_attn"
-        parts = self.plan.parts_of(layer.index)
-        qkv = e.op("Reshape", [self._project.emit(f"{prefix}.{MERGED}", normed), self.rows])
+        parts, qkv = self.plan.parts_of(layer.index), self._projected(layer, normed)
         is_ready = self._rotates_inside or self._rotation_of(layer.index) == UNROTATED
-        if is_ready and self._scales is None and len(parts) == 1 and not model.qk_norm:
+        if is_ready and self._scales is None and len(parts) == 1 and not self.model.qk_norm:
             return self._attend_part(parts[0], [qkv, "", ""])
-        return self._attend_parts(parts, self._apart(layer, qkv), axis=2, width=model.head_dim)
+        return self._attend_parts(parts, self._apart(layer, qkv), axis=2, width=self.model.head_dim)
+
+    def _projected(self, layer: LayerPlan, normed: str) -> str:
+        """Return queries, keys and values of a layer beside each other, [B,S,(Hq+2*Hkv)*D]."""
+        projected = self._project.emit(f"model.layers.{layer.index}.self_attn.{MERGED}", normed)
+        return self.e.op("Reshape", [projected, self.rows])
 
     def _apart(self, layer: LayerPlan, qkv: str) -> tuple[str, str, str]:
         """Return query, key and value [B,S,H*D] of `qkv`, ready for the attention."""
-        e, model, prefix = self.e, self.model, f"model.layers.{layer.index}.self_attn"
+        query, key, value = self._split(layer, qkv)
+        return self._ready(layer, "q", query), self._ready(layer, "k", key), value
+
+    def _split(self, layer: LayerPlan, qkv: str) -> list[str]:
+        """Return query, key and value [B,S,H*D] of `qkv`, as they are projected."""
+        model = self.model
         heads = (model.num_heads, model.num_kv_heads, model.num_kv_heads)
-        query, key, value = outputs = [f"{qkv}/{name}" for name in ("query", "key", "value")]
-        e.op("Split", [qkv, e.ints(*(count * model.head_dim for count in heads))], outputs, axis=2)
-        if model.qk_norm:
-            query, key = self._norm_heads(f"{prefix}.q", query), self._norm_heads(f"{prefix}.k", key)
-        if not self._rotates_inside:
-            query = self._rotate(layer.index, query, num_heads=model.num_heads)
-            key = self._rotate(layer.index, key, num_heads=model.num_kv_heads)
-        return query, key, value
+        outputs = [f"{qkv}/{name}" for name in ("query", "key", "value")]
+        self.e.op("Split", [qkv, self.e.ints(*(count * model.head_dim for count in heads))], outputs, axis=2)
+        return outputs
+
+    def _ready(self, layer: LayerPlan, kind: str, heads: str) -> str:
+        """Return the queries or keys [B,S,H*D] of a layer, `kind` "q" or "k", ready for the attention."""
+        if self.model.qk_norm:
+            heads = self._norm_heads(f"model.layers.{layer.index}.self_attn.{kind}", heads)
+        if self._rotates_inside:
+            return heads
+        count = self.model.num_heads if kind == "q" else self.model.num_kv_heads
+        return self._rotate(layer.index, heads, num_heads=count)
 
     def _attention_over(self, part: PartPlan, qkv: list[str], past: list[str], present: list[str]) -> str:
         """Store keys and values in a part's cache and return its attention [B,S,Hq*D].
@@ -180,16 +192,14 @@ class FusedStepGraph(StepGraph):
         name = self._attention_name(part)
         outputs = [f"{name}_output", *present]
         if self._scales is not None:
-            sizes = self._query_heads(part), len(part.kv_heads), self.model.head_dim
-            eight = EightBitPart(part.number, *sizes, self._attention_attributes())
-            return eight.attend(self.e, name, qkv, self._scales, self._places[part.length_class])
+            place = self._places[part.length_class]
+            return self._eight_bit_part(part).attend(self.e, name, qkv, self._scales, place)
         if not self._has_block_attention:
             return self._fused_attention(self.e, part, qkv, past, outputs)
         step, block = NodeEmitter(f"{name}/step/"), NodeEmitter(f"{name}/block/")
         of_step = [f"{name}/step/{output}" for output in ("mixed", "key", "value")]
         self._fused_attention(step, part, qkv, past, of_step)
-        heads, scale = (self._query_heads(part), len(part.kv_heads)), self.model.attention_scale
-        attention = BlockAttention(block, *heads, self.model.head_dim, scale or self.model.head_dim**-0.5)
+        attention = self._block_attention(block, part)
         of_block = attention.emit(self._rotated(block, part, qkv), past, self.lengths[part.length_class][0])
         self.e.op(
             "If",
@@ -201,6 +211,16 @@ class FusedStepGraph(StepGraph):
         )
         return outputs[0]
 
+    def _block_attention(self, e: NodeEmitter, part: PartPlan) -> BlockAttention:
+        """Return the attention of long blocks over a part of a float cache."""
+        heads, scale = (self._query_heads(part), len(part.kv_heads)), self.model.attention_scale
+        return BlockAttention(e, *heads, self.model.head_dim, scale or self.model.head_dim**-0.5)
+
+    def _eight_bit_part(self, part: PartPlan) -> EightBitPart:
+        """Return what attends to a part of a cache of 8 bits."""
+        sizes = self._query_heads(part), len(part.kv_heads), self.model.head_dim
+        return EightBitPart(part.number, *sizes, self._attention_attributes())
+
     def _attention_branch(self, e: NodeEmitter, names: Sequence[str], part: PartPlan) -> onnx.GraphProto:
         """Return the nodes of `e` as a branch whose outputs are attention, keys and values."""
         cache: list[int | str] = ["batch", len(part.kv_heads), self._capacity_name(part), self.model.head_dim]
@@ -210,21 +230,23 @@ class FusedStepGraph(StepGraph):
 
     def _rotated(self, e: NodeEmitter, part: PartPlan, qkv: list[str]) -> tuple[str, str, str]:
         """Return query, key and value [1,S,H*D] of a part, rotated where the attention would have done it."""
-        name, model, kind = self._attention_name(part), self.model, self._rotation_of(part.layer)
+        name, model = self._attention_name(part), self.model
         heads = self._query_heads(part), len(part.kv_heads), len(part.kv_heads)
         query, key, value = qkv
         if not key:
             query, key, value = pieces = [f"{name}/block/{piece}" for piece in ("query", "key", "value")]
             e.op("Split", [qkv[0], e.ints(*(count * model.head_dim for count in heads))], pieces, axis=2)
-        if self._rotates_inside and kind != UNROTATED:
-            tables = [
-                e.op("Gather", [self.e.weight(self.weights[name]), self._positions]) for name in table_names(kind)
-            ]
-            query, key = (
-                e.op("RotaryEmbedding", [values, *tables], num_heads=count, **self._rotary_attributes())
-                for values, count in zip((query, key), heads, strict=False)
-            )
+        query, key = self._turned(e, part.layer, self._positions, ((query, heads[0]), (key, heads[1])))
         return query, key, value
+
+    def _turned(self, e: NodeEmitter, layer: int, positions: str, values: Sequence[tuple[str, int]]) -> list[str]:
+        """Return `values`, each [B,S,H*D] with its H, rotated to `positions` where the attention would have done it."""
+        kind = self._rotation_of(layer)
+        if not self._rotates_inside or kind == UNROTATED:
+            return [heads for heads, _ in values]
+        tables = [e.op("Gather", [self.e.weight(self.weights[name]), positions]) for name in table_names(kind)]
+        attributes = self._rotary_attributes()
+        return [e.op("RotaryEmbedding", [heads, *tables], num_heads=count, **attributes) for heads, count in values]
 
     def _fused_attention(
         self, e: NodeEmitter, part: PartPlan, qkv: list[str], past: list[str], outputs: Sequence[str]
@@ -288,11 +310,8 @@ class FusedStepGraph(StepGraph):
 
     def _queries_of(self, e: NodeEmitter, part: PartPlan, last: str, positions: str) -> str:
         """Return the queries `last` [B,w,g*H*D] of a part as [B,g*H,w,D], rotated and with the model's own scale."""
-        kind, heads, model = self._rotation_of(part.layer), self._query_heads(part), self.model
-        if self._rotates_inside and kind != UNROTATED:
-            tables = [self.e.weight(self.weights[name]) for name in table_names(kind)]
-            rotation = [e.op("Gather", [table, positions]) for table in tables]
-            last = e.op("RotaryEmbedding", [last, *rotation], num_heads=heads, **self._rotary_attributes())
+        heads, model = self._query_heads(part), self.model
+        (last,) = self._turned(e, part.layer, positions, ((last, heads),))
         if model.attention_scale is not None:  # the scores use 1/sqrt(D)
             last = scaled(e, last, model.attention_scale * model.head_dim**0.5)
         return e.op("Transpose", [e.op("Reshape", [last, e.ints(0, 0, heads, model.head_dim)])], perm=[0, 2, 1, 3])

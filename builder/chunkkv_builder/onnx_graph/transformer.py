@@ -223,16 +223,19 @@ class StepGraph:
 
     def _attend_part(self, part: PartPlan, qkv: list[str]) -> str:
         """Attention of the heads of one part over its cache, in the layout of `qkv`."""
-        e, number = self.e, part.number
-        cache_shape: list[int | str] = ["batch", len(part.kv_heads), self._capacity_name(part), self.model.head_dim]
-        past = [e.input(f"past_{kind}.{number}", self.cache_dtype, cache_shape) for kind in ("key", "value")]
-        present = [f"present_key.{number}", f"present_value.{number}"]
         if part.scores and self._keeps_queries:
             self._window_queries(part, qkv[0])
-        mixed = self._attention_over(part, qkv, past, present)
+        return self._attention_over(part, qkv, *self._cache_of(part))
+
+    def _cache_of(self, part: PartPlan) -> tuple[list[str], list[str]]:
+        """Declare a part's keys and values as inputs and outputs of the graph, and return both pairs of names."""
+        shape: list[int | str] = ["batch", len(part.kv_heads), self._capacity_name(part), self.model.head_dim]
+        past, present = ([f"{when}_{kind}.{part.number}" for kind in ("key", "value")] for when in ("past", "present"))
+        for name in past:
+            self.e.input(name, self.cache_dtype, shape)
         for name in present:
-            e.output(name, self.cache_dtype, cache_shape)
-        return mixed
+            self.e.output(name, self.cache_dtype, shape)
+        return past, present
 
     def _capacity_name(self, part: PartPlan) -> str:
         """Return what the graph calls the slots of a part's cache; classes of other lengths have other slots."""
