@@ -66,6 +66,7 @@ constexpr size_t kStackBytes = 512 * 1024;
 constexpr size_t kStackBytes = 64 * 1024;
 #endif
 constexpr size_t kGuardBytes = 4096;
+constexpr size_t kEntryBytes = 4096;  // far more than the frame of a context's entry()
 
 #if defined(EMULATOR_OWN_SWITCH)
 using Place = void*;
@@ -85,6 +86,9 @@ class Context {
                                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
         if (memory_ == MAP_FAILED) throw std::bad_alloc();
         mprotect(memory_, kGuardBytes, PROT_NONE);
+#if defined(__SANITIZE_ADDRESS__)
+        __asan_unpoison_memory_region(stack(), kStackBytes);
+#endif
 #if defined(EMULATOR_TSAN)
         tsan_ = __tsan_create_fiber(0);
 #endif
@@ -92,10 +96,12 @@ class Context {
     Context(const Context&) = delete;
     Context& operator=(const Context&) = delete;
 
-    /// Forget what ran here; the next enter() calls entry().
-    void reset(void (*entry)()) {
+    /// Forget what ran here; the next enter() calls entry(). `abandoned`: what ran here has not come to its end.
+    void reset(void (*entry)(), [[maybe_unused]] bool abandoned) {
 #if defined(__SANITIZE_ADDRESS__)
-        __asan_unpoison_memory_region(stack(), kStackBytes);
+        // A function that has returned leaves nothing poisoned. Only entry() never returns, and what was abandoned.
+        const size_t bytes = abandoned ? kStackBytes : kEntryBytes;
+        __asan_unpoison_memory_region(stack() + kStackBytes - bytes, bytes);
         asan_fake_ = nullptr;
 #endif
 #if defined(EMULATOR_OWN_SWITCH)

@@ -1,9 +1,10 @@
 // The scheduler: blocks one after the other, their threads as fibers in one of four orders.
 //
 // For ThreadSanitizer this file is compiled without instrumentation, and every CUDA thread is a TSan fiber. Switching
-// between fibers implies no order of memory accesses. This file reports what does: barriers, warp collectives, and the
-// end of a launch before the next one. Four sets of fibers take turns, so that neighbouring blocks stay unordered and a
-// race between them is found. Sync points alternate in pairs: with a single one, phase n of one thread would be ordered
+// between fibers implies no order of memory accesses. This file reports what does: barriers, and the end of a launch
+// before the next one. Warp collectives exchange values and, as in CUDA, order no other memory: of them only __syncwarp
+// would, and no kernel has it. Four sets of fibers take turns, so that neighbouring blocks stay unordered and a race
+// between them is found. Sync points alternate in pairs: with a single one, phase n of one thread would be ordered
 // before phase n+1 of another.
 #include "simt.h"
 
@@ -75,8 +76,6 @@ struct Meeting {
 
 struct Warp {
     std::vector<Meeting> meetings;  // by mask: disjoint parts of a warp may meet at the same time
-    SyncPoint sync[2];
-    int phase = 0;
 };
 
 struct Free {
@@ -188,10 +187,10 @@ void runBlock(dim3 index, dim3 grid, dim3 size, size_t shared_bytes) {
     for (unsigned i = 0; i < block->threads; ++i) {
         Fiber& one = *block->fibers[i];
         one.at = {dim3(i % size.x, i / size.x % size.y, i / size.x / size.y), index, size, grid, static_cast<int>(i)};
+        one.context.reset(runThread, one.state != State::kDone);
         one.state = State::kReady;
         one.copies.clear();
         one.groups = 0;
-        one.context.reset(runThread);
     }
     block->dynamic_memory = freshShared(shared_bytes);
     int last = order == kReverse ? 0 : -1;
@@ -209,6 +208,18 @@ void runBlock(dim3 index, dim3 grid, dim3 size, size_t shared_bytes) {
     const Unwatched unwatched;
     block->dynamic_memory.reset();
     block->static_memory.clear();
+}
+
+/// The meeting of these lanes at this place, with the operand of one more of them.
+Meeting& join(Warp& warp, unsigned mask, int own, void* operand, const char* file, int line, Collective collective) {
+    const Unwatched unwatched;
+    size_t at = 0;
+    while (at < warp.meetings.size() && warp.meetings[at].mask != mask) ++at;
+    if (at == warp.meetings.size()) warp.meetings.push_back({mask, 0, file, line, collective, {}});
+    Meeting& meeting = warp.meetings[at];
+    meeting.arrived |= 1u << own;
+    meeting.operands[own] = operand;
+    return meeting;
 }
 
 bool refuse(const char* what, size_t value, size_t most) {
@@ -257,30 +268,20 @@ void meet(unsigned mask, void* operand, const char* file, int line, Collective c
     const int own = fiber->at.linear % 32, first = fiber->at.linear - own;
     Warp& warp = block->warps[first / 32];
     if (!(mask >> own & 1)) fail("lane %d calls a collective at %s:%d with mask %08x", own, file, line, mask);
-    SyncPoint& sync = warp.sync[warp.phase];
-    sync.release();
-    size_t at = 0;
-    while (at < warp.meetings.size() && warp.meetings[at].mask != mask) ++at;
-    if (at == warp.meetings.size()) warp.meetings.push_back({mask, 0, file, line, collective, {}});
-    Meeting& meeting = warp.meetings[at];
+    Meeting& meeting = join(warp, mask, own, operand, file, line, collective);
     if (meeting.file != file || meeting.line != line || meeting.collective != collective)
         fail("lanes of a warp meet different collectives: %s:%d and %s:%d", meeting.file, meeting.line, file, line);
-    meeting.arrived |= 1u << own;
-    meeting.operands[own] = operand;
-    if (meeting.arrived != mask) {
-        wait(State::kInCollective, file, line);
-    } else {
-        sync.acquire();
-        void* operands[32];  // the collective is instrumented and may only see memory of its own thread
-        for (int i = 0; i < 32; ++i) operands[i] = meeting.operands[i];
-        if (const char* wrong = collective(operands, mask)) fail("%s at %s:%d", wrong, file, line);
-        sync.release();
-        for (int i = 0; i < 32; ++i)
-            if ((mask >> i & 1) && i != own) block->fibers[first + i]->state = State::kReady;
-        warp.meetings.erase(warp.meetings.begin() + static_cast<long>(at));
-        warp.phase ^= 1;
+    if (meeting.arrived != mask) return wait(State::kInCollective, file, line);
+    const char* wrong = nullptr;
+    {
+        const Unwatched unwatched;  // the operands lie on the stacks of the lanes
+        wrong = collective(meeting.operands, mask);
     }
-    sync.acquire();
+    if (wrong != nullptr) fail("%s at %s:%d", wrong, file, line);
+    for (int i = 0; i < 32; ++i)
+        if ((mask >> i & 1) && i != own) block->fibers[first + i]->state = State::kReady;
+    const Unwatched unwatched;
+    warp.meetings.erase(warp.meetings.begin() + (&meeting - warp.meetings.data()));
 }
 
 void* staticShared(const void* place, size_t bytes) {

@@ -1,4 +1,4 @@
-"""The probe in every order of threads, and under ThreadSanitizer, which here knows CUDA's barriers and warps."""
+"""The probe in every order of threads, and under ThreadSanitizer, which here knows CUDA's barriers and launches."""
 
 from __future__ import annotations
 
