@@ -78,6 +78,13 @@ def test_ratios_are_of_neighbours_in_one_round() -> None:
     assert found.ratio(CELL, peer, ours, lambda row: float(row["step_ms"])) == pytest.approx((50 / 40 + 160 / 80) / 2)
 
 
+def test_the_rounds_of_every_cell_are_said() -> None:
+    assert page.rounds(measured(*OURS, PEER)) == "1 in every cell"
+    elsewhere = [row("product|float32|100", tokens=2048), row("product|float32|100", tokens=4096)]
+    found = measured(*OURS, {**OURS[0], "round": 1}, *elsewhere)
+    assert page.rounds(found) == "2 at 1,024 tokens, one thread, one prompt, and 1 in every other cell"
+
+
 def test_a_busy_machine_is_said() -> None:
     busy = {**PEER, "other_cores": QUIET_CORES + 0.5}
     assert "The machine was quiet" in page.quiet(measured(*OURS, PEER))

@@ -146,6 +146,18 @@ def quiet(measured: Measurements) -> str:
     )
 
 
+def rounds(measured: Measurements) -> str:
+    """Return how many rounds each cell has: a single one scatters more than the median of several."""
+    by_count: dict[int, list[str]] = {}
+    for cell, count in measured.rounds.items():
+        by_count.setdefault(count, []).append(cell.title)
+    if len(by_count) == 1:
+        return f"{next(iter(by_count))} in every cell"
+    most_cells = max(by_count, key=lambda count: len(by_count[count]))
+    others = [f"{count} at {'; '.join(titles)}" for count, titles in by_count.items() if count != most_cells]
+    return f"{', '.join(others)}, and {most_cells} in every other cell"
+
+
 def agreement(measured: Measurements) -> str:
     """Return how far the answers of the float32 engines agree."""
     counts = {cell: measured.agreeing_tokens(cell, FLOAT32) for cell in measured.cells if cell.rows == 1}
@@ -204,7 +216,7 @@ def render(measured: Measurements) -> str:
         "machine": machine(measured),
         "model": f"`{measured.result['model']}`",
         "steps": str(measured.result["steps"]),
-        "rounds": str(1 + max(row["round"] for row in measured.measurements)),
+        "rounds": rounds(measured),
         "quiet": quiet(measured),
         "agreement": agreement(measured),
         "versions": versions(measured),

@@ -107,6 +107,13 @@ class Measurements:
         return sorted(found, key=lambda cell: (cell.rows, cell.threads, cell.tokens))
 
     @property
+    def rounds(self) -> dict[Cell, int]:
+        """In how many rounds each cell was measured, wholly or in part."""
+        return {
+            cell: max(len(found) for (other, _), found in self._rows.items() if other == cell) for cell in self.cells
+        }
+
+    @property
     def measurements(self) -> list[Row]:
         """Every single measurement."""
         return [row for rounds in self._rows.values() for row in rounds.values()]
