@@ -28,7 +28,9 @@ HEAD_DIM, CAPACITY = 32, 300
 W8A8 = {"use_weight_only": True, "weight_only_precision": "w8a8"}
 
 
-def graph(query_heads: int, kv_heads: int, scale: float, scales: CacheScales | None = None) -> onnx.ModelProto:
+def attention_graph(
+    query_heads: int, kv_heads: int, scale: float, scales: CacheScales | None = None
+) -> onnx.ModelProto:
     """Return a graph of the attention alone, over a cache of 8 bits where `scales` are given."""
     e, dtype = GraphEmitter(), "float32" if scales is None else "int8"
     qkv = [
@@ -79,7 +81,7 @@ def test_it_attends_as_float64_does_up_to_rounding(query_heads: int, kv_heads: i
     arrays = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
     arrays["key"][..., 3] *= 5  # some numbers of keys are larger than the others
     arrays["past_key"][..., 3] *= 5
-    session = ort.InferenceSession(graph(query_heads, kv_heads, scale).SerializeToString())
+    session = ort.InferenceSession(attention_graph(query_heads, kv_heads, scale).SerializeToString())
     found = session.run(None, {**arrays, "last": np.array([first + size - 1], np.int32)})
     attention, *caches = expected(arrays, kv_heads, first, scale)
     assert np.sqrt(((found[0] - attention) ** 2).mean()) < 0.04 * attention.std()
@@ -98,7 +100,7 @@ def test_over_a_cache_of_8_bits_it_reads_what_the_cache_holds() -> None:
         name: rng.integers(-90, 91, (1, kv_heads, CAPACITY, HEAD_DIM)).astype(np.int8)
         for name in ("past_key", "past_value")
     }
-    session = ort.InferenceSession(graph(6, kv_heads, scale, scales).SerializeToString())
+    session = ort.InferenceSession(attention_graph(6, kv_heads, scale, scales).SerializeToString())
     found = session.run(None, {**arrays, **past, "last": np.array([first + size - 1], np.int32)})
     read = {}
     for name, of_kind in (("key", scales.keys[0]), ("value", scales.values[0])):
@@ -116,10 +118,28 @@ def test_keys_of_zero_are_no_error() -> None:
     arrays = {"query": np.ones((1, 64, HEAD_DIM), np.float32)}
     arrays |= {name: np.zeros((1, 64, HEAD_DIM), np.float32) for name in ("key", "value")}
     arrays |= {name: np.zeros((1, 1, 64, HEAD_DIM), np.float32) for name in ("past_key", "past_value")}
-    found = ort.InferenceSession(graph(1, 1, 1.0).SerializeToString()).run(
+    found = ort.InferenceSession(attention_graph(1, 1, 1.0).SerializeToString()).run(
         None, {**arrays, "last": np.array([63], np.int32)}
     )
     assert not found[0].any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_scores_are_hidden_in_their_own_memory(dtype: str) -> None:
+    """ONNX Runtime writes a result into an input only where the graph names the same sizes for both."""
+    folder = engines.engine_dir("llama3", **W8A8, kv_cache_dtype=dtype)
+    operator = "ScatterElements" if dtype == "float32" else "TensorScatter"
+    graphs, checked = [onnx.load(folder / "step.onnx", load_external_data=False).graph], 0
+    for graph in graphs:
+        graphs += [entry.g for node in graph.node for entry in node.attribute if entry.HasField("g")]
+        sizes = {
+            value.name: [size.dim_param for size in value.type.tensor_type.shape.dim] for value in graph.value_info
+        }
+        for node in graph.node:
+            if node.op_type == operator and not node.input[0].startswith("past_"):
+                assert all(sizes[node.input[0]]) and sizes[node.input[0]] == sizes[node.output[0]]
+                checked += 1
+    assert checked == 3 * 4, "three layers with four query heads"
 
 
 @pytest.mark.parametrize(

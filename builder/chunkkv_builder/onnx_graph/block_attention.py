@@ -4,7 +4,7 @@ ONNX Runtime's own attention multiplies in float32 only, and is the larger part 
 are rounded to 8 bits: keys with a scale for each channel of a head, queries with one for all heads that read the same
 keys. A cache of 8 bits holds such keys already. Probabilities and values are multiplied in float32, because most
 probabilities are far smaller than the largest one. Scores exist for one query head at a time, so that they stay in the
-processor's cache.
+processor's cache, and are written once: those of later tokens are hidden in place.
 """
 
 from __future__ import annotations
@@ -93,11 +93,32 @@ class BlockAttention:
         ]
         return e.op("Concat", [e.op("Expand", [column, shape]) for column in columns], axis=3)
 
-    def _hidden(self) -> str:
-        """Return what is added to the block's scores of its own tokens [S,S]."""
+    def _hidden(self) -> tuple[str, ...]:
+        """Return what `_hide` needs beside scores: places [n] of the hidden ones among S*T, their values, and [S,T]."""
         e = self._e
-        filled = e.op("Expand", [e.scalar(_HIDDEN), e.op("Concat", [self._block, self._block], axis=0)])
-        return e.op("Trilu", [filled, e.const(1, "int64")], upper=1)
+        zero, one = (e.const(number, "int64") for number in (0, 1))
+        tokens = e.op("Range", [zero, e.op("Squeeze", [self._block]), one])
+        rows = e.op("Unsqueeze", [tokens, e.ints(1)])
+        first = e.op("Add", [e.op("Mul", [rows, self._total]), self._before])
+        is_later = e.op("Reshape", [e.op("Less", [rows, tokens]), e.ints(-1)])
+        places = e.op("Compress", [e.op("Add", [first, tokens]), is_later])
+        values = e.op("Expand", [e.scalar(_HIDDEN), e.op("Shape", [places])])
+        return places, values, e.op("Concat", [self._block, self._total], axis=0)
+
+    def _hide(self, scores: str, hidden: Sequence[str]) -> str:
+        """Return the scores [S,T] without those of tokens that come later; they are written where they lie."""
+        e, size = self._e, f"{self._total}/scores"
+        flat = e.op("Reshape", [scores, e.ints(-1)])
+        masked = e.op("ScatterElements", [flat, *hidden[:2]], axis=0)
+        for name in (flat, masked):
+            self._declare(name, size)
+        scores = e.op("Reshape", [masked, hidden[2]])
+        self._declare(scores, f"{self._block}/tokens", f"{self._total}/slots")
+        return scores
+
+    def _declare(self, name: str, *sizes: str) -> None:
+        """Name the sizes of a float32 value, so that others of the same sizes may take its memory."""
+        self._e.declare(name, "float32", sizes)
 
     def _of_head(self, cache: str, head: int) -> str:
         """Return what a head of a cache holds, the block included: [T,D]."""
@@ -105,13 +126,11 @@ class BlockAttention:
         ends = e.op("Concat", [e.ints(head + 1), self._total], axis=0)
         return e.op("Squeeze", [e.op("Slice", [cache, e.ints(head, 0), ends, e.ints(1, 2)]), e.ints(0, 1)])
 
-    def _mix(self, query: str, key: str, value: str, head: int, hidden: str) -> list[str]:
+    def _mix(self, query: str, key: str, value: str, head: int, hidden: Sequence[str]) -> list[str]:
         """Return the attention [1,S,D] of each query head that reads a KV head's keys and values [T,D]."""
         e, group = self._e, self._query_heads // self._kv_heads
         codes, key_scales = self._key_codes(key, head)
         value = self._float_values(value, head)
-        before = e.op("Slice", [codes, e.ints(0), self._before, e.ints(1)])
-        own = e.op("Slice", [codes, self._before, e.ints(_END), e.ints(1)])
         queries = e.op("Slice", [query, e.ints(head * group), e.ints((head + 1) * group), e.ints(1)])
         queries = e.op("Mul", [queries, key_scales])
         scale = self._scale_of(queries, None)
@@ -121,8 +140,9 @@ class BlockAttention:
         for number in range(group):
             one = e.op("Gather", [rounded, e.const(number, "int64")], axis=1)
             one = e.op("Squeeze", [one, e.ints(0)])
-            scores = [self._product(one, scale, before), e.op("Add", [self._product(one, scale, own), hidden])]
-            probabilities = e.op("Softmax", [e.op("Concat", scores, axis=1)], axis=-1)
+            scores = self._product(one, scale, codes)
+            self._declare(scores, f"{self._block}/tokens", f"{self._total}/slots")
+            probabilities = e.op("Softmax", [self._hide(scores, hidden)], axis=-1)
             mixed.append(e.op("Unsqueeze", [e.op("MatMul", [probabilities, value]), e.ints(0)]))
         return mixed
 
@@ -174,6 +194,20 @@ class EightBitBlockAttention(BlockAttention):
             numbers = e.op("Cast", [whole_numbers(e, values, scale)], to=_INT8)
             stored.append(e.op("TensorScatter", [old, numbers, self._before], names, axis=2))
         return stored
+
+    def _hidden(self) -> tuple[str, ...]:
+        """Return what `_hide` adds to the block's scores of its own tokens [S,S], and each row's first of them [S]."""
+        e = self._e
+        filled = e.op("Expand", [e.scalar(_HIDDEN), e.op("Concat", [self._block, self._block], axis=0)])
+        added = e.op("Trilu", [filled, e.const(1, "int64")], upper=1)
+        return added, e.op("Expand", [self._before, self._block])
+
+    def _hide(self, scores: str, hidden: Sequence[str]) -> str:
+        e, (added, first) = self._e, hidden
+        own = e.op("Add", [e.op("Slice", [scores, self._before, e.ints(_END), e.ints(1)]), added])
+        masked = e.op("TensorScatter", [scores, own, first], axis=1)
+        self._declare(masked, f"{self._block}/tokens", f"{self._total}/slots")
+        return masked
 
     def _key_codes(self, key: str, head: int) -> tuple[str, str]:
         return self._e.op("Transpose", [key], perm=[1, 0]), self._scales_of_head(0, head)

@@ -28,6 +28,7 @@ class NodeEmitter:
 
     def __init__(self, prefix: str = "") -> None:
         self.nodes: list[onnx.NodeProto] = []
+        self.values: list[onnx.ValueInfoProto] = []
         self._prefix = prefix
         self._count = 0
         self._constants: dict[tuple[str, tuple[int, ...], bytes], str] = {}
@@ -72,12 +73,19 @@ class NodeEmitter:
         """Return dimension `axis` of `value` as a 1-D int64 tensor of one element."""
         return self.op("Shape", [value], start=axis, end=axis + 1)
 
+    def declare(self, name: str, dtype: str, shape: Sequence[int | str]) -> None:
+        """State type and shape of a value between nodes.
+
+        ONNX Runtime lets a node write its result into its input only where both have the same known shape.
+        """
+        self.values.append(helper.make_tensor_value_info(name, NUMPY_TO_ONNX[dtype], list(shape)))
+
     def branch(self, outputs: Sequence[tuple[str, str, Sequence[int | str]]]) -> onnx.GraphProto:
         """Return the nodes as a branch of an If; `outputs` are (name, dtype, shape) of what it gives."""
         values = [
             helper.make_tensor_value_info(name, NUMPY_TO_ONNX[dtype], list(shape)) for name, dtype, shape in outputs
         ]
-        return helper.make_graph(self.nodes, outputs[0][0], [], values)
+        return helper.make_graph(self.nodes, outputs[0][0], [], values, value_info=self.values)
 
 
 class GraphEmitter(NodeEmitter):
@@ -133,7 +141,12 @@ class GraphEmitter(NodeEmitter):
     ) -> onnx.ModelProto:
         """Return the finished model; extra operator domains are given as (domain, version)."""
         graph = helper.make_graph(
-            self.nodes, graph_name, self.inputs, self.outputs, initializer=list(self.initializers.values())
+            self.nodes,
+            graph_name,
+            self.inputs,
+            self.outputs,
+            initializer=list(self.initializers.values()),
+            value_info=self.values,
         )
         model = helper.make_model(
             graph,
