@@ -17,8 +17,9 @@ BIN    := $(VENV)/bin
 # For tests in an environment of their own: what pyproject.toml leaves out of a plain pytest run is named on the line.
 ALONE  := -o addopts="-ra --strict-markers"
 
-.PHONY: demo install plugins wheel test test-deep test-slow sass test-triton test-soak test-peers test-tensorrt
-.PHONY: test-serve test-tensorrt-api test-tensorrt-llm bench bench-serving results results-real docs gpu-check lint clean
+.PHONY: demo install install-peers install-tensorrt install-triton plugins wheel test test-deep test-slow sass
+.PHONY: test-triton test-soak test-peers test-tensorrt test-serve test-tensorrt-api test-tensorrt-llm
+.PHONY: bench bench-serving results results-real docs gpu-check lint clean
 # Two targets may fill the same environment, and the tests use both cores by themselves: make -j changes nothing.
 .NOTPARALLEL:
 
@@ -41,6 +42,11 @@ install: $(VENV)/.installed-test
 # Everything a user of the CPU path relies on: about 5 minutes on two cores.
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# What test-deep installs, in parts that do not touch each other: those may be made at the same time.
+install-peers: $(PEERS)/.installed $(TENSORRT_LLM_BINDINGS)
+install-tensorrt: $(RTX)/.installed $(TENSORRT_LEAN)
+install-triton: $(TRITON)/.installed $(TENSORRT_BINDINGS)
 
 # What is worth having and not worth waiting for after each change: about 30 minutes on two cores, downloads 1.9 GB.
 test-deep: test-tensorrt-api test-tensorrt-llm test-tensorrt test-triton test-soak test-peers sass test-slow
