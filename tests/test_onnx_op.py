@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from onnx.reference import ReferenceEvaluator
 from support import onnx_op, op_properties
 from support.choice_properties import CHOICE_PROPERTIES
-from support.op_cases import CASES, LONG_CASE, OpCase, named, op_cases
+from support.op_cases import CASES, LONG_CASE, OpCase, named
+from support.op_strategies import op_cases
 
 from chunkkv import reference
 from chunkkv.settings import ChunkKVSettings

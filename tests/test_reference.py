@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from support import op_properties as properties
 from support.choice_properties import CHOICE_PROPERTIES
 from support.messages import naming
-from support.op_cases import CASES, LONG_CASE, STORAGE_TYPES, OpCase, named, op_cases
+from support.op_cases import CASES, LONG_CASE, STORAGE_TYPES, OpCase, named
+from support.op_strategies import op_cases
 
 from chunkkv import reference, reference_layers
 from chunkkv.errors import ConfigError, RequestError
