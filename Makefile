@@ -39,7 +39,7 @@ wheel: $(NATIVE)/.created
 # The environment of the tests, and nothing else.
 install: $(VENV)/.installed-test
 
-# Everything a user of the CPU path relies on: about 5 minutes on two cores.
+# Everything a user of the CPU path relies on: about 7 minutes on two cores.
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 

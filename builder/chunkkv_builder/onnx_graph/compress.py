@@ -23,7 +23,8 @@ class ChunkKVNodes:
     """Emits select and compact nodes into a graph; raises ConfigError for a plan without ChunkKV.
 
     Declares the graph inputs lengths, keep_per_10k, budget_tokens [B] int32, window [B] int32 with `request_window`,
-    and capacity [length_classes] int64: the slots of the output caches, at least the largest N of each length class.
+    and capacity [length_classes] int64: the slots of the output caches, at least the largest N of each length class, or
+    0 where only the choice is needed and nothing is to be copied.
 
     Parameters
     ----------

@@ -1,6 +1,7 @@
 """Compaction of a cache in host memory: the kept tokens of one row, copied to the first slots of another cache.
 
-The compress graph can copy them, too. Here the memory of the whole cache can be given back meanwhile.
+The compress graph is asked for the choice alone, although it could copy, too: only here can the memory of the full
+cache be given back meanwhile.
 """
 
 from __future__ import annotations

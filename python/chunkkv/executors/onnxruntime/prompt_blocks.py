@@ -72,8 +72,7 @@ class PromptBlocksGraph:
 def text_blocks(length: int, block: int, window: int, has_graph: bool) -> list[TextBlock]:
     """Return the blocks in which a text is appended; see block_sizes.
 
-    Where there is a PromptBlocksGraph, the last block of a long text is the window alone, and only it needs
-    logits.
+    Where there is a PromptBlocksGraph, the last block of a long text is the window alone, and only it needs logits.
     """
     end = max(window, 1)
     is_parted = has_graph and length >= end + _WORTH_IT
