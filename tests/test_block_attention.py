@@ -156,7 +156,7 @@ def test_scores_are_hidden_in_their_own_memory(dtype: str) -> None:
 def test_long_blocks_fill_the_cache_as_short_ones_do(
     checkpoint: Path, settings: ChunkKVSettings | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fused_step, "_LONG_CACHE", 128)  # these models have few positions
+    monkeypatch.setitem(fused_step._LONG_CACHES, "float32", 128)  # these models have few positions
     opened = HuggingFaceCheckpoint.open(checkpoint)
     locations = write_weights(tmp_path / "weights.safetensors", step_weights(opened, "w8a8", 512))
     model = fused_step.FusedStepGraph(make_plan(opened.config, settings), locations).build()
@@ -180,7 +180,7 @@ def test_long_blocks_fill_the_cache_as_short_ones_do(
 def test_long_blocks_over_a_cache_of_8_bits_fill_it_as_short_ones_do(
     variant: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(fused_step, "_LONG_CACHE", 128)
+    monkeypatch.setitem(fused_step._LONG_CACHES, "int8", 128)
     flags = {**W8A8, "kv_cache_dtype": "int8", "max_seq_len": 400, "max_num_tokens": 128, "overwrite": True}
     named = {"checkpoint_dir": engines.checkpoint_dir(variant), "output_dir": tmp_path / "engine", **flags}
     build_engine.main(engines.command_line({**named, "log_level": "error"}))

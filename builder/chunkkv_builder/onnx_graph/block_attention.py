@@ -54,7 +54,8 @@ class BlockAttention:
         for head in range(self._kv_heads):
             keys, values = (self._of_head(cache, head) for cache in caches)
             mixed += self._mix(query, keys, values, head, hidden)
-        tokens_first = e.op("Transpose", [e.op("Concat", mixed, axis=0)], perm=[1, 0, 2])
+        heads = self._in_floats(e.op("Concat", mixed, axis=0))
+        tokens_first = e.op("Transpose", [heads], perm=[1, 0, 2])
         joined = e.op("Reshape", [tokens_first, e.ints(1, -1, self._query_heads * self._head_dim)])
         return joined, caches[0], caches[1]
 
@@ -130,7 +131,7 @@ class BlockAttention:
         """Return the attention [1,S,D] of each query head that reads a KV head's keys and values [T,D]."""
         e, group = self._e, self._query_heads // self._kv_heads
         codes, key_scales = self._key_codes(key, head)
-        value = self._float_values(value, head)
+        value = self._as_factors(value)
         queries = e.op("Slice", [query, e.ints(head * group), e.ints((head + 1) * group), e.ints(1)])
         queries = e.op("Mul", [queries, key_scales])
         scale = self._scale_of(queries, None)
@@ -154,9 +155,13 @@ class BlockAttention:
         zeros = e.const(np.zeros(self._head_dim), "int8")
         return e.op("QuantizeLinear", [by_channel, scales, zeros], axis=0), scales
 
-    def _float_values(self, value: str, head: int) -> str:
-        """Return the values [T,D] of a head in float32."""
+    def _as_factors(self, value: str) -> str:
+        """Return the values [T,D] of a head, as the cache holds them, in the type of probabilities."""
         return value
+
+    def _in_floats(self, heads: str) -> str:
+        """Return means [Hq,S,D] of what the cache holds as means of the values that it stands for."""
+        return heads
 
     def _scale_of(self, values: str, axes: str | None) -> str:
         """Return the scales of 8-bit codes of `values`, whose largest magnitudes are taken along `axes` or all."""
@@ -210,16 +215,19 @@ class EightBitBlockAttention(BlockAttention):
         return masked
 
     def _key_codes(self, key: str, head: int) -> tuple[str, str]:
-        return self._e.op("Transpose", [key], perm=[1, 0]), self._scales_of_head(0, head)
-
-    def _float_values(self, value: str, head: int) -> str:
         e = self._e
-        return e.op("Mul", [e.op("Cast", [value], to=_FLOAT), self._scales_of_head(1, head)])
+        scales = e.op("Gather", [self._scales[0], e.const(head, "int64")], axis=1)
+        return e.op("Transpose", [key], perm=[1, 0]), e.op("Reshape", [scales, e.ints(-1)])
 
-    def _scales_of_head(self, kind: int, head: int) -> str:
-        """Return the scales [D] of a head's keys, or of its values where `kind` is 1."""
-        of_head = self._e.op("Gather", [self._scales[kind], self._e.const(head, "int64")], axis=1)
-        return self._e.op("Reshape", [of_head, self._e.ints(-1)])
+    def _as_factors(self, value: str) -> str:
+        return self._e.op("Cast", [value], to=_FLOAT)
+
+    def _in_floats(self, heads: str) -> str:
+        """Scale means, which are fewer numbers than the values."""
+        e, group = self._e, self._query_heads // self._kv_heads
+        by_group = e.op("Reshape", [heads, e.ints(self._kv_heads, group, -1, self._head_dim)])
+        scales = e.op("Reshape", [self._scales[1], e.ints(self._kv_heads, 1, 1, self._head_dim)])
+        return e.op("Reshape", [e.op("Mul", [by_group, scales]), e.ints(self._query_heads, -1, self._head_dim)])
 
 
 def whole_numbers(e: NodeEmitter, values: str, scale: str) -> str:

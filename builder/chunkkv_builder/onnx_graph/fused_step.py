@@ -30,7 +30,9 @@ _OPSET = 23
 _END = np.iinfo(np.int64).max  # of a slice: to the last
 _INT32, _INT64 = onnx.TensorProto.INT32, onnx.TensorProto.INT64
 # Where BlockAttention is faster than ONNX Runtime's own: its many small operators need this much work.
-_LONG_BLOCK, _LONG_CACHE = 64, 1024
+_LONG_BLOCK = 64
+# Filled slots, by the cache's type: ONNX Runtime's attention would need one of 8 bits as floats first.
+_LONG_CACHES = {"float32": 1024, "int8": 384}
 
 
 class FusedStepGraph(StepGraph):
@@ -93,8 +95,9 @@ class FusedStepGraph(StepGraph):
         self.lengths = {number: (self._of_class(last, number), self._of_class(total, number)) for number in classes}
         if self._has_block_attention:
             is_small = e.op("Less", [block, e.const(_LONG_BLOCK, "int32")])
+            long = e.const(_LONG_CACHES[self.cache_dtype], "int32")
             self._is_short = {
-                number: e.op("Or", [is_small, e.op("Squeeze", [e.op("Less", [held, e.const(_LONG_CACHE, "int32")])])])
+                number: e.op("Or", [is_small, e.op("Squeeze", [e.op("Less", [held, long])])])
                 for number, (_, held) in self.lengths.items()
             }
         if self._scales is not None:
