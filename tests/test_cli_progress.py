@@ -12,6 +12,7 @@ from support import engines
 from chunkkv import session as session_module
 from chunkkv.cli import progress
 from chunkkv.cli.main import main
+from chunkkv.executors.cpus import usable_cpus
 from chunkkv.text.tokenizer import Tokenizer
 
 Run = Callable[..., tuple[int, str, str]]
@@ -53,7 +54,7 @@ def test_more_threads_than_cpus_are_not_started(engine, run, monkeypatch) -> Non
 
     monkeypatch.setattr(session_module, "load_executor", watching)
     code, _, err = run("generate", "--engine_dir", engine, "--threads", "1024", "--max_new_tokens", "2", "the")
-    cpus = session_module.usable_cpus()
+    cpus = usable_cpus()
     assert code == 0 and asked == [cpus] and f"--threads 1024: this process has {cpus} CPUs" in err
     assert run("generate", "--engine_dir", engine, "--threads", "1025", "the")[0] == 2
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator, Sequence
 from os import PathLike
@@ -17,6 +16,7 @@ from chunkkv.contexts.make import context_request
 from chunkkv.contexts.scorers import with_scorer
 from chunkkv.engine.directory import EngineFiles
 from chunkkv.errors import RequestError
+from chunkkv.executors.cpus import usable_cpus
 from chunkkv.executors.interface import Executor, KVCache, PrefillProgress, no_progress
 from chunkkv.executors.load import load_executor
 from chunkkv.generation import ContextListener, Generation
@@ -28,11 +28,6 @@ from chunkkv.settings import ChunkKVSettings
 from chunkkv.text.tokenizer import Tokenizer
 
 MAX_THREADS = 1024
-
-
-def usable_cpus() -> int:
-    """Return how many CPUs this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class ChunkKVSession:

@@ -60,7 +60,7 @@ ONLY_IN = {
     "onnxruntime": ("chunkkv.executors.onnxruntime", "chunkkv_builder.backends.calibration"),
     "pickle": (),
     "prometheus_client": ("chunkkv.serve",),
-    "psutil": ("chunkkv.triton.server", "chunkkv.batching"),
+    "psutil": ("chunkkv.triton.server", "chunkkv.batching", "chunkkv.executors.cpus"),
     "safetensors": (),
     "starlette": ("chunkkv.serve",),
     "tensorrt": ("chunkkv.gpu", "chunkkv_builder.backends"),

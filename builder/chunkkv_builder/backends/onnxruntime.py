@@ -12,7 +12,7 @@ import onnx
 
 from chunkkv.cache_scales import CacheScales
 from chunkkv.engine.backends import ONNXRUNTIME
-from chunkkv.engine.directory import COMPRESS_FILE, GIVEN_FILE, PREFILL_BLOCKS_FILE, REREAD_FILE, STEP_FILE
+from chunkkv.engine.directory import COMPRESS_FILE, GIVEN_FILE, PREFILL_BLOCKS_FILES, REREAD_FILE, STEP_FILE
 from chunkkv.errors import ConfigError
 from chunkkv.text.tokenizer import Tokenizer
 from chunkkv_builder.backends.graph_build import GraphBuild, plan_graphs
@@ -23,7 +23,7 @@ from chunkkv_builder.onnx_graph.compress import compress_graph
 from chunkkv_builder.onnx_graph.fused_step import FusedStepGraph
 from chunkkv_builder.onnx_graph.merged_weights import with_merged_projections
 from chunkkv_builder.onnx_graph.packed_weights import packing_report, weight_sources
-from chunkkv_builder.onnx_graph.prefill_blocks import PrefillBlocksGraph
+from chunkkv_builder.onnx_graph.prefill_blocks import PrefillBlocksGraph, stages_of
 from chunkkv_builder.onnx_graph.projections import (
     CHANNEL_SCALES_SUFFIX,
     CHANNELS_SUFFIX,
@@ -78,6 +78,20 @@ def compression_graphs(
     return graphs
 
 
+def prefill_graphs(
+    plan: GraphPlan,
+    weights: Mapping[str, WeightLocation],
+    cache_dtype: str = "float32",
+    scales: CacheScales | None = None,
+) -> dict[str, onnx.ModelProto]:
+    """Return the stages of the graph that appends a prompt's blocks, by file name; PrefillBlocksGraph has the rest."""
+    stages = stages_of(plan.model.num_layers)
+    return {
+        file: PrefillBlocksGraph(plan, weights, cache_dtype, scales, layers).build()
+        for file, layers in zip(PREFILL_BLOCKS_FILES, stages, strict=False)  # a small model has fewer stages
+    }
+
+
 class OnnxRuntimeBackend:
     """Builds for ONNX Runtime; satisfies chunkkv_builder.backends.interface.Backend."""
 
@@ -117,7 +131,7 @@ class OnnxRuntimeBackend:
         scales = _cache_scales(planned, locations, folder, progress) if cache_dtype == "int8" else None
         graphs = {STEP_FILE: FusedStepGraph(planned.plan, locations, activations, cache_dtype, scales).build()}
         if prefill is not None:
-            graphs[PREFILL_BLOCKS_FILE] = PrefillBlocksGraph(planned.plan, stored, cache_dtype, scales).build()
+            graphs |= prefill_graphs(planned.plan, stored, cache_dtype, scales)
         if planned.plan.settings is not None:
             graphs |= compression_graphs(planned.plan, cache_dtype, scales)
         progress.stage("graphs", len(graphs))

@@ -7,6 +7,7 @@ that are multiplied as whole numbers, long blocks of long prompts take BlockAtte
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 import onnx
@@ -116,13 +117,13 @@ class FusedStepGraph(StepGraph):
             super()._rotation(positions)
 
     def _layers(self, hidden: str) -> str:
-        hidden, normed = self._before_last(hidden)
+        hidden, normed = self._before_last(self.plan.layers, hidden)
         return self.e.op("Add", [*self._layer(self.plan.layers[-1], hidden, normed)])
 
-    def _before_last(self, hidden: str) -> tuple[str, str]:
-        """Run all layers but the last over the embeddings; return the residual stream, and its norm for the last."""
-        normed = self._norm("model.layers.0.input_layernorm.weight", hidden)
-        for layer, following in zip(self.plan.layers, self.plan.layers[1:], strict=False):
+    def _before_last(self, layers: Sequence[LayerPlan], hidden: str) -> tuple[str, str]:
+        """Run all `layers` but the last over the residual stream; return that, and its norm for the last."""
+        normed = self._norm(f"model.layers.{layers[0].index}.input_layernorm.weight", hidden)
+        for layer, following in pairwise(layers):
             norm = f"model.layers.{following.index}.input_layernorm.weight"
             hidden, normed = self._add_and_norm(*self._layer(layer, hidden, normed), norm)
         return hidden, normed

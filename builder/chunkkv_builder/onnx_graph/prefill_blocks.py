@@ -1,8 +1,11 @@
-"""The graph that appends blocks of a prompt whose logits nobody asks for: all blocks but the last.
+"""The graphs that append blocks of a prompt whose logits nobody asks for: all blocks but the last.
 
-It multiplies whole numbers where the step graph multiplies packed weights, which is several times as fast, and leaves
+They multiply whole numbers where the step graph multiplies packed weights, which is several times as fast, and leave
 out what only logits need: of the last layer all but storing its keys and values. Decode keeps the step graph, whose
 weights are smaller and more exact.
+
+The layers are split into two stages, a graph each, so that one block can be in the second while the next one is in the
+first. That keeps two threads busy that exchange nothing but the hidden states of a block.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from chunkkv.cache_scales import CacheScales
+from chunkkv.engine.directory import HIDDEN, NEXT_HIDDEN
 from chunkkv_builder.onnx_graph.emitter import NUMPY_TO_ONNX
 from chunkkv_builder.onnx_graph.fused_step import FusedStepGraph
 from chunkkv_builder.onnx_graph.head_parts import HeadParts
@@ -18,11 +22,21 @@ from chunkkv_builder.onnx_graph.weights import WeightLocation
 from chunkkv_builder.plan import GraphPlan, LayerPlan, PartPlan
 
 
-class PrefillBlocksGraph(FusedStepGraph):
-    """Emits the graph of a plan that only fills the cache.
+def stages_of(num_layers: int) -> list[range]:
+    """Return the layers of each stage, about equally much work: two stages, or one for a model of a single layer.
 
-    Inputs are those of FusedStepGraph without logit_indices and query_count; outputs are present_key.p and
-    present_value.p alone.
+    Of the last layer only storing its keys and values is left, so the second stage has no fewer layers than the first.
+    """
+    middle = num_layers // 2
+    return [range(middle), range(middle, num_layers)] if middle else [range(num_layers)]
+
+
+class PrefillBlocksGraph(FusedStepGraph):
+    """Emits one stage of the graph of a plan that only fills the cache.
+
+    Inputs are those of FusedStepGraph without logit_indices and query_count, and of another stage than the first HIDDEN
+    [S,hidden] float32, the residual stream of the block. Outputs are present_key.p and present_value.p of the stage's
+    layers, and of another stage than the last NEXT_HIDDEN, which is HIDDEN of the next one.
 
     Parameters
     ----------
@@ -35,6 +49,8 @@ class PrefillBlocksGraph(FusedStepGraph):
         As FusedStepGraph takes it.
     scales : CacheScales or None, default None
         As FusedStepGraph takes it.
+    layers : range or None, default None
+        Layers of the stage, one of stages_of; None for all layers in one graph.
     """
 
     gives_logits = False
@@ -46,16 +62,28 @@ class PrefillBlocksGraph(FusedStepGraph):
         weights: Mapping[str, WeightLocation],
         cache_dtype: str = "float32",
         scales: CacheScales | None = None,
+        layers: range | None = None,
     ) -> None:
         own = {name: weights.get(name + SMOOTHED_SUFFIX, place) for name, place in weights.items()}
         super().__init__(plan, own, "int8", cache_dtype, scales)
         self._keeps_queries = False
+        self._stage = plan.layers if layers is None else plan.layers[layers.start : layers.stop]
+
+    def _embed(self, ids: str) -> str:
+        """Return the embeddings of the tokens `ids` [1,S], or of a later stage what the one before it gives."""
+        if self._stage[0].index == 0:
+            return super()._embed(ids)
+        return self.e.input(HIDDEN, self.dtype, ["tokens", self.model.hidden_size])
 
     def _layers(self, hidden: str) -> str:
-        """Run all layers but the last, of which only keys and values are needed."""
-        hidden, normed = self._before_last(hidden)
-        self._store(self.plan.layers[-1], normed)
-        return hidden
+        """Run the stage's layers. Of the model's last one only keys and values are needed."""
+        last = self._stage[-1]
+        hidden, normed = self._before_last(self._stage, hidden)
+        if last is self.plan.layers[-1]:
+            self._store(last, normed)
+            return hidden
+        self.e.output(NEXT_HIDDEN, self.dtype, ["tokens", self.model.hidden_size])
+        return self.e.op("Add", [*self._layer(last, hidden, normed)], [NEXT_HIDDEN])
 
     def _store(self, layer: LayerPlan, normed: str) -> None:
         """Store the keys and values of a layer whose attention nobody needs."""

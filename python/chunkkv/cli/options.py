@@ -111,7 +111,8 @@ def add_json(group: argparse._ActionsContainer, content: str) -> None:
 
 def open_session(args: argparse.Namespace, paged_kv_cache_tokens: int | None = None) -> ChunkKVSession:
     """Return a session on the engine that the flags of add_engine_flags name; its libraries are imported here."""
-    from chunkkv.session import MAX_THREADS, ChunkKVSession, usable_cpus
+    from chunkkv.executors.cpus import usable_cpus
+    from chunkkv.session import MAX_THREADS, ChunkKVSession
 
     if args.threads is not None and usable_cpus() < args.threads <= MAX_THREADS and args.log_level != "error":
         print(f"--threads {args.threads}: this process has {usable_cpus()} CPUs, so it is as many", file=sys.stderr)

@@ -24,7 +24,9 @@ CONFIG_FILE = "config.json"
 MANIFEST_FILE = "manifest.json"
 # Of an engine for ONNX Runtime: the model, the op, the op by scores from outside, and what scores a second reading.
 STEP_FILE, COMPRESS_FILE, GIVEN_FILE, REREAD_FILE = "step.onnx", "compress.onnx", "compress_given.onnx", "reread.onnx"
-PREFILL_BLOCKS_FILE = "prefill_blocks.onnx"  # of some: the model as it appends all blocks of a prompt but the last
+# Of some: the model as it appends all blocks of a prompt but the last, its first layers and the others.
+PREFILL_BLOCKS_FILES = ("prefill_blocks.onnx", "prefill_blocks_rest.onnx")
+HIDDEN, NEXT_HIDDEN = "hidden", "next_hidden"  # what the second takes of the first, and what the first calls it
 FORMAT = "chunkkv-engine"
 FORMAT_VERSION = 2
 PARTIAL_MARK = ".partial-"  # a build writes to <output_dir>.partial-<process id> until it is complete

@@ -63,14 +63,16 @@ class OnnxRuntimeContinuer:
         queries: dict[int, np.ndarray] = {}
         done = 0
         with profiling.range_of("prefill", (request,)):
-            for block in self._prefiller.text_blocks(length):
+            quiet, asked = self._prefiller.text_blocks(length)
+            for done in self._prefiller.append_quiet(row, request.ids, quiet, slots, position):
+                progress(done, total)
                 if cancel.is_set():
                     return PrefillResult(None)
-                ids, place = request.ids[block.start : block.stop], (_plus(slots, done), position + done)
-                if block.needs_logits:
-                    logits, queries = self._step.append_block(row, ids, *place)
-                else:
-                    self._prefiller.append_without_logits(row, ids, *place, block.is_last)
+            for block in asked:
+                if cancel.is_set():
+                    return PrefillResult(None)
+                ids = request.ids[block.start : block.stop]
+                logits, queries = self._step.append_block(row, ids, _plus(slots, block.start), position + block.start)
                 done = block.stop
                 progress(done, total)
             scores: dict[int, np.ndarray] = {}

@@ -319,9 +319,13 @@ def bind_arrays(binding: ort.IOBinding, inputs: Mapping[str, np.ndarray], output
 
 
 def bind_cache(session: ort.InferenceSession, cache: HostKVCache) -> ort.IOBinding:
-    """Return a binding with past and present on the same memory, so that the graph writes the cache in place."""
-    binding = session.io_binding()
+    """Return a binding with past and present on the same memory, so that the graph writes the cache in place.
+
+    A graph may have some of the cache's parts only.
+    """
+    binding, names = session.io_binding(), {value.name for value in session.get_inputs()}
     for kind, arrays in (("key", cache.keys), ("value", cache.values)):
-        for layer, array in enumerate(arrays):
-            bind_arrays(binding, {f"past_{kind}.{layer}": array}, {f"present_{kind}.{layer}": array})
+        for part, array in enumerate(arrays):
+            if f"past_{kind}.{part}" in names:
+                bind_arrays(binding, {f"past_{kind}.{part}": array}, {f"present_{kind}.{part}": array})
     return binding

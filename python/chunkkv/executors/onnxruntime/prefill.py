@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -96,26 +97,38 @@ class OnnxRuntimePrefiller(Prefiller[HostKVCache]):
 
         The first `filled` slots hold what stands before `ids`. Blocks before the last may give nothing.
         """
-        for block in self.text_blocks(len(ids)):
+        quiet, asked = self.text_blocks(len(ids))
+        for stop in self.append_quiet(cache, ids, quiet, self._step.layout.slots(filled), filled):
+            progress(stop, len(ids))
+            yield None
+        for block in asked:
             tokens, place = ids[block.start : block.stop], filled + block.start
-            made = None
-            if block.needs_logits:
-                made = self._step.append_prompt_block(cache, tokens, place, block.is_last)
-            else:
-                self.append_without_logits(cache, tokens, place, place, block.is_last)
+            made = self._step.append_prompt_block(cache, tokens, place, block.is_last)
             progress(block.stop, len(ids))
             yield made
 
-    def text_blocks(self, length: int) -> list[TextBlock]:
-        """Return the blocks in which a text of `length` tokens is appended."""
-        return text_blocks(length, self._block, self._window, self._prompt_blocks is not None)
+    def text_blocks(self, length: int) -> tuple[list[TextBlock], list[TextBlock]]:
+        """Return the blocks in which a text of `length` tokens is appended: those without logits, and those with."""
+        blocks = text_blocks(length, self._block, self._window, self._prompt_blocks is not None)
+        first = next(number for number, block in enumerate(blocks) if block.needs_logits)
+        return blocks[:first], blocks[first:]
 
-    def append_without_logits(
-        self, cache: HostKVCache, ids: np.ndarray, slot: int | Sequence[int], position: int, is_last: bool
-    ) -> None:
-        """Append a block of `text_blocks` that needs no logits; see PromptBlocksGraph.append."""
+    def append_quiet(
+        self, cache: HostKVCache, ids: np.ndarray, blocks: Sequence[TextBlock], slots: Sequence[int], position: int
+    ) -> Iterator[int]:
+        """Append the blocks of a text that need no logits, one per item: the tokens of the text up to its end.
+
+        The text ids [S] begins at `slots`, a number for each length class, and at `position`. Nothing else may use the
+        cache before the iterator has ended or was closed.
+        """
+        if not blocks:
+            return
         assert self._prompt_blocks is not None, "without that graph every block needs its logits"
-        self._prompt_blocks.append(cache, ids, slot, position, is_last)
+        with self._prompt_blocks.text(cache) as text:
+            for block in blocks:
+                place = [count + block.start for count in slots]
+                text.append(ids[block.start : block.stop], place, position + block.start, block.is_last)
+                yield block.stop
 
     def compress(
         self,
@@ -191,29 +204,14 @@ class OnnxRuntimePrefillRun:
         progress: PrefillProgress,
     ) -> None:
         self._prefiller, self._request, self._cache, self._compressed = prefiller, request, cache, compressed
-        self._progress, self._prefill_s, self._total = progress, 0.0, request.read_tokens
-        self.tokens_left = self._total
-        self._scores: dict[int, np.ndarray] = {}
-        self._blocks = self._read()
+        self._prefill_s, self._made = 0.0, _Made(request.read_tokens, request.read_tokens, progress)
+        # It must not hold this run: dropping the run closes it, and with that ends what still writes to the cache.
+        self._blocks = _read(prefiller, request, cache, self._made)
 
-    def _read(self) -> Generator[None, None, None]:
-        """Run the prompt and then its second reading, a block per item."""
-        request, cache = self._request, self._cache
-        for made in self._prefiller.blocks(request.ids, cache, self._count):
-            if made is not None:
-                self._logits, self._queries = made
-            yield
-        if request.reread:
-            reread, length = self._prefiller.reread, len(request.ids)
-            self._scores = reread.no_scores(length)
-            for size in reread.read(cache, length, request.reread, self._scores):
-                self._count(self._total - self.tokens_left + size, self._total)
-                yield
-
-    def _count(self, done: int, total: int) -> None:
-        """Take the tokens that were run; `total` counts those of one reading."""
-        self.tokens_left = self._total - done
-        self._progress(done, self._total)
+    @property
+    def tokens_left(self) -> int:
+        """See PrefillRun."""
+        return self._made.tokens_left
 
     def step(self) -> list[PrefillResult] | None:
         """Run the next block, or after the last one the compression."""
@@ -223,21 +221,58 @@ class OnnxRuntimePrefillRun:
         with profiling.range_of("prefill", (self._request,)):
             next(self._blocks)
         self._prefill_s += time.perf_counter() - started
-        if not self.tokens_left:
-            self._blocks.close()  # else it keeps this run, and with it the whole cache, until Python looks for cycles
         if self.tokens_left or self._compressed is not None:
             return None
-        return [PrefillResult(self._logits, prefill_s=self._prefill_s)]
+        return [PrefillResult(self._made.logits, prefill_s=self._prefill_s)]
 
     def _compress(self) -> PrefillResult:
         assert self._compressed is not None, "a run that compresses nothing ends with its last block"
-        started, request = time.perf_counter(), self._request
+        started, request, made = time.perf_counter(), self._request, self._made
         rest = request.ids, request.keep_per_10k, request.budget_tokens, self._compressed
         with profiling.range_of("compress", (request,)):
-            if self._scores:
-                choice = self._prefiller.compress_scored(self._cache, self._scores, *rest, is_spent=True)
+            if made.scores:
+                choice = self._prefiller.compress_scored(self._cache, made.scores, *rest, is_spent=True)
             else:
-                choice = self._prefiller.compress(self._cache, self._queries, *rest, request.window, is_spent=True)
+                choice = self._prefiller.compress(self._cache, made.queries, *rest, request.window, is_spent=True)
         seconds = time.perf_counter() - started
         scratch, lengths = self._cache.nbytes, choice.kept_lengths
-        return PrefillResult(self._logits, choice, self._prefill_s, seconds, scratch, lengths)
+        return PrefillResult(made.logits, choice, self._prefill_s, seconds, scratch, lengths)
+
+
+@dataclass
+class _Made:
+    """What the prefill of one prompt has made so far.
+
+    Parameters
+    ----------
+    total, tokens_left : int
+        Tokens that are read altogether, and of them those that no block has run yet.
+    progress : PrefillProgress
+        Is told after each block.
+    """
+
+    total: int
+    tokens_left: int
+    progress: PrefillProgress
+    logits: np.ndarray | None = None
+    queries: dict[int, np.ndarray] = field(default_factory=dict)
+    scores: dict[int, np.ndarray] = field(default_factory=dict)
+
+    def count(self, done: int, total: int) -> None:
+        """Take the tokens that were run, of all readings together; `total` counts those of one reading."""
+        self.tokens_left = self.total - done
+        self.progress(done, self.total)
+
+
+def _read(prefiller: OnnxRuntimePrefiller, request: Request, cache: HostKVCache, made: _Made) -> Iterator[None]:
+    """Run the prompt and then its second reading, a block per item."""
+    for given in prefiller.blocks(request.ids, cache, made.count):
+        if given is not None:
+            made.logits, made.queries = given
+        yield
+    if request.reread:
+        reread, length = prefiller.reread, len(request.ids)
+        made.scores = reread.no_scores(length)
+        for size in reread.read(cache, length, request.reread, made.scores):
+            made.count(made.total - made.tokens_left + size, made.total)
+            yield
