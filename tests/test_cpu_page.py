@@ -85,6 +85,13 @@ def test_the_rounds_of_every_cell_are_said() -> None:
     assert page.rounds(found) == "2 at 1,024 tokens, one thread, one prompt, and 1 in every other cell"
 
 
+def test_a_virtual_machine_is_said() -> None:
+    found = measured(*OURS, PEER)
+    assert "virtual" not in page.machine(found)
+    found.result["machine"]["is_virtual"] = True
+    assert "It is a virtual machine" in page.machine(found)
+
+
 def test_a_busy_machine_is_said() -> None:
     busy = {**PEER, "other_cores": QUIET_CORES + 0.5}
     assert "The machine was quiet" in page.quiet(measured(*OURS, PEER))

@@ -22,7 +22,7 @@ def commit() -> str:
 
 
 def describe() -> dict[str, Any]:
-    """Return processor, cores, memory and system."""
+    """Return processor, cores, memory and system, and whether the machine is a virtual one."""
     named = (line for line in _lines("/proc/cpuinfo") if line.startswith("model name"))
     memory = (line for line in _lines("/proc/meminfo") if line.startswith("MemTotal"))
     return {
@@ -30,6 +30,9 @@ def describe() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "memory_gb": round(int(next(memory, "MemTotal: 0 kB").split()[1]) * 1024 / 1e9, 1),
         "system": f"{platform.system()} {platform.machine()}",
+        "is_virtual": any(
+            line.startswith("flags") and "hypervisor" in line.split() for line in _lines("/proc/cpuinfo")
+        ),
     }
 
 

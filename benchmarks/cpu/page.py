@@ -174,12 +174,18 @@ def agreement(measured: Measurements) -> str:
 
 
 def machine(measured: Measurements) -> str:
-    """Return the sentence about the machine."""
+    """Return the sentences about the machine."""
     found = measured.result["machine"]
-    return (
+    text = (
         f"On {measured.result['date']}, on {found['cores']} cores of an {found['processor']} with "
         f"{found['memory_gb']:.0f} GB ({found['system']})."
     )
+    if found.get("is_virtual"):
+        text += (
+            " It is a virtual machine: work of others on its host, and where the host runs its processors, change "
+            "times between rounds, and cannot be seen from inside."
+        )
+    return text
 
 
 def missing(measured: Measurements) -> str:
