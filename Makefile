@@ -48,7 +48,7 @@ install-peers: $(PEERS)/.installed $(TENSORRT_LLM_BINDINGS)
 install-tensorrt: $(RTX)/.installed $(TENSORRT_LEAN)
 install-triton: $(TRITON)/.installed $(TENSORRT_BINDINGS)
 
-# What is worth having and not worth waiting for after each change: about 30 minutes on two cores, downloads 1.9 GB.
+# What is worth having and not worth waiting for after each change: about 30 minutes on two cores, downloads about 2 GB.
 test-deep: test-tensorrt-api test-tensorrt-llm test-tensorrt test-triton test-soak test-peers sass test-slow
 
 # Sanitizers, races, planted bugs and nvcc's table of the kernels; pages of the docs that are measured again.
