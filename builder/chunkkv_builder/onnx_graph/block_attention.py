@@ -2,8 +2,9 @@
 
 ONNX Runtime's own attention multiplies in float32 only, and is the larger part of a long prefill. Here queries and keys
 are rounded to 8 bits: keys with a scale for each channel of a head, queries with one for all heads that read the same
-keys. A cache of 8 bits holds such keys already. Probabilities and values are multiplied in float32, because most
-probabilities are far smaller than the largest one. Scores exist for one query head at a time, so that they stay in the
+keys. A cache of 8 bits holds such keys already. Probabilities meet a float32 cache's values in float32, because most
+are far smaller than the largest one. Those over a cache of 8 bits are rounded, too; EightBitBlockAttention says how
+what is lost of the small ones is made up for. Scores exist for one query head at a time, so that they stay in the
 processor's cache, and are written once: those of later tokens are hidden in place.
 """
 
@@ -22,6 +23,8 @@ from chunkkv_builder.onnx_graph.quantize import LARGEST_CODE
 _FLOAT, _INT8, _INT64 = TensorProto.FLOAT, TensorProto.INT8, TensorProto.INT64
 _END = np.iinfo(np.int64).max  # of a slice: to the last
 _HIDDEN = -1e30  # added to the score of a token that comes later
+_SINKS = 4  # first tokens, on which attention rests: beside them all other probabilities are small
+_LARGEST_SHARE = 127  # of a probability's code: processors without VNNI add two products in 16 bits
 
 
 class BlockAttention:
@@ -54,7 +57,7 @@ class BlockAttention:
         for head in range(self._kv_heads):
             keys, values = (self._of_head(cache, head) for cache in caches)
             mixed += self._mix(query, keys, values, head, hidden)
-        heads = self._in_floats(e.op("Concat", mixed, axis=0))
+        heads = self._restored(e.op("Concat", mixed, axis=0))
         tokens_first = e.op("Transpose", [heads], perm=[1, 0, 2])
         joined = e.op("Reshape", [tokens_first, e.ints(1, -1, self._query_heads * self._head_dim)])
         return joined, caches[0], caches[1]
@@ -131,7 +134,7 @@ class BlockAttention:
         """Return the attention [1,S,D] of each query head that reads a KV head's keys and values [T,D]."""
         e, group = self._e, self._query_heads // self._kv_heads
         codes, key_scales = self._key_codes(key, head)
-        value = self._as_factors(value)
+        factors = self._factors(value)
         queries = e.op("Slice", [query, e.ints(head * group), e.ints((head + 1) * group), e.ints(1)])
         queries = e.op("Mul", [queries, key_scales])
         scale = self._scale_of(queries, None)
@@ -144,7 +147,7 @@ class BlockAttention:
             scores = self._product(one, scale, codes)
             self._declare(scores, f"{self._block}/tokens", f"{self._total}/slots")
             probabilities = e.op("Softmax", [self._hide(scores, hidden)], axis=-1)
-            mixed.append(e.op("Unsqueeze", [e.op("MatMul", [probabilities, value]), e.ints(0)]))
+            mixed.append(e.op("Unsqueeze", [self._mean(probabilities, factors), e.ints(0)]))
         return mixed
 
     def _key_codes(self, key: str, head: int) -> tuple[str, str]:
@@ -155,12 +158,16 @@ class BlockAttention:
         zeros = e.const(np.zeros(self._head_dim), "int8")
         return e.op("QuantizeLinear", [by_channel, scales, zeros], axis=0), scales
 
-    def _as_factors(self, value: str) -> str:
-        """Return the values [T,D] of a head, as the cache holds them, in the type of probabilities."""
-        return value
+    def _factors(self, value: str) -> Sequence[str]:
+        """Return what `_mean` takes of the values [T,D] of a head, as the cache holds them."""
+        return [value]
 
-    def _in_floats(self, heads: str) -> str:
-        """Return means [Hq,S,D] of what the cache holds as means of the values that it stands for."""
+    def _mean(self, probabilities: str, factors: Sequence[str]) -> str:
+        """Return the mean [S,D] of a head's values by probabilities [S,T]; what it lacks is the same in every row."""
+        return self._e.op("MatMul", [probabilities, *factors])
+
+    def _restored(self, heads: str) -> str:
+        """Return the means [Hq,S,D] with what `_mean` left out."""
         return heads
 
     def _scale_of(self, values: str, axes: str | None) -> str:
@@ -177,7 +184,10 @@ class BlockAttention:
 class EightBitBlockAttention(BlockAttention):
     """Emits the attention of one row's block over one part of a cache of 8 bits.
 
-    The block's own keys and values are read as the cache holds them.
+    The block's own keys and values are read as the cache holds them. Probabilities are rounded to 8 bits with a scale
+    for each row, but for those of the first tokens, which are far larger. The product is that with values less their
+    center, their mean over all tokens in whole numbers: what probabilities lose that round to zero goes to the center
+    then, not to zero.
 
     Parameters
     ----------
@@ -205,6 +215,8 @@ class EightBitBlockAttention(BlockAttention):
         e = self._e
         filled = e.op("Expand", [e.scalar(_HIDDEN), e.op("Concat", [self._block, self._block], axis=0)])
         added = e.op("Trilu", [filled, e.const(1, "int64")], upper=1)
+        self._centers: list[str] = []
+        self._slot_0 = e.op("Expand", [e.ints(0), self._block])
         return added, e.op("Expand", [self._before, self._block])
 
     def _hide(self, scores: str, hidden: Sequence[str]) -> str:
@@ -219,15 +231,39 @@ class EightBitBlockAttention(BlockAttention):
         scales = e.op("Gather", [self._scales[0], e.const(head, "int64")], axis=1)
         return e.op("Transpose", [key], perm=[1, 0]), e.op("Reshape", [scales, e.ints(-1)])
 
-    def _as_factors(self, value: str) -> str:
-        return self._e.op("Cast", [value], to=_FLOAT)
+    def _factors(self, value: str) -> Sequence[str]:
+        """Return whole numbers [T,D], their centers [D], and float32 numbers of the first tokens less the centers."""
+        e = self._e
+        ones = e.op("Expand", [e.const(1, "uint8"), e.op("Concat", [e.ints(1), self._total], axis=0)])
+        sums = e.op("Cast", [e.op("MatMulInteger", [ones, value])], to=_FLOAT)
+        center = e.op("Round", [e.op("Div", [sums, e.op("Cast", [self._total], to=_FLOAT)])])
+        self._centers.append(center)
+        first = e.op("Cast", [e.op("Slice", [value, e.ints(0), e.ints(_SINKS), e.ints(0)])], to=_FLOAT)
+        return [value, e.op("Reshape", [e.op("Cast", [center], to=_INT8), e.ints(-1)]), e.op("Sub", [first, center])]
 
-    def _in_floats(self, heads: str) -> str:
-        """Scale means, which are fewer numbers than the values."""
+    def _mean(self, probabilities: str, factors: Sequence[str]) -> str:
+        """Return the mean [S,D] of whole numbers less their centers."""
+        e, (value, center, of_first) = self._e, factors
+        first = e.op("Slice", [probabilities, e.ints(0), e.ints(_SINKS), e.ints(1)])
+        # Zeros that are made of `first` come behind its Slice, so that they can be written in place.
+        others = e.op("TensorScatter", [probabilities, e.op("Sub", [first, first]), self._slot_0], axis=1)
+        for name in (probabilities, others):
+            self._declare(name, f"{self._block}/tokens", f"{self._total}/slots")
+        largest = e.op("ReduceMax", [others, e.ints(1)], keepdims=1)
+        scale = e.op("Max", [e.op("Mul", [largest, e.scalar(1 / _LARGEST_SHARE)]), e.scalar(SMALLEST_SCALE)])
+        codes = e.op("QuantizeLinear", [others, e.op("Reshape", [scale, e.ints(-1)])], axis=0)
+        inputs = [codes, value, e.scalar(1.0), e.scalar(1.0), e.const(0, "uint8"), center]
+        product = e.op("MatMulIntegerToFloat", inputs, domain=CONTRIB)
+        return e.op("Gemm", [first, of_first, e.op("Mul", [product, scale])])
+
+    def _restored(self, heads: str) -> str:
+        """Add centers and scale: means are fewer numbers than the values."""
         e, group = self._e, self._query_heads // self._kv_heads
         by_group = e.op("Reshape", [heads, e.ints(self._kv_heads, group, -1, self._head_dim)])
-        scales = e.op("Reshape", [self._scales[1], e.ints(self._kv_heads, 1, 1, self._head_dim)])
-        return e.op("Reshape", [e.op("Mul", [by_group, scales]), e.ints(self._query_heads, -1, self._head_dim)])
+        shape = e.ints(self._kv_heads, 1, 1, self._head_dim)
+        centers = e.op("Reshape", [e.op("Concat", self._centers, axis=0), shape])
+        scaled = e.op("Mul", [e.op("Add", [by_group, centers]), e.op("Reshape", [self._scales[1], shape])])
+        return e.op("Reshape", [scaled, e.ints(self._query_heads, -1, self._head_dim)])
 
 
 def whole_numbers(e: NodeEmitter, values: str, scale: str) -> str:
