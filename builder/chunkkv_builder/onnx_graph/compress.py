@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import onnx
 
-from chunkkv.cache_layout import LOCAL, READING
+from chunkkv.cache_layout import ALL_HEADS, LOCAL, READING
 from chunkkv.cache_scales import CacheScales
 from chunkkv.errors import ConfigError
-from chunkkv_builder.onnx_graph import functions, ranked
+from chunkkv.settings import ChunkKVSettings
+from chunkkv_builder.onnx_graph import functions, ranked, together
 from chunkkv_builder.onnx_graph.budgets import kept_tokens, recent_indices
 from chunkkv_builder.onnx_graph.emitter import GraphEmitter
 from chunkkv_builder.onnx_graph.transformer import capacity_name
 from chunkkv_builder.plan import GraphPlan, PartPlan
 
 COMPRESS_OPSET = 23
+_NOTHING = "this plan has no ChunkKV settings, so there is nothing to compress"
 
 
 class ChunkKVNodes:
@@ -57,7 +61,7 @@ class ChunkKVNodes:
         padded_lists: bool = False,
     ) -> None:
         if plan.settings is None:
-            raise ConfigError("this plan has no ChunkKV settings, so there is nothing to compress")
+            raise ConfigError(_NOTHING)
         if plan.settings.budget_split == "ranked" and not sorting:
             raise ConfigError("budget_split is 'ranked', whose lengths depend on the scores: use backend onnxruntime")
         self._e, self._plan, self.settings, self._dtype = e, plan, plan.settings, dtype
@@ -68,6 +72,7 @@ class ChunkKVNodes:
         per_row = ("lengths", "keep_per_10k", "budget_tokens", *(["window"] if "window" in self._names else []))
         self._shared = {name: e.input(name, "int32", ["batch"]) for name in per_row}
         self._rank_values: dict[int, str] = {}  # by part
+        self._together: dict[str, tuple[str, int]] = {}  # class and number of heads, by operator
         self._capacities = capacities(e, plan)
         self._recent: PartPlan | None = None  # the first part that keeps recent tokens; all others keep the same
         if self.settings.boundaries == "delimiter":
@@ -80,8 +85,8 @@ class ChunkKVNodes:
 
         Outputs kept_indices.p [B,N] int32, token_scores.p [B,S]; slots.p are the indices padded to the capacity. Where
         each head of a part has its own choice, these are [B,H,N], [B,H,S] and [B,H,capacity]. A plugin cannot know N
-        where shapes are made and gives [B,S] with -1 behind N: the Pad then crops to the capacity. Scores from outside
-        are a graph input scores.p of the shape of token_scores.p, and `query` may then be anything.
+        where shapes are made and gives [B,S] with -1 behind N: the Pad then crops to the capacity. Where scores are
+        given, `query` names them, before pooling and of the shape of token_scores.p.
 
         Parts that keep recent tokens score nothing: `query` may be anything, and the first of them has kept_indices.p.
         With budget_split "ranked" the choice follows in `rank`, after all parts were selected.
@@ -93,9 +98,7 @@ class ChunkKVNodes:
             return
         e, each = self._e, self._of_part.heads == "each"
         scores_shape: list[int | str] = ["batch", len(part.kv_heads), "tokens"] if each else ["batch", "tokens"]
-        named = {**self._shared, "query": query, "key": key, "value": value}
-        if self.settings.score == "given":
-            named["scores"] = e.input(f"scores.{part.number}", "float32", scores_shape)
+        named = {**self._shared, "query": query, "scores": query, "key": key, "value": value}
         inputs, scores = [named[name] for name in self._names], f"token_scores.{part.number}"
         e.output(scores, "float32", scores_shape)
         if self.settings.budget_split == "ranked":
@@ -115,6 +118,49 @@ class ChunkKVNodes:
         kept = f"kept_{part.length_class}"
         e.output(indices, "int32", ["batch", len(part.kv_heads), kept] if each else ["batch", kept])
         self._pad_to_capacity(part, indices, axis=2 if each else 1)
+
+    def select_together(self, raw: Mapping[int, str]) -> None:
+        """Emit one choice for all parts of a class of heads; for budget_split "uniform" and "classes".
+
+        `raw` are the scores before pooling of each part that scores, [B,S] or [B,H,S] as token_scores.p are. The
+        outputs are those of `select`. To the node, every part is a head, or as many heads as it has, with a choice of
+        its own.
+        """
+        e, each, parts = self._e, self._of_part.heads == "each", self._plan.parts
+        settings = replace(self.settings, heads="each")
+        for head_class in dict.fromkeys(parts[number].head_class for number in raw):
+            numbers = [number for number in raw if parts[number].head_class == head_class]
+            sizes = [len(parts[number].kv_heads) if each else 1 for number in numbers]
+            rows = [raw[number] if each else e.op("Unsqueeze", [raw[number], e.ints(1)]) for number in numbers]
+            named = {**self._shared, "scores": e.op("Concat", rows, axis=1)}
+            operator = functions.select_name(head_class, sum(sizes))
+            self._together[operator] = head_class, sum(sizes)
+            made = [f"kept_indices/{head_class}", f"kept_lengths.{numbers[0]}", f"token_scores/{head_class}"]
+            e.op(
+                operator,
+                [named[name] for name in functions.select_inputs(settings)],
+                made,
+                name="/chunkkv/select" if head_class == ALL_HEADS else f"/chunkkv/select.{head_class}",
+                domain=functions.DOMAIN,
+                **functions.select_attributes(settings, head_class=head_class),
+            )
+            slots = self._padded(made[0], self._capacities[parts[numbers[0]].length_class], axis=2)
+            for name, stacked in (("kept_indices", made[0]), ("slots", slots), ("token_scores", made[2])):
+                self._of_each_part(stacked, [f"{name}.{number}" for number in numbers], sizes)
+            for number, size in zip(numbers, sizes, strict=True):
+                heads: list[int | str] = [size] if each else []
+                e.output(f"token_scores.{number}", "float32", ["batch", *heads, "tokens"])
+                kept = f"kept_{parts[number].length_class}"
+                e.output(f"kept_indices.{number}", "int32", ["batch", *heads, kept])
+
+    def _of_each_part(self, stacked: str, names: list[str], sizes: list[int]) -> None:
+        """Emit each part's own rows of what was chosen together, [B,K] or [B,H,K] from [B,rows,K]."""
+        e = self._e
+        if self._of_part.heads == "each":
+            e.op("Split", [stacked, e.ints(*sizes)], names, axis=1)
+            return
+        for place, name in enumerate(names):
+            e.op("Gather", [stacked, e.const(place, "int64")], [name], axis=1)
 
     def rank(self) -> None:
         """Emit the one ranking of all parts that were selected; nothing with another budget_split."""
@@ -148,10 +194,14 @@ class ChunkKVNodes:
             self._pad_to_capacity(part, indices)
 
     def _pad_to_capacity(self, part: PartPlan, indices: str, axis: int = 1) -> None:
+        self._padded(indices, self._capacities[part.length_class], axis, f"slots.{part.number}")
+
+    def _padded(self, indices: str, capacity: str, axis: int, output: str | None = None) -> str:
+        """Return indices with -1 up to the capacity along their last axis, which is `axis`."""
         e = self._e
-        spare = e.op("Sub", [self._capacities[part.length_class], e.dim(indices, axis)])
+        spare = e.op("Sub", [capacity, e.dim(indices, axis)])
         pads = e.op("Concat", [e.ints(*[0] * (2 * axis + 1)), spare], axis=0)
-        e.op("Pad", [indices, pads, e.const(-1, "int32")], [f"slots.{part.number}"])
+        return e.op("Pad", [indices, pads, e.const(-1, "int32")], [output] if output else None)
 
     def compact(self, part: PartPlan, key: str, value: str) -> None:
         """Emit the compaction of a part's caches [B,H,S,D] to kept_key.p and kept_value.p [B,H,capacity,D]."""
@@ -196,6 +246,10 @@ class ChunkKVNodes:
             bodies[functions.SCORE] = functions.score_function(
                 self.settings, kv_heads * group, kv_heads, opset, **options
             )
+        for name, (head_class, count) in self._together.items():
+            bodies[name] = functions.select_function(
+                replace(self.settings, heads="each"), count, count, opset, head_class=head_class, name=name
+            )
         for part in self._plan.parts if not bodies else ():
             kv_heads = len(part.kv_heads)
             if part.scores and (name := functions.select_name(part.head_class, kv_heads)) not in bodies:
@@ -209,7 +263,7 @@ class ChunkKVNodes:
                     name=name,
                     **options,
                 )
-        return [*bodies.values(), functions.compact_function(opset, self._of_part.heads)]
+        return [*bodies.values(), functions.compact_function(opset, self._of_part.heads, self._sorting)]
 
     def _place(self, part: PartPlan) -> str:
         """Return how the names of a part's nodes begin."""
@@ -217,7 +271,11 @@ class ChunkKVNodes:
 
     def metadata(self, graph: str) -> dict[str, str]:
         """Return what the model file says of itself."""
-        return {"chunkkv.graph": graph, "chunkkv.settings": json.dumps(self.settings.to_dict())}
+        return _metadata(graph, self.settings)
+
+
+def _metadata(graph: str, settings: ChunkKVSettings) -> dict[str, str]:
+    return {"chunkkv.graph": graph, "chunkkv.settings": json.dumps(settings.to_dict())}
 
 
 def capacities(e: GraphEmitter, plan: GraphPlan) -> list[str]:
@@ -279,26 +337,26 @@ def compress_graph(plan: GraphPlan, cache_dtype: str = "float32", scales: CacheS
     and value.p [B,H,S,D], and input_ids [B,S] int64 for delimiter boundaries. Outputs: kept_lengths, kept_key.p,
     kept_value.p, and per leading part kept_indices.p and token_scores.p.
     """
-    e, model = GraphEmitter(), plan.model
-    if plan.settings is not None and plan.settings.boundaries == "delimiter":
+    e, settings = GraphEmitter(), plan.settings
+    if settings is None:
+        raise ConfigError(_NOTHING)
+    if settings.boundaries == "delimiter":
         e.input("input_ids", "int64", ["batch", "tokens"])
-    nodes = ChunkKVNodes(e, plan, dtype=cache_dtype, request_window=True)
+    nodes = ChunkKVNodes(e, replace(plan, settings=settings.with_score("given")), dtype=cache_dtype)
     caches = []
     for part in plan.parts:
-        shape: list[int | str] = ["batch", len(part.kv_heads), "tokens", model.head_dim]
+        shape: list[int | str] = ["batch", len(part.kv_heads), "tokens", plan.model.head_dim]
         caches.append([e.input(f"{kind}.{part.number}", cache_dtype, shape) for kind in ("key", "value")])
+    raw = together.given_scores(e, plan) if settings.score == "given" else together.raw_scores(e, plan, caches, scales)
+    if settings.budget_split == "ranked":
+        for number, scores in raw.items():
+            nodes.select(plan.parts[number], scores, *caches[number])
+        nodes.rank()
+    else:
+        nodes.select_together(raw)
     for part in plan.parts:
-        if part.leads:
-            key, value = caches[part.number]
-            query = ""
-            if part.scores and nodes.settings.score != "given":
-                heads = len(part.kv_heads) * (model.num_heads // model.num_kv_heads)
-                window: list[int | str] = ["batch", heads, nodes.settings.window, model.head_dim]
-                query = e.input(f"query.{part.number}", "float32", window)
-                if scales is not None:
-                    query, value = _with_scales(e, plan, part.number, query, value, scales)
-            nodes.select(part, query, key, value)
-    nodes.rank()
+        if part.leads and not part.scores:
+            nodes.select(part, "", *caches[part.number])
     for part in plan.parts:
         nodes.compact(part, *caches[part.number])
     nodes.finish()
@@ -307,21 +365,5 @@ def compress_graph(plan: GraphPlan, cache_dtype: str = "float32", scales: CacheS
         opset=COMPRESS_OPSET,
         functions=nodes.functions(COMPRESS_OPSET),
         domains=[(functions.DOMAIN, functions.DOMAIN_VERSION)],
-        metadata=nodes.metadata("compress"),
+        metadata=_metadata("compress", settings),
     )
-
-
-def _with_scales(
-    e: GraphEmitter, plan: GraphPlan, part: int, query: str, value: str, scales: CacheScales
-) -> tuple[str, str]:
-    """Return query and value of a part with which its keys and values of 8 bits score as what they mean.
-
-    The keys' scales go into the queries, of which there are few. Values are read where their norms count.
-    """
-    assert plan.settings is not None
-    of_keys = np.repeat(scales.keys[part], plan.model.num_heads // plan.model.num_kv_heads, axis=0)  # [g*H,D]
-    query = e.op("Mul", [query, e.inline(f"key_scale.{part}", of_keys[None, :, None])])
-    if plan.settings.value_norm == "on":
-        floats = e.op("Cast", [value], to=onnx.TensorProto.FLOAT)
-        value = e.op("Mul", [floats, e.inline(f"value_scale.{part}", scales.values[part][None, :, None])])
-    return query, value

@@ -217,10 +217,15 @@ def _token_scores(
     if settings.score == "given":
         return "scores"
     observed = score_bodies.observed_queries(e, settings) if request_window else None
-    mask = _masked if sorting else threshold.masked
-    return score_bodies.raw_scores(
-        e, settings, counts, lambda logits: mask(e, settings, logits, row.length, row.position), observed
-    )
+    query = score_bodies.window_queries(e, settings, "query", "key", observed)
+    attended = score_bodies.Attended(query, "key", "value")
+
+    def masked(logits: str, heads: int) -> str:
+        if sorting:
+            return score_bodies.WindowMask(e, settings, row.length, row.position)(logits, heads)
+        return threshold.masked(e, settings, logits, row.length, row.position)
+
+    return score_bodies.raw_scores(e, settings, counts, attended, masked, observed)
 
 
 def _function_emitter(function: str) -> NodeEmitter:
@@ -245,25 +250,6 @@ def take_rows(e: NodeEmitter, source: str, index: str) -> str:
     first = e.op("Reshape", [first, e.op("Concat", [batch, heads, e.ints(1)], axis=0)])
     flat = e.op("Reshape", [source, e.op("Concat", [e.ints(-1), width], axis=0)])
     return e.op("Gather", [flat, e.op("Add", [first, index])], axis=0)
-
-
-def _masked(e: NodeEmitter, settings: ChunkKVSettings, logits: str, length: str, position: str) -> str:
-    """Return logits [B,Hq,w,S] with -inf where window query i may not see token t, whatever stood there.
-
-    Only columns from the shortest row's window on are touched, and written back into the same tensor: engines do that
-    in place, while a mask over all columns costs a pass through memory.
-    """
-    last = e.ints(np.iinfo(np.int64).max)
-    first = e.op("Sub", [e.op("ReduceMin", [length], keepdims=0), e.const(settings.window, "int64")])
-    first = e.op("Reshape", [e.op("Max", [first, e.const(0, "int64")]), e.ints(1)])
-    columns = e.op("Slice", [position, first, last, e.ints(1)])
-    tail = e.op("Slice", [logits, first, last, e.ints(3)])
-    window = e.const(np.arange(1 - settings.window, 1, dtype=np.int64).reshape(1, 1, -1, 1), "int64")
-    last_seen = e.op("Add", [e.op("Reshape", [length, e.ints(-1, 1, 1, 1)]), window])
-    visible = e.op("Less", [e.op("Unsqueeze", [columns, e.ints(1, 2)]), last_seen])
-    masked = e.op("Where", [visible, tail, e.scalar(-np.inf)])
-    places = e.op("Unsqueeze", [e.op("Cast", [columns], to=onnx.TensorProto.INT32), e.ints(1, 2)])
-    return e.op("ScatterElements", [logits, e.op("Expand", [places, e.op("Shape", [tail])]), masked], axis=3)
 
 
 def _rank_values(e: NodeEmitter, settings: ChunkKVSettings, scores: str, row: threshold.Row, start: str) -> str:
@@ -352,15 +338,20 @@ def _ascending_top(e: NodeEmitter, rank_value: str, kept: str) -> str:
     return e.op("Where", [is_padding, e.const(-1, "int32"), "sorted_indices"])
 
 
-def compact_function(opset: int, heads: str = "shared") -> onnx.FunctionProto:
+def compact_function(opset: int, heads: str = "shared", sorting: bool = True) -> onnx.FunctionProto:
     """Return ChunkKVCompact: x [B,Hkv,S,D], kept_indices [B,K] int32 -> [B,Hkv,K,D], rows copied bit for bit.
 
     With `heads` "each" kept_indices is [B,Hkv,K], or [B,1,K] for heads that keep the same. Where an index is -1 the
-    row's first token is copied: those slots lie behind kept_lengths and are never read.
+    row's first token is copied: those slots lie behind kept_lengths and are never read. `sorting` is that of
+    select_function: with it, fewer nodes do the same in operators of the engine that takes them.
     """
     e = _function_emitter(COMPACT)
     index = e.op("Max", [e.op("Cast", ["kept_indices"], to=onnx.TensorProto.INT64), e.const(0, "int64")])
-    if heads == "shared":
-        index = e.op("Unsqueeze", [index, e.ints(1)])
-    e.op("Identity", [take_rows(e, "x", index)], ["y"])
+    if sorting:
+        index = e.op("Unsqueeze", [index, e.ints(1, -1) if heads == "shared" else e.ints(-1)])  # [B,1 or Hkv,K,1]
+        of_heads = e.op("Concat", [e.ints(1), e.dim("x", 1), e.ints(1, 1)], axis=0)
+        e.op("GatherND", ["x", e.op("Expand", [index, of_heads])], ["y"], batch_dims=2)
+    else:
+        index = e.op("Unsqueeze", [index, e.ints(1)]) if heads == "shared" else index
+        e.op("Identity", [take_rows(e, "x", index)], ["y"])
     return _function(COMPACT, ["x", "kept_indices"], ["y"], e, opset)
