@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import sys
 import threading
 
@@ -87,6 +88,39 @@ def test_arrays_apart_from_each_other_leave_what_lies_between() -> None:
     assert [int(piece.max()) for piece in pieces] == [0, 0, 0, 1, 1]
     spent.add(pieces[4][: HUGE_PAGE_BYTES // 4])  # no whole page, and another array lies before it
     assert [int(piece.min()) for piece in pieces] == [0, 0, 0, 1, 1]
+
+
+def cache_in(memory: np.ndarray, parts: int, slots: int) -> HostKVCache:
+    """Return one row of int8 whose arrays follow each other in memory, keys first."""
+    size = HEADS * slots * HEAD_DIM
+    arrays = [memory[n * size :][:size].reshape(1, HEADS, slots, HEAD_DIM) for n in range(2 * parts)]
+    return HostKVCache(tuple(arrays[:parts]), tuple(arrays[parts:]), uniform_layout(parts, HEADS))
+
+
+@on_linux
+@pytest.mark.parametrize("is_new", [True, False])
+def test_new_memory_takes_nothing_before_enough_was_given_back(is_new: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arrays of 1 MB each. What is kept of the first ones is stored late, or at once where memory is there already."""
+    parts, slots, kept = 6, (1 << 20) // (HEADS * HEAD_DIM), np.arange(3, 20_000, 7)
+    contents = np.random.default_rng(0).integers(1, 127, 2 * parts << 20, np.int8)
+    full, before = (cache_in(memory, parts, slots) for memory in (contents.copy(), contents))
+    out = cache_in(np.frombuffer(mmap.mmap(-1, 2 * parts << 20), np.int8), parts, len(kept))
+    if not is_new:
+        for array in (*out.keys, *out.values):
+            array[...] = 0
+    moments: list[tuple[bool, bool]] = []
+    add = SpentMemory.add
+
+    def watched(self: SpentMemory, array: np.ndarray) -> None:
+        moments.append((self.given_back >= 2 * HUGE_PAGE_BYTES, bool(out.keys[0].any())))
+        add(self, array)
+
+    monkeypatch.setattr(SpentMemory, "add", watched)
+    compact(full, dict.fromkeys(range(parts), kept), range(parts), out, is_spent=True)
+    assert {enough for enough, _ in moments} == {False, True}
+    assert [stored for _, stored in moments] == [enough or not is_new for enough, _ in moments]
+    for made, source in zip((*out.keys, *out.values), (*before.keys, *before.values), strict=True):
+        assert same_bits(made, source[:, :, kept])
 
 
 def test_prefill_gives_its_cache_back_and_compression_by_itself_does_not(monkeypatch: pytest.MonkeyPatch) -> None:

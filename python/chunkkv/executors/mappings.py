@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -121,6 +122,16 @@ def advise(place: Range, advice: int) -> None:
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     madvise(place[0], place[1] - place[0], advice)
+
+
+def is_in_memory(address: int) -> bool:
+    """Return whether the page of an address of this process was touched and is in memory; True where nobody tells."""
+    mincore = getattr(ctypes.CDLL(None), "mincore", None) if sys.platform == "linux" else None
+    if mincore is None:
+        return True
+    mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p]
+    state = ctypes.create_string_buffer(1)
+    return bool(mincore(address // mmap.PAGESIZE * mmap.PAGESIZE, 1, state)) or bool(state.raw[0] & 1)
 
 
 def give_back_freed() -> None:

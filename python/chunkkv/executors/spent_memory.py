@@ -20,10 +20,15 @@ class SpentMemory:
 
     Arrays that follow each other in memory count as one piece. Only whole huge pages are given back: parts of one stay
     in memory until all of it is free.
+
+    Attributes
+    ----------
+    given_back : int
+        Bytes that were given back so far.
     """
 
     def __init__(self) -> None:
-        self._start = self._end = 0
+        self._start = self._end = self.given_back = 0
 
     def add(self, array: np.ndarray) -> None:
         """Take a contiguous array that was read for the last time; all of its elements become meaningless."""
@@ -35,4 +40,5 @@ class SpentMemory:
         stop = self._end // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES
         if stop > self._start and sys.platform == "linux":
             advise((self._start, stop), MADV_DONTNEED)
+            self.given_back += stop - self._start
             self._start = stop
