@@ -11,6 +11,7 @@ import pytest
 from support import class_engines, engines
 
 from chunkkv.cache_scales import CacheScales
+from chunkkv.executors.onnxruntime import graphs
 from chunkkv.executors.onnxruntime.executor import OnnxRuntimeExecutor
 from chunkkv.executors.onnxruntime.graphs import OnnxRuntimeStep
 from chunkkv.settings import ChunkKVSettings
@@ -235,6 +236,26 @@ def test_long_blocks_over_a_cache_of_8_bits_fill_it_as_short_ones_do(
     assert any(not np.array_equal(first, second) for first, second in zip(*caches, strict=True))
     for first, second in zip(*caches, strict=True):
         assert np.sqrt(((first - second) ** 2).mean()) < 0.1 * first.std()
+
+
+@pytest.mark.parametrize("cache_dtype", ["float32", "int8"])
+def test_processors_whose_sums_overflow_do_not_take_it(
+    cache_dtype: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(fused_step._LONG_CACHES, cache_dtype, 128)
+    flags = {**W8A8, "kv_cache_dtype": cache_dtype, "max_seq_len": 400, "max_num_tokens": 128, "overwrite": True}
+    named = {"checkpoint_dir": engines.checkpoint_dir("llama3"), "output_dir": tmp_path / "engine", **flags}
+    build_engine.main(engines.command_line({**named, "log_level": "error"}))
+    found = []
+    for overflows, block in ((False, 100), (True, 100), (True, 32)):
+        monkeypatch.setattr(graphs, "products_overflow", lambda overflows=overflows: overflows)
+        step = OnnxRuntimeStep(tmp_path / "engine" / "step.onnx", None, threads=1)
+        ids, cache = np.random.default_rng(5).integers(3, step.vocab_size, 400), step.new_cache(1, 400)
+        for first in range(0, len(ids), block):
+            logits, _ = step.append_prompt_block(cache, ids[first : first + block], first)
+        found.append(logits)
+    long, never, short = found
+    assert np.abs(never - short).max() < 1e-4 * short.std() < np.abs(long - short).max()
 
 
 def test_only_engines_of_whole_numbers_have_it() -> None:

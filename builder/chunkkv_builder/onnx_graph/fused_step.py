@@ -14,6 +14,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from chunkkv.cache_scales import SCALES_KEY, CacheScales
+from chunkkv.engine.directory import LONG_BLOCK
 from chunkkv_builder.checkpoint.config_keys import UNROTATED
 from chunkkv_builder.onnx_graph.arithmetic import scaled
 from chunkkv_builder.onnx_graph.block_attention import BlockAttention
@@ -95,7 +96,9 @@ class FusedStepGraph(StepGraph):
         classes = sorted({part.length_class for part in self.plan.parts})
         self.lengths = {number: (self._of_class(last, number), self._of_class(total, number)) for number in classes}
         if self._has_block_attention:
-            is_small = e.op("Less", [block, e.const(_LONG_BLOCK, "int32")])
+            # Named, because the runtime replaces it on processors that cannot multiply the attention's whole numbers.
+            long_block = e.inline(LONG_BLOCK, np.array(_LONG_BLOCK, np.int32))
+            is_small = e.op("Less", [block, long_block])
             long = e.const(_LONG_CACHES[self.cache_dtype], "int32")
             self._is_short = {
                 number: e.op("Or", [is_small, e.op("Squeeze", [e.op("Less", [held, long])])])

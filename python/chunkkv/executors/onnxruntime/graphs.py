@@ -18,6 +18,7 @@ import onnxruntime as ort
 
 from chunkkv.cache_layout import CacheLayout, deciding_parts, layout_of, leading_parts
 from chunkkv.cache_scales import SCALES_KEY, CacheScales
+from chunkkv.engine.directory import LONG_BLOCK
 from chunkkv.errors import EngineError, EngineMismatchError
 from chunkkv.executors.file_pages import file_pages
 from chunkkv.executors.host_cache import HostKVCache
@@ -32,6 +33,7 @@ CPU = ["CPUExecutionProvider"]
 # Of a run: at its end, the memory that its session worked in goes back to the system.
 GIVING_BACK = ort.RunOptions()
 GIVING_BACK.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+NEVER = ort.OrtValue.ortvalue_from_numpy(np.array(np.iinfo(np.int32).max, np.int32))  # no block is that long
 EIGHT_BITS_SINCE = (1, 27)  # version of ONNX Runtime; earlier ones fail at the first token behind a prompt
 CACHE_DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
@@ -290,6 +292,7 @@ def session_options(threads: int, repacks: bool = True) -> ort.SessionOptions:
     options.log_severity_level = 3
     if products_overflow():  # it stores weights unsigned, for which there is no fast kernel
         options.add_session_config_entry("session.x64quantprecision", "1")
+        options.add_initializer(LONG_BLOCK, NEVER)  # attention multiplies two inputs, which stay as they are
     if not repacks:
         options.add_session_config_entry("session.disable_prepacking", "1")
     options.enable_mem_pattern = False  # a plan per prompt length would be made, kept, and hardly met again
