@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 
-import psutil
-
 
 def usable_cpus() -> int:
     """Return how many CPUs this process may run on."""
@@ -14,4 +12,6 @@ def usable_cpus() -> int:
 
 def usable_cores() -> int:
     """Return how many cores this process may use: CPUs that share one core count once."""
+    import psutil  # few generations need it
+
     return min(usable_cpus(), psutil.cpu_count(logical=False) or usable_cpus())
