@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 from contextlib import nullcontext
 from pathlib import Path
@@ -293,6 +294,7 @@ def test_a_signal_leaves_nothing_that_looks_finished(tmp_path: Path, awaited: st
         letter = process.stdout.read(1)
         assert letter, process.stderr.read()
         printed += letter
+    time.sleep(0.2)  # a builder that is between fork and exec would lose the signal
     os.killpg(process.pid, signal.SIGINT)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 1 and "interrupted; nothing half-written is left" in errors
