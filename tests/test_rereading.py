@@ -113,10 +113,10 @@ def test_scores_are_the_largest_attention_of_a_second_reading(name: str, tokeniz
     cache = step.new_cache(1, length + extra)
     step.append_block(cache, np.array(ids), 0, 0)
     queries = step.append_block(cache, piece.ids, length, length, query_count=extra)[1]
-    assert set(run._made.scores) == set(queries)
+    assert set(run._state.scores) == set(queries)
     for part, query in queries.items():
         received = attention(query[0], cache.keys[part][0], extra)[:, :length]
-        np.testing.assert_allclose(run._made.scores[part], received, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(run._state.scores[part], received, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", SPLITS)
@@ -127,7 +127,7 @@ def test_the_tokens_kept_are_those_of_the_reference(name: str, tokenizer: Tokeni
     assert settings is not None
     given = settings.with_score("given")
     each = settings.heads == "each" and settings.budget_split != "ranked"
-    of_choice = {p: s if each else s.max(axis=0) for p, s in run._made.scores.items()}
+    of_choice = {p: s if each else s.max(axis=0) for p, s in run._state.scores.items()}
     layout = engine.executor.cache_layout
     if settings.budget_split == "ranked":
         pooled = np.stack([choice.token_scores[part] for part in sorted(of_choice)]).reshape(3, -1, length)

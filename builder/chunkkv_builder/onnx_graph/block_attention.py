@@ -24,7 +24,7 @@ _FLOAT, _INT8, _INT64 = TensorProto.FLOAT, TensorProto.INT8, TensorProto.INT64
 _END = np.iinfo(np.int64).max  # of a slice: to the last
 _HIDDEN = -1e30  # added to the score of a token that comes later
 _SINKS = 4  # first tokens, on which attention rests: beside them all other probabilities are small
-_LARGEST_SHARE = 127  # of a probability's code: processors without VNNI add two products in 16 bits
+_LARGEST_PROBABILITY_CODE = 127  # not 255: processors without VNNI add two products in 16 bits
 
 
 class BlockAttention:
@@ -250,7 +250,7 @@ class EightBitBlockAttention(BlockAttention):
         for name in (probabilities, others):
             self._declare(name, f"{self._block}/tokens", f"{self._total}/slots")
         largest = e.op("ReduceMax", [others, e.ints(1)], keepdims=1)
-        scale = e.op("Max", [e.op("Mul", [largest, e.scalar(1 / _LARGEST_SHARE)]), e.scalar(SMALLEST_SCALE)])
+        scale = e.op("Max", [e.op("Mul", [largest, e.scalar(1 / _LARGEST_PROBABILITY_CODE)]), e.scalar(SMALLEST_SCALE)])
         codes = e.op("QuantizeLinear", [others, e.op("Reshape", [scale, e.ints(-1)])], axis=0)
         inputs = [codes, value, e.scalar(1.0), e.scalar(1.0), e.const(0, "uint8"), center]
         product = e.op("MatMulIntegerToFloat", inputs, domain=CONTRIB)

@@ -16,7 +16,7 @@ from chunkkv.executors.mappings import is_in_memory
 from chunkkv.executors.spent_memory import SpentMemory
 
 # What new memory takes of a spent cache that is large enough waits elsewhere until this much was given back: only then
-# are new pages those that the process has just returned. A virtual machine may get others 20 times as slowly.
+# are new pages those that the process has just returned. A virtual machine may get others far more slowly.
 _FIRST_BYTES = 2 * HUGE_PAGE_BYTES
 _LEAST_BYTES = 2 * _FIRST_BYTES
 

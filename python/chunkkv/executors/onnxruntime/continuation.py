@@ -63,12 +63,12 @@ class OnnxRuntimeContinuer:
         queries: dict[int, np.ndarray] = {}
         done = 0
         with profiling.range_of("prefill", (request,)):
-            quiet, asked = self._prefiller.text_blocks(length)
-            for done in self._prefiller.append_quiet(row, request.ids, quiet, slots, position):
+            without_logits, with_logits = self._prefiller.text_blocks(length)
+            for done in self._prefiller.append_without_logits(row, request.ids, without_logits, slots, position):
                 progress(done, total)
                 if cancel.is_set():
                     return PrefillResult(None)
-            for block in asked:
+            for block in with_logits:
                 if cancel.is_set():
                     return PrefillResult(None)
                 ids = request.ids[block.start : block.stop]

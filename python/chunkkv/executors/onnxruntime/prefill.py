@@ -97,11 +97,11 @@ class OnnxRuntimePrefiller(Prefiller[HostKVCache]):
 
         The first `filled` slots hold what stands before `ids`. Blocks before the last may give nothing.
         """
-        quiet, asked = self.text_blocks(len(ids))
-        for stop in self.append_quiet(cache, ids, quiet, self._step.layout.slots(filled), filled):
+        without_logits, with_logits = self.text_blocks(len(ids))
+        for stop in self.append_without_logits(cache, ids, without_logits, self._step.layout.slots(filled), filled):
             progress(stop, len(ids))
             yield None
-        for block in asked:
+        for block in with_logits:
             tokens, place = ids[block.start : block.stop], filled + block.start
             made = self._step.append_prompt_block(cache, tokens, place, block.is_last)
             progress(block.stop, len(ids))
@@ -113,7 +113,7 @@ class OnnxRuntimePrefiller(Prefiller[HostKVCache]):
         first = next(number for number, block in enumerate(blocks) if block.needs_logits)
         return blocks[:first], blocks[first:]
 
-    def append_quiet(
+    def append_without_logits(
         self, cache: HostKVCache, ids: np.ndarray, blocks: Sequence[TextBlock], slots: Sequence[int], position: int
     ) -> Iterator[int]:
         """Append the blocks of a text that need no logits, one per item: the tokens of the text up to its end.
@@ -204,14 +204,14 @@ class OnnxRuntimePrefillRun:
         progress: PrefillProgress,
     ) -> None:
         self._prefiller, self._request, self._cache, self._compressed = prefiller, request, cache, compressed
-        self._prefill_s, self._made = 0.0, _Made(request.read_tokens, request.read_tokens, progress)
+        self._prefill_s, self._state = 0.0, _PromptState(request.read_tokens, request.read_tokens, progress)
         # It must not hold this run: dropping the run closes it, and with that ends what still writes to the cache.
-        self._blocks = _read(prefiller, request, cache, self._made)
+        self._blocks = _read(prefiller, request, cache, self._state)
 
     @property
     def tokens_left(self) -> int:
         """See PrefillRun."""
-        return self._made.tokens_left
+        return self._state.tokens_left
 
     def step(self) -> list[PrefillResult] | None:
         """Run the next block, or after the last one the compression."""
@@ -223,24 +223,24 @@ class OnnxRuntimePrefillRun:
         self._prefill_s += time.perf_counter() - started
         if self.tokens_left or self._compressed is not None:
             return None
-        return [PrefillResult(self._made.logits, prefill_s=self._prefill_s)]
+        return [PrefillResult(self._state.logits, prefill_s=self._prefill_s)]
 
     def _compress(self) -> PrefillResult:
         assert self._compressed is not None, "a run that compresses nothing ends with its last block"
-        started, request, made = time.perf_counter(), self._request, self._made
+        started, request, state = time.perf_counter(), self._request, self._state
         rest = request.ids, request.keep_per_10k, request.budget_tokens, self._compressed
         with profiling.range_of("compress", (request,)):
-            if made.scores:
-                choice = self._prefiller.compress_scored(self._cache, made.scores, *rest, is_spent=True)
+            if state.scores:
+                choice = self._prefiller.compress_scored(self._cache, state.scores, *rest, is_spent=True)
             else:
-                choice = self._prefiller.compress(self._cache, made.queries, *rest, request.window, is_spent=True)
+                choice = self._prefiller.compress(self._cache, state.queries, *rest, request.window, is_spent=True)
         seconds = time.perf_counter() - started
         scratch, lengths = self._cache.nbytes, choice.kept_lengths
-        return PrefillResult(made.logits, choice, self._prefill_s, seconds, scratch, lengths)
+        return PrefillResult(state.logits, choice, self._prefill_s, seconds, scratch, lengths)
 
 
 @dataclass
-class _Made:
+class _PromptState:
     """What the prefill of one prompt has made so far.
 
     Parameters
@@ -249,6 +249,10 @@ class _Made:
         Tokens that are read altogether, and of them those that no block has run yet.
     progress : PrefillProgress
         Is told after each block.
+    logits : array [vocab] or None, default None
+        Behind the prompt's last token.
+    queries, scores : dict of arrays, default {}
+        The window's queries of each part, and what a second reading gives its tokens; empty before they are there.
     """
 
     total: int
@@ -264,15 +268,15 @@ class _Made:
         self.progress(done, self.total)
 
 
-def _read(prefiller: OnnxRuntimePrefiller, request: Request, cache: HostKVCache, made: _Made) -> Iterator[None]:
+def _read(prefiller: OnnxRuntimePrefiller, request: Request, cache: HostKVCache, state: _PromptState) -> Iterator[None]:
     """Run the prompt and then its second reading, a block per item."""
-    for given in prefiller.blocks(request.ids, cache, made.count):
+    for given in prefiller.blocks(request.ids, cache, state.count):
         if given is not None:
-            made.logits, made.queries = given
+            state.logits, state.queries = given
         yield
     if request.reread:
         reread, length = prefiller.reread, len(request.ids)
-        made.scores = reread.no_scores(length)
-        for size in reread.read(cache, length, request.reread, made.scores):
-            made.count(made.total - made.tokens_left + size, made.total)
+        state.scores = reread.no_scores(length)
+        for size in reread.read(cache, length, request.reread, state.scores):
+            state.count(state.total - state.tokens_left + size, state.total)
             yield

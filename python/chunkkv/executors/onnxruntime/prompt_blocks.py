@@ -103,8 +103,8 @@ class TextAppender:
 
     With several threads the stages work beside each other: while a block is in one stage, the next block is in the one
     before. So a block is complete only when the text ends, and nothing but this object may use the cache until then.
-    Threads that split single operators would exchange all that one operator gives to the next, which takes longer than
-    the work itself where cores share no cache.
+    Threads that split single operators would exchange all that one operator gives to the next, which can take
+    longer than the work itself where cores share no cache.
 
     Parameters
     ----------
