@@ -29,9 +29,7 @@ HEAD_DIM, CAPACITY = 32, 300
 W8A8 = {"use_weight_only": True, "weight_only_precision": "w8a8"}
 
 
-def attention_graph(
-    query_heads: int, kv_heads: int, scale: float, scales: CacheScales | None = None
-) -> onnx.ModelProto:
+def attention_graph(query_heads: int, kv_heads: int, scales: CacheScales | None = None) -> onnx.ModelProto:
     """Return a graph of the attention alone, over a cache of 8 bits where `scales` are given."""
     e, dtype = GraphEmitter(), "float32" if scales is None else "int8"
     qkv = [
@@ -40,7 +38,7 @@ def attention_graph(
     ]
     cache = [1, kv_heads, "capacity", HEAD_DIM]
     past = [e.input(name, dtype, cache) for name in ("past_key", "past_value")]
-    last, sizes = e.input("last", "int32", [1]), (query_heads, kv_heads, HEAD_DIM, scale)
+    last, sizes = e.input("last", "int32", [1]), (query_heads, kv_heads, HEAD_DIM)
     if scales is None:
         attention = BlockAttention(e, *sizes)
     else:
@@ -52,7 +50,7 @@ def attention_graph(
     return e.model("block", opset=23 if scales is None else 24, domains=[("com.microsoft", 1)])
 
 
-def expected(arrays: dict[str, np.ndarray], kv_heads: int, first: int, scale: float) -> list[np.ndarray]:
+def expected(arrays: dict[str, np.ndarray], kv_heads: int, first: int) -> list[np.ndarray]:
     """Return attention and caches in float64."""
     heads = {name: arrays[name][0].reshape(arrays[name].shape[1], -1, HEAD_DIM) for name in ("query", "key", "value")}
     size, query_heads, _ = heads["query"].shape
@@ -64,7 +62,7 @@ def expected(arrays: dict[str, np.ndarray], kv_heads: int, first: int, scale: fl
     mixed = np.empty((size, query_heads, HEAD_DIM))
     for head in range(query_heads):
         keys, values = (cache[0, head // (query_heads // kv_heads), : first + size] for cache in caches)
-        scores = heads["query"][:, head] @ keys.T * scale
+        scores = heads["query"][:, head] @ keys.T
         scores[np.arange(first + size) > first + np.arange(size)[:, None]] = -np.inf
         shares = np.exp(scores - scores.max(axis=1, keepdims=True))
         mixed[:, head] = shares / shares.sum(axis=1, keepdims=True) @ values
@@ -74,24 +72,25 @@ def expected(arrays: dict[str, np.ndarray], kv_heads: int, first: int, scale: fl
 @pytest.mark.parametrize(("query_heads", "kv_heads"), [(6, 2), (4, 4), (3, 1)])
 @pytest.mark.parametrize("first", [0, 1, 170])
 def test_it_attends_as_float64_does_up_to_rounding(query_heads: int, kv_heads: int, first: int) -> None:
-    rng, size, scale = np.random.default_rng(first), 65, 0.2
+    rng, size = np.random.default_rng(first), 65
     shapes = {"query": (1, size, query_heads * HEAD_DIM)} | {
         name: (1, size, kv_heads * HEAD_DIM) for name in ("key", "value")
     }
     shapes |= {name: (1, kv_heads, CAPACITY, HEAD_DIM) for name in ("past_key", "past_value")}
     arrays = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    arrays["query"] *= np.float32(0.2)
     arrays["key"][..., 3] *= 5  # some numbers of keys are larger than the others
     arrays["past_key"][..., 3] *= 5
-    session = ort.InferenceSession(attention_graph(query_heads, kv_heads, scale).SerializeToString())
+    session = ort.InferenceSession(attention_graph(query_heads, kv_heads).SerializeToString())
     found = session.run(None, {**arrays, "last": np.array([first + size - 1], np.int32)})
-    attention, *caches = expected(arrays, kv_heads, first, scale)
+    attention, *caches = expected(arrays, kv_heads, first)
     assert np.sqrt(((found[0] - attention) ** 2).mean()) < 0.04 * attention.std()
     for cache, exact in zip(found[1:], caches, strict=True):
         assert np.array_equal(cache, exact.astype(np.float32))
 
 
 def eight_bit_run(
-    first: int, size: int, kv_heads: int, scale: float, loud: float = 1.0
+    first: int, size: int, kv_heads: int, loud: float = 1.0
 ) -> tuple[dict[str, np.ndarray], list[np.ndarray], CacheScales]:
     """Run 6 query heads over a cache of 8 bits; return what was given, what came out, and the cache's scales.
 
@@ -108,15 +107,16 @@ def eight_bit_run(
         for name in ("past_key", "past_value")
     }
     arrays["past_value"] += np.int8(30)
-    arrays["query"][..., ::HEAD_DIM] = 2.0
+    arrays["query"] *= np.float32(0.2)
+    arrays["query"][..., ::HEAD_DIM] = 0.4
     arrays["past_key"][:, :, 0, 0] = 40 * loud
-    session = ort.InferenceSession(attention_graph(6, kv_heads, scale, scales).SerializeToString())
+    session = ort.InferenceSession(attention_graph(6, kv_heads, scales).SerializeToString())
     return arrays, session.run(None, {**arrays, "last": np.array([first + size - 1], np.int32)}), scales
 
 
 def test_over_a_cache_of_8_bits_it_reads_what_the_cache_holds() -> None:
-    size, first, scale, kv_heads = 65, 170, 0.2, 2
-    arrays, found, scales = eight_bit_run(first, size, kv_heads, scale)
+    size, first, kv_heads = 65, 170, 2
+    arrays, found, scales = eight_bit_run(first, size, kv_heads)
     read = {"query": arrays["query"]}
     for name, of_kind in (("key", scales.keys[0]), ("value", scales.values[0])):
         codes = np.clip(np.rint(arrays[name].reshape(1, size, kv_heads, HEAD_DIM) / of_kind), -128, 127)
@@ -125,7 +125,7 @@ def test_over_a_cache_of_8_bits_it_reads_what_the_cache_holds() -> None:
         written = found[1 + (name == "value")]
         assert np.array_equal(written[0, :, first : first + size], codes[0].transpose(1, 0, 2))
         assert np.array_equal(written[0, :, :first], arrays[f"past_{name}"][0, :, :first])
-    attention = expected(read, kv_heads, first, scale)[0]
+    attention = expected(read, kv_heads, first)[0]
     assert np.sqrt(((found[0] - attention) ** 2).mean()) < 0.03 * attention.std(), "queries and probabilities"
 
 
@@ -133,8 +133,8 @@ def test_over_a_cache_of_8_bits_it_reads_what_the_cache_holds() -> None:
 @pytest.mark.parametrize("loud", [0.0, 3.0])
 def test_probabilities_of_8_bits_lose_nothing_to_zero(first: int, size: int, loud: float) -> None:
     """NumPy's own arithmetic: the first tokens exact, others in codes, and what these lose at the mean of values."""
-    scale, kv_heads, group = 0.2, 2, 3
-    arrays, found, scales = eight_bit_run(first, size, kv_heads, scale, loud)
+    kv_heads, group = 2, 3
+    arrays, found, scales = eight_bit_run(first, size, kv_heads, loud)
     queries, hidden = arrays["query"][0].reshape(size, 6, HEAD_DIM), np.triu(np.full((size, size), -np.inf), 1)
     wanted = np.empty((size, 6, HEAD_DIM))
     for head in range(kv_heads):
@@ -142,7 +142,7 @@ def test_probabilities_of_8_bits_lose_nothing_to_zero(first: int, size: int, lou
         own = slice(head * group, (head + 1) * group)
         scaled = queries[:, own] * scales.keys[0][head]
         step = np.abs(scaled).max() / 127
-        scores = np.einsum("sgd,td->gst", np.rint(scaled / step) * step, keys) * scale
+        scores = np.einsum("sgd,td->gst", np.rint(scaled / step) * step, keys)
         scores[:, :, first:] += hidden
         shares = np.exp(scores - scores.max(axis=2, keepdims=True))
         shares /= shares.sum(axis=2, keepdims=True)
@@ -159,7 +159,7 @@ def test_keys_of_zero_are_no_error() -> None:
     arrays = {"query": np.ones((1, 64, HEAD_DIM), np.float32)}
     arrays |= {name: np.zeros((1, 64, HEAD_DIM), np.float32) for name in ("key", "value")}
     arrays |= {name: np.zeros((1, 1, 64, HEAD_DIM), np.float32) for name in ("past_key", "past_value")}
-    found = ort.InferenceSession(attention_graph(1, 1, 1.0).SerializeToString()).run(
+    found = ort.InferenceSession(attention_graph(1, 1).SerializeToString()).run(
         None, {**arrays, "last": np.array([63], np.int32)}
     )
     assert not found[0].any()

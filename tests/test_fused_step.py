@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
+from onnx import helper
 from support import engines
 from support.checkpoints import VARIANTS
 
@@ -15,6 +16,7 @@ from chunkkv_builder.onnx_graph.merged_weights import with_merged_projections
 from chunkkv_builder.onnx_graph.packed_weights import weight_sources
 from chunkkv_builder.onnx_graph.projections import OFFSETS_SUFFIX, PACKED_SUFFIX, SCALES_SUFFIX
 from chunkkv_builder.onnx_graph.rotary_tables import rotary_tables
+from chunkkv_builder.onnx_graph.scaled_queries import with_scaled_queries
 from chunkkv_builder.onnx_graph.weights import WeightSource
 
 ROTATED_OUTSIDE = ("phi3",)  # 12 of 16 numbers of a head turn, of which GroupQueryAttention takes multiples of 16
@@ -57,6 +59,32 @@ def test_offsets_that_only_some_blocks_have_are_zero_for_the_others() -> None:
     assert list(merged) == [QKV + suffix for suffix in (PACKED_SUFFIX, SCALES_SUFFIX, OFFSETS_SUFFIX)]
     assert merged[QKV + OFFSETS_SUFFIX].load()[:, 0].tolist() == [0, 0, 7, 7, 0, 0]
     assert merged[QKV + PACKED_SUFFIX].shape == (6, 1, 16)
+
+
+@pytest.mark.parametrize("precision", [None, "int8", "int4", "w8a8"])
+@pytest.mark.parametrize("variant", ["llama_bias", "qwen3", "granite"])
+def test_queries_get_the_scale_of_attention_from_weights_that_keep_their_precision(
+    variant: str, precision: str | None
+) -> None:
+    checkpoint = HuggingFaceCheckpoint.open(engines.checkpoint_dir(variant))
+    model = checkpoint.config
+    sources = weight_sources(checkpoint, precision)
+    scale = np.float32(model.attention_scale or model.head_dim**-0.5)
+    changed = set()
+    for source, given in zip(with_scaled_queries(sources, model), sources, strict=True):
+        assert (source.name, source.shape, source.dtype) == (given.name, given.shape, given.dtype)
+        found, before = source.load(), given.load()
+        assert found.dtype == before.dtype
+        if not np.array_equal(found, before):
+            assert np.array_equal(found, before * scale)
+            changed.add(source.name.removeprefix("model.layers.1.self_attn."))
+    wanted = {None: {"q_proj.weight"}, "w8a8": {"q_proj.weight.channel_scales"}}
+    of_projection = wanted.get(precision, {"q_proj.weight.scales"})
+    of_projection |= {"q_proj.bias"} if model.attention_bias else set()
+    assert {name for name in changed if "layers" not in name} == ({"q_norm.weight"} if model.qk_norm else of_projection)
+    graph = onnx.load(engines.engine_dir(variant) / "step.onnx", load_external_data=False).graph
+    scales = [helper.get_node_attr_value(node, "scale") for node in graph.node if node.op_type == "GroupQueryAttention"]
+    assert scales == [1.0] * model.num_layers
 
 
 @pytest.mark.parametrize("variant", sorted(VARIANTS))

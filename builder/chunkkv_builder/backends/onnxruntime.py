@@ -33,6 +33,7 @@ from chunkkv_builder.onnx_graph.projections import (
 )
 from chunkkv_builder.onnx_graph.reread import reread_graph
 from chunkkv_builder.onnx_graph.rotary_tables import rotary_tables
+from chunkkv_builder.onnx_graph.scaled_queries import with_scaled_queries
 from chunkkv_builder.onnx_graph.smoothing import SmoothedCheckpoint
 from chunkkv_builder.onnx_graph.weights import WeightLocation, WeightSource, overwrite_weights, write_weights
 from chunkkv_builder.plan import GraphPlan
@@ -63,7 +64,18 @@ def step_weights(
         Type of the KV cache. Attention over another one would rotate in that type, and gets no tables for it.
     """
     tables = rotary_tables(checkpoint.config, positions) if cache_dtype == "float32" else []
-    return [*with_merged_projections(weight_sources(checkpoint, precision, prefill_precision)), *tables]
+    return [*_merged_sources(checkpoint, precision, prefill_precision), *tables]
+
+
+def _merged_sources(
+    checkpoint: Checkpoint,
+    precision: str | None,
+    prefill_precision: str | None,
+    smoothed: Checkpoint | None = None,
+) -> list[WeightSource]:
+    """Return weight_sources as FusedStepGraph reads them."""
+    sources = weight_sources(checkpoint, precision, prefill_precision, smoothed)
+    return with_merged_projections(with_scaled_queries(sources, checkpoint.config))
 
 
 def compression_graphs(
@@ -169,9 +181,9 @@ def _smooth_weights(
     scales = calibrated_scales(planned.plan, locations, activations, folder, _prompts(planned))
     smoothed = SmoothedCheckpoint(planned.checkpoint, scales)
     precisions = limits.weight_only_precision, limits.prefill_precision
-    sources = weight_sources(planned.checkpoint, *precisions, smoothed)
+    sources = _merged_sources(planned.checkpoint, *precisions, smoothed)
     packed = (PACKED_SUFFIX, SCALES_SUFFIX, OFFSETS_SUFFIX)
-    changed = [source for source in with_merged_projections(sources) if not source.name.endswith(packed)]
+    changed = [source for source in sources if not source.name.endswith(packed)]
     progress.extend(len(changed))
     progress.advance()
     overwrite_weights(folder / WEIGHTS_FILE, stored, changed, progress.advance)

@@ -36,19 +36,16 @@ class BlockAttention:
         The graph that gets the nodes.
     query_heads, kv_heads, head_dim : int
         Of the part.
-    scale : float
-        Of the scores.
     """
 
-    def __init__(self, e: NodeEmitter, query_heads: int, kv_heads: int, head_dim: int, scale: float) -> None:
+    def __init__(self, e: NodeEmitter, query_heads: int, kv_heads: int, head_dim: int) -> None:
         self._e, self._query_heads, self._kv_heads, self._head_dim = e, query_heads, kv_heads, head_dim
-        self._scale = scale
 
     def emit(self, qkv: tuple[str, str, str], past: list[str], last: str) -> tuple[str, str, str]:
         """Return the attention [1,S,Hq*D] and the caches with the block's keys and values in them.
 
-        `qkv` are [1,S,H*D], heads rotated; `past` are the caches [1,Hkv,C,D]; `last` [1] int32 is the block's last
-        slot.
+        `qkv` are [1,S,H*D], heads rotated, and queries with the scale of attention; `past` are the caches [1,Hkv,C,D];
+        `last` [1] int32 is the block's last slot.
         """
         e = self._e
         caches = self.store(qkv[1:], past, last)
@@ -139,7 +136,6 @@ class BlockAttention:
         queries = e.op("Mul", [queries, key_scales])
         scale = self._scale_of(queries, None)
         rounded = e.op("QuantizeLinear", [queries, scale, e.const(ZERO_CODE, "uint8")])
-        scale = e.op("Mul", [scale, e.scalar(self._scale)])
         mixed = []
         for number in range(group):
             one = e.op("Gather", [rounded, e.const(number, "int64")], axis=1)
@@ -191,16 +187,14 @@ class EightBitBlockAttention(BlockAttention):
 
     Parameters
     ----------
-    e, query_heads, kv_heads, head_dim, scale
+    e, query_heads, kv_heads, head_dim
         As BlockAttention takes them.
     scales : sequence of str
         What the numbers of keys and of values are multiplied with, [1,Hkv,1,D] each.
     """
 
-    def __init__(
-        self, e: NodeEmitter, query_heads: int, kv_heads: int, head_dim: int, scale: float, scales: Sequence[str]
-    ) -> None:
-        super().__init__(e, query_heads, kv_heads, head_dim, scale)
+    def __init__(self, e: NodeEmitter, query_heads: int, kv_heads: int, head_dim: int, scales: Sequence[str]) -> None:
+        super().__init__(e, query_heads, kv_heads, head_dim)
         self._scales = scales
 
     def _stored(self, new: Sequence[str], past: Sequence[str], outputs: Sequence[list[str] | None]) -> list[str]:

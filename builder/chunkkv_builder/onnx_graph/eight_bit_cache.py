@@ -139,8 +139,7 @@ class EightBitPart:
         return self._graph(e, attention.emit((qkv[0], qkv[1], qkv[2]), list(past), place.last))
 
     def _block_attention(self, e: NodeEmitter, scales: Sequence[str]) -> EightBitBlockAttention:
-        scale = self.attributes.get("scale", self.head_dim**-0.5)
-        return EightBitBlockAttention(e, self.query_heads, self.kv_heads, self.head_dim, scale, scales)
+        return EightBitBlockAttention(e, self.query_heads, self.kv_heads, self.head_dim, scales)
 
     def _over_floats(
         self, prefix: str, qkv: Sequence[str], past: Sequence[str], scales: Sequence[str], place: BlockPlace

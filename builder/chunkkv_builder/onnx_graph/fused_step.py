@@ -48,7 +48,8 @@ class FusedStepGraph(StepGraph):
     plan : GraphPlan
         Model, settings and layers.
     weights : mapping
-        Where each tensor lies, by name: those of with_merged_projections, and of rotary_tables where it gives any.
+        Where each tensor lies, by name: those of with_merged_projections and with_scaled_queries, and of rotary_tables
+        where it gives any.
     packed_activations : str or None, default "int8"
         Type in which inputs are multiplied with packed weights, as Projections takes it.
     cache_dtype : str, default "float32"
@@ -220,8 +221,7 @@ class FusedStepGraph(StepGraph):
 
     def _block_attention(self, e: NodeEmitter, part: PartPlan) -> BlockAttention:
         """Return the attention of long blocks over a part of a float cache."""
-        heads, scale = (self._query_heads(part), len(part.kv_heads)), self.model.attention_scale
-        return BlockAttention(e, *heads, self.model.head_dim, scale or self.model.head_dim**-0.5)
+        return BlockAttention(e, self._query_heads(part), len(part.kv_heads), self.model.head_dim)
 
     def _eight_bit_part(self, part: PartPlan) -> EightBitPart:
         """Return what attends to a part of a cache of 8 bits."""
@@ -279,9 +279,9 @@ class FusedStepGraph(StepGraph):
         return mixed if self.cache_dtype == self.dtype else e.op("Cast", [mixed], to=NUMPY_TO_ONNX[self.dtype])
 
     def _attention_attributes(self) -> dict[str, float]:
-        """Return what the model changes of an attention."""
-        values = {"scale": self.model.attention_scale, "softcap": self.model.attention_soft_cap}
-        return {name: value for name, value in values.items() if value is not None}
+        """Return attributes beside the numbers of heads; queries have their scale from with_scaled_queries."""
+        cap = self.model.attention_soft_cap
+        return {"scale": 1.0} if cap is None else {"scale": 1.0, "softcap": cap}
 
     def _observe(self, query_count: str) -> None:
         e, block = self.e, self.e.dim("input_ids", 1)
@@ -316,11 +316,10 @@ class FusedStepGraph(StepGraph):
         )
 
     def _queries_of(self, e: NodeEmitter, part: PartPlan, last: str, positions: str) -> str:
-        """Return the queries `last` [B,w,g*H*D] of a part as [B,g*H,w,D], rotated and with the model's own scale."""
+        """Return the queries `last` [B,w,g*H*D] of a part as [B,g*H,w,D], rotated, for scores with 1/sqrt(D)."""
         heads, model = self._query_heads(part), self.model
         (last,) = self._turned(e, part.layer, positions, ((last, heads),))
-        if model.attention_scale is not None:  # the scores use 1/sqrt(D)
-            last = scaled(e, last, model.attention_scale * model.head_dim**0.5)
+        last = scaled(e, last, model.head_dim**0.5)
         return e.op("Transpose", [e.op("Reshape", [last, e.ints(0, 0, heads, model.head_dim)])], perm=[0, 2, 1, 3])
 
     def _branch(self, e: NodeEmitter, names: list[str]) -> onnx.GraphProto:
