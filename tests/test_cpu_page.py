@@ -1,4 +1,4 @@
-"""docs/cpu.md, its picture and README's table say what docs/benchmarks/cpu.json gives, a peer's lead included."""
+"""docs/cpu.md, its pictures and README's table say what docs/benchmarks/cpu/*.json give, a peer's lead included."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from benchmarks.cpu import page
 from benchmarks.cpu.contract import Case
 from benchmarks.cpu.machine import QUIET_CORES
 from benchmarks.cpu.picture import draw
-from benchmarks.cpu.results import JSON_FILE, Measurements, compact
+from benchmarks.cpu.results import FOLDER, Measurements, all_measurements, compact, file_of
 from benchmarks.cpu.variants import ALL, FLOAT32, FULL, PART, PRODUCT, QUICK, REDUCED, VARIANTS, Cell
 
 CELL = Cell(1024, 1, 1)
-COMMITTED = json.loads(JSON_FILE.read_text(encoding="utf-8"))
+COMMITTED = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.json"))]
 
 
 def row(variant: str, **values: Any) -> dict[str, Any]:
@@ -39,23 +39,41 @@ OURS = (row("product|float32|100"), row("product|float32|20", compress_s=0.05, f
 PEER = row("openvino|float32|100", first_token_s=2.0, step_ms=50.0, peak_mb=1200.0)
 
 
-def test_page_picture_and_readme_say_what_the_json_gives() -> None:
-    found = Measurements(COMMITTED)
-    assert page.PAGE.read_text(encoding="utf-8") == page.render(found)
+def test_page_pictures_and_readme_say_what_the_json_files_give() -> None:
+    every = all_measurements()
+    assert page.PAGE.read_text(encoding="utf-8") == page.render(every)
     readme = page.README.read_text(encoding="utf-8")
-    assert readme == page.with_readme_table(readme, found)
-    assert page.PICTURE.read_bytes().startswith(b"\x89PNG") and draw(found, CELL).startswith(b"\x89PNG")
+    assert readme == page.with_readme_table(readme, every[0])
+    for found in every:
+        assert found.picture.read_bytes().startswith(b"\x89PNG") and draw(found, CELL).startswith(b"\x89PNG")
+        assert found.file.is_file()
 
 
 def test_the_json_text_holds_what_was_measured() -> None:
-    assert json.loads(compact(COMMITTED)) == COMMITTED
-    assert all(row["variant"] in {one.key for one in VARIANTS} for row in COMMITTED["measurements"])
+    for committed in COMMITTED:
+        assert json.loads(compact(committed)) == committed
+        assert all(row["variant"] in {one.key for one in VARIANTS} for row in committed["measurements"])
 
 
 def test_a_number_that_changes_changes_the_page() -> None:
-    changed = copy.deepcopy(COMMITTED)
-    changed["measurements"][0]["peak_mb"] += 111
-    assert page.render(Measurements(changed)) != page.PAGE.read_text(encoding="utf-8")
+    for number in range(len(COMMITTED)):
+        changed = copy.deepcopy(COMMITTED)
+        changed[number]["measurements"][0]["peak_mb"] += 111
+        every = sorted(map(Measurements, changed), key=lambda one: one.result["date"], reverse=True)
+        assert page.render(every) != page.PAGE.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("processor", "name"),
+    [
+        ("AMD EPYC", "amd-epyc"),
+        ("Intel(R) Xeon(R) Processor", "intel-xeon"),
+        ("Intel(R) Core(TM) i7-1185G7 CPU @ 3.00GHz", "intel-core-i7-1185g7"),
+        ("", "unknown"),
+    ],
+)
+def test_each_kind_of_processor_has_a_file(processor: str, name: str) -> None:
+    assert file_of({"processor": processor}) == FOLDER / f"{name}.json"
 
 
 def test_a_peer_that_is_ahead_is_named_with_its_lead() -> None:
@@ -64,7 +82,7 @@ def test_a_peer_that_is_ahead_is_named_with_its_lead() -> None:
         ("prefill", "openvino", 0.67),
         ("first token", "openvino", 0.66),
     ]
-    rendered = page.render(found)
+    rendered = page.render([found])
     line = "OpenVINO GenAI float32, full cache | 2.00 s | ChunkKV-TRT float32, 20 % kept | 3.00 s | 0.67 |"
     assert f"prefill | {line}" in rendered
     assert "ahead in 3, level within 5% in 0 and behind in 2" in rendered
@@ -103,7 +121,7 @@ def test_a_busy_machine_is_said() -> None:
 def test_a_missing_engine_costs_only_its_own_rows() -> None:
     found = measured(*OURS)
     found.result["missing"] = {"llama_cpp": "npm is not installed"}
-    rendered = page.render(found)
+    rendered = page.render([found])
     assert "Not measured: llama.cpp, because npm is not installed." in rendered
     assert "ChunkKV-TRT float32, full cache" in rendered and "No peer was ahead" in rendered
 

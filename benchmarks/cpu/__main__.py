@@ -3,7 +3,7 @@
     python -m benchmarks.cpu                 # every cell; many hours, and a run that was cut off goes on
     python -m benchmarks.cpu --quick         # four cells: about 20 minutes on a quiet machine
     python -m benchmarks.cpu --minutes 12    # starts no measurement after 12 minutes
-    python -m benchmarks.cpu --page_only     # docs/cpu.md, the picture and README's table from the JSON file
+    python -m benchmarks.cpu --page_only     # docs/cpu.md, its pictures and README's table from the JSON files
 
 Within a round the variants of a cell run one after the other, so that ratios are of neighbours. Before each measurement
 it waits until the machine is quiet; how busy it was meanwhile stands beside each number. An engine that is not
@@ -29,7 +29,7 @@ from rich.console import Console
 from benchmarks.cpu import page, variants
 from benchmarks.cpu.contract import Case
 from benchmarks.cpu.machine import ROOT, describe, wait_until_quiet
-from benchmarks.cpu.results import JSON_FILE, Measurements, compact
+from benchmarks.cpu.results import all_measurements, compact, file_of
 from benchmarks.cpu.variants import Cell, Variant
 from chunkkv.evaluation.records import append_record
 from chunkkv.evaluation.texts.real_texts import real_text
@@ -169,7 +169,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def main() -> None:
-    """Measure, and write the JSON file and the pages."""
+    """Measure, and write this processor's JSON file and the pages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="four cells instead of all")
     for name in ("tokens", "threads", "rows"):
@@ -179,7 +179,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1e6, metavar="N", help="start nothing after so many minutes")
     parser.add_argument("--wait_s", type=float, default=60, metavar="N", help="longest wait for a quiet machine")
     parser.add_argument("--work_dir", type=Path, default=WORK, metavar="DIR", help="models and outcomes")
-    parser.add_argument("--page_only", action="store_true", help="write the pages from the JSON file")
+    parser.add_argument("--page_only", action="store_true", help="write the pages from the JSON files")
     arguments = parser.parse_args()
     if not arguments.page_only:
         until = time.monotonic() + 60 * arguments.minutes
@@ -197,8 +197,8 @@ def main() -> None:
         result = bench.result()
         if not result["measurements"]:
             sys.exit("nothing was measured")
-        write_whole(JSON_FILE, compact(result))
-    for path in page.write(Measurements(json.loads(JSON_FILE.read_text("utf-8")))):
+        write_whole(file_of(result["machine"]), compact(result))
+    for path in page.write(all_measurements()):
         print(path.relative_to(ROOT))
 
 

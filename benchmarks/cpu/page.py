@@ -1,20 +1,20 @@
-"""Writes docs/cpu.md, its picture and README's table from the measurements."""
+"""Writes docs/cpu.md, its pictures and README's table from the measurements."""
 
 from __future__ import annotations
 
 import re
 import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.cpu.machine import QUIET_CORES, ROOT
 from benchmarks.cpu.picture import draw
-from benchmarks.cpu.results import JSON_FILE, LEVEL, QUANTITIES, Comparison, Measurements, Row, prefill_s
+from benchmarks.cpu.results import LEVEL, QUANTITIES, Comparison, Measurements, Row, prefill_s
 from benchmarks.cpu.variants import FLOAT32, INT4_ALL, INT4_CACHE, PRODUCT, REDUCED, TITLES, VARIANTS, Cell, Variant
 from chunkkv.files import write_whole
 
-TEMPLATE = Path(__file__).with_name("page.md")
+TEMPLATE, OF_MACHINE = Path(__file__).with_name("page.md"), Path(__file__).with_name("machine.md")
 PAGE = ROOT / "docs" / "cpu.md"
-PICTURE = JSON_FILE.with_suffix(".png")
 README = ROOT / "README.md"
 MARKS = "<!-- make bench writes from here -->", "<!-- to here -->"
 GROUPS = {FLOAT32: "float32", REDUCED: "fewer bits"}
@@ -82,7 +82,7 @@ def tables(measured: Measurements) -> str:
     parts = []
     for cell in measured.cells:
         found = [text for group in GROUPS if (text := table(measured, cell, group))]
-        parts += [f"### {cell.title[0].upper()}{cell.title[1:]}", *found]
+        parts += [f"#### {cell.title[0].upper()}{cell.title[1:]}", *found]
     return "\n\n".join(parts)
 
 
@@ -177,7 +177,7 @@ def machine(measured: Measurements) -> str:
     """Return the sentences about the machine."""
     found = measured.result["machine"]
     text = (
-        f"On {measured.result['date']}, on {found['cores']} cores of an {found['processor']} with "
+        f"Measured on {measured.result['date']}, on {found['cores']} cores of an {found['processor']} with "
         f"{found['memory_gb']:.0f} GB ({found['system']})."
     )
     if found.get("is_virtual"):
@@ -191,7 +191,7 @@ def machine(measured: Measurements) -> str:
 def missing(measured: Measurements) -> str:
     """Return what was not measured, and why."""
     found = measured.result["missing"]
-    return "\n".join(f"Not measured: {TITLES[engine]}, because {reason}." for engine, reason in found.items())
+    return "\n".join(f"- Not measured: {TITLES[engine]}, because {reason}." for engine, reason in found.items())
 
 
 def versions(measured: Measurements) -> str:
@@ -213,10 +213,23 @@ def wrapped(text: str) -> str:
     return "\n".join(lines)
 
 
-def render(measured: Measurements) -> str:
-    """Return the page; raises KeyError for a place in the template that has no text."""
+def processor(measured: Measurements) -> str:
+    """Return the processor's name without trademarks."""
+    return re.sub(r"\(.*?\)", "", measured.result["machine"]["processor"]).strip()
+
+
+def render(every: Sequence[Measurements]) -> str:
+    """Return the page; raises KeyError for a place in a template that has no text."""
+    parts = [TEMPLATE.read_text(encoding="utf-8"), *map(section, every)]
+    return re.sub(r"\n{3,}", "\n\n", wrapped("\n".join(parts))).rstrip() + "\n"
+
+
+def section(measured: Measurements) -> str:
+    """Return what the page says of one kind of processor."""
     texts = {
-        "picture": f"benchmarks/{PICTURE.name}",
+        "processor": processor(measured),
+        "json": measured.file.relative_to(PAGE.parent).as_posix(),
+        "picture": measured.picture.relative_to(PAGE.parent).as_posix(),
         "verdict": verdict(measured),
         "ahead": ahead(measured),
         "machine": machine(measured),
@@ -229,8 +242,11 @@ def render(measured: Measurements) -> str:
         "missing": missing(measured),
         "tables": tables(measured),
     }
-    text = re.sub(r"\{\{(.+?)\}\}", lambda place: texts[place[1]], TEMPLATE.read_text(encoding="utf-8"))
-    return re.sub(r"\n{3,}", "\n\n", wrapped(text)).rstrip() + "\n"
+    return _filled(OF_MACHINE.read_text(encoding="utf-8"), texts)
+
+
+def _filled(template: str, texts: Mapping[str, str]) -> str:
+    return re.sub(r"\{\{(.+?)\}\}", lambda place: texts[place[1]], template)
 
 
 def readme_cell(measured: Measurements) -> Cell:
@@ -254,7 +270,7 @@ def readme_table(measured: Measurements) -> str:
         step, peak = (_median(measured, cell, variant, name) for name in ("step_ms", "peak_mb"))
         shown = "–" if compress is None else f"{1e3 * compress:.0f} ms"
         lines.append(f"| {variant.title} | {prefill:.1f} s | {shown} | {step:.1f} ms | {peak:.0f} MB |")
-    return "\n".join([*lines, "", wrapped(quiet(measured))])
+    return "\n".join([*lines, "", wrapped(f"{machine(measured)} {quiet(measured)}")])
 
 
 def _median(measured: Measurements, cell: Cell, variant: Variant, name: str) -> float:
@@ -272,9 +288,10 @@ def with_readme_table(text: str, measured: Measurements) -> str:
     return f"{text[:start]}{MARKS[0]}\n{readme_table(measured)}\n{text[end:]}"
 
 
-def write(measured: Measurements) -> list[Path]:
-    """Write page, picture and README; return the files."""
-    write_whole(PICTURE, draw(measured, readme_cell(measured)))
-    write_whole(PAGE, render(measured))
-    write_whole(README, with_readme_table(README.read_text(encoding="utf-8"), measured))
-    return [PAGE, PICTURE, README]
+def write(every: Sequence[Measurements]) -> list[Path]:
+    """Write page, pictures and README, which shows the first of `every`; return the files."""
+    for measured in every:
+        write_whole(measured.picture, draw(measured, readme_cell(measured)))
+    write_whole(PAGE, render(every))
+    write_whole(README, with_readme_table(README.read_text(encoding="utf-8"), every[0]))
+    return [PAGE, *(measured.picture for measured in every), README]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from benchmarks.cpu.machine import QUIET_CORES, ROOT
 from benchmarks.cpu.variants import FULL, PART, PRODUCT, VARIANTS, Cell, Variant
 
-JSON_FILE = ROOT / "docs" / "benchmarks" / "cpu.json"
+FOLDER = ROOT / "docs" / "benchmarks" / "cpu"  # one JSON file for each kind of processor
 LEVEL = 0.05  # shares of a value that count as level
 Row = dict[str, Any]
 Value = Callable[[Row], float | None]
@@ -22,6 +24,12 @@ def compact(result: dict[str, Any]) -> str:
     head = json.dumps({key: value for key, value in result.items() if key != "measurements"}, indent=1)
     rows = ",\n".join(f"  {json.dumps(row)}" for row in result["measurements"])
     return f'{head[:-2]},\n "measurements": [\n{rows}\n ]\n}}\n'
+
+
+def file_of(machine: dict[str, Any]) -> Path:
+    """Return the JSON file of a kind of processor; `machine` is what benchmarks.cpu.machine.describe returns."""
+    name = re.sub(r"\(.*?\)|@.*|\b(processor|cpu)\b", " ", machine["processor"].lower())
+    return FOLDER / f"{'-'.join(re.findall('[a-z0-9]+', name)) or 'unknown'}.json"
 
 
 def prefill_s(row: Row) -> float:
@@ -94,11 +102,16 @@ class Measurements:
     """
 
     def __init__(self, result: dict[str, Any]) -> None:
-        self.result = result
+        self.result, self.file = result, file_of(result["machine"])
         self._rows: dict[tuple[Cell, str], dict[int, Row]] = {}
         for row in result["measurements"]:
             cell = Cell(row["tokens"], row["threads"], row["rows"])
             self._rows.setdefault((cell, row["variant"]), {})[row["round"]] = row
+
+    @property
+    def picture(self) -> Path:
+        """The file of the picture."""
+        return self.file.with_suffix(".png")
 
     @property
     def cells(self) -> list[Cell]:
@@ -170,3 +183,9 @@ class Measurements:
                 break
             common += 1
         return common
+
+
+def all_measurements() -> list[Measurements]:
+    """Return what was measured on every kind of processor, the newest first."""
+    found = [Measurements(json.loads(path.read_text("utf-8"))) for path in FOLDER.glob("*.json")]
+    return sorted(found, key=lambda one: (one.result["date"], one.file.name), reverse=True)
