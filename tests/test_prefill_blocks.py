@@ -206,6 +206,20 @@ def test_stages_beside_each_other_fill_the_same_cache() -> None:
         np.testing.assert_array_equal(one, two)
 
 
+@pytest.mark.parametrize("cache", [{}, {"kv_cache_dtype": "int8"}])
+@pytest.mark.usefixtures("two_cpus")
+def test_only_several_threads_read_prompts_in_stages_where_the_step_graph_has_the_same_weights(
+    cache: dict[str, Any], appended: list[int]
+) -> None:
+    folder = engines.engine_dir("llama3", use_weight_only=True, weight_only_precision="w8a8", **cache)
+    alone, *_ = filled(ChunkKVSession.from_dir(folder, threads=1), ids(150))
+    assert not appended
+    found, *_ = filled(ChunkKVSession.from_dir(folder, threads=2), ids(150))
+    assert sum(appended) == 150 - WINDOW
+    for one, two in zip((*found.keys, *found.values), (*alone.keys, *alone.values), strict=True):
+        assert relative(one.astype(np.float32), two.astype(np.float32)) < 0.01
+
+
 class SlowSecondStage:
     """Holds every block in the second stage until it is let go, and says when one is there."""
 

@@ -99,7 +99,7 @@ def prefill_graphs(
     """Return the stages of the graph that appends a prompt's blocks, by file name; PrefillBlocksGraph has the rest."""
     stages = stages_of(plan.model.num_layers)
     return {
-        file: PrefillBlocksGraph(plan, weights, cache_dtype, scales, layers).build()
+        file: PrefillBlocksGraph(plan, weights, layers, cache_dtype, scales).build()
         for file, layers in zip(PREFILL_BLOCKS_FILES, stages, strict=False)  # a small model has fewer stages
     }
 
@@ -142,7 +142,7 @@ class OnnxRuntimeBackend:
         activations = planned.limits.weight_only_activations
         scales = _cache_scales(planned, locations, folder, progress) if cache_dtype == "int8" else None
         graphs = {STEP_FILE: FusedStepGraph(planned.plan, locations, activations, cache_dtype, scales).build()}
-        if prefill is not None:
+        if W8A8 in (precision, prefill):
             graphs |= prefill_graphs(planned.plan, stored, cache_dtype, scales)
         if planned.plan.settings is not None:
             graphs |= compression_graphs(planned.plan, cache_dtype, scales)

@@ -14,7 +14,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from chunkkv.cache_scales import SCALES_KEY, CacheScales
-from chunkkv.engine.directory import LONG_BLOCK
+from chunkkv.engine.directory import LONG_BLOCK, PRODUCTS_KEY, WHOLE_NUMBERS
 from chunkkv_builder.checkpoint.config_keys import UNROTATED
 from chunkkv_builder.onnx_graph.arithmetic import scaled
 from chunkkv_builder.onnx_graph.block_attention import BlockAttention
@@ -73,15 +73,19 @@ class FusedStepGraph(StepGraph):
         self.cache_dtype, self._scales = cache_dtype, scales
         self._rotates_inside = all(name in weights for kind in rotated_kinds(plan.model) for name in table_names(kind))
         self._observed: list[tuple[PartPlan, str]] = []
-        multiplies_whole_numbers = any(name.endswith(CHANNELS_SUFFIX) for name in weights)
+        self._multiplies_whole_numbers = any(name.endswith(CHANNELS_SUFFIX) for name in weights)
         self._has_block_attention = (
-            multiplies_whole_numbers and cache_dtype in (self.dtype, "int8") and plan.model.attention_soft_cap is None
+            self._multiplies_whole_numbers
+            and cache_dtype in (self.dtype, "int8")
+            and plan.model.attention_soft_cap is None
         )
 
     def _model(self) -> onnx.ModelProto:
         if self._observed:
             self._emit_queries()
         metadata = {"chunkkv.graph": self.kind}
+        if self._multiplies_whole_numbers:
+            metadata[PRODUCTS_KEY] = WHOLE_NUMBERS
         if self._keeps_queries:
             metadata["chunkkv.queries"] = "counted"
         if self._scales is not None:

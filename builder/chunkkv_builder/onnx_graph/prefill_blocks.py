@@ -45,12 +45,12 @@ class PrefillBlocksGraph(FusedStepGraph):
     weights : mapping
         Where each tensor lies, by name: those of the step graph, and of every projection the codes with a scale for
         each output. Of tensors that are there with SMOOTHED_SUFFIX, too, it takes those.
+    layers : range
+        Layers of the stage, one of stages_of.
     cache_dtype : str, default "float32"
         As FusedStepGraph takes it.
     scales : CacheScales or None, default None
         As FusedStepGraph takes it.
-    layers : range or None, default None
-        Layers of the stage, one of stages_of; None for all layers in one graph.
     """
 
     gives_logits = False
@@ -60,14 +60,14 @@ class PrefillBlocksGraph(FusedStepGraph):
         self,
         plan: GraphPlan,
         weights: Mapping[str, WeightLocation],
+        layers: range,
         cache_dtype: str = "float32",
         scales: CacheScales | None = None,
-        layers: range | None = None,
     ) -> None:
         own = {name: weights.get(name + SMOOTHED_SUFFIX, place) for name, place in weights.items()}
         super().__init__(plan, own, "int8", cache_dtype, scales)
         self._keeps_queries = False
-        self._stage = plan.layers if layers is None else plan.layers[layers.start : layers.stop]
+        self._stage = plan.layers[layers.start : layers.stop]
 
     def _embed(self, ids: str) -> str:
         """Return the embeddings of the tokens `ids` [1,S], or of a later stage what the one before it gives."""

@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime as ort
 
 from chunkkv.cache_layout import CacheLayout, Slots
-from chunkkv.engine.directory import COMPRESS_FILE, PREFILL_BLOCKS_FILES, STEP_FILE
+from chunkkv.engine.directory import COMPRESS_FILE, STEP_FILE
 from chunkkv.errors import EngineMismatchError
 from chunkkv.executors.elastic_cache import ElasticHostKVCache, elastic_cache
 from chunkkv.executors.host_cache import HostKVCache
@@ -22,7 +22,7 @@ from chunkkv.executors.onnxruntime.continuation import OnnxRuntimeContinuer
 from chunkkv.executors.onnxruntime.decode import OnnxRuntimeDecoder
 from chunkkv.executors.onnxruntime.graphs import OnnxRuntimeCompress, OnnxRuntimeStep
 from chunkkv.executors.onnxruntime.prefill import OnnxRuntimePrefiller
-from chunkkv.executors.onnxruntime.prompt_blocks import PromptBlocksGraph
+from chunkkv.executors.onnxruntime.prompt_blocks import prompt_blocks_of
 from chunkkv.executors.onnxruntime.rereading import OnnxRuntimeReread
 from chunkkv.settings import ChunkKVSettings
 
@@ -64,8 +64,7 @@ class OnnxRuntimeExecutor(Executor[HostKVCache]):
         self._window = settings.window if settings else 0
         self.step = OnnxRuntimeStep(engine_dir / STEP_FILE, settings, threads or 0)
         self.compress = OnnxRuntimeCompress(engine_dir / COMPRESS_FILE, settings, threads or 0) if settings else None
-        stages = [path for path in (engine_dir / name for name in PREFILL_BLOCKS_FILES) if path.is_file()]
-        self._prompt_blocks = PromptBlocksGraph(stages, self.step) if stages else None
+        self._prompt_blocks = prompt_blocks_of(engine_dir, self.step)
         self._reread: OnnxRuntimeReread | None = None
         self._layer_lengths_graph: ort.InferenceSession | None = None
         self._lock = threading.Lock()

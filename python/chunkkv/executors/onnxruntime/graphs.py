@@ -18,7 +18,7 @@ import onnxruntime as ort
 
 from chunkkv.cache_layout import CacheLayout, deciding_parts, layout_of, leading_parts
 from chunkkv.cache_scales import SCALES_KEY, CacheScales
-from chunkkv.engine.directory import LONG_BLOCK
+from chunkkv.engine.directory import LONG_BLOCK, PRODUCTS_KEY, WHOLE_NUMBERS
 from chunkkv.errors import EngineError, EngineMismatchError
 from chunkkv.executors.file_pages import file_pages
 from chunkkv.executors.host_cache import HostKVCache
@@ -83,6 +83,11 @@ class OnnxRuntimeStep:
         self.query_heads = {
             int(name.split(".")[1]): int(shape[1]) for name, shape in shapes.items() if name.startswith("query.")
         }
+
+    @property
+    def multiplies_whole_numbers(self) -> bool:
+        """Whether weights and their inputs are rounded, as in w8a8."""
+        return self.session.get_modelmeta().custom_metadata_map.get(PRODUCTS_KEY) == WHOLE_NUMBERS
 
     def _cache_scales(self, heads: list[int]) -> CacheScales:
         """Return what the graph's file says of its cache of 8 bits; raises EngineError where it says nothing."""

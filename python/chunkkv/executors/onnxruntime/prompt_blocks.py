@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from chunkkv.engine.directory import HIDDEN, NEXT_HIDDEN
+from chunkkv.engine.directory import HIDDEN, NEXT_HIDDEN, PREFILL_BLOCKS_FILES
 from chunkkv.executors.cpus import usable_cores
 from chunkkv.executors.file_pages import file_pages
 from chunkkv.executors.host_cache import HostKVCache
@@ -39,7 +39,7 @@ class TextBlock:
 
 
 class PromptBlocksGraph:
-    """The graph of all blocks of a prompt but the last: it multiplies in fewer bits than the step graph.
+    """The graph of all blocks of a prompt but the last: it multiplies whole numbers, which few step graphs do.
 
     It has one stage or several, each with some of the layers. Its weights stay where the file is mapped into memory, so
     processes share them. Between prompts they are not held.
@@ -53,14 +53,35 @@ class PromptBlocksGraph:
     """
 
     def __init__(self, paths: Sequence[Path], step: OnnxRuntimeStep) -> None:
-        threads = step.threads or usable_cores()
+        threads = _threads_of(step)
         with file_pages(paths[0].parent) as self.weights:
             self.stages = [BlocksStage(path, max(1, threads // len(paths))) for path in paths]
-        self.step, self.is_parallel = step, len(paths) > 1 and threads >= len(paths)
+        self.step, self.is_parallel = step, _is_parallel(paths, step)
 
     def text(self, cache: HostKVCache) -> TextAppender:
         """Return what appends one text to a cache of one row; a context manager, and the cache is filled at its end."""
         return TextAppender(self, cache)
+
+
+def prompt_blocks_of(engine_dir: Path, step: OnnxRuntimeStep) -> PromptBlocksGraph | None:
+    """Return the graph of an engine directory, None where it has none or nothing would become faster.
+
+    A step graph that multiplies whole numbers itself is as fast, unless each stage has a thread. The graph would map
+    the same weights a second time.
+    """
+    stages = [path for path in (engine_dir / name for name in PREFILL_BLOCKS_FILES) if path.is_file()]
+    if not stages or (step.multiplies_whole_numbers and not _is_parallel(stages, step)):
+        return None
+    return PromptBlocksGraph(stages, step)
+
+
+def _threads_of(step: OnnxRuntimeStep) -> int:
+    return step.threads or usable_cores()
+
+
+def _is_parallel(stages: Sequence[Path], step: OnnxRuntimeStep) -> bool:
+    """Return whether there are several stages, and a thread for each."""
+    return 1 < len(stages) <= _threads_of(step)
 
 
 class BlocksStage:
