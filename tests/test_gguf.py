@@ -178,10 +178,11 @@ def test_weight_only_engines_keep_the_blocks(tmp_path: Path, kind: str, precisio
     exact = logits(engine(tmp_path / "model.gguf", tmp_path / "exact"))
     assert np.abs(logits(packed) - exact).max() <= 1e-4
     stored = load_file(packed / "weights.safetensors")
+    scale = open_checkpoint(tmp_path / "model.gguf").config.head_dim ** -0.5  # of attention, which queries bring along
     for name in {re.sub("[qkv]_proj", "qkv_proj", name) for name in names}:
         parts = (stored[f"{name}.packed"], stored[f"{name}.scales"])
         pieces = [name.replace("qkv_proj", f"{piece}_proj") for piece in "qkv"] if "qkv_proj" in name else [name]
-        expected = np.concatenate([weights[piece] for piece in pieces])
+        expected = np.concatenate([weights[piece] * (scale if "q_proj" in piece else 1) for piece in pieces])
         values = quantize.dequantize(*parts, expected.shape[1], stored.get(f"{name}.offsets"))
         assert np.abs(values - expected).max() <= 1e-6 * np.abs(expected).max()
 
