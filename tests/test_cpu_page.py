@@ -13,7 +13,7 @@ from benchmarks.cpu import page
 from benchmarks.cpu.contract import Case
 from benchmarks.cpu.machine import QUIET_CORES
 from benchmarks.cpu.picture import draw
-from benchmarks.cpu.results import FOLDER, Measurements, all_measurements, compact, file_of
+from benchmarks.cpu.results import FOLDER, Measurements, all_measurements, compact, file_of, newest_first
 from benchmarks.cpu.variants import ALL, FLOAT32, FULL, PART, PRODUCT, QUICK, REDUCED, VARIANTS, Cell
 
 CELL = Cell(1024, 1, 1)
@@ -59,8 +59,7 @@ def test_a_number_that_changes_changes_the_page() -> None:
     for number in range(len(COMMITTED)):
         changed = copy.deepcopy(COMMITTED)
         changed[number]["measurements"][0]["peak_mb"] += 111
-        every = sorted(map(Measurements, changed), key=lambda one: one.result["date"], reverse=True)
-        assert page.render(every) != page.PAGE.read_text(encoding="utf-8")
+        assert page.render(newest_first(map(Measurements, changed))) != page.PAGE.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -69,7 +68,7 @@ def test_a_number_that_changes_changes_the_page() -> None:
         ("AMD EPYC", "amd-epyc"),
         ("Intel(R) Xeon(R) Processor", "intel-xeon"),
         ("Intel(R) Core(TM) i7-1185G7 CPU @ 3.00GHz", "intel-core-i7-1185g7"),
-        ("", "unknown"),
+        ("unknown processor", "unknown"),
     ],
 )
 def test_each_kind_of_processor_has_a_file(processor: str, name: str) -> None:
@@ -101,6 +100,14 @@ def test_the_rounds_of_every_cell_are_said() -> None:
     elsewhere = [row("product|float32|100", tokens=2048), row("product|float32|100", tokens=4096)]
     found = measured(*OURS, {**OURS[0], "round": 1}, *elsewhere)
     assert page.rounds(found) == "2 at 1,024 tokens, one thread, one prompt, and 1 in every other cell"
+
+
+def test_the_processor_that_was_measured_last_comes_first() -> None:
+    found = [measured(*OURS), measured(*OURS), measured(*OURS)]
+    for one, date in zip(found, ("2026-01-02", "2026-01-03T07:30+00:00", "2026-01-03"), strict=True):
+        one.result["date"] = date
+    assert newest_first(found) == [found[1], found[2], found[0]]
+    assert page.machine(found[1]).startswith("Measured on 2026-01-03, on 2 cores of")
 
 
 def test_a_virtual_machine_is_said() -> None:

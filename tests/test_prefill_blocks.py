@@ -12,7 +12,7 @@ import pytest
 from support import class_engines, engines
 
 from chunkkv import SamplingParams
-from chunkkv.engine.directory import PREFILL_BLOCKS_FILES
+from chunkkv.engine.directory import PREFILL_BLOCKS_FILES, PRODUCTS_KEY, WHOLE_NUMBERS
 from chunkkv.errors import EngineError
 from chunkkv.executors.host_cache import HostKVCache
 from chunkkv.executors.onnxruntime import prompt_blocks
@@ -170,7 +170,8 @@ def test_the_graphs_have_no_head_and_no_other_projections() -> None:
     attentions, products = [], []
     for model in stages:
         assert "logit_indices" not in {value.name for value in model.graph.input}
-        assert {entry.key: entry.value for entry in model.metadata_props} == {"chunkkv.graph": "prefill_blocks"}
+        metadata = {entry.key: entry.value for entry in model.metadata_props}
+        assert metadata == {"chunkkv.graph": "prefill_blocks", PRODUCTS_KEY: WHOLE_NUMBERS}
         attentions.append([node.name for node in model.graph.node if node.name.endswith("/either")])
         kinds = [node.op_type for node in model.graph.node]
         assert "MatMulNBits" not in kinds

@@ -87,6 +87,7 @@ class Bench:
         checkpoint = GgufCheckpoint.open(self._model)  # its folder goes with it
         assert checkpoint.tokenizer_dir is not None, "the model's file has its tokenizer"
         self._tokenizer = Tokenizer.from_dir(checkpoint.tokenizer_dir)
+        self._machine = describe()
         self._names, self.versions, self.missing = engines, dict[str, str](), dict[str, str]()
 
     def prepare(self) -> None:
@@ -124,7 +125,7 @@ class Bench:
         except OSError as problem:
             CONSOLE.print(f"{cell.title}: {variant.title} failed: {problem}")
             return
-        append_record(self._path, {**head, "version": version, **found})
+        append_record(self._path, {**head, "version": version, "processor": self._machine["processor"], **found})
         note = "" if is_quiet else f" (other work took {found['other_cores']} cores)"
         CONSOLE.print(
             f"{cell.title}: {variant.title}: first token {found['first_token_s']:.2f} s, {found['step_ms']:.1f} ms "
@@ -144,18 +145,20 @@ class Bench:
         return any(all(record[key] == value for key, value in wanted.items()) for record in self.records())
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """Yield what was measured with the present versions."""
+        """Yield what was measured with the present versions, on a processor like this one."""
         if self._path.is_file():
             for record in map(json.loads, self._path.read_text("utf-8").splitlines()):
-                if self.versions.get(record["variant"].split("|")[0]) == record["version"]:
+                is_present = self.versions.get(record["variant"].split("|")[0]) == record["version"]
+                if is_present and record.get("processor") == self._machine["processor"]:
                     yield record
 
     def result(self) -> dict[str, Any]:
         """Return the JSON file's content."""
-        rows = [{key: value for key, value in record.items() if key != "version"} for record in self.records()]
+        same = "version", "processor"  # the file's head says them once
+        rows = [{key: value for key, value in record.items() if key not in same} for record in self.records()]
         return {
-            "date": datetime.now(timezone.utc).date().isoformat(),
-            "machine": describe(),
+            "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
+            "machine": self._machine,
             "model": self._model.name,
             "steps": STEPS,
             "versions": self.versions,

@@ -26,7 +26,7 @@ def describe() -> dict[str, Any]:
     named = (line for line in _lines("/proc/cpuinfo") if line.startswith("model name"))
     memory = (line for line in _lines("/proc/meminfo") if line.startswith("MemTotal"))
     return {
-        "processor": next(named, f":{platform.processor()}").split(":", 1)[1].strip(),
+        "processor": next(named, f":{platform.processor()}").split(":", 1)[1].strip() or "unknown processor",
         "cores": os.cpu_count(),
         "memory_gb": round(int(next(memory, "MemTotal: 0 kB").split()[1]) * 1024 / 1e9, 1),
         "system": f"{platform.system()} {platform.machine()}",

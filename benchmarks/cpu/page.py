@@ -177,7 +177,7 @@ def machine(measured: Measurements) -> str:
     """Return the sentences about the machine."""
     found = measured.result["machine"]
     text = (
-        f"Measured on {measured.result['date']}, on {found['cores']} cores of an {found['processor']} with "
+        f"Measured on {measured.result['date'][:10]}, on {found['cores']} cores of an {found['processor']} with "
         f"{found['memory_gb']:.0f} GB ({found['system']})."
     )
     if found.get("is_virtual"):

@@ -36,5 +36,5 @@ def draw(measured: Measurements, cell: Cell) -> bytes:
     panels[0].set_yticks(range(len(shown)), [variant.title for variant in shown], fontsize=7)
     panels[0].invert_yaxis()
     named = measured.result["machine"]["processor"]
-    figure.suptitle(f"SmolLM2-135M, {cell.title}, {named}, {measured.result['date']}", fontsize=9, color=INK)
+    figure.suptitle(f"SmolLM2-135M, {cell.title}, {named}, {measured.result['date'][:10]}", fontsize=9, color=INK)
     return png(figure, dpi=120)

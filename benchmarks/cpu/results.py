@@ -93,7 +93,7 @@ class Comparison:
 
 
 class Measurements:
-    """The content of the JSON file.
+    """The content of a JSON file.
 
     Parameters
     ----------
@@ -187,5 +187,9 @@ class Measurements:
 
 def all_measurements() -> list[Measurements]:
     """Return what was measured on every kind of processor, the newest first."""
-    found = [Measurements(json.loads(path.read_text("utf-8"))) for path in FOLDER.glob("*.json")]
-    return sorted(found, key=lambda one: (one.result["date"], one.file.name), reverse=True)
+    return newest_first(Measurements(json.loads(path.read_text("utf-8"))) for path in FOLDER.glob("*.json"))
+
+
+def newest_first(every: Iterable[Measurements]) -> list[Measurements]:
+    """Return measurements in the order of the page; a date may end with a time."""
+    return sorted(every, key=lambda one: str(one.result["date"]), reverse=True)

@@ -50,7 +50,7 @@ def step_weights(
     cache_dtype: str = "float32",
     prefill_precision: str | None = None,
 ) -> list[WeightSource]:
-    """Return every tensor of a step graph, and of the graph for a prompt's blocks where `prefill_precision` is given.
+    """Return every tensor of a step graph, and those of its own that `prefill_precision` gives a prompt's blocks.
 
     Parameters
     ----------

@@ -1,8 +1,7 @@
 """The graphs that append blocks of a prompt whose logits nobody asks for: all blocks but the last.
 
-They multiply whole numbers where the step graph multiplies packed weights, which is several times as fast, and leave
-out what only logits need: of the last layer all but storing its keys and values. Decode keeps the step graph, whose
-weights are smaller and more exact.
+They multiply whole numbers where most step graphs multiply packed weights, which is several times as fast, and leave
+out what only logits need: of the last layer all but storing its keys and values. Decode keeps the step graph.
 
 The layers are split into two stages, a graph each, so that one block can be in the second while the next one is in the
 first. That keeps two threads busy that exchange nothing but the hidden states of a block.
