@@ -151,9 +151,10 @@ def test_other_systems_release_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path
         ([], [(10, 20)]),
         ([(0, 10), (20, 30)], [(10, 20)]),
         ([(12, 14)], [(10, 12), (14, 20)]),
-        ([(15, 25), (5, 11)], [(11, 15)]),
+        ([(5, 11), (15, 25)], [(11, 15)]),
         ([(10, 20)], []),
-        ([(0, 40), (12, 13)], []),
+        ([(0, 40)], []),
+        ([(1, 2), (3, 4), (5, 12), (13, 14), (16, 17), (30, 31)], [(12, 13), (14, 16), (17, 20)]),
     ],
 )
 def test_what_was_there_before_is_taken_out(others: list[tuple[int, int]], left: list[tuple[int, int]]) -> None:

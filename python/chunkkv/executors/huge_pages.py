@@ -41,7 +41,8 @@ def on_huge_pages() -> Iterator[None]:
         return
 
     def may_move(mapping: Mapping) -> bool:
-        grown = without(mapping.place, before) if is_anonymous(mapping) else []
+        is_large = mapping.size >= HUGE_PAGE_BYTES
+        grown = without(mapping.place, before) if is_large and is_anonymous(mapping) else []
         return any(stop - start >= HUGE_PAGE_BYTES for start, stop in grown)
 
     for mapping in with_amounts(may_move):

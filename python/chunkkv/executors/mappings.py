@@ -6,8 +6,10 @@ import ctypes
 import mmap
 import re
 import sys
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
 
 # What is mapped where; and the same with how much of it is where, which takes the system many times as long.
@@ -105,13 +107,18 @@ def with_amounts(wanted: Callable[[Mapping], bool]) -> list[Mapping]:
 
 
 def without(place: Range, others: Sequence[Range]) -> list[Range]:
-    """Return what is left of a range of addresses when `others` are taken out of it."""
+    """Return what is left of a range of addresses when `others` are taken out of it.
+
+    `others` ascend and do not overlap, as the mappings of a process: there may be thousands, of which few are near.
+    """
     left, (start, stop) = [], place
-    for first, last in sorted(others):
-        if last > start and first < stop:
-            if first > start:
-                left.append((start, first))
-            start = last
+    number = bisect_right(others, start, key=itemgetter(1))
+    while number < len(others) and others[number][0] < stop:
+        first, last = others[number]
+        if first > start:
+            left.append((start, first))
+        start = last
+        number += 1
     if start < stop:
         left.append((start, stop))
     return left
