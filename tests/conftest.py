@@ -20,10 +20,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread_beside_others() -> Iterator[None]:
-    """Give a graph one thread where nothing else is asked for and another worker needs the other cores.
+    """Give a graph one thread where a test asks for no number and other workers need the other cores.
 
-    ONNX Runtime would bind a thread to each core, and threads of two processes on one core wait for each other: some
-    tests took ten times as long.
+    ONNX Runtime's default is a thread for each core, and threads of two processes on one core wait for each other.
     """
     options = graphs.session_options
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.cpu.machine import QUIET_CORES, ROOT
@@ -219,13 +219,13 @@ def processor(measured: Measurements) -> str:
 
 
 def render(every: Sequence[Measurements]) -> str:
-    """Return the page; raises KeyError for a place in a template that has no text."""
+    """Return the page."""
     parts = [TEMPLATE.read_text(encoding="utf-8"), *map(section, every)]
     return re.sub(r"\n{3,}", "\n\n", wrapped("\n".join(parts))).rstrip() + "\n"
 
 
 def section(measured: Measurements) -> str:
-    """Return what the page says of one kind of processor."""
+    """Return what the page says of one kind of processor; raises KeyError for a place in machine.md without a text."""
     texts = {
         "processor": processor(measured),
         "json": measured.file.relative_to(PAGE.parent).as_posix(),
@@ -242,11 +242,7 @@ def section(measured: Measurements) -> str:
         "missing": missing(measured),
         "tables": tables(measured),
     }
-    return _filled(OF_MACHINE.read_text(encoding="utf-8"), texts)
-
-
-def _filled(template: str, texts: Mapping[str, str]) -> str:
-    return re.sub(r"\{\{(.+?)\}\}", lambda place: texts[place[1]], template)
+    return re.sub(r"\{\{(.+?)\}\}", lambda place: texts[place[1]], OF_MACHINE.read_text(encoding="utf-8"))
 
 
 def readme_cell(measured: Measurements) -> Cell:

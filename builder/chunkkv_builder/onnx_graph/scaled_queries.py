@@ -1,7 +1,7 @@
 """Weights whose queries have the scale of attention already.
 
-ONNX Runtime's attention over a float cache takes half to two thirds of the time for one query where it need not scale
-the product with the keys: otherwise it copies them into another order first.
+ONNX Runtime's attention over a float cache is faster for one query where it need not scale the product with the keys:
+otherwise it copies them into another order first.
 """
 
 from __future__ import annotations

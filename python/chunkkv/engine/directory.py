@@ -27,7 +27,7 @@ STEP_FILE, COMPRESS_FILE, GIVEN_FILE, REREAD_FILE = "step.onnx", "compress.onnx"
 # Of engines with w8a8: the model as it appends all blocks of a prompt but the last, its first layers and the others.
 PREFILL_BLOCKS_FILES = ("prefill_blocks.onnx", "prefill_blocks_rest.onnx")
 LONG_BLOCK = "long_block"  # of w8a8: tokens, int32, from which a block attends in whole numbers
-PRODUCTS_KEY, WHOLE_NUMBERS = "chunkkv.products", "whole numbers"  # what the metadata of a graph of w8a8 say
+PRODUCTS_KEY, WHOLE_NUMBERS = "chunkkv.products", "whole numbers"  # in the metadata of each graph of w8a8
 HIDDEN, NEXT_HIDDEN = "hidden", "next_hidden"  # what the second takes of the first, and what the first calls it
 FORMAT = "chunkkv-engine"
 FORMAT_VERSION = 2

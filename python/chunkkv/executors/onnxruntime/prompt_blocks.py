@@ -39,7 +39,7 @@ class TextBlock:
 
 
 class PromptBlocksGraph:
-    """The graph of all blocks of a prompt but the last: it multiplies whole numbers, which few step graphs do.
+    """The graph of all blocks of a prompt but the last, which multiplies whole numbers.
 
     It has one stage or several, each with some of the layers. Its weights stay where the file is mapped into memory, so
     processes share them. Between prompts they are not held.
