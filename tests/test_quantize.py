@@ -159,6 +159,39 @@ def test_products_of_whole_numbers_round_inputs_by_row_and_add_exactly(tmp_path:
     assert (y[3] == 0).all()
 
 
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_two_products_of_whole_numbers_leave_out_the_rows_scales_between_them(tmp_path: Path, has_bias: bool) -> None:
+    random = np.random.default_rng(9)
+    arrays: dict[str, np.ndarray] = {}
+    for name, shape in (("up", (96, 64)), ("down", (64, 96))):
+        codes, scales = quantize_channels(random.standard_normal(shape).astype(np.float32))
+        arrays |= {f"{name}.weight.channels": codes, f"{name}.weight.channel_scales": scales}
+    if has_bias:
+        arrays["up.bias"] = random.standard_normal(96).astype(np.float32)
+    sources = [WeightSource(name, array.shape, str(array.dtype), array.copy) for name, array in arrays.items()]
+    model = HuggingFaceCheckpoint.open(engines.checkpoint_dir("llama3")).config
+    locations = write_weights(tmp_path / "weights", sources)
+    given = {"value": random.standard_normal((50, 64)), "gate": random.standard_normal((50, 96))}
+    given["value"] *= 10.0 ** np.arange(-25, 25)[:, None]  # rows of all sizes
+    given["value"][7], given["gate"][8] = 0, 0
+    found = []
+    for is_short in (True, False):
+        e = GraphEmitter()
+        project = Projections(e, model, locations, "int8")
+        value, gate = e.input("value", "float32", ["rows", 64]), e.input("gate", "float32", ["rows", 96])
+        if is_short:
+            output = project.emit_of_product("down", gate, "up", value)
+        else:
+            output = project.emit("down", e.op("Mul", [gate, project.emit("up", value)]))
+        e.output(output, "float32", ["rows", 64])
+        onnx.save_model(e.model("product", opset=23, domains=[(CONTRIB, 1)]), tmp_path / "product.onnx")
+        arrays = {name: array.astype(np.float32) for name, array in given.items()}
+        found += load_graph(tmp_path / "product.onnx", 1).run(None, arrays)
+    short, long = found
+    assert (np.abs(short - long).max(axis=1) <= 0.02 * np.abs(long).max(axis=1)).all(), "a code may be its neighbour"
+    assert np.array_equal(short, long) == has_bias, "a bias is added to what the scales were multiplied with"
+
+
 @pytest.mark.parametrize("hidden", [64, 80])
 @pytest.mark.parametrize("has_offsets", [False, True])
 @pytest.mark.parametrize("bits", BITS.values())

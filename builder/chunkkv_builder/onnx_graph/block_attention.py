@@ -24,6 +24,7 @@ _FLOAT, _INT8, _INT64 = TensorProto.FLOAT, TensorProto.INT8, TensorProto.INT64
 _END = np.iinfo(np.int64).max  # of a slice: to the last
 _HIDDEN = -1e30  # added to the score of a token that comes later
 _SINKS = 4  # first tokens, on which attention rests: beside them all other probabilities are small
+_NOTHING = 1e-25  # a probability that adds nothing to a mean
 _LARGEST_PROBABILITY_CODE = 127  # not 255: processors without VNNI add two products in 16 bits
 
 
@@ -128,23 +129,29 @@ class BlockAttention:
         return e.op("Squeeze", [e.op("Slice", [cache, e.ints(head, 0), ends, e.ints(1, 2)]), e.ints(0, 1)])
 
     def _mix(self, query: str, key: str, value: str, head: int, hidden: Sequence[str]) -> list[str]:
-        """Return the attention [1,S,D] of each query head that reads a KV head's keys and values [T,D]."""
+        """Return the attention [S,D] of each query head that reads a KV head's keys and values [T,D]."""
         e, group = self._e, self._query_heads // self._kv_heads
         codes, key_scales = self._key_codes(key, head)
         factors = self._factors(value)
         queries = e.op("Slice", [query, e.ints(head * group), e.ints((head + 1) * group), e.ints(1)])
-        queries = e.op("Mul", [queries, key_scales])
+        queries = e.op("Mul", [e.op("Reshape", [queries, e.ints(-1, self._head_dim)]), key_scales])
         scale = self._scale_of(queries, None)
         rounded = e.op("QuantizeLinear", [queries, scale, e.const(ZERO_CODE, "uint8")])
         mixed = []
-        for number in range(group):
-            one = e.op("Gather", [rounded, e.const(number, "int64")], axis=1)
-            one = e.op("Squeeze", [one, e.ints(0)])
+        for one in self._split(rounded, group):
             scores = self._product(one, scale, codes)
             self._declare(scores, f"{self._block}/tokens", f"{self._total}/slots")
             probabilities = e.op("Softmax", [self._hide(scores, hidden)], axis=-1)
-            mixed.append(e.op("Unsqueeze", [self._mean(probabilities, factors), e.ints(0)]))
+            mixed.append(self._mean(probabilities, factors))
         return mixed
+
+    def _split(self, rows: str, count: int) -> list[str]:
+        """Return `count` equal pieces of `rows` [count*S,D], one behind the other."""
+        if count == 1:
+            return [rows]
+        pieces = [f"{rows}/{number}" for number in range(count)]
+        self._e.op("Split", [rows], pieces, axis=0, num_outputs=count)
+        return pieces
 
     def _key_codes(self, key: str, head: int) -> tuple[str, str]:
         """Return the keys [T,D] of a head as codes [D,T] of 8 bits, and their scales [D]."""
@@ -163,8 +170,8 @@ class BlockAttention:
         return self._e.op("MatMul", [probabilities, *factors])
 
     def _restored(self, heads: str) -> str:
-        """Return the means [Hq,S,D] with what `_mean` left out."""
-        return heads
+        """Return the means [Hq*S,D] as [Hq,S,D], with what `_mean` left out."""
+        return self._e.op("Reshape", [heads, self._e.ints(self._query_heads, -1, self._head_dim)])
 
     def _scale_of(self, values: str, axes: str | None) -> str:
         """Return the scales of 8-bit codes of `values`, whose largest magnitudes are taken along `axes` or all."""
@@ -239,13 +246,15 @@ class EightBitBlockAttention(BlockAttention):
         """Return the mean [S,D] of whole numbers less their centers."""
         e, (value, center, of_first) = self._e, factors
         first = e.op("Slice", [probabilities, e.ints(0), e.ints(_SINKS), e.ints(1)])
-        # Zeros that are made of `first` come behind its Slice, so that they can be written in place.
-        others = e.op("TensorScatter", [probabilities, e.op("Sub", [first, first]), self._slot_0], axis=1)
+        # Numbers that are made of `first` come behind its Slice, so that they can be written in place. They stand for
+        # zero, and keep the scale of a row above it whose other probabilities are all zero.
+        nothing = e.op("Clip", [first, *[e.scalar(_NOTHING)] * 2])
+        others = e.op("TensorScatter", [probabilities, nothing, self._slot_0], axis=1)
         for name in (probabilities, others):
             self._declare(name, f"{self._block}/tokens", f"{self._total}/slots")
         largest = e.op("ReduceMax", [others, e.ints(1)], keepdims=1)
-        scale = e.op("Max", [e.op("Mul", [largest, e.scalar(1 / _LARGEST_PROBABILITY_CODE)]), e.scalar(SMALLEST_SCALE)])
-        codes = e.op("QuantizeLinear", [others, e.op("Reshape", [scale, e.ints(-1)])], axis=0)
+        scale = e.op("Mul", [largest, e.scalar(1 / _LARGEST_PROBABILITY_CODE)])
+        codes = e.op("QuantizeLinear", [others, e.op("Squeeze", [scale, e.ints(1)])], axis=0)
         inputs = [codes, value, e.scalar(1.0), e.scalar(1.0), e.const(0, "uint8"), center]
         product = e.op("MatMulIntegerToFloat", inputs, domain=CONTRIB)
         return e.op("Gemm", [first, of_first, e.op("Mul", [product, scale])])

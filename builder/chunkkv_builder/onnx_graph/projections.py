@@ -101,7 +101,7 @@ class Projections:
         packed = self._weights.get(f"{name}.weight{PACKED_SUFFIX}")
         node = node or "/" + name
         if f"{name}.weight{CHANNELS_SUFFIX}" in self._weights:
-            result = self._by_channel(name, value, node)
+            result = e.op("Mul", [*self._by_channel(name, value, node)])
             return e.op("Add", [result, *bias]) if bias else result
         if packed is None:
             weight = e.weight(self._weights[f"{name}.weight"])
@@ -127,15 +127,34 @@ class Projections:
             result = e.op("Gemm", inputs, name=f"{node}/offsets", transB=1)
         return e.op("Add", [result, *bias]) if bias else result
 
-    def _by_channel(self, name: str, value: str, node: str) -> str:
-        """Return value [rows,in] times a weight with a scale for each output, as a product of whole numbers."""
+    def emit_of_product(self, name: str, factor: str, other: str, value: str) -> str:
+        """Return what `emit` gives with `name` for `factor` [rows,in] times what it gives with `other` for `value`.
+
+        Where both multiply whole numbers, the scales of the rows of `value` are not multiplied with the rows between
+        them: the codes of these would be the same, so their scales alone get them.
+        """
+        e = self._e
+        by_channel = all(f"{one}.weight{CHANNELS_SUFFIX}" in self._weights for one in (name, other))
+        if not by_channel or f"{other}.bias" in self._weights:
+            return self.emit(name, e.op("Mul", [factor, self.emit(other, value)]))
+        product, scales = self._by_channel(other, value, "/" + other)
+        between = e.op("Mul", [factor, product])
+        codes, of_rows = self._round_rows(between)
+        self._rounded[between] = codes, e.op("Mul", [of_rows, scales])
+        return self.emit(name, between)
+
+    def _by_channel(self, name: str, value: str, node: str) -> tuple[str, str]:
+        """Return value [rows,in] times a weight with a scale for each output, as a product of whole numbers.
+
+        It is still to be multiplied with the second result, a number for each row [rows,1].
+        """
         e = self._e
         codes, scales = self._round_rows(value)
         weight, weight_scales = (
             e.weight(self._weights[f"{name}.weight{suffix}"]) for suffix in (CHANNELS_SUFFIX, CHANNEL_SCALES_SUFFIX)
         )
         inputs = [codes, weight, e.scalar(1.0), weight_scales, e.const(ZERO_CODE, "uint8")]
-        return e.op("Mul", [e.op("MatMulIntegerToFloat", inputs, name=node, domain=CONTRIB), scales])
+        return e.op("MatMulIntegerToFloat", inputs, name=node, domain=CONTRIB), scales
 
     def _round_rows(self, value: str) -> tuple[str, str]:
         """Return `value` [rows,in] as codes of 8 bits with a scale for each row [rows,1], once for each value.

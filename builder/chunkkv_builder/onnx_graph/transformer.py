@@ -185,8 +185,7 @@ class StepGraph:
             gate = self.e.op("Gelu", [gate], approximate="tanh")
         else:
             gate = self.e.op("Mul", [gate, self.e.op("Sigmoid", [gate])])
-        inner = self.e.op("Mul", [gate, self._project.emit(f"{prefix}.mlp.up_proj", normed)])
-        return self._project.emit(f"{prefix}.mlp.down_proj", inner)
+        return self._project.emit_of_product(f"{prefix}.mlp.down_proj", gate, f"{prefix}.mlp.up_proj", normed)
 
     def _attention(self, layer: LayerPlan, normed: str) -> str:
         prefix = f"model.layers.{layer.index}.self_attn"
