@@ -24,7 +24,7 @@ _FLOAT, _INT8, _INT64 = TensorProto.FLOAT, TensorProto.INT8, TensorProto.INT64
 _END = np.iinfo(np.int64).max  # of a slice: to the last
 _HIDDEN = -1e30  # added to the score of a token that comes later
 _SINKS = 4  # first tokens, on which attention rests: beside them all other probabilities are small
-_NOTHING = 1e-25  # a probability that adds nothing to a mean
+_NEGLIGIBLE = 1e-25  # a probability too small to change a mean
 _LARGEST_PROBABILITY_CODE = 127  # not 255: processors without VNNI add two products in 16 bits
 
 
@@ -246,10 +246,10 @@ class EightBitBlockAttention(BlockAttention):
         """Return the mean [S,D] of whole numbers less their centers."""
         e, (value, center, of_first) = self._e, factors
         first = e.op("Slice", [probabilities, e.ints(0), e.ints(_SINKS), e.ints(1)])
-        # Numbers that are made of `first` come behind its Slice, so that they can be written in place. They stand for
-        # zero, and keep the scale of a row above it whose other probabilities are all zero.
-        nothing = e.op("Clip", [first, *[e.scalar(_NOTHING)] * 2])
-        others = e.op("TensorScatter", [probabilities, nothing, self._slot_0], axis=1)
+        # They replace the first probabilities. They are not zero, because a row's scale is made of its largest one and
+        # must not be zero. Made of `first`, they come behind its Slice, so they can be written in place.
+        negligible = e.op("Clip", [first, *[e.scalar(_NEGLIGIBLE)] * 2])
+        others = e.op("TensorScatter", [probabilities, negligible, self._slot_0], axis=1)
         for name in (probabilities, others):
             self._declare(name, f"{self._block}/tokens", f"{self._total}/slots")
         largest = e.op("ReduceMax", [others, e.ints(1)], keepdims=1)

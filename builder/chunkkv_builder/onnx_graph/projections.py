@@ -130,8 +130,9 @@ class Projections:
     def emit_of_product(self, name: str, factor: str, other: str, value: str) -> str:
         """Return what `emit` gives with `name` for `factor` [rows,in] times what it gives with `other` for `value`.
 
-        Where both multiply whole numbers, the scales of the rows of `value` are not multiplied with the rows between
-        them: the codes of these would be the same, so their scales alone get them.
+        Where both projections multiply whole numbers, one multiplication of all numbers between them is spared. `other`
+        has a scale for each row, and a factor of a whole row does not change the row's codes. So `name` multiplies its
+        own scale of the row with it instead.
         """
         e = self._e
         by_channel = all(f"{one}.weight{CHANNELS_SUFFIX}" in self._weights for one in (name, other))
@@ -144,9 +145,9 @@ class Projections:
         return self.emit(name, between)
 
     def _by_channel(self, name: str, value: str, node: str) -> tuple[str, str]:
-        """Return value [rows,in] times a weight with a scale for each output, as a product of whole numbers.
+        """Return a product of whole numbers [rows,out], and a scale for each row [rows,1].
 
-        It is still to be multiplied with the second result, a number for each row [rows,1].
+        Both multiplied are `value` [rows,in] times a weight that has a scale for each output.
         """
         e = self._e
         codes, scales = self._round_rows(value)
